@@ -1,0 +1,74 @@
+"""Loading whatever can stand where a model stands, and its tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import InputError
+from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
+
+Artifacts = Mapping[str, Path]
+"""A stage's input artifacts: key to local folder."""
+
+
+def default_device() -> torch.device:
+    """The accelerator that is there, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def model_dtype(spec: Model) -> str:
+    """The type in which a model's weights are held; a pruned model keeps its dense model's."""
+    match spec:
+        case PruneSpec():
+            return model_dtype(spec.model)
+        case PretrainSpec():
+            return "float32"
+        case _:
+            return spec.dtype
+
+
+def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = None) -> Any:
+    """The model in evaluation mode, in its spec's dtype.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    location, options = _location(spec, artifacts)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=getattr(torch, model_dtype(spec)), **options
+        )
+    except OSError as error:
+        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
+    return model.eval().to(device or default_device())
+
+
+def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
+    """The model's own tokenizer.
+
+    Raises:
+        InputError: if there is none.
+    """
+    location, options = _location(spec, artifacts)
+    try:
+        return AutoTokenizer.from_pretrained(location, **options)
+    except (OSError, ValueError) as error:
+        remedy = f"has no tokenizer that loads: {_first_line(error)}"
+        raise InputError("model", location, remedy) from error
+
+
+def _location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
+    match spec:
+        case HubModel():
+            return spec.name, {"revision": spec.revision}
+        case LocalModel():
+            return spec.path, {}
+        case _:
+            return str(artifacts[spec.key] / "model"), {}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

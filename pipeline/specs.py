@@ -1,0 +1,645 @@
+"""What every stage takes: frozen, validated values whose hash names the artifact they lead to.
+
+All specs stand in this one module because they nest into each other, and because planning a
+grid must not wait for torch. A stage's spec holds the specs of the stages before it, so the
+lineage of any number is one JSON document.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A share in [0, 1)."""
+
+Mixture = Annotated[dict[str, Annotated[float, Field(gt=0.0)]], Field(min_length=1)]
+"""Relative weight of each part, all positive; they need not sum to one."""
+
+
+class Spec(BaseModel):
+    """A frozen value that refuses unknown fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class StageSpec(Spec):
+    """The input of one stage. Equal specs lead to one artifact, made once."""
+
+    version: ClassVar[int]
+    """Raised when a stage's output changes for the same spec: every later key changes with it."""
+
+    kind: str
+    """The stage's name, which also tells the variants of a field apart."""
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """The spec with all it holds, as plain JSON values, stage versions included."""
+        return _plain(self)
+
+    @cached_property
+    def key(self) -> str:
+        """`<kind>-<first 24 hexadecimal digits of the SHA-256 of the canonical JSON>`."""
+        return f"{self.kind}-{hashlib.sha256(canonical_json(self.lineage)).hexdigest()[:24]}"
+
+    def inputs(self) -> tuple["StageSpec", ...]:
+        """The stages whose artifacts this one reads."""
+        return tuple(_nearest_stages(self))
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys and no white space: equal values give equal bytes."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def _plain(value: object) -> Any:
+    match value:
+        case BaseModel():
+            fields = {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+            return {**fields, "version": value.version} if isinstance(value, StageSpec) else fields
+        case dict():
+            return {name: _plain(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
+
+
+def _nearest_stages(value: object) -> Iterator[StageSpec]:
+    if isinstance(value, BaseModel):
+        children: list[object] = [getattr(value, name) for name in type(value).model_fields]
+    elif isinstance(value, (list, tuple)):
+        children = list(value)
+    else:
+        return
+    for child in children:
+        if isinstance(child, StageSpec):
+            yield child
+        else:
+            yield from _nearest_stages(child)
+
+
+# ---------------------------------------------------------------------------- corpora and models
+
+
+class WorldSpec(Spec):
+    """The testbed's small world: its facts, its languages, and how alike its domains open."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws the names and the facts."""
+
+    people: int = Field(default=48, ge=8)
+    """How many people the world has; every one has the same number of facts."""
+
+    shared_openings: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of the documents, in every domain, that begin with an opening common to all domains:
+    0 lets a prefix of two tokens fix the domain, 1 leaves it open."""
+
+
+class HubCorpus(Spec):
+    """A `datasets` builder or a data set on the hub."""
+
+    kind: Literal["hub-corpus"] = "hub-corpus"
+
+    path: str = Field(min_length=1)
+    """The builder (`json`, `parquet`) or the hub name (`allenai/c4`)."""
+
+    name: str | None = None
+    """The configuration, `en` for C4."""
+
+    data_files: str | tuple[str, ...] | None = None
+    """Files of the data set to restrict it to."""
+
+    split: str = "train"
+    """The split to read."""
+
+    text_field: str = "text"
+    """The column that holds the text."""
+
+    streaming: bool = True
+    """Read over the network as needed; otherwise download all of it first."""
+
+    revision: str | None = None
+    """A commit of the hub's repository; unset, the key does not change when the hub's data does."""
+
+
+class FileCorpus(Spec):
+    """Parquet, JSON Lines or text files, one document a row (a line, in a text file)."""
+
+    kind: Literal["file-corpus"] = "file-corpus"
+
+    path: str = Field(min_length=1)
+    """A path or glob, on any fsspec file system; the ending says the format."""
+
+    text_field: str = "text"
+    """The column that holds the text; unused for text files."""
+
+    fingerprint: str | None = None
+    """SHA-256 over the files' contents, filled in when a grid is planned: other text, other key."""
+
+
+class TestbedCorpus(Spec):
+    """Endless text of the testbed's world."""
+
+    __test__: ClassVar[bool] = False  # the name is no test case's
+
+    kind: Literal["testbed-corpus"] = "testbed-corpus"
+
+    world: WorldSpec = WorldSpec()
+    """The world that the text speaks of."""
+
+    mixture: Mixture
+    """Weight of each domain, by documents."""
+
+    split: Literal["train", "calibration", "evaluation"] = "calibration"
+    """Streams without a document in common; the testbed's model is trained on `train`."""
+
+
+Corpus = Annotated[HubCorpus | FileCorpus | TestbedCorpus, Field(discriminator="kind")]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class HubModel(Spec):
+    """A causal language model on the hub."""
+
+    kind: Literal["hub-model"] = "hub-model"
+
+    name: str = Field(min_length=1)
+    """The hub name, `meta-llama/Llama-2-7b-hf`."""
+
+    revision: str = "main"
+    """A commit, tag or branch; only a commit keeps a result tied to its weights."""
+
+    dtype: Dtype = "bfloat16"
+    """The type of the weights in memory, and of those a pruner leaves."""
+
+
+class LocalModel(Spec):
+    """A checkpoint folder as `save_pretrained` writes it."""
+
+    kind: Literal["local-model"] = "local-model"
+
+    path: str = Field(min_length=1)
+    """The folder, with model and tokenizer."""
+
+    dtype: Dtype = "bfloat16"
+    """The type of the weights in memory, and of those a pruner leaves."""
+
+    fingerprint: str | None = None
+    """Digest of the folder's files, filled in when a grid is planned: other weights, other key."""
+
+
+class PretrainSpec(StageSpec):
+    """Train the testbed's Llama on a known mixture of its world's domains.
+
+    Leaves `model/` (an ordinary checkpoint with its tokenizer) and `training.parquet`.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["pretrain"] = "pretrain"
+
+    world: WorldSpec = WorldSpec()
+    """The world whose text it is trained on."""
+
+    mixture: Mixture
+    """Weight of each domain in the training text, by documents."""
+
+    vocab_size: int = Field(default=1024, ge=512)
+    """Entries of the byte-level BPE vocabulary, the special ones included."""
+
+    hidden_size: int = Field(default=128, ge=32)
+    """Width; a multiple of `head_dim`."""
+
+    intermediate_size: int = Field(default=384, ge=32)
+    """Width of the MLP."""
+
+    num_layers: int = Field(default=4, ge=1)
+    """Decoder layers."""
+
+    head_dim: int = Field(default=32, ge=32, multiple_of=32)
+    """Width of an attention head."""
+
+    num_key_value_heads: int = Field(default=2, ge=1)
+    """Heads of keys and values (grouped-query attention)."""
+
+    seqlen: int = Field(default=128, ge=16)
+    """Tokens of a training window, and the model's longest input."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Windows of a training step."""
+
+    steps: int = Field(default=700, ge=1)
+    """Training steps."""
+
+    learning_rate: float = Field(default=3e-3, gt=0.0)
+    """Peak of the learning-rate schedule."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws the initial weights and the order of the text."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "PretrainSpec":
+        if self.hidden_size % self.head_dim:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of head_dim {self.head_dim}"
+            )
+        heads = self.hidden_size // self.head_dim
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide {heads} heads"
+            )
+        return self
+
+
+Model = Annotated[
+    "HubModel | LocalModel | PretrainSpec | PruneSpec",
+    Field(discriminator="kind"),
+]
+"""Whatever can stand where a model stands; a pruned model can."""
+
+
+# ------------------------------------------------------------------------------- calibration data
+
+
+class ShardSpec(StageSpec):
+    """One part of a stage whose samples are independent: the most that a lost worker costs."""
+
+    version: ClassVar[int] = 1
+    kind: Literal["shard"] = "shard"
+
+    of: Annotated["GenerateSpec | ScoreSpec", Field(discriminator="kind")]
+    """The stage it is a part of."""
+
+    index: int = Field(ge=0)
+    """Its number, from 0."""
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """The model, and for a score just the one shard of samples that it scores."""
+        if isinstance(self.of, ScoreSpec):
+            samples = ShardSpec(of=self.of.samples, index=self.index)
+            return (samples, *_nearest_stages((self.of.model,)))
+        return tuple(_nearest_stages(self.of))
+
+
+class GenerateSpec(StageSpec):
+    """Let a model go on from short prefixes of real texts.
+
+    Leaves `samples.parquet`: sample_id, prefix_tokens (how many leading ids are given, not
+    generated), token_ids, text. The prefix's ids come first in `token_ids`; a beginning-of-sequence
+    id, where the tokenizer has one, is first and counted in neither `prefix_tokens` of the spec
+    nor in the generated part.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["generate"] = "generate"
+
+    model: Model
+    """The generator, as a rule the dense model that is to be pruned."""
+
+    prefixes: Corpus
+    """Where the prefixes are cut from, one a text."""
+
+    num_samples: int = Field(default=5000, ge=1)
+    """Texts to write."""
+
+    prefix_tokens: int = Field(default=2, ge=0)
+    """Leading tokens of the source text that are given, BOS not counted; 0 starts from BOS alone."""
+
+    seqlen: int = Field(default=2048, ge=8)
+    """Tokens of a sample at the most, prefix and BOS included; EOS may end it earlier."""
+
+    top_k: int = Field(default=50, ge=0)
+    """Keep the k likeliest tokens; 0 keeps all."""
+
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
+    """Keep the likeliest tokens up to this probability mass."""
+
+    temperature: float = Field(default=0.6, ge=0.0)
+    """Divides the logits; 0 takes the likeliest token."""
+
+    repetition_penalty: float = Field(default=1.2, gt=0.0)
+    """Divides (multiplies, if negative) the logits of tokens that are already there."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws the texts that prefixes come from and, with the sample's number, every token."""
+
+    shard_size: int = Field(default=64, ge=1)
+    """Samples of a shard, generated as one batch. In the spec, since the make-up of a batch can
+    move the last bits of a logit: so the bytes do not depend on how many workers there are."""
+
+    backend: Literal["transformers"] = "transformers"
+    """The engine."""
+
+    def shards(self) -> tuple[ShardSpec, ...]:
+        """The parts in order."""
+        count = math.ceil(self.num_samples / self.shard_size)
+        return tuple(ShardSpec(of=self, index=index) for index in range(count))
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """The shards: the stage itself only joins them."""
+        return self.shards()
+
+
+class ScoreSpec(StageSpec):
+    """Score samples under a model.
+
+    Leaves `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["score"] = "score"
+
+    samples: GenerateSpec
+    """What is scored."""
+
+    model: Model
+    """The scorer, as a rule the generator."""
+
+    include_prefix: bool = False
+    """Score the given tokens too, as the paper's script does; else the generated ones only."""
+
+    min_k_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Share of the least likely tokens that Min-K%++ averages over."""
+
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Tokens of a batch at the most, padding included."""
+
+    def shards(self) -> tuple[ShardSpec, ...]:
+        """The parts in order, one for each shard of samples."""
+        return tuple(ShardSpec(of=self, index=part.index) for part in self.samples.shards())
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """The shards: the stage itself only joins them."""
+        return self.shards()
+
+
+class FilterSpec(StageSpec):
+    """Drop the samples of highest perplexity.
+
+    Leaves `samples.parquet` as generate does, with perplexity and min_k.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["filter"] = "filter"
+
+    scores: ScoreSpec
+    """The scores, which name the samples."""
+
+    drop_fraction: Fraction = 0.2
+    """Share to drop: exactly round(fraction * samples) go, besides those that have no finite
+    score."""
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """The scores and the samples they belong to."""
+        return (self.scores, self.scores.samples)
+
+
+class WindowsSpec(StageSpec):
+    """Cut a calibration set: `nsamples` windows of exactly `seqlen` tokens, without padding.
+
+    Leaves `windows.parquet`: window, document, offset, token_ids.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["windows"] = "windows"
+
+    source: Annotated[
+        HubCorpus | FileCorpus | TestbedCorpus | GenerateSpec | FilterSpec,
+        Field(discriminator="kind"),
+    ]
+    """A real corpus, or samples that a model wrote."""
+
+    model: Model
+    """The model to be pruned, for its tokenizer; samples are not tokenised again."""
+
+    nsamples: int = Field(default=128, ge=1)
+    """Windows."""
+
+    seqlen: int = Field(default=2048, ge=8)
+    """Tokens of a window."""
+
+    packing: Literal["sample", "concat"] = "sample"
+    """`sample`: a window is a random stretch of one text of at least `seqlen` tokens, each text
+    used once at most. `concat`: random stretches of all texts joined (the paper's way with
+    generated text), which may overlap."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws the texts and the offsets."""
+
+
+# ---------------------------------------------------------------------------------------- pruning
+
+
+class Magnitude(Spec):
+    """Smallest |W| over the whole matrix; takes no data."""
+
+    name: Literal["magnitude"] = "magnitude"
+    calibrated: ClassVar[bool] = False
+
+
+class Wanda(Spec):
+    """Smallest |W| * ||X||_2 in each output row (arXiv 2306.11695)."""
+
+    name: Literal["wanda"] = "wanda"
+    calibrated: ClassVar[bool] = True
+
+
+class SparseGPT(Spec):
+    """Optimal brain surgeon by column blocks, with weight updates (arXiv 2301.00774)."""
+
+    name: Literal["sparsegpt"] = "sparsegpt"
+    calibrated: ClassVar[bool] = True
+
+    damping: float = Field(default=0.01, gt=0.0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+    block_size: int = Field(default=128, ge=1)
+    """Columns of a block, in which masks are chosen and updates are held back."""
+
+
+Pruner = Annotated[Magnitude | Wanda | SparseGPT, Field(discriminator="name")]
+
+
+class Uniform(Spec):
+    """The same sparsity in every decoder layer."""
+
+    name: Literal["uniform"] = "uniform"
+
+
+Allocation = Uniform
+
+_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+class PruneSpec(StageSpec):
+    """Prune every linear layer inside a model's decoder layers.
+
+    Leaves `model/` (a dense checkpoint with zeros, and the tokenizer) and `sparsity.parquet`:
+    matrix, rows, columns, zeros, sparsity.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["prune"] = "prune"
+
+    model: Model
+    """The model to prune."""
+
+    pruner: Pruner
+    """How weights are chosen and, for some, updated."""
+
+    sparsity: Fraction
+    """Share of zeros in every matrix; with a pattern N:M it must be 1 - N/M."""
+
+    pattern: str | None = None
+    """`N:M`: N kept of every M adjacent inputs of a row, the hardware's convention. None is
+    unstructured."""
+
+    allocation: Allocation = Uniform()
+    """How the sparsity is spread over decoder layers."""
+
+    calibration: WindowsSpec | None = None
+    """The calibration set; None exactly for pruners that take no data."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_is_n_of_m(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            parse_pattern(pattern)
+        return pattern
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "PruneSpec":
+        if self.pattern is not None:
+            kept, group = parse_pattern(self.pattern)
+            if not math.isclose(self.sparsity, 1 - kept / group):
+                raise ValueError(
+                    f"sparsity {self.sparsity} contradicts pattern {self.pattern}: "
+                    f"set it to {1 - kept / group:g}"
+                )
+        if self.pruner.calibrated and self.calibration is None:
+            raise ValueError(f"pruner {self.pruner.name} needs a calibration set")
+        if not self.pruner.calibrated and self.calibration is not None:
+            raise ValueError(f"pruner {self.pruner.name} takes no data: leave calibration out")
+        return self
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """`"2:4"` as (2, 4): kept, group size.
+
+    Raises:
+        ValueError: if it is no pattern, or keeps more than the group has.
+    """
+    found = _PATTERN.fullmatch(pattern)
+    if found is None:
+        raise ValueError(f"pattern {pattern!r} is not of the form N:M, like 2:4")
+    kept, group = int(found[1]), int(found[2])
+    if kept > group:
+        raise ValueError(f"pattern {pattern} keeps {kept} of {group}: N must not exceed M")
+    return kept, group
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+class PerplexitySpec(Spec):
+    """Perplexity on a corpus: exp of the mean loss over non-overlapping windows."""
+
+    name: str = Field(min_length=1)
+    """What the results call it."""
+
+    corpus: Corpus
+    """The text; documents are joined in the corpus's order, a short rest is dropped."""
+
+    seqlen: int = Field(default=2048, ge=8)
+    """Tokens of a window, recorded with the result since it moves the number."""
+
+    max_windows: int = Field(default=256, ge=1)
+    """Windows at the most."""
+
+
+class TaskSpec(Spec):
+    """One lm-eval task or group."""
+
+    name: str = Field(min_length=1)
+    """Its name in lm-eval, or in the task folder."""
+
+    num_fewshot: int = Field(default=0, ge=0)
+    """Examples before each question."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Questions at the most, per task; None takes all."""
+
+
+class TestbedTasksSpec(StageSpec):
+    """Write the testbed's multiple-choice tasks as an ordinary lm-eval task folder.
+
+    Leaves one YAML and one JSON Lines file a task.
+    """
+
+    __test__: ClassVar[bool] = False  # the name is no test case's
+
+    version: ClassVar[int] = 1
+    kind: Literal["testbed-tasks"] = "testbed-tasks"
+
+    world: WorldSpec = WorldSpec()
+    """The world whose facts and rules are asked for."""
+
+    questions: int = Field(default=200, ge=1)
+    """Questions a task."""
+
+
+class LocalTasks(Spec):
+    """A folder of lm-eval task files."""
+
+    kind: Literal["local-tasks"] = "local-tasks"
+
+    path: str = Field(min_length=1)
+    """The folder, as lm-eval's `--include_path` takes it."""
+
+    fingerprint: str | None = None
+    """SHA-256 over the folder's files, filled in when a grid is planned."""
+
+
+class EvaluateSpec(StageSpec):
+    """Measure a model.
+
+    Leaves `metrics.parquet`: task, metric, value, stderr, samples.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["evaluate"] = "evaluate"
+
+    model: Model
+    """The model, dense or pruned."""
+
+    perplexity: tuple[PerplexitySpec, ...] = ()
+    """Perplexities to take."""
+
+    tasks: tuple[TaskSpec, ...] = ()
+    """lm-eval tasks to run."""
+
+    task_folder: Annotated[TestbedTasksSpec | LocalTasks, Field(discriminator="kind")] | None = None
+    """Where tasks beyond lm-eval's own are found."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences of a batch."""
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> "EvaluateSpec":
+        if not self.perplexity and not self.tasks:
+            raise ValueError("evaluate needs at least one perplexity or task")
+        return self
+
+
+for _spec in (ShardSpec, GenerateSpec, ScoreSpec, FilterSpec, WindowsSpec, PruneSpec, EvaluateSpec):
+    _spec.model_rebuild()
