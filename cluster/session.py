@@ -1,0 +1,68 @@
+"""A connection to Ray: a local one with no set-up, or the cluster that is named."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
+
+import ray
+
+from cluster.graph import Resources
+
+logger = logging.getLogger(__name__)
+
+
+class ResourceError(RuntimeError):
+    """A stage asks for more than any node has."""
+
+
+@contextlib.contextmanager
+def session(address: str | None, code: Iterable[ModuleType] = ()) -> Iterator[None]:
+    """Connect to Ray, and disconnect at the end.
+
+    Args:
+        address: a cluster (`auto`, `host:6379`, `ray://host:10001`). None joins the cluster that
+            `ray job submit` started this process on, and starts a local Ray otherwise.
+        code: packages that workers of a named cluster need; inside a submitted job they come
+            with its working directory.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    submitted = "RAY_ADDRESS" in os.environ
+    runtime_env = {"py_modules": list(code)} if address and not submitted else None
+    ray.init(
+        address=address,
+        runtime_env=runtime_env,
+        include_dashboard=None if address or submitted else False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(wanted: Mapping[str, Resources]) -> None:
+    """See that some node can hold each kind of stage.
+
+    Raises:
+        ResourceError: if none can, naming the stage, its wish and the largest node. On a cluster
+            that may yet grow this is only logged.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, resources in wanted.items():
+        for field, name, amount in (
+            ("cpus", "CPU", float(resources.cpus)),
+            ("gpus", "GPU", resources.gpus),
+        ):
+            largest = max((node.get(name, 0.0) for node in nodes), default=0.0)
+            if amount <= largest:
+                continue
+            message = (
+                f"resources.{kind}.{field}: {amount:g}: the largest node has {largest:g} {name}; "
+                f"lower it or add a node"
+            )
+            if "RAY_ADDRESS" not in os.environ and len(nodes) == 1:
+                raise ResourceError(message)
+            logger.warning("%s (waiting for the cluster to grow)", message)

@@ -1,0 +1,35 @@
+from cluster.graph import Stage, descendants, needed
+
+
+def stage(key: str, *inputs: str) -> Stage:
+    return Stage(key=key, kind="k", label=key, spec={}, payload=key, inputs=inputs)
+
+
+GRAPH = {
+    each.key: each
+    for each in (
+        stage("pretrain"),
+        stage("windows", "pretrain"),
+        stage("prune", "pretrain", "windows"),
+        stage("evaluate", "prune"),
+        stage("dense", "pretrain"),
+    )
+}
+
+
+def test_all_that_a_target_needs_comes_before_it() -> None:
+    order = needed(GRAPH, ["evaluate", "dense"], present=set())
+    assert sorted(order) == sorted(GRAPH)
+    for position, key in enumerate(order):
+        assert set(GRAPH[key].inputs) <= set(order[:position])
+
+
+def test_what_is_there_is_not_made_and_neither_is_what_only_it_needed() -> None:
+    assert needed(GRAPH, ["evaluate"], present={"prune"}) == ["evaluate"]
+    assert needed(GRAPH, ["evaluate", "dense"], present={"evaluate", "dense"}) == []
+    assert needed(GRAPH, ["prune"], present={"pretrain"}) == ["windows", "prune"]
+
+
+def test_descendants_are_all_that_reads_a_stage_however_far() -> None:
+    assert descendants(GRAPH, "windows") == {"prune", "evaluate"}
+    assert descendants(GRAPH, "evaluate") == set()

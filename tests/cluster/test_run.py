@@ -1,0 +1,197 @@
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.graph import Graph, Resources, Stage
+from cluster.run import run
+from cluster.store import Failure, Manifest, Store
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+VERSIONS = {"calprune": "0"}
+
+
+def stage(key: str, payload: str, *inputs: str, pool: str | None = None) -> Stage:
+    return Stage(
+        key=key,
+        kind=key.split("-")[0],
+        label=key,
+        spec={},
+        payload=payload,
+        inputs=inputs,
+        pool=pool,
+    )
+
+
+def graph(*stages: Stage) -> Graph:
+    return {each.key: each for each in stages}
+
+
+def add(payload: str, artifacts: dict[str, Path], output: Path, cpus: int) -> dict[str, Any]:
+    """Writes its own number plus those of its inputs; some payloads are incidents."""
+    word, _, argument = payload.partition(" ")
+    if word == "raise":
+        raise ValueError(argument)
+    if word == "die-once":
+        marker = Path(argument)
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        word = "1"
+    if word == "count":
+        with Path(argument).open("a") as file:
+            file.write("x")
+        word = "1"
+    if word == "pid":
+        time.sleep(0.2)
+        (output / "pid").write_text(str(os.getpid()))
+        word = "1"
+    total = int(word) + sum(int((folder / "n").read_text()) for folder in artifacts.values())
+    (output / "n").write_text(str(total))
+    return {"total": total, "cpus": cpus}
+
+
+def test_stages_run_after_their_inputs_and_leave_artifacts(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    diamond = graph(
+        stage("a", "1"), stage("b", "10", "a"), stage("c", "100", "a"), stage("d", "1000", "b", "c")
+    )
+    outcome = run(diamond, ["d"], add, store, VERSIONS)
+    assert set(outcome.made) == {"a", "b", "c", "d"}
+    assert (store.fetch("d") / "n").read_text() == "1112"
+    manifest = store.manifest("d")
+    assert manifest is not None
+    assert manifest.report == {"total": 1112, "cpus": 1}
+    assert manifest.versions == VERSIONS
+    assert manifest.peak_memory_bytes is None or manifest.peak_memory_bytes > 1 << 20
+
+
+def test_what_is_in_the_store_is_not_made_again(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    count = tmp_path / "count"
+    pair = graph(stage("a", f"count {count}"), stage("b", "1", "a"))
+    run(pair, ["a"], add, store, VERSIONS)
+    outcome = run(pair, ["b"], add, store, VERSIONS)
+    assert set(outcome.made) == {"b"}
+    assert count.read_text() == "x"
+
+
+def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    seen: list[tuple[str, bool]] = []
+
+    def observe(stage: Stage, result: Manifest | Failure) -> None:
+        seen.append((stage.key, isinstance(result, Failure)))
+
+    plan = graph(
+        stage("bad", "raise no such layer"),
+        stage("reader", "1", "bad"),
+        stage("readers-reader", "1", "reader"),
+        stage("good", "1"),
+    )
+    outcome = run(plan, ["readers-reader", "good"], add, store, VERSIONS, observe=observe)
+    assert set(outcome.made) == {"good"}
+    assert set(outcome.failed) == {"bad"}
+    assert outcome.blocked == {"reader": "bad", "readers-reader": "bad"}
+    failure = store.failure("bad")
+    assert failure is not None
+    assert failure.error == "ValueError: no such layer"
+    assert "raise ValueError(argument)" in failure.traceback
+    assert sorted(seen) == [("bad", True), ("good", False)]
+
+
+def test_only_what_failed_is_tried_again(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    count = tmp_path / "count"
+    plan = graph(stage("a", f"count {count}"), stage("b", "raise once", "a"))
+    run(plan, ["b"], add, store, VERSIONS)
+    mended = graph(plan["a"], stage("b", "5", "a"))
+    outcome = run(mended, ["b"], add, store, VERSIONS)
+    assert set(outcome.made) == {"b"}
+    assert count.read_text() == "x"
+    assert store.failure("b") is None
+
+
+@pytest.mark.parametrize("pool", [None, "pool"])
+def test_a_killed_worker_costs_only_its_stage_which_is_tried_again(
+    tmp_path: Path, pool: str | None
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    plan = graph(
+        stage("a", "1", pool=pool),
+        stage("b", f"die-once {tmp_path / 'died'}", "a", pool=pool),
+        stage("c", "1", "b", pool=pool),
+    )
+    outcome = run(plan, ["c"], add, store, VERSIONS)
+    assert set(outcome.made) == {"a", "b", "c"}
+    assert (tmp_path / "died").exists()
+    assert outcome.failed == {}
+
+
+def test_a_worker_that_always_dies_is_a_failure_and_not_a_hang(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    missing = tmp_path / "no-folder" / "died"
+    doomed = Stage(
+        key="doomed",
+        kind="k",
+        label="doomed",
+        spec={},
+        payload=f"die-once {missing}",
+        inputs=(),
+        resources=Resources(retries=0),
+    )
+    outcome = run(graph(doomed), ["doomed"], _kill_oneself, store, VERSIONS)
+    assert set(outcome.failed) == {"doomed"}
+    assert store.failure("doomed") is not None
+
+
+def _kill_oneself(
+    payload: str, artifacts: dict[str, Path], output: Path, cpus: int
+) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_an_input_found_damaged_on_the_way_is_made_again(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    plan = graph(stage("a", "1"), stage("b", "10", "a"), stage("c", "100", "a"))
+    run(plan, ["a"], add, store, VERSIONS)
+    manifest = store.manifest("a")
+    assert manifest is not None
+    (tmp_path / "store" / manifest.data / "n").write_text("7")
+    outcome = run(plan, ["b", "c"], add, store, VERSIONS)
+    assert set(outcome.made) == {"a", "b", "c"}
+    assert outcome.failed == {}
+    fresh = Store(store.url)
+    assert (fresh.fetch("b") / "n").read_text() == "11"
+    assert (fresh.fetch("c") / "n").read_text() == "101"
+
+
+def test_a_pool_serves_many_stages_with_few_processes(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    shards = [stage(f"shard-{number}", "pid", pool="generate") for number in range(6)]
+    joined = stage("joined", "0", *(shard.key for shard in shards))
+    run(graph(*shards, joined), ["joined"], add, store, VERSIONS)
+    assert (store.fetch("joined") / "n").read_text() == "6"
+    pids = {(store.fetch(shard.key) / "pid").read_text() for shard in shards}
+    assert 1 <= len(pids) <= 2
+
+
+def test_one_worker_and_two_leave_the_same_files(tmp_path: Path) -> None:
+    plan = graph(
+        stage("a", "1"),
+        *(stage(f"shard-{number}", str(number), "a", pool="p") for number in range(4)),
+        stage("z", "0", *(f"shard-{number}" for number in range(4))),
+    )
+    sums = []
+    for workers in (1, 2):
+        store = Store(str(tmp_path / str(workers)))
+        run(plan, ["z"], add, store, VERSIONS, workers=workers)
+        manifests = [store.manifest(key) for key in plan]
+        sums.append([each.files for each in manifests if each is not None])
+    assert sums[0] == sums[1]
+    assert len(sums[0]) == len(plan)
