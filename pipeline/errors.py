@@ -1,5 +1,10 @@
 """Errors that a user can mend."""
 
+import reprlib
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+
 
 class InputError(ValueError):
     """Something that the user gave is wrong; the message names field, value and remedy."""
@@ -11,4 +16,4 @@ class InputError(ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.value!r}: {self.remedy}"
+        return f"{self.field}: {_short.repr(self.value)}: {self.remedy}"

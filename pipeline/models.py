@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import InputError
+from pipeline.hub import hub_answers
 from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
 
 Artifacts = Mapping[str, Path]
@@ -58,6 +59,30 @@ def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
     except (OSError, ValueError) as error:
         remedy = f"has no tokenizer that loads: {_first_line(error)}"
         raise InputError("model", location, remedy) from error
+
+
+def inspect_model(spec: HubModel | LocalModel) -> Any | None:
+    """The configuration of a model that is not loaded yet, after a look at its tokenizer.
+
+    Returns:
+        None if the hub is out of reach and the model is not in its cache.
+
+    Raises:
+        InputError: if there is no such model, or its tokenizer lacks what generation needs.
+    """
+    location, options = _location(spec, {})
+    cached = isinstance(spec, HubModel) and not hub_answers()
+    try:
+        config = AutoConfig.from_pretrained(location, local_files_only=cached, **options)
+        tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=cached, **options)
+    except (OSError, ValueError) as error:
+        if cached:
+            return None
+        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
+        remedy = "its tokenizer has neither BOS nor EOS, and text cannot begin or end; add one"
+        raise InputError("model", location, remedy)
+    return config
 
 
 def _location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:

@@ -42,7 +42,8 @@ class StageSpec(Spec):
     @cached_property
     def lineage(self) -> dict[str, Any]:
         """The spec with all it holds, as plain JSON values, stage versions included."""
-        return _plain(self)
+        lineage: dict[str, Any] = _plain(self)
+        return lineage
 
     @cached_property
     def key(self) -> str:
@@ -294,10 +295,8 @@ class ShardSpec(StageSpec):
 class GenerateSpec(StageSpec):
     """Let a model go on from short prefixes of real texts.
 
-    Leaves `samples.parquet`: sample_id, prefix_tokens (how many leading ids are given, not
-    generated), token_ids, text. The prefix's ids come first in `token_ids`; a beginning-of-sequence
-    id, where the tokenizer has one, is first and counted in neither `prefix_tokens` of the spec
-    nor in the generated part.
+    Leaves `samples.parquet`: sample_id, prefix_tokens (how many leading ids were given and not
+    generated, BOS included), token_ids (those first), text.
     """
 
     version: ClassVar[int] = 1

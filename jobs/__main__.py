@@ -1,0 +1,136 @@
+"""The command line: `python -m jobs plan|run|gather|show GRID`, installed as `calprune`."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import typer
+from rich.console import Console
+
+from cluster.session import ResourceError
+from cluster.store import Store, StoreError
+from jobs.check import check
+from jobs.gather import gather, write_table
+from jobs.grid import load_grid
+from jobs.plan import Plan, make_plan, print_plan
+from jobs.run import run_grid
+from jobs.show import print_results
+from pipeline.errors import InputError
+
+LOG_COLUMNS = 160
+"""Width of tables in a file or a job's log."""
+
+logger = logging.getLogger("jobs")
+console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find out which calibration data prunes a language model best.",
+)
+
+GridFile = Annotated[Path, typer.Argument(help="Grid file in YAML.", show_default=False)]
+StoreUrl = Annotated[
+    str,
+    typer.Option(
+        "--store", envvar="CALPRUNE_STORE", help="Folder or fsspec URL that keeps all artifacts."
+    ),
+]
+
+
+@app.command()
+def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
+    """Print cells, unique stages, what the store holds and an estimate; run nothing."""
+    print_plan(_checked_plan(grid), Store(store), console)
+
+
+@app.command()
+def run(
+    grid: GridFile,
+    store: StoreUrl = ".calprune",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster; unset, the one of `ray job submit`, else a local one."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Stages at work at one time; unset, as many as there is room for."
+        ),
+    ] = None,
+) -> None:
+    """Run a grid, or go on where an earlier run stopped, and print its table.
+
+    Exits with 1 if cells failed; running it again retries those.
+    """
+    planned = _checked_plan(grid)
+    kept = _writable_store(store)
+    outcome = run_grid(planned, kept, address, workers)
+    _show(planned, kept)
+    if outcome.failed:
+        logger.error("%d stages failed; the same command tries them again", len(outcome.failed))
+        raise typer.Exit(1)
+
+
+@app.command(name="gather")
+def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
+    """Write a grid's results table as far as it has come."""
+    kept = Store(store)
+    planned = make_plan(load_grid(grid))
+    console.print(write_table(gather(planned, kept), planned.grid.name, kept))
+
+
+@app.command()
+def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
+    """Print a grid's results as far as they have come."""
+    print_results(gather(make_plan(load_grid(grid)), Store(store)), console)
+
+
+def _checked_plan(grid: Path) -> Plan:
+    """The plan of a grid in which no mistake was found."""
+    planned = make_plan(load_grid(grid))
+    for note in check(planned):
+        logger.warning("%s", note)
+    return planned
+
+
+def _writable_store(url: str) -> Store:
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if submitted and "://" not in url and not Path(url).is_absolute():
+        raise InputError(
+            "store",
+            url,
+            "is inside the job's working directory, which is removed with the job; "
+            "give an absolute path or a URL that every node reaches",
+        )
+    store = Store(url)
+    store.check_writable()
+    return store
+
+
+def _show(planned: Plan, store: Store) -> None:
+    table: pa.Table = gather(planned, store)
+    path = write_table(table, planned.grid.name, store)
+    print_results(table, console)
+    console.print(f"results: {path}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user end with exit code 2 and no traceback."""
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%d %H:%M:%S")
+    for noisy in ("httpx", "datasets", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except (InputError, StoreError, ResourceError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

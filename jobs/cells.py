@@ -1,0 +1,222 @@
+"""The cells that a grid expands to, and the specs that each comes down to."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from jobs.grid import CorpusCalibration, Grid, explained, named, suggestion
+from pipeline.errors import InputError
+from pipeline.specs import (
+    EvaluateSpec,
+    FilterSpec,
+    Fraction,
+    GenerateSpec,
+    PerplexitySpec,
+    Pruner,
+    PruneSpec,
+    ScoreSpec,
+    Spec,
+    Uniform,
+    WindowsSpec,
+    parse_pattern,
+)
+
+NO_CALIBRATION = "none"
+"""What a cell's calibration is called where no data is used."""
+
+
+class Cell(Spec):
+    """One point of a grid. Fields without a meaning for it are None, so that points which are the
+    same work are equal."""
+
+    model: str
+    calibration: str = NO_CALIBRATION
+    pruner: Annotated[Pruner, BeforeValidator(named)] | None = None
+    """None is the dense model."""
+    allocation: Annotated[Uniform, BeforeValidator(named)] | None = None
+    sparsity: Fraction = 0.0
+    pattern: str | None = None
+    seed: int | None = Field(default=None, ge=0)
+    nsamples: int | None = Field(default=None, ge=1)
+    seqlen: int | None = Field(default=None, ge=8)
+    prefix_tokens: int | None = Field(default=None, ge=0)
+    drop_fraction: Fraction | None = None
+    num_samples: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_from_sparsity(cls, fields: Any) -> Any:
+        """`sparsity: "2:4"` names a pattern."""
+        if not isinstance(fields, dict) or not isinstance(fields.get("sparsity"), str):
+            return fields
+        kept, group = parse_pattern(fields["sparsity"])
+        return {**fields, "pattern": fields["sparsity"], "sparsity": 1 - kept / group}
+
+
+GENERATED_FIELDS = ("prefix_tokens", "drop_fraction", "num_samples", "temperature")
+"""Axes that override a generated calibration's own fields."""
+
+
+def expand(grid: Grid) -> list[Cell]:
+    """The grid's cells in the order of its axes, the dense model of each first.
+
+    Raises:
+        InputError: if a cell is wrong, or there is none.
+    """
+    blocks = {"cells": grid.cells}
+    for number, further in enumerate(grid.include):
+        blocks[f"include.{number}"] = {**grid.cells, **further}
+    points = [(where, point) for where, block in blocks.items() for point in _product(where, block)]
+    kept = [entry for entry in points if not any(_agrees(entry[1], out) for out in grid.exclude)]
+    if not kept:
+        raise InputError("exclude", f"all {len(points)} cells", "nothing is left; exclude less")
+    cells = [_normal(grid, _cell(where, point)) for where, point in kept]
+    dense = [Cell(model=model) for model in dict.fromkeys(cell.model for cell in cells)]
+    return list(dict.fromkeys([*dense, *cells]))
+
+
+def evaluate_spec(grid: Grid, cell: Cell) -> EvaluateSpec:
+    """The last stage of a cell, which holds all the others."""
+    pruned = prune_spec(grid, cell)
+    measured = grid.evaluate
+    return EvaluateSpec(
+        model=pruned or grid.models[cell.model],
+        perplexity=tuple(
+            PerplexitySpec(
+                name=entry.corpus,
+                corpus=_get(grid.corpora, entry.corpus, f"evaluate.perplexity.{number}.corpus"),
+                seqlen=entry.seqlen,
+                max_windows=entry.max_windows,
+            )
+            for number, entry in enumerate(measured.perplexity)
+        ),
+        tasks=measured.tasks,
+        task_folder=measured.task_folder,
+        batch_size=measured.batch_size,
+    )
+
+
+def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
+    """How a cell's model is pruned; None for the dense model."""
+    if cell.pruner is None:
+        return None
+    return PruneSpec(
+        model=grid.models[cell.model],
+        pruner=cell.pruner,
+        sparsity=cell.sparsity,
+        pattern=cell.pattern,
+        allocation=cell.allocation or Uniform(),
+        calibration=_windows_spec(grid, cell) if cell.pruner.calibrated else None,
+    )
+
+
+def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
+    model = grid.models[cell.model]
+    calibration = grid.calibrations[cell.calibration]
+    assert cell.seed is not None
+    assert cell.nsamples is not None
+    assert cell.seqlen is not None
+    source: Any
+    if isinstance(calibration, CorpusCalibration):
+        source = grid.corpora[calibration.corpus]
+    else:
+        generator = grid.models[calibration.generator or cell.model]
+        samples = GenerateSpec(
+            model=generator,
+            prefixes=grid.corpora[calibration.prefixes],
+            num_samples=calibration.num_samples if cell.num_samples is None else cell.num_samples,
+            prefix_tokens=calibration.prefix_tokens
+            if cell.prefix_tokens is None
+            else cell.prefix_tokens,
+            seqlen=cell.seqlen,
+            top_k=calibration.top_k,
+            top_p=calibration.top_p,
+            temperature=calibration.temperature if cell.temperature is None else cell.temperature,
+            repetition_penalty=calibration.repetition_penalty,
+            seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
+            shard_size=calibration.shard_size,
+        )
+        source = FilterSpec(
+            scores=ScoreSpec(
+                samples=samples, model=generator, include_prefix=calibration.include_prefix
+            ),
+            drop_fraction=calibration.drop_fraction
+            if cell.drop_fraction is None
+            else cell.drop_fraction,
+        )
+    return WindowsSpec(
+        source=source,
+        model=model,
+        nsamples=cell.nsamples,
+        seqlen=cell.seqlen,
+        packing=calibration.packing,
+        seed=cell.seed,
+    )
+
+
+def _product(where: str, block: dict[str, Any]) -> list[dict[str, Any]]:
+    axes = {
+        field: values if isinstance(values, list) else [values] for field, values in block.items()
+    }
+    for field, values in axes.items():
+        if not values:
+            raise InputError(f"{where}.{field}", [], "is an axis without values; give one at least")
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def _agrees(point: Mapping[str, Any], pattern: Mapping[str, Any]) -> bool:
+    return all(
+        point.get(field) in (value if isinstance(value, list) else [value])
+        for field, value in pattern.items()
+    )
+
+
+def _cell(where: str, point: dict[str, Any]) -> Cell:
+    try:
+        return Cell.model_validate(point)
+    except ValidationError as error:
+        raise explained(error, (where,)) from error
+
+
+def _normal(grid: Grid, cell: Cell) -> Cell:
+    """The cell with all names checked, and fields that mean nothing to it emptied."""
+    _get(grid.models, cell.model, "cells.model")
+    if cell.pruner is None:
+        return Cell(model=cell.model)
+    allocation = cell.allocation or Uniform()
+    if not cell.pruner.calibrated:
+        unused = dict.fromkeys(("seed", "nsamples", "seqlen", *GENERATED_FIELDS))
+        kept = {"calibration": NO_CALIBRATION, "allocation": allocation}
+        return cell.model_copy(update={**kept, **unused})
+    if cell.calibration == NO_CALIBRATION:
+        raise InputError(
+            "cells.calibration",
+            cell.calibration,
+            f"pruner {cell.pruner.name} needs data: name one of the grid's calibrations",
+        )
+    calibration = _get(grid.calibrations, cell.calibration, "cells.calibration")
+    defaults: dict[str, Any] = {
+        "allocation": allocation,
+        "seed": 0 if cell.seed is None else cell.seed,
+        "nsamples": cell.nsamples or 128,
+        "seqlen": cell.seqlen or 2048,
+    }
+    if isinstance(calibration, CorpusCalibration):
+        _get(grid.corpora, calibration.corpus, f"calibrations.{cell.calibration}.corpus")
+        return cell.model_copy(update={**defaults, **dict.fromkeys(GENERATED_FIELDS)})
+    _get(grid.corpora, calibration.prefixes, f"calibrations.{cell.calibration}.prefixes")
+    if calibration.generator is not None:
+        _get(grid.models, calibration.generator, f"calibrations.{cell.calibration}.generator")
+    for field in GENERATED_FIELDS:
+        chosen = getattr(cell, field)
+        defaults[field] = getattr(calibration, field) if chosen is None else chosen
+    return cell.model_copy(update=defaults)
+
+
+def _get(known: Mapping[str, Any], name: str, field: str) -> Any:
+    if name not in known:
+        raise InputError(field, name, f"is not defined in the grid; {suggestion(name, known)}")
+    return known[name]

@@ -1,0 +1,155 @@
+"""Every mistake in a grid, found before any stage starts."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from jobs.plan import Plan
+from pipeline.corpora import check_corpus
+from pipeline.errors import InputError
+from pipeline.specs import (
+    Corpus,
+    EvaluateSpec,
+    GenerateSpec,
+    HubModel,
+    Model,
+    PretrainSpec,
+    PruneSpec,
+    StageSpec,
+    WindowsSpec,
+    parse_pattern,
+)
+from pipeline.testbed.world import check_mixture
+
+
+def check(plan: Plan) -> list[str]:
+    """Look at all that a plan reads: models, tokenizers, corpora, tasks.
+
+    Returns:
+        What could not be looked at, such as a hub that is out of reach.
+
+    Raises:
+        InputError: at the first mistake, naming field, value and remedy.
+    """
+    notes: dict[str, None] = {}
+    configs = {name: _config(name, model, notes) for name, model in plan.grid.models.items()}
+    names = {_identity(model): name for name, model in plan.grid.models.items()}
+    corpora = {_identity(corpus): name for name, corpus in plan.grid.corpora.items()}
+
+    demands: dict[tuple[str, int, int, bool], Corpus] = {}
+    for spec in plan.specs.values():
+        for model, seqlen in _lengths(spec):
+            name = names[_identity(_dense(model))]
+            _check_length(name, configs[name], seqlen)
+        if isinstance(spec, PruneSpec) and spec.pattern is not None:
+            name = names[_identity(_dense(spec.model))]
+            _check_pattern(name, configs[name], spec.pattern)
+        for corpus, nsamples, seqlen, joined in _readings(spec):
+            demands[corpora[_identity(corpus)], nsamples, seqlen, joined] = corpus
+    for (name, nsamples, seqlen, joined), corpus in demands.items():
+        with _at(f"corpora.{name}"):
+            note = check_corpus(corpus, nsamples, seqlen, joined=joined)
+        if note is not None:
+            notes[f"corpora.{name}: {note}"] = None
+    _check_tasks(plan)
+    return list(notes)
+
+
+def _identity(value: Model | Corpus) -> str:
+    return value.model_dump_json()
+
+
+def _dense(model: Model) -> Model:
+    return _dense(model.model) if isinstance(model, PruneSpec) else model
+
+
+# ----------------------------------------------------------------------------------------- models
+
+
+def _config(name: str, model: Model, notes: dict[str, None]) -> Any:
+    """What is known of a model before it is there: the testbed's spec, a configuration, or None
+    where the hub is out of reach."""
+    if isinstance(model, PretrainSpec):
+        with _at(f"models.{name}"):
+            check_mixture(model.mixture)
+        return model
+    assert not isinstance(model, PruneSpec)
+    from pipeline.models import inspect_model  # takes seconds, and the testbed needs it not
+
+    with _at(f"models.{name}"):
+        config = inspect_model(model)
+    if config is None:
+        notes[f"models.{name} was not looked at: the hub is out of reach"] = None
+    elif isinstance(model, HubModel) and model.revision == "main":
+        notes[f"models.{name}.revision is no commit: a change on the hub will go unnoticed"] = None
+    return config
+
+
+@contextlib.contextmanager
+def _at(field: str) -> Iterator[None]:
+    """Name the grid's field in a mistake that is found in it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(field, error.value, error.remedy) from error
+
+
+def _check_length(name: str, config: Any, seqlen: int) -> None:
+    longest = (
+        config.seqlen
+        if isinstance(config, PretrainSpec)
+        else getattr(config, "max_position_embeddings", None)
+    )
+    if longest is not None and seqlen > longest:
+        raise InputError(
+            "seqlen", seqlen, f"model {name} takes {longest} tokens at the most; lower seqlen"
+        )
+
+
+def _check_pattern(name: str, config: Any, pattern: str) -> None:
+    _, group = parse_pattern(pattern)
+    for field in ("hidden_size", "intermediate_size"):
+        width = getattr(config, field, None)
+        if isinstance(width, int) and width % group:
+            raise InputError(
+                "sparsity",
+                pattern,
+                f"{field} {width} of model {name} is no multiple of {group}; take another pattern",
+            )
+
+
+def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:
+    match spec:
+        case WindowsSpec() | GenerateSpec():
+            yield spec.model, spec.seqlen
+        case EvaluateSpec():
+            yield from ((spec.model, entry.seqlen) for entry in spec.perplexity)
+
+
+# ------------------------------------------------------------------------------- corpora and tasks
+
+
+def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
+    """Corpus, documents, tokens of each, and whether all of them together will do."""
+    match spec:
+        case WindowsSpec(source=source) if not isinstance(source, StageSpec):
+            joined = spec.packing == "concat"
+            yield source, spec.nsamples, spec.seqlen, joined
+        case GenerateSpec():
+            yield spec.prefixes, spec.num_samples, max(1, spec.prefix_tokens), False
+        case EvaluateSpec():
+            for entry in spec.perplexity:
+                yield entry.corpus, 1, entry.seqlen, True
+
+
+def _check_tasks(plan: Plan) -> None:
+    from pipeline.tasks import missing_tasks
+
+    evaluation = plan.grid.evaluate
+    missing = missing_tasks([task.name for task in evaluation.tasks], evaluation.task_folder)
+    if missing:
+        raise InputError(
+            "evaluate.tasks",
+            missing[0],
+            "neither lm-eval nor the task folder has it; `lm-eval ls tasks` lists the names",
+        )

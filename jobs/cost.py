@@ -1,0 +1,168 @@
+"""What a stage will take, before anything runs: a stated model, not a measurement.
+
+A stage's work is counted in passes of its tokens through the model, 2 FLOP a parameter and token,
+and divided by the rate of the device and the share of that rate that such work reaches.
+"""
+
+from dataclasses import dataclass
+
+from jobs.grid import Cost
+from pipeline.specs import (
+    EvaluateSpec,
+    FilterSpec,
+    GenerateSpec,
+    Model,
+    PretrainSpec,
+    PruneSpec,
+    ScoreSpec,
+    ShardSpec,
+    StageSpec,
+    TaskSpec,
+    TestbedTasksSpec,
+    WindowsSpec,
+)
+
+UTILISATION = {"pretrain": 0.3, "generate": 0.1, "score": 0.5, "prune": 0.5, "evaluate": 0.4}
+"""Share of the device's matrix rate. Generation reads every weight for one token a sample."""
+
+PASSES = {"pretrain": 3.0, "generate": 1.0, "score": 1.0, "evaluate": 1.0}
+"""Passes of a token through the model; training's backward pass counts two."""
+
+PRUNE_PASSES = {"magnitude": 0.0, "wanda": 2.0, "sparsegpt": 4.0}
+"""Statistics and outputs of every layer; SparseGPT's Hessians and updates about double that."""
+
+TASK_TOKENS = 2_000_000
+"""Tokens of an lm-eval task with all its questions and choices, on average."""
+
+QUESTION_TOKENS = 600
+"""Tokens of one question with all its choices, where the number of questions is limited."""
+
+TESTBED_QUESTION_TOKENS = 60
+"""Tokens of a question of the testbed's tasks, which take no other."""
+
+TOKEN_BYTES = 8
+"""An id and its share of the text."""
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds on one device, and bytes left in the store."""
+
+    seconds: float
+    bytes: float
+
+
+def estimate(spec: StageSpec, cost: Cost, sizes: dict[str, float]) -> Estimate | None:
+    """What a stage takes; None if it needs a model whose size is unknown.
+
+    Args:
+        sizes: number of parameters by hub name or path of a model.
+    """
+    model = _model(spec)
+    size = 0.0 if model is None else parameters(model, sizes)
+    if size is None:
+        return None
+    stage = spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
+    rate = cost.flops_per_second * UTILISATION.get(stage, 1.0)
+    seconds = 2.0 * size * _passes(spec) * _tokens(spec) / rate
+    return Estimate(seconds=seconds, bytes=_bytes(spec, size))
+
+
+def parameters(model: Model, sizes: dict[str, float]) -> float | None:
+    """How many a model has; None if neither its spec nor the grid tells."""
+    match model:
+        case PruneSpec():
+            return parameters(model.model, sizes)
+        case PretrainSpec():
+            heads = model.num_key_value_heads * model.head_dim
+            attention = 2 * model.hidden_size * (model.hidden_size + heads)
+            mlp = 3 * model.hidden_size * model.intermediate_size
+            return float(
+                model.num_layers * (attention + mlp) + model.vocab_size * model.hidden_size
+            )
+        case _:
+            return sizes.get(model_name(model))
+
+
+def model_name(model: Model) -> str:
+    """Hub name or path; the testbed's is its kind."""
+    match model:
+        case PruneSpec():
+            return model_name(model.model)
+        case PretrainSpec():
+            return model.kind
+        case _:
+            return model.name if model.kind == "hub-model" else model.path
+
+
+def _model(spec: StageSpec) -> Model | None:
+    match spec:
+        case ShardSpec():
+            return spec.of.model
+        case PretrainSpec():
+            return spec
+        case PruneSpec() | EvaluateSpec():
+            return spec.model
+        case _:
+            return None  # joins and cuts, no forward pass
+
+
+def _passes(spec: StageSpec) -> float:
+    if isinstance(spec, PruneSpec):
+        return PRUNE_PASSES[spec.pruner.name]
+    return PASSES.get(spec.of.kind if isinstance(spec, ShardSpec) else spec.kind, 0.0)
+
+
+def _tokens(spec: StageSpec) -> float:
+    match spec:
+        case PretrainSpec():
+            return spec.steps * spec.batch_size * spec.seqlen
+        case ShardSpec():
+            samples = spec.of if isinstance(spec.of, GenerateSpec) else spec.of.samples
+            rest = samples.num_samples - spec.index * samples.shard_size
+            return min(rest, samples.shard_size) * samples.seqlen
+        case PruneSpec(calibration=WindowsSpec() as windows):
+            return windows.nsamples * windows.seqlen
+        case EvaluateSpec():
+            texts = sum(entry.max_windows * entry.seqlen for entry in spec.perplexity)
+            return texts + sum(_task_tokens(spec, task) for task in spec.tasks)
+        case _:
+            return 0.0
+
+
+def _task_tokens(spec: EvaluateSpec, task: TaskSpec) -> float:
+    if isinstance(spec.task_folder, TestbedTasksSpec):
+        return spec.task_folder.questions * TESTBED_QUESTION_TOKENS
+    return TASK_TOKENS if task.limit is None else task.limit * QUESTION_TOKENS
+
+
+def _bytes(spec: StageSpec, size: float) -> float:
+    match spec:
+        case PretrainSpec():
+            return size * WEIGHT_BYTES["float32"]
+        case PruneSpec():
+            return size * WEIGHT_BYTES[_dtype(spec)]
+        case ShardSpec(of=GenerateSpec()):
+            return _tokens(spec) * TOKEN_BYTES
+        case GenerateSpec():
+            return spec.num_samples * spec.seqlen * TOKEN_BYTES
+        case FilterSpec():
+            return _bytes(spec.scores.samples, size) * (1 - spec.drop_fraction)
+        case WindowsSpec():
+            return spec.nsamples * spec.seqlen * TOKEN_BYTES / 2
+        case ScoreSpec():
+            return spec.samples.num_samples * 4 * TOKEN_BYTES
+        case _:
+            return 0.0
+
+
+def _dtype(model: Model) -> str:
+    match model:
+        case PruneSpec():
+            return _dtype(model.model)
+        case PretrainSpec():
+            return "float32"
+        case _:
+            return model.dtype

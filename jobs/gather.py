@@ -1,0 +1,165 @@
+"""Gather what a grid's cells measured into one tidy table: a row a cell, task and metric."""
+
+import hashlib
+import io
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from cluster.graph import Graph, needed
+from cluster.store import CorruptArtifactError, Failure, Manifest, Store
+from jobs.cells import Cell
+from jobs.plan import Plan
+from pipeline.specs import EvaluateSpec, PruneSpec, canonical_json
+
+CELL_COLUMNS: dict[str, pa.DataType] = {
+    "grid": pa.string(),
+    "cell": pa.string(),
+    "status": pa.string(),
+    "error": pa.string(),
+    "model": pa.string(),
+    "calibration": pa.string(),
+    "pruner": pa.string(),
+    "pruner_options": pa.string(),
+    "allocation": pa.string(),
+    "sparsity": pa.float64(),
+    "pattern": pa.string(),
+    "seed": pa.int64(),
+    "nsamples": pa.int64(),
+    "seqlen": pa.int64(),
+    "prefix_tokens": pa.int64(),
+    "drop_fraction": pa.float64(),
+    "num_samples": pa.int64(),
+    "temperature": pa.float64(),
+    "measured_sparsity": pa.float64(),
+}
+"""The cell, and how it ended. With the metrics they depend on the specs alone."""
+
+METRIC_COLUMNS: dict[str, pa.DataType] = {
+    "task": pa.string(),
+    "metric": pa.string(),
+    "value": pa.float64(),
+    "stderr": pa.float64(),
+    "samples": pa.int64(),
+}
+
+RUN_COLUMNS: dict[str, pa.DataType] = {
+    "traceback": pa.string(),
+    "seconds_prune": pa.float64(),
+    "seconds_evaluate": pa.float64(),
+    "peak_memory_bytes": pa.int64(),
+    "versions": pa.string(),
+    "host": pa.string(),
+    "prune_key": pa.string(),
+    "prune_report": pa.string(),
+    "evaluate_key": pa.string(),
+    "lineage": pa.string(),
+}
+"""How it was made; differs from run to run."""
+
+COLUMNS = {**CELL_COLUMNS, **METRIC_COLUMNS, **RUN_COLUMNS}
+
+
+def gather(plan: Plan, store: Store) -> pa.Table:
+    """The results table of a grid, as far as it has come.
+
+    Cells that failed are one row with `status = failed` and the error; cells that have not run
+    are one row with `status = missing`.
+    """
+    rows = [row for key, cell in plan.cells.items() for row in _rows(plan, store, key, cell)]
+    schema = pa.schema(list(COLUMNS.items()))
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def write_table(table: pa.Table, grid: str, store: Store) -> str:
+    """Write `results/<grid>.parquet`, and beside it a CSV of all that the specs determine, which
+    two runs of one grid have in common to the byte.
+
+    Returns:
+        The Parquet file's path.
+    """
+    buffer = io.BytesIO()
+    pyarrow.csv.write_csv(table.select([*CELL_COLUMNS, *METRIC_COLUMNS]), buffer)
+    store.write(f"results/{grid}.csv", buffer.getvalue())
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return store.write(f"results/{grid}.parquet", buffer.getvalue())
+
+
+def _rows(plan: Plan, store: Store, key: str, cell: Cell) -> list[dict[str, Any]]:
+    spec = plan.specs[key]
+    assert isinstance(spec, EvaluateSpec)
+    pruned = spec.model if isinstance(spec.model, PruneSpec) else None
+    row = {
+        **_cell_fields(plan.grid.name, cell),
+        "evaluate_key": key,
+        "prune_key": None if pruned is None else pruned.key,
+        "lineage": canonical_json(spec.lineage).decode(),
+    }
+    try:
+        evaluation = store.manifest(key)
+        metrics = [] if evaluation is None else _metrics(store, key)
+    except CorruptArtifactError as error:
+        return [{**row, "status": "failed", "error": str(error), "traceback": str(error)}]
+    if evaluation is None:
+        failure = _failure(plan.graph, store, key)
+        if failure is None:
+            return [{**row, "status": "missing"}]
+        told = {"error": f"{failure.kind}: {failure.error}", "traceback": failure.traceback}
+        return [{**row, "status": "failed", **told}]
+    row |= _run_fields(evaluation, None if pruned is None else store.manifest(pruned.key))
+    return [{**row, **metric} for metric in metrics]
+
+
+def _cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
+    fields = cell.model_dump(exclude={"pruner", "allocation"})
+    pruner = cell.pruner
+    options = {} if pruner is None else pruner.model_dump(exclude={"name"}, exclude_defaults=True)
+    dense = pruner is None
+    return {
+        **fields,
+        "grid": grid,
+        "cell": hashlib.sha256(cell.model_dump_json().encode()).hexdigest()[:12],
+        "status": "ok",
+        "pruner": "dense" if pruner is None else pruner.name,
+        "pruner_options": json.dumps(options, sort_keys=True),
+        "allocation": None if cell.allocation is None else cell.allocation.name,
+        "pattern": None if dense else cell.pattern or "unstructured",
+    }
+
+
+def _run_fields(evaluation: Manifest, pruning: Manifest | None) -> dict[str, Any]:
+    stages = [evaluation] if pruning is None else [evaluation, pruning]
+    peaks = [stage.peak_memory_bytes for stage in stages if stage.peak_memory_bytes is not None]
+    fields = {
+        "seconds_evaluate": evaluation.seconds,
+        "peak_memory_bytes": max(peaks, default=None),
+        "versions": json.dumps(evaluation.versions, sort_keys=True),
+        "host": evaluation.host,
+    }
+    if pruning is None:
+        return {**fields, "measured_sparsity": 0.0}
+    return {
+        **fields,
+        "seconds_prune": pruning.seconds,
+        "measured_sparsity": pruning.report.get("sparsity"),
+        "prune_report": json.dumps(pruning.report, sort_keys=True),
+    }
+
+
+def _metrics(store: Store, key: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(store.fetch(key) / "metrics.parquet").to_pylist()
+    return rows
+
+
+def _failure(graph: Graph, store: Store, key: str) -> Failure | None:
+    """The failure that keeps a cell from its result: its own, or the first before it."""
+    present = store.keys()
+    for missing in needed(graph, [key], present):
+        failure = store.failure(missing)
+        if failure is not None:
+            return failure
+    return None

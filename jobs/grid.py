@@ -1,0 +1,253 @@
+"""Grid files: what a person writes."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from cluster.graph import Resources
+from pipeline.corpora import fingerprint
+from pipeline.errors import InputError
+from pipeline.presets import CORPUS_PRESETS
+from pipeline.specs import (
+    Corpus,
+    FileCorpus,
+    Fraction,
+    HubModel,
+    LocalModel,
+    LocalTasks,
+    PretrainSpec,
+    Spec,
+    TaskSpec,
+    TestbedTasksSpec,
+)
+from pipeline.testbed.presets import PRETRAIN_PRESETS
+
+
+def _from_preset(presets: Mapping[str, BaseModel], value: object) -> object:
+    """A preset's name, or `{preset: NAME, field: value}`, as the fields that it stands for."""
+    entry = {"preset": value} if isinstance(value, str) else value
+    if not isinstance(entry, Mapping) or "preset" not in entry:
+        return entry
+    name = entry["preset"]
+    if name not in presets:
+        raise ValueError(f"there is no preset {name!r}; {suggestion(str(name), presets)}")
+    return {
+        **presets[name].model_dump(),
+        **{field: item for field, item in entry.items() if field != "preset"},
+    }
+
+
+_MODELS: dict[str, BaseModel] = {f"testbed-{size}": spec for size, spec in PRETRAIN_PRESETS.items()}
+
+GridCorpus = Annotated[Corpus, BeforeValidator(lambda value: _from_preset(CORPUS_PRESETS, value))]
+GridModel = Annotated[
+    Annotated[HubModel | LocalModel | PretrainSpec, Field(discriminator="kind")],
+    BeforeValidator(lambda value: _from_preset(_MODELS, value)),
+]
+
+
+def named(value: object) -> object:
+    """`"wanda"` as `{name: wanda}`: a name alone stands for all defaults."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class CorpusCalibration(Spec):
+    """Windows cut straight from a corpus."""
+
+    corpus: str
+    """Name of one of the grid's corpora."""
+
+    packing: Literal["sample", "concat"] = "sample"
+    """How windows are cut."""
+
+
+class GeneratedCalibration(Spec):
+    """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
+
+    prefixes: str
+    """Name of the grid's corpus that prefixes are cut from."""
+
+    generator: str | None = None
+    """Name of the grid's model that writes; the model to be pruned if unset."""
+
+    num_samples: int = Field(default=5000, ge=1)
+    prefix_tokens: int = Field(default=2, ge=0)
+    top_k: int = Field(default=50, ge=0)
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
+    temperature: float = Field(default=0.6, ge=0.0)
+    repetition_penalty: float = Field(default=1.2, gt=0.0)
+    shard_size: int = Field(default=64, ge=1)
+
+    generation_seed: int | None = Field(default=None, ge=0)
+    """One set of texts for all seeds, which then draw the windows only; each seed has its own set
+    if unset."""
+
+    drop_fraction: Fraction = 0.2
+    """Share of the samples with the highest perplexity that is dropped; 0 drops only those that
+    have no finite score."""
+
+    include_prefix: bool = False
+    """Whether the given tokens count in the perplexity."""
+
+    packing: Literal["sample", "concat"] = "concat"
+    """How windows are cut."""
+
+
+class GridPerplexity(Spec):
+    """A perplexity on one of the grid's corpora, under that corpus's name."""
+
+    corpus: str
+    seqlen: int = Field(default=2048, ge=8)
+    max_windows: int = Field(default=256, ge=1)
+
+
+class Evaluation(Spec):
+    """What is measured on every model of a grid."""
+
+    perplexity: tuple[GridPerplexity, ...] = ()
+    tasks: tuple[Annotated[TaskSpec, BeforeValidator(named)], ...] = ()
+    task_folder: Annotated[TestbedTasksSpec | LocalTasks, Field(discriminator="kind")] | None = None
+    batch_size: int = Field(default=32, ge=1)
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> "Evaluation":
+        if not self.perplexity and not self.tasks:
+            raise ValueError("measures nothing; give perplexity or tasks")
+        return self
+
+
+class Cost(Spec):
+    """What the estimate of a plan rests on."""
+
+    flops_per_second: float = Field(default=4.0e14, gt=0.0)
+    """Rate of matrix products on one device: a half of what an H200 reaches in bfloat16."""
+
+    parameters: dict[str, float] = Field(default_factory=dict)
+    """Parameters of each model of the grid that does not tell them itself."""
+
+
+class StageResources(Spec):
+    """What one kind of stage asks of a node."""
+
+    cpus: int = Field(default=1, ge=1)
+    gpus: float = Field(default=0.0, ge=0.0)
+    memory_bytes: int | None = Field(default=None, ge=1)
+    replicas: int | None = Field(default=None, ge=1)
+    retries: int = Field(default=2, ge=0)
+
+    def resources(self) -> Resources:
+        """The same, as the cluster takes it."""
+        return Resources(**self.model_dump())
+
+
+StageName = Literal[
+    "pretrain",
+    "testbed-tasks",
+    "generate",
+    "score",
+    "filter",
+    "windows",
+    "prune",
+    "evaluate",
+]
+
+
+class Grid(Spec):
+    """A grid file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the results table."""
+
+    models: dict[str, GridModel] = Field(min_length=1)
+    corpora: dict[str, GridCorpus] = Field(default_factory=dict)
+    calibrations: dict[str, CorpusCalibration | GeneratedCalibration] = Field(default_factory=dict)
+
+    cells: dict[str, Any]
+    """Fields of a cell; every list is an axis, and all axes are multiplied."""
+
+    include: tuple[dict[str, Any], ...] = ()
+    """Further cells, written likewise."""
+
+    exclude: tuple[dict[str, Any], ...] = ()
+    """Cells that agree with all fields of an entry are left out."""
+
+    evaluate: Evaluation
+    resources: dict[StageName, StageResources] = Field(default_factory=dict)
+    cost: Cost = Cost()
+
+
+def load_grid(path: Path) -> Grid:
+    """Read a grid file, and name the content of every local file that it speaks of.
+
+    Raises:
+        InputError: naming field, value and remedy.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError("grid", str(path), "there is no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError("grid", str(path), f"is not a YAML file: {reason}") from error
+    if not isinstance(content, dict):
+        raise InputError("grid", str(path), "must be a mapping with name, models, cells, evaluate")
+    try:
+        grid = Grid.model_validate(content)
+    except ValidationError as error:
+        raise explained(error, ()) from error
+    for name in grid.cost.parameters:
+        if name not in grid.models:
+            raise InputError("cost.parameters", name, suggestion(name, grid.models))
+    return _with_fingerprints(grid)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What a person may have meant by an unknown name."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known are {', '.join(names)}" if names else "none is defined"
+
+
+def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
+    """The first mistake in a line, with how many more there are."""
+    details = error.errors(include_url=False)
+    first = details[0]
+    tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
+    path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
+    field = ".".join(path) or "grid"
+    remedy = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        remedy = "there is no such field; remove it or correct its name"
+    elif first["type"] == "missing":
+        remedy = "is missing; add it"
+    if len(details) > 1:
+        remedy += f" (and {len(details) - 1} more)"
+    value = None if first["type"] == "missing" else first["input"]
+    return InputError(field, value, remedy)
+
+
+def _with_fingerprints(grid: Grid) -> Grid:
+    corpora = {
+        name: corpus.model_copy(update={"fingerprint": fingerprint(corpus.path)})
+        if isinstance(corpus, FileCorpus)
+        else corpus
+        for name, corpus in grid.corpora.items()
+    }
+    models = {
+        name: model.model_copy(update={"fingerprint": fingerprint(model.path, whole_files=False)})
+        if isinstance(model, LocalModel)
+        else model
+        for name, model in grid.models.items()
+    }
+    evaluate = grid.evaluate
+    if isinstance(evaluate.task_folder, LocalTasks):
+        folder = evaluate.task_folder
+        tasks = folder.model_copy(update={"fingerprint": fingerprint(folder.path)})
+        evaluate = evaluate.model_copy(update={"task_folder": tasks})
+    return grid.model_copy(update={"corpora": corpora, "models": models, "evaluate": evaluate})

@@ -1,0 +1,186 @@
+"""From a grid to the deduplicated graph of stages, before anything runs."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.graph import Graph, Resources, Stage, needed
+from cluster.store import Store
+from jobs.cells import Cell, evaluate_spec, expand
+from jobs.cost import estimate, model_name, parameters
+from jobs.grid import Grid, StageName
+from jobs.stages import stage_name
+from pipeline.specs import (
+    EvaluateSpec,
+    PruneSpec,
+    ShardSpec,
+    StageSpec,
+)
+
+ORDER = (
+    "pretrain",
+    "testbed-tasks",
+    "generate shard",
+    "generate",
+    "score shard",
+    "score",
+    "filter",
+    "windows",
+    "prune",
+    "evaluate",
+)
+"""The way of the data."""
+
+POOLED = ("generate", "score")
+"""Stages whose shards run on actors that keep their model loaded."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid's cells, and the stages that they come down to."""
+
+    grid: Grid
+    cells: dict[str, Cell]
+    """Key of each cell's last stage to the cell."""
+    specs: dict[str, StageSpec]
+    """Every unique stage, each after its inputs."""
+    graph: Graph
+
+
+def make_plan(grid: Grid) -> Plan:
+    """Expand the grid and deduplicate its stages.
+
+    Raises:
+        InputError: naming field, value and remedy.
+    """
+    cells = {evaluate_spec(grid, cell).key: cell for cell in expand(grid)}
+    specs: dict[str, StageSpec] = {}
+    for cell in cells.values():
+        _collect(evaluate_spec(grid, cell), specs)
+    graph = {key: _stage(grid, spec) for key, spec in specs.items()}
+    return Plan(grid=grid, cells=cells, specs=specs, graph=graph)
+
+
+@dataclass(frozen=True)
+class StageCount:
+    """One line of a printed plan."""
+
+    stage: str
+    unique: int
+    stored: int
+    to_make: int
+    device_hours: float
+    gigabytes: float
+
+
+def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
+    """How much there is of each stage, in the order of the way of the data.
+
+    Args:
+        stored: keys that the store holds.
+    """
+    missing = set(needed(plan.graph, list(plan.cells), stored))
+    sizes = _sizes(plan.grid)
+    lines = []
+    for stage in ORDER:
+        keys = [key for key, spec in plan.specs.items() if _line(spec) == stage]
+        to_make = [key for key in keys if key in missing]
+        guesses = [estimate(plan.specs[key], plan.grid.cost, sizes) for key in to_make]
+        known = [guess for guess in guesses if guess is not None]
+        lines.append(
+            StageCount(
+                stage=stage,
+                unique=len(keys),
+                stored=sum(key in stored for key in keys),
+                to_make=len(to_make),
+                device_hours=sum(guess.seconds for guess in known) / 3600,
+                gigabytes=sum(guess.bytes for guess in known) / 1e9,
+            )
+        )
+    return [line for line in lines if line.unique]
+
+
+def print_plan(plan: Plan, store: Store, console: Console) -> None:
+    """Cells, unique stages, what the store holds, and the estimate."""
+    lines = count_stages(plan, store.keys())
+    table = Table(title=f"{plan.grid.name}: {len(plan.cells)} cells", show_footer=True)
+    table.add_column("stage", footer="all")
+    for heading, field, form in (
+        ("unique", "unique", "d"),
+        ("in store", "stored", "d"),
+        ("to make", "to_make", "d"),
+        ("device hours", "device_hours", ",.2f"),
+        ("GB to store", "gigabytes", ",.2f"),
+    ):
+        total = sum(getattr(line, field) for line in lines)
+        table.add_column(heading, footer=format(total, form), justify="right")
+    for line in lines:
+        table.add_row(
+            line.stage,
+            str(line.unique),
+            str(line.stored),
+            str(line.to_make),
+            f"{line.device_hours:,.2f}",
+            f"{line.gigabytes:,.2f}",
+        )
+    console.print(table)
+    console.print(f"store: {store.url}", soft_wrap=True)
+    console.print(
+        f"estimate: {plan.grid.cost.flops_per_second:.3g} FLOP/s a device; "
+        "jobs/cost.py states the model"
+    )
+    for name, model in plan.grid.models.items():
+        if parameters(model, _sizes(plan.grid)) is None:
+            console.print(f"not in the estimate: model {name}; give cost.parameters.{name}")
+
+
+def _collect(spec: StageSpec, into: dict[str, StageSpec]) -> None:
+    """Add a stage and all before it, each after its inputs."""
+    if spec.key not in into:
+        for before in spec.inputs():
+            _collect(before, into)
+        into[spec.key] = spec
+
+
+def _line(spec: StageSpec) -> str:
+    return f"{stage_name(spec)} shard" if isinstance(spec, ShardSpec) else spec.kind
+
+
+def _sizes(grid: Grid) -> dict[str, float]:
+    given = grid.cost.parameters
+    return {model_name(model): given[name] for name, model in grid.models.items() if name in given}
+
+
+def _stage(grid: Grid, spec: StageSpec) -> Stage:
+    name = stage_name(spec)
+    asked = grid.resources.get(cast(StageName, name))
+    joins = name in POOLED and not isinstance(spec, ShardSpec)  # and so needs no device
+    resources = Resources() if asked is None or joins else asked.resources()
+    return Stage(
+        key=spec.key,
+        kind=name,
+        label=_label(spec),
+        spec=spec.lineage,
+        payload=spec.model_dump_json(),
+        inputs=tuple(before.key for before in spec.inputs()),
+        resources=resources,
+        pool=f"{name} {spec.of.model}" if isinstance(spec, ShardSpec) else None,
+    )
+
+
+def _label(spec: StageSpec) -> str:
+    match spec:
+        case ShardSpec():
+            return f"{spec.of.kind} shard {spec.index + 1} of {len(spec.of.shards())}"
+        case EvaluateSpec(model=PruneSpec() as pruned):
+            return f"evaluate {_label(pruned).removeprefix('prune ')}"
+        case EvaluateSpec():
+            return "evaluate dense"
+        case PruneSpec():
+            seed = "" if spec.calibration is None else f" seed {spec.calibration.seed}"
+            return f"prune {spec.pruner.name} {spec.pattern or f'{spec.sparsity:.0%}'}{seed}"
+        case _:
+            return spec.kind

@@ -1,0 +1,79 @@
+"""Where a spec meets the function that makes its artifact."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from pipeline.specs import (
+    EvaluateSpec,
+    FilterSpec,
+    GenerateSpec,
+    PretrainSpec,
+    PruneSpec,
+    ScoreSpec,
+    ShardSpec,
+    StageSpec,
+    TestbedTasksSpec,
+    WindowsSpec,
+)
+
+MODULES: dict[str, str] = {
+    "pretrain": "pipeline.testbed.pretrain",
+    "testbed-tasks": "pipeline.testbed.tasks",
+    "generate": "pipeline.generate",
+    "score": "pipeline.score",
+    "filter": "pipeline.filter",
+    "windows": "pipeline.windows",
+    "prune": "pipeline.prune",
+    "evaluate": "pipeline.evaluate",
+}
+"""Stage to module; imported on the worker, since planning must not wait for torch."""
+
+_ANY_STAGE: TypeAdapter[StageSpec] = TypeAdapter(
+    Annotated[
+        PretrainSpec
+        | TestbedTasksSpec
+        | ShardSpec
+        | GenerateSpec
+        | ScoreSpec
+        | FilterSpec
+        | WindowsSpec
+        | PruneSpec
+        | EvaluateSpec,
+        Field(discriminator="kind"),
+    ]
+)
+
+
+def stage_name(spec: StageSpec) -> str:
+    """The stage that a spec belongs to: a shard belongs to the stage that it is a part of."""
+    return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
+
+
+def execute(payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int) -> dict[str, Any]:
+    """Make one stage in `output`.
+
+    Args:
+        payload: the spec as JSON.
+        artifacts: key to folder of each input.
+        cpus: threads of tensor work; fixed, since sums depend on how they are split.
+    """
+    import torch
+
+    torch.set_num_threads(cpus)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    spec = _ANY_STAGE.validate_json(payload)
+    module = importlib.import_module(MODULES[stage_name(spec)])
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    report: dict[str, Any]
+    if isinstance(spec, ShardSpec):
+        report = module.run_shard(spec.of, spec.index, artifacts, output)
+    else:
+        report = module.run(spec, artifacts, output)
+    if torch.cuda.is_available():
+        report = {**report, "peak_device_bytes": torch.cuda.max_memory_allocated()}
+    return report

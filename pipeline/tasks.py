@@ -1,0 +1,174 @@
+"""Folders of lm-eval task files: which names they hold, and copies that run from anywhere."""
+
+import functools
+import importlib.util
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import InputError
+from pipeline.specs import LocalTasks, TestbedTasksSpec
+
+_NAME = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
+
+
+def missing_tasks(names: list[str], folder: TestbedTasksSpec | LocalTasks | None) -> list[str]:
+    """Those of the names that neither the task folder nor lm-eval has.
+
+    Reads the files first, and imports lm-eval, which takes seconds, only for what is not there.
+
+    Raises:
+        InputError: if there is no such folder.
+    """
+    missing = set(names)
+    for known in _known_names(folder):
+        missing.difference_update(known)
+        if not missing:
+            break
+    return [name for name in names if name in missing]
+
+
+def _known_names(folder: TestbedTasksSpec | LocalTasks | None) -> Iterator[Iterable[str]]:
+    """First what the files say at a glance, then what lm-eval makes of them."""
+    if isinstance(folder, TestbedTasksSpec):
+        from pipeline.testbed.tasks import TASK_NAMES
+
+        yield TASK_NAMES
+    elif isinstance(folder, LocalTasks):
+        yield _names_in(existing_folder(folder.path))
+    yield _lm_eval_names()
+    if isinstance(folder, LocalTasks):
+        yield task_manager(Path(folder.path)).all_tasks
+    yield lm_eval_tasks().all_tasks
+
+
+def existing_folder(path: str) -> Path:
+    """The task folder at a path.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if not Path(path).is_dir():
+        raise InputError("task_folder", path, "is no folder: give one with lm-eval task files")
+    return Path(path)
+
+
+@functools.cache
+def lm_eval_tasks() -> Any:
+    """lm-eval's own tasks, which take seconds to index, once a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def task_manager(folder: Path) -> Any:
+    """The tasks of a folder; with lm-eval's own besides only where one of its groups needs them."""
+    from lm_eval.tasks import TaskManager
+
+    alone = TaskManager(include_path=str(folder), include_defaults=False)
+    members = {
+        member
+        for group in alone.all_groups
+        for member in _members(alone.task_index[group].cfg.get("task", []))
+    }
+    if members <= set(alone.all_tasks):
+        return alone
+    return TaskManager(include_path=str(folder))
+
+
+def _members(tasks: Any) -> Iterator[str]:
+    for entry in tasks if isinstance(tasks, list) else [tasks]:
+        match entry:
+            case str():
+                yield entry
+            case {"group": _, "task": list() as inside}:
+                yield from _members(inside)
+            case {"group": str() as name} | {"task": str() as name}:
+                yield name
+
+
+@functools.cache
+def _lm_eval_names() -> set[str]:
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or found.origin is None:
+        return set()
+    return _names_in(Path(found.origin).parent / "tasks")
+
+
+def _names_in(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.rglob("*.yaml"):
+        names.update(_NAME.findall(path.read_text(encoding="utf-8")))
+    return names
+
+
+def copy_tasks(folder: Path, target: Path, cache: Path) -> None:
+    """Copy a task folder so that its tasks find their data and prepare it in `cache`.
+
+    lm-eval leaves `data_files` to the `datasets` library, which looks for relative ones in the
+    working directory. In the copy those that stand beside their YAML file are absolute, so a folder
+    can be moved and run from anywhere. Python files are copied too, since their bytecode must stay
+    out of the folder; all else is linked.
+
+    Raises:
+        InputError: if a YAML file does not parse.
+    """
+    for path in folder.rglob("*"):
+        copy = target / path.relative_to(folder)
+        if path.is_dir():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.name.endswith(("yaml", "yml")):
+            copy.write_text(_relocated(path, cache), encoding="utf-8")
+        elif path.suffix == ".py":
+            shutil.copyfile(path, copy)
+        else:
+            copy.symlink_to(path.resolve())
+
+
+def _relocated(path: Path, cache: Path) -> str:
+    """The YAML text with absolute `data_files`, edited as nodes to keep `!function` tags."""
+    content = path.read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(content, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise InputError("task_folder", str(path), f"is no YAML: {error}") from error
+    moved = False
+    for options in _values(node, "dataset_kwargs"):
+        for scalar in _scalars(_values(options, "data_files")):
+            if _is_beside(path.parent, scalar.value):
+                scalar.value = str(path.parent.resolve() / scalar.value)
+                moved = True
+        if moved:
+            options.value.append((_text("cache_dir"), _text(str(cache))))
+    serialized: str = yaml.serialize(node)
+    return serialized if moved else content
+
+
+def _is_beside(folder: Path, name: str) -> bool:
+    return "://" not in name and not name.startswith("/") and any(folder.glob(name))
+
+
+def _values(node: yaml.Node | None, wanted: str) -> list[yaml.Node]:
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    return [value for key, value in node.value if key.value == wanted]
+
+
+def _scalars(nodes: list[yaml.Node]) -> Iterator[yaml.ScalarNode]:
+    for node in nodes:
+        match node:
+            case yaml.ScalarNode():
+                yield node
+            case yaml.SequenceNode():
+                yield from _scalars(node.value)
+            case yaml.MappingNode():
+                yield from _scalars([value for _, value in node.value])
+
+
+def _text(value: str) -> yaml.ScalarNode:
+    return yaml.ScalarNode("tag:yaml.org,2002:str", value, style='"')

@@ -1,0 +1,124 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jobs.cells import Cell, evaluate_spec, expand, prune_spec
+from jobs.grid import Grid
+from pipeline.errors import InputError
+from pipeline.specs import FilterSpec, Magnitude, SparseGPT, Wanda
+
+Content = dict[str, Any]
+Load = Callable[[Content], Grid]
+
+
+def test_lists_are_multiplied_and_the_dense_model_comes_first(content: Content, load: Load) -> None:
+    cells = expand(load(content))
+    assert cells[0] == Cell(model="testbed")
+    wanda = [cell for cell in cells if isinstance(cell.pruner, Wanda)]
+    assert len(wanda) == 2 * 2 * 2  # calibrations, sparsities, seeds
+    assert len({cell.model_dump_json() for cell in cells}) == len(cells)
+
+
+def test_cells_of_a_pruner_without_data_are_one_for_all_calibrations_and_seeds(
+    content: Content, load: Load
+) -> None:
+    cells = [cell for cell in expand(load(content)) if isinstance(cell.pruner, Magnitude)]
+    assert [(cell.sparsity, cell.pattern) for cell in cells] == [(0.5, None), (0.5, "2:4")]
+    assert {(cell.calibration, cell.seed, cell.nsamples) for cell in cells} == {
+        ("none", None, None)
+    }
+
+
+def test_axes_of_generation_mean_nothing_to_real_corpora(content: Content, load: Load) -> None:
+    content["cells"] |= {"pruner": "wanda", "prefix_tokens": [1, 4], "sparsity": 0.5, "seed": 0}
+    cells = expand(load(content))[1:]
+    assert [(cell.calibration, cell.prefix_tokens) for cell in cells] == [
+        ("true", None),
+        ("own", 1),
+        ("own", 4),
+    ]
+
+
+def test_a_generated_cell_tells_the_values_that_its_calibration_gives(
+    content: Content, load: Load
+) -> None:
+    cells = [cell for cell in expand(load(content)) if cell.calibration == "own"]
+    assert {
+        (cell.prefix_tokens, cell.drop_fraction, cell.num_samples, cell.temperature)
+        for cell in cells
+    } == {(2, 0.2, 80, 0.6)}
+
+
+def test_include_adds_cells_and_exclude_takes_them_away(content: Content, load: Load) -> None:
+    content["include"] = [{"sparsity": 0.7, "pruner": {"name": "sparsegpt", "damping": 0.1}}]
+    content["exclude"] = [{"calibration": "own", "sparsity": ["2:4", 0.7]}]
+    cells = expand(load(content))
+    assert not any(
+        cell.calibration == "own" and (cell.pattern or cell.sparsity == 0.7) for cell in cells
+    )
+    included = [cell for cell in cells if cell.pruner == SparseGPT(damping=0.1)]
+    assert [(cell.calibration, cell.sparsity, cell.seed) for cell in included] == [
+        ("true", 0.7, 0),
+        ("true", 0.7, 1),
+    ]
+
+
+def test_a_generated_cell_comes_down_to_the_papers_recipe(content: Content, load: Load) -> None:
+    grid = load(content)
+    cell = next(cell for cell in expand(grid) if cell.calibration == "own" and cell.seed == 1)
+    pruned = prune_spec(grid, cell)
+    assert pruned is not None
+    assert pruned.calibration is not None
+    source = pruned.calibration.source
+    assert isinstance(source, FilterSpec)
+    samples = source.scores.samples
+    assert (samples.top_k, samples.top_p, samples.temperature) == (50, 0.95, 0.6)
+    assert (samples.repetition_penalty, samples.prefix_tokens, samples.seed) == (1.2, 2, 1)
+    assert (source.drop_fraction, source.scores.include_prefix) == (0.2, False)
+    assert samples.model == source.scores.model == pruned.model == grid.models["testbed"]
+    assert samples.seqlen == pruned.calibration.seqlen == 64
+
+
+def test_one_generation_seed_shares_the_texts_between_seeds(content: Content, load: Load) -> None:
+    content["calibrations"]["own"]["generation_seed"] = 7
+    grid = load(content)
+    specs = [prune_spec(grid, cell) for cell in expand(grid) if cell.calibration == "own"]
+    windows = [spec.calibration for spec in specs if spec is not None and spec.calibration]
+    assert {spec.seed for spec in windows} == {0, 1}
+    assert len({spec.source.key for spec in windows if isinstance(spec.source, FilterSpec)}) == 1
+
+
+def test_a_model_is_evaluated_alike_dense_and_pruned(content: Content, load: Load) -> None:
+    grid = load(content)
+    specs = [evaluate_spec(grid, cell) for cell in expand(grid)]
+    assert len({spec.model_copy(update={"model": specs[0].model}).key for spec in specs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": 1.5}, r"cells\.sparsity: 1.5: Input should be less than 1"),
+        ({"sparsity": "9:4"}, r"N must not exceed M"),
+        ({"sparsity": "half"}, r"not of the form N:M"),
+        ({"pruner": "wander"}, r"cells\.pruner.*wander"),
+        ({"model": "testbad"}, r"cells\.model: 'testbad'.*did you mean 'testbed'"),
+        ({"calibration": "tru"}, r"cells\.calibration: 'tru'.*did you mean 'true'"),
+        ({"calibration": "none"}, r"pruner wanda needs data"),
+        ({"seed": []}, r"cells\.seed: \[\]: is an axis without values"),
+        ({"seeds": 1}, r"cells\.seeds: 1: there is no such field"),
+        ({"nsamples": "many"}, r"cells\.nsamples: 'many'.*valid integer"),
+    ],
+)
+def test_a_wrong_cell_is_named_with_its_field_and_value(
+    content: Content, load: Load, change: Content, message: str
+) -> None:
+    content["cells"] |= {"pruner": "wanda", **change}
+    with pytest.raises(InputError, match=message):
+        expand(load(content))
+
+
+def test_a_grid_that_excludes_all_its_cells_is_refused(content: Content, load: Load) -> None:
+    content["exclude"] = [{"model": "testbed"}]
+    with pytest.raises(InputError, match=r"exclude.*nothing is left"):
+        expand(load(content))

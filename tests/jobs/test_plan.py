@@ -1,0 +1,142 @@
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.store import Store
+from jobs.cost import estimate, parameters
+from jobs.grid import Cost, Grid, load_grid
+from jobs.plan import Plan, count_stages, make_plan, print_plan
+from pipeline.specs import (
+    EvaluateSpec,
+    HubCorpus,
+    HubModel,
+    PretrainSpec,
+    PruneSpec,
+    ShardSpec,
+    TaskSpec,
+    Wanda,
+    WindowsSpec,
+)
+
+Content = dict[str, Any]
+Load = Callable[[Content], Grid]
+PAPER_GRIDS = sorted(Path("jobs/grids").glob("paper-*.yaml"))
+
+
+def kinds(plan: Plan) -> Counter[str]:
+    return Counter(spec.kind for spec in plan.specs.values())
+
+
+def test_cells_share_stages(content: Content, load: Load) -> None:
+    plan = make_plan(load(content))
+    assert len(plan.cells) == 1 + 2 + 8
+    counts = kinds(plan)
+    assert counts["pretrain"] == counts["testbed-tasks"] == 1
+    assert counts["generate"] == counts["score"] == counts["filter"] == 2  # a seed
+    assert counts["shard"] == 2 * (2 + 2)  # 80 samples are two shards, generated and scored
+    assert counts["windows"] == 4
+    assert counts["prune"] == 10
+    assert counts["evaluate"] == 11
+
+
+def test_every_stage_comes_after_its_inputs(content: Content, load: Load) -> None:
+    plan = make_plan(load(content))
+    seen: set[str] = set()
+    for key, stage in plan.graph.items():
+        assert seen.issuperset(stage.inputs)
+        seen.add(key)
+
+
+def test_shards_take_the_resources_of_their_stage_and_the_join_none(
+    content: Content, load: Load
+) -> None:
+    content["resources"] = {"generate": {"gpus": 1, "cpus": 4}, "prune": {"cpus": 2}}
+    plan = make_plan(load(content))
+    for key, stage in plan.graph.items():
+        shard = isinstance(plan.specs[key], ShardSpec)
+        assert (stage.pool is not None) == shard
+        if stage.kind == "generate":
+            assert (stage.resources.gpus, stage.resources.cpus) == ((1, 4) if shard else (0, 1))
+        if stage.kind == "prune":
+            assert stage.resources.cpus == 2
+
+
+def test_models_do_not_share_a_pool(content: Content, load: Load) -> None:
+    content["models"]["second"] = {"preset": "testbed-tiny", "seed": 1}
+    content["cells"]["model"] = ["testbed", "second"]
+    plan = make_plan(load(content))
+    pools = {stage.pool for stage in plan.graph.values() if stage.kind == "generate" and stage.pool}
+    assert len(pools) == 2
+
+
+@pytest.mark.parametrize("path", PAPER_GRIDS, ids=lambda path: path.stem)
+def test_the_papers_grids_are_planned_with_hours_and_bytes(path: Path, tmp_path: Path) -> None:
+    plan = make_plan(load_grid(path))
+    counts = {line.stage: line for line in count_stages(plan, set())}
+    assert counts["prune"].unique < len(plan.cells) == counts["evaluate"].unique
+    assert counts["prune"].device_hours > 0
+    # every pruned model is a 7B one at least, in two bytes a weight
+    assert counts["prune"].gigabytes >= 6.7 * 2 * counts["prune"].unique
+    if "generate" in counts:
+        assert counts["generate"].unique < len(plan.cells)
+        assert counts["generate shard"].device_hours > 0
+    console = Console(record=True, width=120)
+    print_plan(plan, Store(str(tmp_path)), console)
+    assert "not in the estimate" not in console.export_text()
+
+
+def test_the_paper_grids_are_there() -> None:
+    assert {path.stem for path in PAPER_GRIDS} == {
+        f"paper-{name}" for name in ("main", "sparsity", "amount", "prefix", "filter")
+    }
+
+
+def test_what_the_store_holds_is_not_counted_as_work(content: Content, load: Load) -> None:
+    plan = make_plan(load(content))
+    everything = count_stages(plan, set(plan.graph))
+    assert all(line.to_make == 0 and line.device_hours == 0 for line in everything)
+    some = {key for key, spec in plan.specs.items() if spec.kind == "prune"}
+    lines = {line.stage: line for line in count_stages(plan, some)}
+    assert lines["prune"].stored == lines["prune"].unique == 10
+    assert lines["windows"].to_make == 0  # only prune reads them
+    assert lines["pretrain"].to_make == 1  # the dense evaluation reads it
+
+
+def test_a_model_of_unknown_size_is_said_to_be_missing_from_the_estimate(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    content["models"]["llama"] = {"kind": "hub-model", "name": "meta-llama/Llama-2-7b-hf"}
+    content["cells"]["model"] = "llama"
+    console = Console(record=True, width=120)
+    print_plan(make_plan(load(content)), Store(str(tmp_path)), console)
+    assert "give cost.parameters.llama" in console.export_text()
+
+
+def test_estimates_are_flop_over_rate() -> None:
+    model = HubModel(name="m")
+    windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=128, seqlen=2048)
+    pruned = PruneSpec(model=model, pruner=Wanda(), sparsity=0.5, calibration=windows)
+    cost = Cost(flops_per_second=1e14)
+    guess = estimate(pruned, cost, {"m": 7e9})
+    assert guess is not None
+    # two passes of 2 FLOP a parameter and token, at half the rate
+    assert guess.seconds == pytest.approx(2 * 2 * 7e9 * 128 * 2048 / 0.5e14)
+    assert guess.bytes == 14e9
+    assert estimate(pruned, cost, {}) is None
+    limited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t", limit=10),))
+    unlimited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t"),))
+    few, all_ = (estimate(spec, cost, {"m": 7e9}) for spec in (limited, unlimited))
+    assert few is not None
+    assert all_ is not None
+    assert few.seconds < all_.seconds
+
+
+def test_the_testbeds_size_is_counted_from_its_spec() -> None:
+    spec = PretrainSpec(mixture={"facts": 1.0}, num_layers=1, hidden_size=64, intermediate_size=96,
+                        head_dim=32, num_key_value_heads=1, vocab_size=512)  # fmt: skip
+    query, key_value, output = 64 * 64, 2 * 64 * 32, 64 * 64
+    assert parameters(spec, {}) == query + key_value + output + 3 * 64 * 96 + 512 * 64

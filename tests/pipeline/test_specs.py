@@ -1,0 +1,164 @@
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.specs import (
+    EvaluateSpec,
+    FileCorpus,
+    FilterSpec,
+    GenerateSpec,
+    HubCorpus,
+    HubModel,
+    LocalModel,
+    Magnitude,
+    PerplexitySpec,
+    PretrainSpec,
+    PruneSpec,
+    ScoreSpec,
+    ShardSpec,
+    SparseGPT,
+    StageSpec,
+    TaskSpec,
+    TestbedCorpus,
+    TestbedTasksSpec,
+    Wanda,
+    WindowsSpec,
+    parse_pattern,
+)
+
+KEYS = Path(__file__).with_name("keys.json")
+
+
+def examples() -> dict[str, StageSpec]:
+    testbed = PretrainSpec(mixture={"facts": 3.0, "code": 1.0})
+    corpus = TestbedCorpus(mixture={"facts": 1.0})
+    generated = GenerateSpec(model=testbed, prefixes=corpus, num_samples=130)
+    scores = ScoreSpec(samples=generated, model=testbed)
+    windows = WindowsSpec(source=FilterSpec(scores=scores), model=testbed, packing="concat")
+    pruned = PruneSpec(
+        model=testbed, pruner=Wanda(), sparsity=0.5, pattern="2:4", calibration=windows
+    )
+    llama = HubModel(name="meta-llama/Llama-2-7b-hf", revision="01c7f73d771dfac7d292323805ebc428")
+    c4 = HubCorpus(path="allenai/c4", name="en")
+    return {
+        "pretrain": testbed,
+        "generate": generated,
+        "generate from a pruned model": GenerateSpec(model=pruned, prefixes=c4),
+        "shard of generate": generated.shards()[2],
+        "score": scores,
+        "shard of score": scores.shards()[0],
+        "filter": FilterSpec(scores=scores, drop_fraction=0.1),
+        "windows of a file": WindowsSpec(
+            source=FileCorpus(path="notes.jsonl", fingerprint="ab"), model=llama
+        ),
+        "prune by Wanda": pruned,
+        "prune by magnitude": PruneSpec(
+            model=LocalModel(path="here", fingerprint="cd"), pruner=Magnitude(), sparsity=0.7
+        ),
+        "prune by SparseGPT": PruneSpec(
+            model=llama,
+            pruner=SparseGPT(damping=0.1),
+            sparsity=0.6,
+            calibration=WindowsSpec(source=c4, model=llama),
+        ),
+        "testbed tasks": TestbedTasksSpec(),
+        "evaluate": EvaluateSpec(
+            model=pruned,
+            perplexity=(PerplexitySpec(name="c4", corpus=c4),),
+            tasks=(TaskSpec(name="boolq", num_fewshot=5, limit=10),),
+        ),
+    }
+
+
+def test_keys_are_those_of_the_last_release() -> None:
+    """A key that changes orphans artifacts that took GPU-hours: raise the version of a stage whose
+    output changed, write down the new keys, and say so in the changelog."""
+    assert {name: spec.key for name, spec in examples().items()} == json.loads(KEYS.read_text())
+
+
+def test_every_example_has_a_key_of_its_own() -> None:
+    keys = [spec.key for spec in examples().values()]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_spec_survives_json_with_its_key() -> None:
+    for spec in examples().values():
+        again = type(spec).model_validate_json(spec.model_dump_json())
+        assert again == spec
+        assert again.key == spec.key
+
+
+def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = {name: spec.key for name, spec in examples().items()}
+    monkeypatch.setattr(FilterSpec, "version", 99)
+    after = {name: spec.key for name, spec in examples().items()}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {
+        "filter",
+        "prune by Wanda",
+        "evaluate",
+        "generate from a pruned model",
+    }
+
+
+def test_the_order_of_a_mixture_does_not_change_the_key() -> None:
+    one = PretrainSpec(mixture={"facts": 3.0, "code": 1})
+    two = PretrainSpec(mixture={"code": 1.0, "facts": 3})
+    assert one.key == two.key
+
+
+def test_the_lineage_of_an_evaluation_names_every_stage_before_it() -> None:
+    lineage = json.dumps(examples()["evaluate"].lineage)
+    for stage in ("evaluate", "prune", "windows", "filter", "score", "generate", "pretrain"):
+        assert f'"kind": "{stage}"' in lineage
+
+
+def test_shards_cover_all_samples_and_read_only_their_own_part() -> None:
+    scores = examples()["score"]
+    assert isinstance(scores, ScoreSpec)
+    assert len(scores.samples.shards()) == 3  # 130 samples, 64 a shard
+    part = scores.shards()[1]
+    assert {spec.key for spec in part.inputs()} == {
+        ShardSpec(of=scores.samples, index=1).key,
+        scores.model.key,  # type: ignore[union-attr]
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sparsity": 1.0, "pruner": Magnitude()}, "less than 1"),
+        ({"sparsity": -0.1, "pruner": Magnitude()}, "greater than or equal to 0"),
+        ({"sparsity": float("nan"), "pruner": Magnitude()}, "sparsity"),
+        ({"sparsity": 0.5, "pruner": Magnitude(), "pattern": "5:4"}, "N must not exceed M"),
+        ({"sparsity": 0.5, "pruner": Magnitude(), "pattern": "2-4"}, "form N:M"),
+        ({"sparsity": 0.6, "pruner": Magnitude(), "pattern": "2:4"}, "set it to 0.5"),
+        ({"sparsity": 0.5, "pruner": Wanda()}, "needs a calibration set"),
+        ({"sparsity": 0.5, "pruner": {"name": "wander"}}, "wander"),
+        ({"sparsity": 0.5, "pruner": Magnitude(), "speed": 1}, "Extra inputs"),
+    ],
+)
+def test_contradictory_prunings_are_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        PruneSpec(model=HubModel(name="m"), **fields)  # type: ignore[arg-type]
+
+
+def test_data_for_a_pruner_that_takes_none_is_refused() -> None:
+    model = HubModel(name="m")
+    windows = WindowsSpec(source=HubCorpus(path="c"), model=model)
+    with pytest.raises(ValidationError, match="leave calibration out"):
+        PruneSpec(model=model, pruner=Magnitude(), sparsity=0.5, calibration=windows)
+
+
+def test_specs_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        HubModel(name="m").name = "n"  # type: ignore[misc]
+
+
+def test_patterns_keep_n_of_m() -> None:
+    assert parse_pattern("2:4") == (2, 4)
+    assert parse_pattern("16:32") == (16, 32)
