@@ -117,6 +117,10 @@ class Evaluation(Spec):
     def _measures_something(self) -> "Evaluation":
         if not self.perplexity and not self.tasks:
             raise ValueError("measures nothing; give perplexity or tasks")
+        names = [entry.corpus for entry in self.perplexity] + [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is measured twice; leave one")
         return self
 
 

@@ -1,13 +1,9 @@
 """Reading text: a corpus's documents in its own or a seeded order, and checks before any work."""
 
-import functools
 import hashlib
 import io
 import itertools
 import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
+from pipeline.hub import hub_answers
 from pipeline.specs import Corpus, FileCorpus, HubCorpus, TestbedCorpus
 
 SHUFFLE_BUFFER = 10_000
@@ -28,8 +25,6 @@ FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 
 WHOLE_FILE_BYTES = 64 * 2**20
 """Files up to this size are always hashed whole."""
-
-HUB = "https://huggingface.co"
 
 TESTBED_SAMPLE = 1000
 """Documents of the endless testbed that a check looks at."""
@@ -292,11 +287,7 @@ def _numbered(rows: Any, seed: int | None, streaming: bool) -> Iterator[tuple[in
 def _check_hub(corpus: HubCorpus) -> str | None:
     import datasets
 
-    if (
-        "/" in corpus.path
-        and not Path(corpus.path).exists()
-        and not _answers(os.environ.get("HF_ENDPOINT", HUB))
-    ):
+    if "/" in corpus.path and not Path(corpus.path).exists() and not hub_answers():
         return f"{corpus.path} was not checked: its hub is out of reach"
     try:
         builder = datasets.load_dataset_builder(
@@ -313,18 +304,6 @@ def _check_hub(corpus: HubCorpus) -> str | None:
     if columns is not None and corpus.text_field not in columns:
         raise InputError("text_field", corpus.text_field, f"{corpus.path} has only {list(columns)}")
     return None
-
-
-@functools.cache
-def _answers(endpoint: str) -> bool:
-    """Whether one try gets an answer: the hub's own client retries for most of a minute."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10)
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _data_files(corpus: HubCorpus) -> str | list[str] | None:

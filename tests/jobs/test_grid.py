@@ -48,6 +48,7 @@ def test_other_text_under_the_same_path_is_another_corpus(content: Content, load
         ({"corpora": {"c": "wikpedia"}}, r"corpora\.c: 'wikpedia'.*did you mean 'wikipedia'"),
         ({"corpora": {"c": {"kind": "file-corpus", "path": "none*.txt"}}}, r"none\*\.txt"),
         ({"calibrations": {"c": {"corpsu": "x"}}}, r"calibrations\.c"),
+        ({"evaluate": {"tasks": ["a", "b", "a"]}}, r"evaluate: .*'a' is measured twice"),
         ({"evaluate": {}}, r"evaluate: .*measures nothing"),
         (
             {"evaluate": {"tasks": ["a"], "perplexity": [{"corpus": 3}]}},
