@@ -35,7 +35,7 @@ def session(address: str | None, code: Iterable[ModuleType] = ()) -> Iterator[No
         runtime_env=runtime_env,
         include_dashboard=None if address or submitted else False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
     try:
         yield

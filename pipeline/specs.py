@@ -312,7 +312,8 @@ class GenerateSpec(StageSpec):
     """Texts to write."""
 
     prefix_tokens: int = Field(default=2, ge=0)
-    """Leading tokens of the source text that are given, BOS not counted; 0 starts from BOS alone."""
+    """Leading tokens of the source text that are given, BOS not counted; 0 starts from BOS alone,
+    or from EOS where there is no BOS."""
 
     seqlen: int = Field(default=2048, ge=8)
     """Tokens of a sample at the most, prefix and BOS included; EOS may end it earlier."""

@@ -1,0 +1,69 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.pruners.masks import smallest, smallest_in_groups, smallest_in_rows, zeros_in
+
+
+def scores(rows: int, columns: int, seed: int) -> Tensor:
+    """Few distinct values, so that ties are common."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 5, (rows, columns), generator=generator).float()
+
+
+def brute_force(row: list[float], zeros: int) -> list[bool]:
+    """Take away the smallest, of equal ones the first, one at a time."""
+    gone = [False] * len(row)
+    for _ in range(zeros):
+        left = [(value, place) for place, value in enumerate(row) if not gone[place]]
+        gone[min(left)[1]] = True
+    return gone
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "count", "zeros"),
+    [(0.29, 100, 29), (0.7, 10, 7), (0.6, 128, 76), (0.5, 3, 1), (0.0, 9, 0), (0.999, 10, 9)],
+)
+def test_decimal_sparsities_are_counted_as_they_are_written(
+    sparsity: float, count: int, zeros: int
+) -> None:
+    assert zeros_in(sparsity, count) == zeros
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 99), st.floats(0, 0.99))
+def test_rows_and_matrices_lose_exactly_the_smallest_first_ones(
+    rows: int, columns: int, seed: int, sparsity: float
+) -> None:
+    values = scores(rows, columns, seed)
+    zeros = zeros_in(sparsity, columns)
+    expected = [brute_force(row.tolist(), zeros) for row in values]
+    assert smallest_in_rows(values, zeros).tolist() == expected
+    zeros = zeros_in(sparsity, rows * columns)
+    flat = brute_force(values.flatten().tolist(), zeros)
+    assert smallest(values, zeros).flatten().tolist() == flat
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99), st.data())
+def test_groups_keep_the_best_of_all_choices(
+    rows: int, groups: int, group: int, seed: int, data: st.DataObject
+) -> None:
+    kept = data.draw(st.integers(1, group))
+    values = scores(rows, groups * group, seed)
+    mask = smallest_in_groups(values, kept, group)
+    for row, row_mask in zip(values, mask, strict=True):
+        for start in range(0, groups * group, group):
+            part, part_mask = row[start : start + group], row_mask[start : start + group]
+            best = max(sum(choice) for choice in itertools.combinations(part.tolist(), kept))
+            assert int((~part_mask).sum()) == kept
+            assert float(part[~part_mask].sum()) == best
+
+
+def test_columns_that_a_pattern_does_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="6 columns are no multiple of the pattern's 4"):
+        smallest_in_groups(torch.ones(2, 6), 2, 4)

@@ -1,0 +1,242 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.pruners import PRUNERS
+from pipeline.pruners.pruned import Pruned
+from pipeline.specs import Magnitude, SparseGPT, Wanda
+from pipeline.statistics import STATISTICS
+
+OPTIONS = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT()}
+
+
+def correlated(tokens: int, columns: int, seed: int) -> Tensor:
+    """Inputs `[tokens, columns]` whose columns depend on each other and differ in scale."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    scale = torch.rand(columns, generator=generator) * 3 + 0.1
+    return torch.randn(tokens, columns, generator=generator) @ (mixing + 0.5) * scale
+
+
+def weights(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def prune(
+    name: str,
+    weight: Tensor,
+    inputs: Tensor,
+    sparsity: float,
+    pattern: tuple[int, int] | None = None,
+    options: SparseGPT | None = None,
+) -> Pruned:
+    sums = {key: STATISTICS[key](inputs.shape[1], inputs.device) for key in STATISTICS}
+    for part in inputs.split(7):
+        for statistic in sums.values():
+            statistic.update(part)
+    results = {key: sums[key].result() for key in PRUNERS[name].statistics}
+    return PRUNERS[name].prune(weight, results, sparsity, pattern, options or OPTIONS[name])
+
+
+def after(weight: Tensor, pruned: Pruned) -> Tensor:
+    return (weight if pruned.weight is None else pruned.weight).masked_fill(pruned.mask, 0.0)
+
+
+def error(weight: Tensor, pruned: Pruned, inputs: Tensor) -> float:
+    return float((inputs @ (weight - after(weight, pruned)).T).square().sum())
+
+
+# ----------------------------------------------------------------------------- all of the pruners
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.7, 0.99, (2, 4), (1, 4), (4, 8), (3, 3)])
+@pytest.mark.parametrize("shape", [(24, 48), (1, 48), (48, 24)])
+def test_the_mask_has_exactly_the_zeros_asked_for(
+    name: str, target: float | tuple[int, int], shape: tuple[int, int]
+) -> None:
+    weight, inputs = weights(*shape, seed=1), correlated(64, shape[1], seed=1)
+    if isinstance(target, tuple):
+        kept, group = target
+        pruned = prune(name, weight, inputs, 1 - kept / group, target)
+        groups = pruned.mask.view(shape[0], shape[1] // group, group)
+        assert set(groups.sum(dim=2).flatten().tolist()) == {group - kept}
+    else:
+        pruned = prune(name, weight, inputs, target)
+        wanted = {
+            "magnitude": round(np.floor(target * weight.numel() + 1e-6)),
+            "wanda": shape[0] * round(np.floor(target * shape[1] + 1e-6)),
+            "sparsegpt": round(np.floor(target * weight.numel() + 1e-6)),
+        }
+        assert int(pruned.mask.sum()) == wanted[name]
+    assert int((after(weight, pruned) == 0).sum()) == int(pruned.mask.sum())
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_the_weight_that_is_given_stays_as_it_was(name: str) -> None:
+    weight, inputs = weights(8, 16, seed=2), correlated(40, 16, seed=2)
+    before = weight.clone()
+    prune(name, weight, inputs, 0.5)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_equal_inputs_and_weights_are_pruned_first_come_first_gone(name: str) -> None:
+    """With all scores equal the choice is by position, the same every time."""
+    weight, inputs = torch.ones(4, 8), torch.eye(8).repeat(4, 1)
+    one, two = prune(name, weight, inputs, 0.5), prune(name, weight, inputs, 0.5)
+    assert torch.equal(one.mask, two.mask)
+    if name == "wanda":
+        assert one.mask.tolist() == [[True] * 4 + [False] * 4] * 4
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_columns_without_input_go_first(name: str, pattern: tuple[int, int] | None) -> None:
+    weight, inputs = weights(6, 8, seed=3) + 10, correlated(50, 8, seed=3)
+    inputs[:, [1, 4]] = 0.0
+    mask = prune(name, weight, inputs, 0.5, pattern).mask
+    assert bool(mask[:, [1, 4]].all())
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_fewer_tokens_than_columns_and_constant_inputs_are_no_trouble(name: str) -> None:
+    weight = weights(6, 32, seed=4)
+    for inputs in (correlated(3, 32, seed=4), torch.ones(5, 32), torch.zeros(5, 32)):
+        pruned = prune(name, weight, inputs, 0.5)
+        assert int(pruned.mask.sum()) == 6 * 16
+        assert bool(after(weight, pruned).isfinite().all())
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_more_careful_pruners_keep_the_layers_output_better(
+    pattern: tuple[int, int] | None,
+) -> None:
+    for seed in range(8):
+        weight, inputs = weights(32, 64, seed), correlated(256, 64, seed)
+        errors = [
+            error(weight, prune(name, weight, inputs, 0.5, pattern), inputs)
+            for name in ("sparsegpt", "wanda", "magnitude")
+        ]
+        assert errors == sorted(errors)
+        assert errors[0] < 0.8 * errors[1]
+
+
+# ---------------------------------------------------------------------- each against its own oracle
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 30), st.integers(0, 99))
+def test_wanda_is_its_formula_in_float64(rows: int, columns: int, tokens: int, seed: int) -> None:
+    weight, inputs = weights(rows, columns, seed), correlated(tokens, columns, seed)
+    mask = prune("wanda", weight, inputs, 0.5).mask.numpy()
+    norms = np.linalg.norm(inputs.double().numpy(), axis=0)
+    score = np.abs(weight.double().numpy()) * norms
+    for row, row_mask in zip(score, mask, strict=True):
+        assert row_mask.sum() == columns // 2
+        if columns // 2 > 0:
+            # no kept score is smaller than a pruned one, beyond float32's resolution
+            assert row[row_mask].max() <= row[~row_mask].min() * (1 + 1e-5)
+
+
+def test_magnitude_is_one_threshold_over_the_whole_matrix() -> None:
+    weight = weights(20, 30, seed=5)
+    mask = prune("magnitude", weight, correlated(4, 30, seed=5), 0.6).mask
+    assert weight.abs()[mask].max() < weight.abs()[~mask].min()
+
+
+def obs_by_inversion(
+    weight: np.ndarray, hessian: np.ndarray, sparsity: float, pattern: tuple[int, int] | None
+) -> np.ndarray:
+    """SparseGPT's choice and update in float64, without Cholesky factors: for each column the
+    Hessian of that column and the later ones is inverted anew. One block over all columns."""
+    weight = weight.astype(np.float64).copy()
+    rows, columns = weight.shape
+    scale = np.array([np.linalg.inv(hessian[j:, j:])[0, 0] for j in range(columns)])
+    mask = np.zeros((rows, columns), bool)
+    if pattern is None:
+        order = np.argsort((weight**2 / scale).ravel(), kind="stable")
+        mask.ravel()[order[: int(sparsity * weight.size + 1e-9)]] = True
+    for j in range(columns):
+        if pattern is not None and j % pattern[1] == 0:
+            part = slice(j, j + pattern[1])
+            for row in range(rows):
+                order = np.argsort(weight[row, part] ** 2 / scale[part], kind="stable")
+                mask[row, j + order[: pattern[1] - pattern[0]]] = True
+        inverse = np.linalg.inv(hessian[j:, j:])
+        for row in range(rows):
+            if mask[row, j]:
+                weight[row, j:] -= weight[row, j] * inverse[0] / inverse[0, 0]
+                weight[row, j] = 0.0
+    return weight
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8), (1, 4)])
+@pytest.mark.parametrize("shape", [(5, 16), (1, 8), (16, 24)])
+def test_sparsegpt_is_the_exact_surgeon_in_float64(
+    pattern: tuple[int, int] | None, shape: tuple[int, int]
+) -> None:
+    weight, inputs = weights(*shape, seed=6), correlated(200, shape[1], seed=6)
+    sparsity = 0.6 if pattern is None else 1 - pattern[0] / pattern[1]
+    hessian = (inputs.double().T @ inputs.double()).numpy()
+    damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(shape[1])
+    exact = obs_by_inversion(weight.double().numpy(), damped, sparsity, pattern)
+    pruned = prune("sparsegpt", weight, inputs, sparsity, pattern)
+    assert pruned.weight is not None
+    np.testing.assert_array_equal(pruned.mask.numpy(), exact == 0)
+    np.testing.assert_allclose(pruned.weight.numpy(), exact, rtol=2e-3, atol=2e-4)
+
+
+def test_with_one_column_pruned_the_surgeons_update_is_the_least_squares_one() -> None:
+    """Zeroing the first column alone, the rest must be what ridge regression gives."""
+    inputs = correlated(300, 6, seed=7)
+    weight = weights(3, 6, seed=7)
+    weight[:, 0] = 1e-6  # the smallest score by far
+    weight[:, 1:] += 5
+    pruned = prune("sparsegpt", weight, inputs, 1 / 6)
+    assert pruned.mask.sum(dim=0).tolist() == [3, 0, 0, 0, 0, 0]
+    gram = (inputs.double().T @ inputs.double()).numpy()
+    gram += 0.01 * np.mean(np.diag(gram)) * np.eye(6)
+    target = weight.double().numpy() @ gram[:, 1:]
+    exact = np.linalg.solve(gram[1:, 1:], target.T).T
+    assert pruned.weight is not None
+    np.testing.assert_allclose(pruned.weight.numpy()[:, 1:], exact, rtol=1e-4)
+
+
+def test_later_blocks_make_up_for_earlier_ones() -> None:
+    """Blocks change when masks are chosen, not that errors are carried on: with a fixed pattern
+    in which every group is a block of its own, the result does not depend on the block size."""
+    weight, inputs = weights(8, 32, seed=8), correlated(200, 32, seed=8)
+    whole = prune("sparsegpt", weight, inputs, 0.5, (2, 4), SparseGPT(block_size=128))
+    small = prune("sparsegpt", weight, inputs, 0.5, (2, 4), SparseGPT(block_size=4))
+    odd = prune("sparsegpt", weight, inputs, 0.5, (2, 4), SparseGPT(block_size=10))
+    for other in (small, odd):
+        assert torch.equal(whole.mask, other.mask)
+        assert whole.weight is not None
+        assert other.weight is not None
+        torch.testing.assert_close(whole.weight, other.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_block_sizes_that_do_not_divide_the_columns_keep_the_exact_count() -> None:
+    weight, inputs = weights(7, 50, seed=9), correlated(200, 50, seed=9)
+    for block in (1, 3, 16, 49, 50, 51):
+        pruned = prune("sparsegpt", weight, inputs, 0.6, None, SparseGPT(block_size=block))
+        assert int(pruned.mask.sum()) == 210
+
+
+def test_damping_that_had_to_be_raised_is_recorded() -> None:
+    weight, inputs = weights(4, 16, seed=10), torch.ones(50, 16) * 1e3
+    ordinary = prune("sparsegpt", weight, correlated(99, 16, 1), 0.5, None, SparseGPT(damping=0.01))
+    assert ordinary.facts["damping"] == 0.01
+    raised = prune("sparsegpt", weight, inputs, 0.5, None, SparseGPT(damping=1e-9))
+    assert raised.facts["damping"] > 1e-9
+    assert bool(after(weight, raised).isfinite().all())
+
+
+def test_a_hessian_that_cannot_be_inverted_is_an_error() -> None:
+    broken = {"hessian": -torch.eye(8) * torch.arange(1, 9)}
+    with pytest.raises(ValueError, match="cannot be inverted"):
+        PRUNERS["sparsegpt"].prune(weights(2, 8, 1), broken, 0.5, None, SparseGPT())
