@@ -25,6 +25,9 @@ ENCODING_BATCH = 500
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls to zero in a line."""
 
+WEIGHT_DECAY = 0.1
+"""Of the matrices, by AdamW."""
+
 
 def run(spec: PretrainSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """Leave `model/` and `training.parquet`.
@@ -68,6 +71,7 @@ def initial_model(spec: PretrainSpec, tokenizer: Any) -> LlamaForCausalLM:
         head_dim=spec.head_dim,
         max_position_embeddings=spec.seqlen,
         rms_norm_eps=1e-5,
+        initializer_range=spec.hidden_size**-0.5,  # 0.02 is that of widths in the thousands
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -116,10 +120,15 @@ def train(
     steps = len(windows) // batch_size
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        groups,
         lr=learning_rate,
         betas=(0.9, 0.95),
+        weight_decay=WEIGHT_DECAY,
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _slope(step, steps))
