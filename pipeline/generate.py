@@ -1,0 +1,252 @@
+"""Self-generation: a model goes on from the first few tokens of real texts."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from transformers import GenerationConfig
+
+from pipeline.corpora import documents
+from pipeline.errors import InputError
+from pipeline.models import Artifacts
+from pipeline.sampling import Sampling, logits_processors, uniform_numbers
+from pipeline.shards import Latest, join_shards, loaded, shard_samples
+from pipeline.specs import GenerateSpec, TestbedCorpus
+
+TESTBED_TEXTS_PER_PREFIX = 1000
+"""Where the endless testbed is given up as too short."""
+
+PIECE_CHARACTERS = 32
+"""Characters of a text that are tokenised at first, for each token needed."""
+
+EDGE_TOKENS = 16
+"""Tokens at the end of a cut text that may differ from those of the whole text."""
+
+SCHEMA = pa.schema(
+    {
+        "sample_id": pa.int64(),
+        "prefix_tokens": pa.int32(),
+        "token_ids": pa.list_(pa.int32()),
+        "text": pa.string(),
+    }
+)
+
+_prefixes: Latest[list[list[int]]] = Latest()
+
+
+class Sample(NamedTuple):
+    """A generated text: the given ids, then the generated ones, with EOS if it came to that.
+
+    A text that EOS would end at once has the given ids alone.
+    """
+
+    sample_id: int
+    prefix_tokens: int
+    token_ids: list[int]
+    text: str
+
+
+def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+    """Generate one shard's samples as one batch and write `samples.parquet`.
+
+    Raises:
+        InputError: if the source has too few texts that are long enough.
+    """
+    model, tokenizer = loaded(spec.model, artifacts)
+    prefixes = _prefixes.get(spec.key, lambda: read_prefixes(spec, tokenizer))
+    numbers = list(shard_samples(spec, index))
+    samples = generate_samples(
+        model,
+        tokenizer,
+        [prefixes[number] for number in numbers],
+        numbers,
+        sampling=Sampling(spec.temperature, spec.top_k, spec.top_p, spec.repetition_penalty),
+        seqlen=spec.seqlen,
+        seed=spec.seed,
+    )
+    table = pa.table(
+        {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names},
+        schema=SCHEMA,
+    )
+    pq.write_table(table, output / "samples.parquet")
+    return _report(table, spec.seqlen)
+
+
+def run(spec: GenerateSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+    """Join the shards into one `samples.parquet`, sorted by sample_id."""
+    return _report(join_shards(spec.shards(), artifacts, output, "samples.parquet"), spec.seqlen)
+
+
+def _report(table: pa.Table, seqlen: int) -> dict[str, Any]:
+    lengths = pc.list_value_length(table["token_ids"])
+    return {
+        "samples": len(table),
+        "tokens_generated": pc.sum(pc.subtract(lengths, table["prefix_tokens"])).as_py(),
+        "samples_of_full_length": pc.sum(pc.equal(lengths, seqlen)).as_py(),
+    }
+
+
+# --------------------------------------------------------------------------------------- prefixes
+
+
+def read_prefixes(spec: GenerateSpec, tokenizer: Any) -> list[list[int]]:
+    """The given ids of every sample: BOS if the tokenizer adds it, then `prefix_tokens` of a text.
+
+    Raises:
+        InputError: if the source has too few texts of that many tokens.
+    """
+    if spec.prefix_tokens == 0:
+        return [[start_id(tokenizer)]] * spec.num_samples
+    rows = documents(spec.prefixes, spec.seed)
+    if isinstance(spec.prefixes, TestbedCorpus):
+        rows = itertools.islice(rows, TESTBED_TEXTS_PER_PREFIX * spec.num_samples)
+    texts = (row.text for row in rows)
+    found = list(
+        itertools.islice(text_prefixes(texts, tokenizer, spec.prefix_tokens), spec.num_samples)
+    )
+    if len(found) < spec.num_samples:
+        remedy = (
+            f"{spec.num_samples} texts of at least {spec.prefix_tokens} tokens are needed, "
+            f"{len(found)} were found: lower num_samples or prefix_tokens, or give more text"
+        )
+        raise InputError("prefixes", spec.prefixes.model_dump(exclude_none=True), remedy)
+    return found
+
+
+def text_prefixes(texts: Iterable[str], tokenizer: Any, prefix_tokens: int) -> Iterator[list[int]]:
+    """BOS, if the tokenizer adds it, and the first ids of each text that has enough of them."""
+    leading = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    for text in texts:
+        ids = first_ids(text, tokenizer, prefix_tokens)
+        if len(ids) == prefix_tokens:
+            yield leading + ids
+
+
+def first_ids(text: str, tokenizer: Any, count: int) -> list[int]:
+    """The first `count` ids of a text, fewer if it has fewer, without tokenising all of it."""
+    needed = count + EDGE_TOKENS
+    characters = PIECE_CHARACTERS * needed
+    while True:
+        ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        if len(ids) >= needed or characters >= len(text):
+            return ids[:count]
+        characters *= 2
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins a text with BOS."""
+    return tokenizer.bos_token_id is not None and (
+        tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    )
+
+
+def start_id(tokenizer: Any) -> int:
+    """The id that a text without a prefix begins with: BOS, or EOS for want of it.
+
+    Raises:
+        InputError: if the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    remedy = "the tokenizer has neither BOS nor EOS to begin with: give at least one token"
+    raise InputError("prefix_tokens", 0, remedy)
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+@torch.inference_mode()
+def generate_samples(
+    model: Any,
+    tokenizer: Any,
+    prefixes: Sequence[Sequence[int]],
+    sample_ids: Sequence[int],
+    *,
+    sampling: Sampling,
+    seqlen: int,
+    seed: int = 0,
+) -> list[Sample]:
+    """Go on from each prefix until EOS or `seqlen` tokens, all in one batch.
+
+    Of the checkpoint's generation settings only the EOS ids count. What is drawn depends on the
+    seed and a sample's number, not on the rest of the batch.
+
+    Args:
+        prefixes: the ids given, at least one of each sample; lengths may differ, and the model
+            must take as many more positions than `seqlen` as they do.
+        sample_ids: their numbers.
+        seqlen: tokens at the most, the prefix included.
+
+    Raises:
+        InputError: if a prefix leaves no room in `seqlen`.
+    """
+    longest = max(len(prefix) for prefix in prefixes)
+    shortest = min(len(prefix) for prefix in prefixes)
+    if longest >= seqlen:
+        remedy = f"a prefix already has {longest} tokens: raise seqlen or lower prefix_tokens"
+        raise InputError("seqlen", seqlen, remedy)
+    ends = eos_ids(model, tokenizer)
+    filler = ends[0] if ends else 0
+    padding = torch.tensor([longest - len(prefix) for prefix in prefixes])
+    input_ids = torch.tensor(
+        [[filler] * (longest - len(prefix)) + list(prefix) for prefix in prefixes]
+    )
+    attention_mask = (torch.arange(longest) >= padding[:, None]).long()
+    uniforms = uniform_numbers(seed, list(sample_ids), seqlen)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=seqlen - shortest,  # a longer prefix's surplus is cut off below
+        eos_token_id=ends or None,
+        pad_token_id=filler,
+    )
+    with generation_settings(model, settings):
+        generated = model.generate(
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            logits_processor=logits_processors(
+                sampling, padding.to(model.device), uniforms.to(model.device), longest
+            ),
+        )
+    samples = []
+    for number, prefix, row in zip(sample_ids, prefixes, generated.tolist(), strict=True):
+        written = until_end(row[longest:], ends)[: seqlen - len(prefix)]
+        ids = [*prefix, *written]
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        samples.append(Sample(number, len(prefix), ids, text))
+    return samples
+
+
+def until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """The ids up to the first of `ends`, that one included; none if it comes at once."""
+    first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: first + 1] if first else []
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a text: the checkpoint's generation settings, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+
+
+@contextmanager
+def generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Stand in for the model's own settings, which fill in whatever a call leaves unset."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

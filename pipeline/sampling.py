@@ -1,0 +1,101 @@
+"""How the next token is drawn: repetition penalty, temperature, top-k, top-p, inverse CDF.
+
+Every sample has uniform numbers of its own, so what is drawn for it does not depend on the samples
+that happen to share its batch.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; the fields mean what those of `GenerateSpec` do."""
+
+    temperature: float = 0.6
+    top_k: int = 50
+    top_p: float = 0.95
+    repetition_penalty: float = 1.2
+
+
+class RepetitionPenalty:
+    """Divide the positive and multiply the negative logits of tokens that a text already has.
+
+    Formula of arXiv 1909.05858, section 4.1. The processor of transformers takes left padding for
+    text, and so penalises EOS where that is the padding.
+
+    Args:
+        penalty: above 1 discourages repetition.
+        padding: [samples], how many leading ids of each row are padding.
+    """
+
+    def __init__(self, penalty: float, padding: torch.Tensor) -> None:
+        self.penalty = penalty
+        self.padding = padding[:, None]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Penalise `scores` [samples, vocabulary] for the texts `input_ids` [samples, length]."""
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        first = input_ids.gather(1, self.padding)
+        present = torch.where(places < self.padding, first, input_ids)
+        logits = scores.gather(1, present)
+        penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        return scores.scatter(1, present, penalised)
+
+
+class InverseCdf:
+    """Leave only the token at which the cumulative probability passes a given uniform number.
+
+    Tokens stand in the order of the vocabulary, so a logit's last bit hardly ever changes the draw.
+
+    Args:
+        uniforms: [samples, steps] float64 in [0, 1).
+        prompt_length: ids of each row before the first step, padding included.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_length: int) -> None:
+        self.uniforms = uniforms
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Draw from softmax(`scores`) [samples, vocabulary]; all others become -inf."""
+        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        step = input_ids.shape[1] - self.prompt_length
+        targets = self.uniforms[:, step, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, targets, right=True)
+        drawn = drawn.clamp(max=scores.shape[1] - 1)  # past the end if the logits are NaN
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+def uniform_numbers(seed: int, sample_ids: list[int], steps: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), each row fixed by the seed and its sample: [samples, steps]."""
+    # A spawn key, since the entropy [seed, 0] would repeat the stream that orders the documents.
+    streams = [np.random.SeedSequence(seed, spawn_key=(sample,)) for sample in sample_ids]
+    rows = [np.random.default_rng(stream).random(steps) for stream in streams]
+    return torch.from_numpy(np.stack(rows))
+
+
+def logits_processors(
+    sampling: Sampling, padding: torch.Tensor, uniforms: torch.Tensor, prompt_length: int
+) -> LogitsProcessorList:
+    """The processors in the order in which they work; without the draws at temperature 0.
+
+    `padding` is [samples], `uniforms` [samples, steps], both on the model's device.
+    """
+    processors = LogitsProcessorList([RepetitionPenalty(sampling.repetition_penalty, padding)])
+    if sampling.temperature == 0:
+        return processors
+    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(InverseCdf(uniforms, prompt_length))
+    return processors

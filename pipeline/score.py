@@ -1,0 +1,229 @@
+"""Scores of samples under a model: perplexity and Min-K%++ of the generated tokens."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.models import Artifacts
+from pipeline.shards import join_shards, loaded
+from pipeline.specs import ScoreSpec, ShardSpec
+
+POSITIONS = 512
+"""Positions whose distribution over the vocabulary is held in float32 at once."""
+
+PROBE_TOKENS = 16
+"""Tokens, 0 and up, on which it is checked that the output layer alone gives the logits."""
+
+LEAST_DEVIATION = 1e-4
+"""Floor of sigma: below it log-probabilities differ by no more than their float32 rounding."""
+
+SCHEMA = pa.schema(
+    {
+        "sample_id": pa.int64(),
+        "tokens": pa.int64(),
+        "perplexity": pa.float64(),
+        "min_k": pa.float64(),
+    }
+)
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Hidden states [positions, hidden] to logits [positions, vocabulary]."""
+
+
+class Score(NamedTuple):
+    """How many tokens were scored, their perplexity and Min-K%++; NaN if there were none."""
+
+    tokens: int
+    perplexity: float
+    min_k: float
+
+
+class TokenScores(NamedTuple):
+    """Of each scored token log p and z = (log p - mu) / sigma, both [tokens] float32."""
+
+    log_probability: torch.Tensor
+    normalised: torch.Tensor
+
+
+def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+    """Score one shard of samples and write `scores.parquet`."""
+    model, _ = loaded(spec.model, artifacts)
+    shard = artifacts[ShardSpec(of=spec.samples, index=index).key]
+    samples = pq.read_table(
+        shard / "samples.parquet", columns=["sample_id", "prefix_tokens", "token_ids"]
+    ).sort_by("sample_id")
+    chunked = head_is_linear(model)
+    scores = score_samples(
+        model,
+        samples["token_ids"].to_pylist(),
+        samples["prefix_tokens"].to_pylist(),
+        include_prefix=spec.include_prefix,
+        min_k_fraction=spec.min_k_fraction,
+        batch_tokens=spec.batch_tokens,
+        chunked=chunked,
+    )
+    table = pa.table(
+        {
+            "sample_id": samples["sample_id"],
+            **{name: [getattr(score, name) for score in scores] for name in Score._fields},
+        },
+        schema=SCHEMA.with_metadata({"logits": "chunked" if chunked else "full"}),
+    )
+    pq.write_table(table, output / "scores.parquet")
+    return _report(table)
+
+
+def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+    """Join the shards into one `scores.parquet`, sorted by sample_id."""
+    return _report(join_shards(spec.shards(), artifacts, output, "scores.parquet"))
+
+
+def _report(table: pa.Table) -> dict[str, Any]:
+    perplexity = table["perplexity"].to_numpy()
+    finite = perplexity[np.isfinite(perplexity)]
+    return {
+        "samples": len(table),
+        "tokens": int(table["tokens"].to_numpy().sum()),
+        "invalid": len(perplexity) - len(finite),
+        "median_perplexity": float(np.median(finite)) if len(finite) else None,
+        "logits": table.schema.metadata[b"logits"].decode(),
+    }
+
+
+@torch.inference_mode()
+def score_samples(
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    prefix_lengths: Sequence[int],
+    *,
+    include_prefix: bool = False,
+    min_k_fraction: float = 0.2,
+    batch_tokens: int = 8192,
+    chunked: bool | None = None,
+) -> list[Score]:
+    """The score of each sample over the tokens after its prefix.
+
+    The first token of a sample is never scored, since nothing stands before it.
+
+    Args:
+        token_ids: the ids of each sample, prefix first.
+        prefix_lengths: how many leading ids of each were given.
+        include_prefix: score the given ones too.
+        min_k_fraction: share of the least likely tokens that Min-K%++ averages over.
+        batch_tokens: tokens of a forward pass at the most, padding included; one sample at least.
+        chunked: take logits a few positions at a time from hidden states; found out if not given.
+    """
+    if chunked is None:
+        chunked = head_is_linear(model)
+    firsts = [1 if include_prefix else max(1, prefix) for prefix in prefix_lengths]
+    lengths = [len(ids) for ids in token_ids]
+    scored = [place for place, first in enumerate(firsts) if lengths[place] > first]
+    scores = [Score(0, math.nan, math.nan)] * len(token_ids)
+    for batch in length_batches(scored, lengths, batch_tokens):
+        tokens = token_scores(
+            model,
+            [token_ids[place] for place in batch],
+            [firsts[place] for place in batch],
+            chunked,
+        )
+        for place, own in zip(batch, tokens, strict=True):
+            scores[place] = summary(own, min_k_fraction)
+    return scores
+
+
+def summary(tokens: TokenScores, min_k_fraction: float) -> Score:
+    """Perplexity, exp(-mean log p), and Min-K%++: the mean of the lowest floor(k * n) z, or one.
+
+    Min-K%++ is that of arXiv 2404.02936; higher means likelier to have been seen in training.
+    """
+    count = len(tokens.log_probability)
+    lowest = max(1, math.floor(min_k_fraction * count))
+    perplexity = (-tokens.log_probability.double().mean()).exp()
+    min_k = tokens.normalised.double().sort().values[:lowest].mean()
+    return Score(count, float(perplexity), float(min_k))
+
+
+def length_batches(
+    places: Sequence[int], lengths: Sequence[int], batch_tokens: int
+) -> Iterator[list[int]]:
+    """Places of samples of like length, padded to at most `batch_tokens` tokens together."""
+    batch: list[int] = []
+    for place in sorted(places, key=lambda place: (lengths[place], place)):
+        if batch and (len(batch) + 1) * lengths[place] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def head_is_linear(model: Any) -> bool:
+    """Whether the output layer alone turns hidden states into the model's logits.
+
+    It does not where logits are capped or scaled; then the whole forward pass has to give them.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return False
+    input_ids = torch.arange(PROBE_TOKENS, device=model.device)[None]
+    expected = model(input_ids, use_cache=False).logits
+    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
+    return torch.allclose(
+        head(hidden).float(), expected.float(), rtol=1e-5, atol=1e-6, equal_nan=True
+    )
+
+
+def token_scores(
+    model: Any, token_ids: Sequence[Sequence[int]], firsts: Sequence[int], chunked: bool
+) -> list[TokenScores]:
+    """The scores of each sample's tokens from the place in `firsts` (at least 1) on.
+
+    Samples are padded on the right, which causal attention does not see.
+    """
+    longest = max(len(ids) for ids in token_ids)
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in token_ids])
+    places = torch.arange(longest)
+    mask = places < lengths[:, None]
+    inputs = {
+        "input_ids": padded.to(model.device),
+        "attention_mask": mask.long().to(model.device),
+        "use_cache": False,
+    }
+    head: Head
+    if chunked:
+        states, head = model.base_model(**inputs).last_hidden_state, model.get_output_embeddings()
+    else:
+        states, head = model(**inputs).logits, torch.nn.Identity()
+    wanted = mask & (places >= torch.tensor(firsts)[:, None])
+    rows, columns = wanted.nonzero(as_tuple=True)
+    parts = [
+        _score_positions(head(states[row, column - 1]), padded[row, column].to(model.device))
+        for row, column in zip(
+            torch.split(rows, POSITIONS), torch.split(columns, POSITIONS), strict=True
+        )
+    ]
+    counts = wanted.sum(dim=1).tolist()
+    log_probability = torch.cat([part.log_probability for part in parts]).cpu()
+    normalised = torch.cat([part.normalised for part in parts]).cpu()
+    pairs = zip(torch.split(log_probability, counts), torch.split(normalised, counts), strict=True)
+    return [TokenScores(*pair) for pair in pairs]
+
+
+def _score_positions(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """The scores of `targets` [positions] under `logits` [positions, vocabulary]."""
+    log_probability = logits.float().log_softmax(dim=-1)
+    probability = log_probability.exp()
+    # A token of probability 0 adds nothing; 0 * -inf would be NaN.
+    finite = log_probability.masked_fill(probability == 0, 0.0)
+    mean = (probability * finite).sum(dim=-1, keepdim=True)
+    deviation = (probability * (finite - mean).square()).sum(dim=-1).sqrt()
+    own = log_probability.gather(1, targets[:, None]).squeeze(1)
+    return TokenScores(own, (own - mean.squeeze(1)) / deviation.clamp(min=LEAST_DEVIATION))

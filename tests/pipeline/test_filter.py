@@ -1,0 +1,103 @@
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import filter as filtering
+from pipeline.errors import InputError
+from pipeline.filter import keep
+from pipeline.generate import SCHEMA
+from pipeline.specs import FileCorpus, FilterSpec, GenerateSpec, LocalModel, ScoreSpec
+
+PERPLEXITY = st.one_of(
+    st.floats(1.0, 100.0), st.sampled_from([2.0, 3.0, math.inf, math.nan, -math.inf])
+)
+
+
+def kept(perplexities: list[float], fraction: float, ids: list[int] | None = None) -> list[int]:
+    numbers = np.array(range(len(perplexities)) if ids is None else ids)
+    return [int(n) for n in numbers[keep(np.array(perplexities), numbers, fraction)]]
+
+
+@given(st.lists(PERPLEXITY, min_size=1, max_size=60), st.integers(0, 15), st.randoms())
+def test_exactly_the_asked_for_count_of_the_worst_is_dropped(
+    perplexities: list[float], sixteenths: int, random: Any
+) -> None:
+    ids = random.sample(range(1000), len(perplexities))
+    finite = [(p, n) for p, n in zip(perplexities, ids, strict=True) if math.isfinite(p)]
+    dropped = math.floor(Fraction(sixteenths, 16) * len(finite) + Fraction(1, 2))
+    best = sorted(finite)[: len(finite) - dropped]
+    if best:
+        assert sorted(kept(perplexities, sixteenths / 16, ids)) == sorted(n for _, n in best)
+    else:
+        with pytest.raises(InputError, match="nothing is left"):
+            kept(perplexities, sixteenths / 16, ids)
+
+
+def test_of_equal_perplexities_the_higher_number_goes_first() -> None:
+    assert kept([5.0, 5.0, 5.0, 5.0], 0.5) == [0, 1]
+    assert kept([5.0, 5.0, 5.0, 5.0], 0.5, ids=[9, 2, 7, 4]) == [2, 4]
+    assert kept([1.0, 5.0, 5.0, 2.0], 0.25) == [0, 1, 3]
+
+
+def test_half_a_sample_is_rounded_up() -> None:
+    assert kept([1.0, 2.0], 0.25) == [0]
+    assert kept([1.0, 2.0, 3.0], 0.125) == [0, 1, 2]
+
+
+def test_what_is_not_finite_goes_besides_the_share() -> None:
+    assert kept([math.nan, 4.0, math.inf, 1.0, 3.0, 2.0], 0.5) == [3, 5]
+    assert kept([math.nan, 4.0, math.inf], 0.0) == [1]
+
+
+def test_samples_that_are_all_invalid_are_refused() -> None:
+    with pytest.raises(InputError, match="of 2 samples 0 have a finite perplexity"):
+        kept([math.nan, math.inf], 0.0)
+
+
+def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> None:
+    model = LocalModel(path="model")
+    samples = GenerateSpec(model=model, prefixes=FileCorpus(path="texts.txt"), num_samples=5)
+    scores = ScoreSpec(samples=samples, model=model)
+    artifacts = {samples.key: tmp_path / "samples", scores.key: tmp_path / "scores"}
+    output = tmp_path / "output"
+    for folder in (*artifacts.values(), output):
+        folder.mkdir()
+    numbers = [4, 2, 0, 1, 3]
+    columns = {
+        "sample_id": numbers,
+        "prefix_tokens": [number % 3 for number in numbers],
+        "token_ids": [[number] * (number + 1) for number in numbers],
+        "text": [f"text {number}" for number in numbers],
+    }
+    pq.write_table(pa.table(columns, schema=SCHEMA), artifacts[samples.key] / "samples.parquet")
+    marks = {
+        "sample_id": range(5),
+        "tokens": [1] * 5,
+        "perplexity": [9.0, 2.0, math.nan, 7.0, 8.0],
+        "min_k": [-0.5, -1.0, math.nan, -1.5, -2.0],
+    }
+    pq.write_table(pa.table(marks), artifacts[scores.key] / "scores.parquet")
+
+    report = filtering.run(FilterSpec(scores=scores, drop_fraction=0.25), artifacts, output)
+
+    assert report == {"kept": 3, "dropped": 1, "invalid": 1}
+    table = pq.read_table(output / "samples.parquet")
+    assert table.to_pylist() == [
+        {
+            "sample_id": number,
+            "prefix_tokens": number % 3,
+            "token_ids": [number] * (number + 1),
+            "text": f"text {number}",
+            "perplexity": perplexity,
+            "min_k": min_k,
+        }
+        for number, perplexity, min_k in [(1, 2.0, -1.0), (3, 7.0, -1.5), (4, 8.0, -2.0)]
+    ]

@@ -1,0 +1,265 @@
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline import score
+from pipeline.generate import SCHEMA
+from pipeline.score import Score, head_is_linear, length_batches, score_samples
+from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, ScoreSpec
+
+VOCABULARY = 96
+LENGTHS = [24, 7, 13, 2, 19, 7, 31, 5]
+PREFIXES = [3, 2, 1, 1, 4, 0, 3, 3]
+
+
+def small(**more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 64,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**small())).eval()
+
+
+@pytest.fixture(scope="module")
+def capped_model() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Gemma2Config(**small(head_dim=16, final_logit_softcapping=2.0))
+        return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def token_ids() -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(1, VOCABULARY, size=length).tolist() for length in LENGTHS]
+
+
+def in_float64(model: Any, ids: list[int], first: int, fraction: float) -> Score:
+    """Perplexity and Min-K%++ of one sample by their definitions, a token at a time."""
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(torch.tensor([ids])).logits[0].numpy()
+    losses, normalised = [], []
+    for place in range(max(1, first), len(ids)):
+        row = logits[place - 1]
+        log_p = row - row.max() - math.log(np.exp(row - row.max()).sum())
+        mean = float(np.exp(log_p) @ log_p)
+        deviation = math.sqrt(float(np.exp(log_p) @ (log_p - mean) ** 2))
+        losses.append(-log_p[ids[place]])
+        normalised.append((log_p[ids[place]] - mean) / deviation)
+    lowest = sorted(normalised)[: max(1, math.floor(fraction * len(normalised)))]
+    return Score(len(losses), math.exp(np.mean(losses)), float(np.mean(lowest)))
+
+
+def agree(found: list[Score], expected: list[Score], rel: float = 1e-4) -> None:
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    for name in ("perplexity", "min_k"):
+        values = [getattr(one, name) for one in expected]
+        assert [getattr(one, name) for one in found] == pytest.approx(values, rel=rel)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 1.0])
+@pytest.mark.parametrize("include_prefix", [False, True])
+def test_scores_are_those_of_their_definitions_in_float64(
+    model: Any, token_ids: list[list[int]], fraction: float, include_prefix: bool
+) -> None:
+    found = score_samples(
+        model, token_ids, PREFIXES, include_prefix=include_prefix, min_k_fraction=fraction
+    )
+    firsts = [1 if include_prefix else prefix for prefix in PREFIXES]
+    expected = [
+        in_float64(model, ids, first, fraction)
+        for ids, first in zip(token_ids, firsts, strict=True)
+    ]
+    agree(found, expected)
+    perplexities = [one.perplexity for one in found]
+    assert max(perplexities) > 1.5 * min(perplexities)  # so a constant would not pass
+
+
+def test_neither_batches_nor_chunks_nor_the_way_to_the_logits_move_a_score(
+    model: Any, token_ids: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = score_samples(model, token_ids, PREFIXES, batch_tokens=1)
+    agree(score_samples(model, token_ids, PREFIXES), alone)
+    agree(score_samples(model, token_ids, PREFIXES, batch_tokens=64), alone)
+    agree(score_samples(model, token_ids, PREFIXES, chunked=False), alone)
+    for positions in (1, 7):
+        monkeypatch.setattr(score, "POSITIONS", positions)
+        agree(score_samples(model, token_ids, PREFIXES), alone)
+
+
+def test_logits_are_taken_a_few_positions_at_a_time(
+    model: Any, token_ids: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "POSITIONS", 5)
+    sizes: list[int] = []
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, output: sizes.append(output.numel() // VOCABULARY)
+    )
+    try:
+        found = score_samples(model, token_ids, PREFIXES, chunked=True)
+    finally:
+        hook.remove()
+    assert max(sizes) == 5
+    assert sum(sizes) == sum(one.tokens for one in found)
+
+
+def test_capped_logits_are_noticed_and_taken_from_the_whole_forward_pass(
+    model: Any, capped_model: Any, token_ids: list[list[int]]
+) -> None:
+    assert head_is_linear(model)
+    assert not head_is_linear(capped_model)
+    expected = [
+        in_float64(capped_model, ids, prefix, 0.2)
+        for ids, prefix in zip(token_ids, PREFIXES, strict=True)
+    ]
+    agree(score_samples(capped_model, token_ids, PREFIXES), expected)
+    wrong = score_samples(capped_model, token_ids, PREFIXES, chunked=True)
+    assert abs(wrong[0].perplexity / expected[0].perplexity - 1) > 0.05
+
+
+def test_a_sample_without_a_token_to_score_has_no_score(model: Any) -> None:
+    found = score_samples(model, [[1, 2, 3], [5], [4, 5, 6]], [3, 0, 2])
+    assert [one.tokens for one in found] == [0, 0, 1]
+    assert [math.isnan(one.perplexity) and math.isnan(one.min_k) for one in found] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_a_model_without_an_opinion_finds_nothing_unlikely(
+    model: Any, token_ids: list[list[int]]
+) -> None:
+    blank = copy.deepcopy(model)
+    torch.nn.init.zeros_(blank.lm_head.weight)
+    found = score_samples(blank, token_ids, PREFIXES)
+    assert [one.perplexity for one in found] == pytest.approx([VOCABULARY] * 8, rel=1e-5)
+    assert [one.min_k for one in found] == pytest.approx([0.0] * 8, abs=0.05)
+
+
+def test_a_model_that_is_certain_and_wrong_gives_numbers_and_not_nan(
+    model: Any, token_ids: list[list[int]]
+) -> None:
+    certain = copy.deepcopy(model)
+    certain.lm_head.weight.data.mul_(1e3)
+    found = score_samples(certain, token_ids, PREFIXES)
+    assert all(math.isfinite(one.min_k) and one.min_k < -100 for one in found)
+    assert all(one.perplexity > 1e6 for one in found)
+
+
+def test_a_token_that_the_model_rules_out_does_not_spoil_the_score(
+    model: Any, token_ids: list[list[int]]
+) -> None:
+    ruling = copy.deepcopy(model)
+    ruling.lm_head = torch.nn.Linear(32, VOCABULARY)
+    ruling.lm_head.weight.data.copy_(model.lm_head.weight.data)
+    found = []
+    for bias in (-1e4, -math.inf):
+        ruling.lm_head.bias.data.zero_()[0] = bias  # no sample has token 0
+        found.append(score_samples(ruling, token_ids, PREFIXES))
+    agree(found[1], found[0])
+    assert all(math.isfinite(one.min_k) for one in found[1])
+
+
+def test_batches_hold_every_sample_once_and_keep_to_the_tokens_allowed() -> None:
+    batches = list(length_batches(range(8), LENGTHS, 40))
+    assert sorted(place for batch in batches for place in batch) == list(range(8))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(LENGTHS[place] for place in batch) <= 40
+    assert list(length_batches(range(8), LENGTHS, 1)) == [[3], [7], [1], [5], [2], [4], [0], [6]]
+
+
+def saved(model: Any, folder: Path) -> LocalModel:
+    model.save_pretrained(folder)
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0"))
+    ).save_pretrained(folder)
+    return LocalModel(path=str(folder), dtype="float32")
+
+
+def test_the_report_says_that_logits_could_not_be_chunked(
+    capped_model: Any, token_ids: list[list[int]], tmp_path: Path
+) -> None:
+    local = saved(capped_model, tmp_path / "model")
+    samples = GenerateSpec(model=local, prefixes=FileCorpus(path="texts.txt"), num_samples=1)
+    spec = ScoreSpec(samples=samples, model=local)
+    columns = {"sample_id": [0], "prefix_tokens": [1], "token_ids": token_ids[:1], "text": [""]}
+    written, scored, joined = (tmp_path / name for name in ("written", "scored", "joined"))
+    for folder in (written, scored, joined):
+        folder.mkdir()
+    pq.write_table(pa.table(columns, schema=SCHEMA), written / "samples.parquet")
+    reports = [
+        score.run_shard(spec, 0, {samples.shards()[0].key: written}, scored),
+        score.run(spec, {spec.shards()[0].key: scored}, joined),
+    ]
+    assert [one["logits"] for one in reports] == ["full"] * 2
+
+
+def test_the_stage_scores_each_shard_from_its_own_samples_and_joins_them_in_order(
+    model: Any, token_ids: list[list[int]], tmp_path: Path
+) -> None:
+    local = saved(model, tmp_path / "model")
+    samples = GenerateSpec(
+        model=local, prefixes=FileCorpus(path="texts.txt"), num_samples=8, shard_size=3
+    )
+    spec = ScoreSpec(samples=samples, model=local)
+    artifacts: dict[str, Path] = {}
+    reports = []
+    for written, scored in zip(samples.shards(), spec.shards(), strict=True):
+        numbers = list(range(8))[3 * written.index : 3 * written.index + 3][::-1]
+        columns = {
+            "sample_id": numbers,
+            "prefix_tokens": [PREFIXES[number] for number in numbers],
+            "token_ids": [token_ids[number] for number in numbers],
+            "text": [""] * len(numbers),
+        }
+        for part in (written, scored):
+            artifacts[part.key] = tmp_path / part.key
+            artifacts[part.key].mkdir()
+        table = pa.table(columns, schema=SCHEMA)
+        pq.write_table(table, artifacts[written.key] / "samples.parquet")
+        own = {written.key: artifacts[written.key]}
+        reports.append(score.run_shard(spec, scored.index, own, artifacts[scored.key]))
+    output = tmp_path / "joined"
+    output.mkdir()
+    report = score.run(spec, {part.key: artifacts[part.key] for part in spec.shards()}, output)
+    rows = pq.read_table(output / "scores.parquet").to_pylist()
+    expected = score_samples(model, token_ids, PREFIXES)
+    assert [row.pop("sample_id") for row in rows] == list(range(8))
+    agree([Score(**row) for row in rows], expected)
+    assert [one["logits"] for one in (*reports, report)] == ["chunked"] * 4
+    assert sum(one["tokens"] for one in reports) == report["tokens"]
+    assert report["samples"] == 8
+    assert report["tokens"] == sum(one.tokens for one in expected)
+    assert report["invalid"] == 0
+    middle = float(np.median([one.perplexity for one in expected]))
+    assert report["median_perplexity"] == pytest.approx(middle, rel=1e-4)
