@@ -14,8 +14,8 @@ from pipeline.errors import InputError
 from pipeline.models import Artifacts, load_model, load_tokenizer
 from pipeline.pruners import PRUNERS
 from pipeline.sparsity import MatrixSparsity, check, measure
-from pipeline.specs import Allocation, Pruner, PruneSpec, parse_pattern
-from pipeline.walk import Matrix, NonFiniteError, decoder_layers, walk
+from pipeline.specs import Allocation, Pruner, PruneSpec, SparseGPT, parse_pattern
+from pipeline.walk import Matrix, NonFiniteError, decoder_layers, matrices, walk
 from pipeline.windows import read_windows
 
 
@@ -41,6 +41,7 @@ def prune_model(
     sparsity: float,
     pattern: tuple[int, int] | None,
     allocation: Allocation,
+    batch_size: int | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -49,61 +50,75 @@ def prune_model(
         windows: the calibration set, token ids `[nsamples, seqlen]`; None for pruners without data.
         sparsity: share of zeros in each matrix, on average over the decoder layers.
         pattern: kept and group size of an N:M pattern.
+        batch_size: windows of a forward pass, by default as many as have
+            `pipeline.walk.BATCH_TOKENS` tokens.
 
     Raises:
-        InputError: if the windows are too long for the model or a pattern does not fit a matrix.
+        InputError: if the windows are missing or too long for the model, a pattern does not fit a
+            matrix, or the model is of a form that cannot be pruned.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         SparsityError: if a matrix is not as sparse afterwards as it should be.
     """
-    _check_length(model, windows)
     entry = PRUNERS[pruner.name]
-    _, layers = decoder_layers(model)
+    if entry.statistics and windows is None:
+        raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
+    _check_length(model, windows)
+    root, layers = decoder_layers(model)
+    for number, layer in enumerate(layers):  # all of them, before any forward pass
+        for matrix in matrices(f"{root}.{number}", layer):
+            _check_matrix(matrix, pattern)
     shares = allocate(allocation, sparsity, len(layers))
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
 
     def visit(number: int, found: list[Matrix]) -> None:
         for matrix in found:
-            weight = matrix.linear.weight
-            zeros_before = int((weight == 0).sum())
             facts[matrix.name] = _prune_matrix(matrix, pruner, shares[number], pattern)
-            measured.append(measure(matrix.name, weight))
-            check(measured[-1], weight, zeros_before, shares[number], pattern)
+            measured.append(measure(matrix.name, matrix.linear.weight))
 
-    walk(model, windows, entry.statistics, visit)
+    walk(model, windows, entry.statistics, visit, batch_size)
     return PruneReport(matrices=measured, facts=facts)
 
 
-def _prune_matrix(
-    matrix: Matrix, pruner: Pruner, sparsity: float, pattern: tuple[int, int] | None
-) -> dict[str, float]:
-    weight = matrix.linear.weight.data
-    if not bool(weight.isfinite().all()):
-        raise NonFiniteError(f"{matrix.name}: the weight has NaN or infinite values")
-    if pattern is not None and weight.shape[1] % pattern[1]:
-        remedy = f"{matrix.name} has {weight.shape[1]} inputs, no multiple of {pattern[1]}"
-        raise InputError("pattern", f"{pattern[0]}:{pattern[1]}", remedy)
-    prune = PRUNERS[pruner.name].prune
-    try:
-        pruned = prune(weight.float(), matrix.statistics, sparsity, pattern, pruner)
-    except ValueError as error:
-        raise ValueError(f"{matrix.name}: {error}") from error
-    if pruned.weight is not None:
-        weight.copy_(pruned.weight)
-    weight.masked_fill_(pruned.mask, 0.0)
-    return pruned.facts
-
-
 def _check_length(model: nn.Module, windows: Tensor | None) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if windows is not None and isinstance(longest, int) and windows.shape[1] > longest:
         remedy = f"the model takes {longest} tokens at the most; lower it"
         raise InputError("seqlen", windows.shape[1], remedy)
 
 
+def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
+    if not bool(matrix.linear.weight.isfinite().all()):
+        raise NonFiniteError(f"{matrix.name}: the weight has NaN or infinite values")
+    columns = matrix.linear.in_features
+    if pattern is not None and columns % pattern[1]:
+        remedy = f"{matrix.name} has {columns} inputs, no multiple of {pattern[1]}"
+        raise InputError("pattern", f"{pattern[0]}:{pattern[1]}", remedy)
+
+
+def _prune_matrix(
+    matrix: Matrix, pruner: Pruner, sparsity: float, pattern: tuple[int, int] | None
+) -> dict[str, float]:
+    entry = PRUNERS[pruner.name]
+    weight = matrix.linear.weight.data
+    try:
+        pruned = entry.prune(weight.float(), matrix.statistics, sparsity, pattern, pruner)
+    except ValueError as error:
+        raise ValueError(f"{matrix.name}: {error}") from error
+    if pruned.weight is not None:
+        weight.copy_(pruned.weight)
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
+    weight.masked_fill_(pruned.mask, 0.0)
+    check(matrix.name, weight, pruned.mask, sparsity, pattern, entry.counted_per)
+    return pruned.facts
+
+
 def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """Prune, measure, and leave the model with its tokenizer."""
     model = load_model(spec.model, artifacts)
+    tokenizer = load_tokenizer(spec.model, artifacts)
     windows = None
     if spec.calibration is not None:
         windows = read_windows(artifacts[spec.calibration.key])
@@ -116,7 +131,7 @@ def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
         spec.allocation,
     )
     model.save_pretrained(output / "model")
-    load_tokenizer(spec.model, artifacts).save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
     pq.write_table(_table(report.matrices), output / "sparsity.parquet")
     return {
         "sparsity": report.sparsity,
@@ -138,11 +153,12 @@ def _table(matrices: list[MatrixSparsity]) -> pa.Table:
 
 def _summary(pruner: Pruner, facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What a reader of the results must know: damping that was raised, columns without input."""
-    asked = getattr(pruner, "damping", None)
+    if not isinstance(pruner, SparseGPT):
+        return {}
     raised = {
-        name: told["damping"] for name, told in facts.items() if told.get("damping", asked) != asked
+        name: {"damping": told["damping"], "raises": int(told["damping_raises"])}
+        for name, told in facts.items()
+        if told["damping_raises"]
     }
-    dead = {
-        name: int(told["dead_columns"]) for name, told in facts.items() if told.get("dead_columns")
-    }
-    return {"raised_damping": raised, "dead_columns": dead} if asked is not None else {}
+    dead = {name: int(told["dead_columns"]) for name, told in facts.items() if told["dead_columns"]}
+    return {"raised_damping": raised, "dead_columns": dead}

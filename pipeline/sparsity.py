@@ -1,6 +1,7 @@
 """Counting zeros in a pruned model, and refusing a wrong count."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,39 +28,44 @@ class MatrixSparsity:
 
 
 def measure(name: str, weight: Tensor) -> MatrixSparsity:
-    """Count the zeros of a weight `[out_features, in_features]`."""
+    """Count the zeros of a weight `[out_features, in_features]`, whatever made them zero."""
     rows, columns = weight.shape
     return MatrixSparsity(name, rows, columns, int((weight == 0).sum()))
 
 
 def check(
-    measured: MatrixSparsity,
+    name: str,
     weight: Tensor,
-    zeros_before: int,
+    mask: Tensor,
     sparsity: float,
     pattern: tuple[int, int] | None,
+    counted_per: Literal["matrix", "row"],
 ) -> None:
-    """See that a pruned weight has the zeros that were asked for.
+    """See that a pruner chose exactly as many weights as were asked for, and that they are zero.
 
-    Rows or blocks may round down each on its own, so a row's worth may be missing; more zeros are
-    right only as far as the dense weight had them.
+    Other weights may be zero as well: the dense matrix had them, or half precision cannot tell
+    an updated one from zero.
+
+    Args:
+        weight: the pruned weight, `[out_features, in_features]`.
+        mask: what the pruner chose, of the same shape.
+        counted_per: where floor(sparsity * n) weights must be chosen without a pattern.
 
     Raises:
         SparsityError: naming the matrix, what was asked and what is there.
     """
-    name, rows, columns = measured.matrix, measured.rows, measured.columns
     if pattern is not None:
-        kept, group = pattern
-        nonzero = (weight != 0).view(rows, columns // group, group).sum(dim=2)
-        if int(nonzero.max()) > kept:
-            raise SparsityError(
-                f"{name}: a group of {group} keeps {int(nonzero.max())} weights, not {kept}"
-            )
-        return
-    least = rows * zeros_in(sparsity, columns)
-    most = zeros_in(sparsity, rows * columns) + zeros_before
-    if not least <= measured.zeros <= most:
+        kept, size = pattern
+        place, wanted = f"group of {size}", size - kept
+    else:
+        size = weight.shape[1] if counted_per == "row" else weight.numel()
+        place, wanted = counted_per, zeros_in(sparsity, size)
+    chosen = mask.reshape(-1, size).sum(dim=1)
+    wrong = chosen[chosen != wanted]
+    if len(wrong):
         raise SparsityError(
-            f"{name}: {measured.zeros} of {rows * columns} weights are zero; "
-            f"a sparsity of {sparsity:g} asks for {least} to {most}"
+            f"{name}: {int(wrong[0])} weights of a {place} are pruned, not {wanted}"
         )
+    left = int(((weight != 0) & mask).sum())
+    if left:
+        raise SparsityError(f"{name}: {left} pruned weights are not zero")

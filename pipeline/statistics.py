@@ -1,22 +1,31 @@
 """Statistics of a linear layer's input, asked for by name and summed batch by batch."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
-class Statistic(Protocol):
-    """A running sum over inputs."""
+class RunningSum(ABC):
+    """A float32 sum over tokens; sums over parts of the tokens merge by addition."""
 
+    total: Tensor
+    """The sum so far."""
+
+    @abstractmethod
+    def __init__(self, in_features: int, device: torch.device) -> None: ...
+
+    @abstractmethod
     def update(self, inputs: Tensor) -> None:
-        """Add the tokens `[tokens, in_features]` of a batch, in float32."""
+        """Add the tokens of a batch, `[tokens, in_features]` in float32."""
 
-    def result(self) -> Tensor:
-        """The statistic so far."""
+    def merge(self, other: Self) -> None:
+        """Add the tokens that another sum has seen."""
+        self.total += other.total.to(self.total.device)
 
 
-class SquaredNorms:
+class SquaredNorms(RunningSum):
     """The sum of X_tj^2 over tokens t, `[in_features]`."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -26,12 +35,8 @@ class SquaredNorms:
         """Add a batch `[tokens, in_features]`."""
         self.total += inputs.square().sum(dim=0)
 
-    def result(self) -> Tensor:
-        """`[in_features]`."""
-        return self.total
 
-
-class Hessian:
+class Hessian(RunningSum):
     """X^T X over all tokens, `[in_features, in_features]`: half the Hessian of the squared error
     of a layer's output."""
 
@@ -42,12 +47,8 @@ class Hessian:
         """Add a batch `[tokens, in_features]`."""
         self.total.addmm_(inputs.T, inputs)
 
-    def result(self) -> Tensor:
-        """`[in_features, in_features]`."""
-        return self.total
 
-
-STATISTICS: dict[str, type[SquaredNorms] | type[Hessian]] = {
+STATISTICS: dict[str, type[RunningSum]] = {
     "squared_norms": SquaredNorms,
     "hessian": Hessian,
 }

@@ -5,18 +5,20 @@ that the model passes to them is captured and passed again.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError
-from pipeline.statistics import STATISTICS, Statistic
+from pipeline.statistics import STATISTICS, RunningSum
 
 BATCH_TOKENS = 16_384
-"""Tokens of a batch. Fixed, since sums depend on how they are split."""
+"""Tokens of a batch unless its size is given: fixed, since sums depend on how they are split."""
 
 
 class NonFiniteError(ValueError):
@@ -38,8 +40,7 @@ Visit = Callable[[int, list[Matrix]], None]
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of a model's decoder layers: the largest list of like modules with
-    linear layers in them.
+    """The name and the list of a model's decoder layers: the list of modules with most weights.
 
     Raises:
         InputError: if there is none.
@@ -47,9 +48,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     candidates = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(layer) for layer in module}) == 1
-        and any(isinstance(part, nn.Linear) for part in module.modules())
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
     ]
     if not candidates:
         raise InputError("model", type(model).__name__, "has no list of decoder layers to prune")
@@ -60,25 +59,35 @@ def matrices(prefix: str, layer: nn.Module) -> list[Matrix]:
     """The linear layers inside a decoder layer.
 
     Raises:
-        InputError: if the layer holds weights of experts in one tensor, which would be missed.
+        InputError: if there is none, or if the layer has weights of another form, which would be
+            missed: convolutions, or a mixture's experts in one tensor.
     """
-    for name, parameter in layer.named_parameters():
-        if parameter.dim() > 2:
-            raise InputError(
-                "model",
-                f"{prefix}.{name}",
-                f"has shape {list(parameter.shape)}; experts in one tensor cannot be pruned",
-            )
-    return [
-        Matrix(name=f"{prefix}.{name}", linear=module)
-        for name, module in layer.named_modules()
+    for module_name, module in layer.named_modules(prefix=prefix):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 2 or (isinstance(module, Conv1D) and name == "weight"):
+                raise InputError(
+                    "model",
+                    f"{module_name}.{name}",
+                    f"has shape {list(parameter.shape)} and is no nn.Linear's weight; convolutions "
+                    "and experts in one tensor cannot be pruned",
+                )
+    found = [
+        Matrix(name=name, linear=module)
+        for name, module in layer.named_modules(prefix=prefix)
         if isinstance(module, nn.Linear)
     ]
+    if not found:
+        raise InputError("model", prefix, "has no linear layer to prune")
+    return found
 
 
 @torch.no_grad()
 def walk(
-    model: nn.Module, windows: Tensor | None, statistics: tuple[str, ...], visit: Visit
+    model: nn.Module,
+    windows: Tensor | None,
+    statistics: tuple[str, ...],
+    visit: Visit,
+    batch_size: int | None = None,
 ) -> None:
     """Visit every decoder layer in order, with statistics of its matrices' inputs.
 
@@ -88,30 +97,34 @@ def walk(
     Args:
         model: a causal language model, in evaluation mode.
         windows: token ids `[nsamples, seqlen]`; None visits without any forward pass.
-        statistics: names from `pipeline.statistics.STATISTICS`.
+        statistics: names from `pipeline.statistics.STATISTICS`; none visits without any forward
+            pass too.
+        batch_size: windows of a forward pass, by default as many as have `BATCH_TOKENS` tokens.
 
     Raises:
+        InputError: if the model does not call its decoder layers one after another, or leaves a
+            matrix out.
         NonFiniteError: if an activation is NaN or infinite.
     """
     root, layers = decoder_layers(model)
-    if windows is None:
+    if windows is None or not statistics:
         for number, layer in enumerate(layers):
             visit(number, matrices(f"{root}.{number}", layer))
         return
     device = next(model.parameters()).device
-    size = max(1, BATCH_TOKENS // windows.shape[1])
-    batches = list(torch.split(windows.to(device), size))
-    arguments = {len(batch): _layer_arguments(model, layers, batch) for batch in batches[::-1]}
+    size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
+    batches = torch.split(windows.to(device), size)
+    arguments = _arguments(model, layers, batches)
     hidden = [_first_hidden_states(model, layers[0], batch) for batch in batches]
     for number, layer in enumerate(layers):
-        calls = [(states, arguments[len(states)][number]) for states in hidden]
         found = matrices(f"{root}.{number}", layer)
         with _collected(found, statistics, device):
-            for states, given in calls:
-                _forward(layer, states, given)
+            for states, given in zip(hidden, arguments, strict=True):
+                _forward(layer, states, given[number])
         visit(number, found)
-        for place, (states, given) in enumerate(calls):
-            hidden[place] = _forward(layer, states, given)  # what the pruned layer passes on
+        if number + 1 < len(layers):
+            for place, given in enumerate(arguments):  # what the pruned layer passes on
+                hidden[place] = _forward(layer, hidden[place], given[number])
 
 
 # ------------------------------------------------------------------------------- what layers get
@@ -129,21 +142,42 @@ class _Stop(Exception):
     """The way out of a forward pass."""
 
 
+def _arguments(
+    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor]
+) -> list[list[_Arguments]]:
+    """For each batch, what each layer is called with.
+
+    Masks and rotary tables are the same for all batches of a size and captured once. In models that
+    pass on what depends on the tokens (embeddings of each layer, shared keys and values) they are
+    captured batch by batch; the first and the last full batch tell.
+    """
+    full = [batch for batch in batches if len(batch) == len(batches[0])]
+    first = _layer_arguments(model, layers, full[0])
+    rest = [_layer_arguments(model, layers, batch) for batch in batches[len(full) :]]
+    if len(full) == 1:
+        return [first, *rest]
+    last = _layer_arguments(model, layers, full[-1])
+    if _same_tensors(first, last):
+        return [first] * len(full) + rest
+    middle = [_layer_arguments(model, layers, batch) for batch in full[1:-1]]
+    return [first, *middle, last, *rest]
+
+
 def _layer_arguments(model: nn.Module, layers: nn.ModuleList, batch: Tensor) -> list[_Arguments]:
-    """What each layer is called with; masks and rotary tables may differ from layer to layer, but
-    not between batches of full windows of one size."""
+    """What each layer is called with; masks and rotary tables may differ from layer to layer."""
     captured: list[_Arguments] = []
+    called: list[nn.Module] = []
 
     def capture(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        _, arguments = _split(positional, keywords)
-        captured.append(arguments)
+        captured.append(_split(positional, keywords)[1])
+        called.append(module)
+        if module is layers[-1]:
+            raise _Stop
 
-    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
-    try:
-        model(input_ids=batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, list(layers), capture, batch)
+    if called != list(layers):
+        remedy = "does not call its decoder layers one after another, once each; cannot be walked"
+        raise InputError("model", type(model).__name__, remedy)
     return captured
 
 
@@ -154,14 +188,23 @@ def _first_hidden_states(model: nn.Module, layer: nn.Module, batch: Tensor) -> T
         found.append(_split(positional, keywords)[0])
         raise _Stop
 
-    handle = layer.register_forward_pre_hook(capture, with_kwargs=True)
-    try:
-        model(input_ids=batch, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
+    _run_hooked(model, [layer], capture, batch)
     return found[0]
+
+
+def _run_hooked(
+    model: nn.Module,
+    layers: list[nn.Module],
+    capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+    batch: Tensor,
+) -> None:
+    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
+    try:
+        with contextlib.suppress(_Stop):
+            model(input_ids=batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _split(positional: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, _Arguments]:
@@ -169,6 +212,26 @@ def _split(positional: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tenso
         return positional[0], _Arguments(positional[1:], keywords)
     rest = {name: value for name, value in keywords.items() if name != "hidden_states"}
     return keywords["hidden_states"], _Arguments((), rest)
+
+
+def _same_tensors(one: object, two: object) -> bool:
+    pairs = itertools.zip_longest(_tensors(one), _tensors(two))
+    return all(
+        left is not None and right is not None and left.equal(right) for left, right in pairs
+    )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    match value:
+        case Tensor():
+            yield value
+        case _Arguments():
+            yield from _tensors((value.positional, value.keywords))
+        case Mapping():
+            yield from _tensors(tuple(value.values()))
+        case list() | tuple():
+            for item in value:
+                yield from _tensors(item)
 
 
 def _forward(layer: nn.Module, states: Tensor, given: _Arguments) -> Tensor:
@@ -185,7 +248,7 @@ def _collected(
     found: list[Matrix], statistics: tuple[str, ...], device: torch.device
 ) -> Iterator[None]:
     """Sum statistics of all inputs while it is entered; the matrices have them afterwards."""
-    sums: dict[int, dict[str, Statistic]] = {}
+    sums: dict[int, dict[str, RunningSum]] = {}
     leader_of: dict[int, int] = {}
     first_inputs: dict[int, Tensor] = {}
 
@@ -217,8 +280,10 @@ def _collected(
         for handle in handles:
             handle.remove()
     for place, matrix in enumerate(found):
+        if place not in leader_of:
+            raise InputError("model", matrix.name, "takes no part in the forward pass")
         shared = sums[leader_of[place]]
-        matrix.statistics = {name: statistic.result() for name, statistic in shared.items()}
-        for name, statistic in matrix.statistics.items():
-            if not bool(statistic.isfinite().all()):
+        matrix.statistics = {name: statistic.total for name, statistic in shared.items()}
+        for name, total in matrix.statistics.items():
+            if not bool(total.isfinite().all()):
                 raise NonFiniteError(f"{matrix.name}: its input has NaN or infinite {name}")

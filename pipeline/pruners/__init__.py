@@ -5,7 +5,7 @@ A new pruner is a spec in `pipeline/specs.py`, a file here, and an entry in `PRU
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -30,15 +30,20 @@ class PruneMatrix(Protocol):
 
 @dataclass(frozen=True)
 class PrunerEntry:
-    """A pruner and the statistics that it asks for."""
+    """A pruner and what the walk must know of it."""
 
     prune: PruneMatrix
+
     statistics: tuple[str, ...]
+    """Names from `pipeline.statistics.STATISTICS`; none if it takes no data."""
+
+    counted_per: Literal["matrix", "row"]
+    """Where exactly floor(sparsity * n) of n weights are zeroed when there is no pattern."""
 
 
 PRUNERS: dict[str, PrunerEntry] = {
-    "magnitude": PrunerEntry(prune_by_magnitude, ()),
-    "wanda": PrunerEntry(prune_by_wanda, ("squared_norms",)),
-    "sparsegpt": PrunerEntry(prune_by_sparsegpt, ("hessian",)),
+    "magnitude": PrunerEntry(prune_by_magnitude, (), "matrix"),
+    "wanda": PrunerEntry(prune_by_wanda, ("squared_norms",), "row"),
+    "sparsegpt": PrunerEntry(prune_by_sparsegpt, ("hessian",), "matrix"),
 }
 """By the name of the pruner's spec."""

@@ -9,7 +9,7 @@ from pipeline.pruners.masks import smallest, smallest_in_groups, zeros_in
 from pipeline.pruners.pruned import Pruned
 from pipeline.specs import SparseGPT
 
-DAMPING_TRIES = 5
+DAMPING_RAISES = 5
 """How often the damping is raised tenfold before a Hessian counts as not invertible."""
 
 
@@ -27,75 +27,75 @@ def prune_by_sparsegpt(
     E_j = (W_j - masked W_j) / U_jj is taken out of the later columns by W -= E_j U_j. In a pattern
     the choice is made in each group of a row, when its first column's turn comes.
 
-    Columns without any input score 0, so they go first; a weight there that is not needed for the
-    sparsity stays as it is.
+    After each block floor(sparsity * n) of the n weights so far are zero, so the last block,
+    however narrow, completes the matrix's count. Columns without any input score 0, so they go
+    first; a weight there that is not needed for the count stays as it is.
 
     Args:
         weight: `[out_features, in_features]`.
         statistics: `hessian` `[in_features, in_features]`, X^T X on any scale.
 
+    Returns:
+        Facts: `dead_columns`, without any input; `damping`, the share that was added in the end;
+        `damping_raises`, how often it was raised tenfold to get there.
+
     Raises:
         ValueError: if the Hessian cannot be inverted.
     """
     rows, columns = weight.shape
-    hessian = statistics["hessian"].clone()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1.0
-    upper, damping = _inverse_factor(hessian, options.damping)
+    dead = statistics["hessian"].diagonal() == 0
+    upper, facts = _inverse_factor(statistics["hessian"], dead, options.damping)
     scale = upper.diagonal().square()
 
-    weight = weight.clone()
-    mask = torch.zeros_like(weight, dtype=torch.bool)
-    width = options.block_size if pattern is None else _whole_groups(options.block_size, pattern[1])
-    zeros = 0
+    remaining = weight.T.clone(memory_format=torch.contiguous_format)  # [columns, rows]
+    mask = torch.zeros_like(remaining, dtype=torch.bool)
+    group = 1 if pattern is None else pattern[1]
+    width = max(group, options.block_size // group * group)  # cuts no group
+    chosen = 0
     for start in range(0, columns, width):
         end = min(start + width, columns)
-        block = weight[:, start:end].clone()  # [rows, width]
+        block = remaining[start:end]
         errors = torch.zeros_like(block)
         if pattern is None:
-            wanted = zeros_in(sparsity, rows * end) - zeros
-            mask[:, start:end] = smallest(_scores(block, scale[start:end], dead[start:end]), wanted)
-            zeros += wanted
-        for column in range(start, end):
-            place = column - start
-            if pattern is not None and column % pattern[1] == 0:
-                group = slice(column, column + pattern[1])
-                candidates = block[:, place : place + pattern[1]]
-                scores = _scores(candidates, scale[group], dead[group])
-                mask[:, group] = smallest_in_groups(scores, *pattern)
-            old = block[:, place].clone()
-            new = old.masked_fill(mask[:, column], 0.0)
-            errors[:, place] = (old - new) / upper[column, column]
-            block[:, place:] -= torch.outer(errors[:, place], upper[column, column:end])
-            block[:, place] = new
-        weight[:, start:end] = block
-        weight[:, end:] -= errors @ upper[start:end, end:]
-    facts = {"dead_columns": float(dead.sum()), "damping": damping}
-    return Pruned(mask=mask, weight=weight.masked_fill_(mask, 0.0), facts=facts)
+            wanted = zeros_in(sparsity, rows * end) - chosen
+            scores = _scores(block, scale[start:end], dead[start:end])
+            mask[start:end] = smallest(scores, wanted).T
+            chosen += wanted
+        for place, column in enumerate(range(start, end)):
+            if pattern is not None and column % group == 0:
+                part = slice(column, column + group)
+                scores = _scores(remaining[part], scale[part], dead[part])
+                mask[part] = smallest_in_groups(scores, *pattern).T
+            errors[place] = block[place] * mask[column] / upper[column, column]
+            block[place + 1 :].addr_(upper[column, column + 1 : end], errors[place], alpha=-1)
+        remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    mask = mask.T.contiguous()
+    updated = remaining.T.contiguous().masked_fill_(mask, 0.0)
+    return Pruned(mask=mask, weight=updated, facts={"dead_columns": float(dead.sum()), **facts})
 
 
-def _scores(weight: Tensor, scale: Tensor, dead: Tensor) -> Tensor:
-    return (weight.square() / scale).masked_fill_(dead, 0.0)
+def _scores(columns: Tensor, scale: Tensor, dead: Tensor) -> Tensor:
+    """Scores `[rows, columns]` of weights that are given `[columns, rows]`."""
+    return (columns.T.square() / scale).masked_fill_(dead, 0.0)
 
 
-def _whole_groups(block_size: int, group: int) -> int:
-    """The largest width up to the block size, but one group at least, that cuts no group."""
-    return max(group, block_size // group * group)
+def _inverse_factor(
+    hessian: Tensor, dead: Tensor, damping: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Upper Cholesky factor of the inverse, and the damping that it took.
 
-
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor of the inverse, and the damping that it took."""
+    Dead columns are tied to no other, so what stands on their diagonal only has to be positive.
+    """
     mean = hessian.diagonal().mean()
-    for raised in range(DAMPING_TRIES + 1):
-        share = damping * 10**raised
+    for raises in range(DAMPING_RAISES + 1):
+        share = damping * 10**raises
         damped = hessian.clone()
-        damped.diagonal().add_(share * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        damped.diagonal().add_(share * mean).masked_fill_(dead, 1.0)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and bool(upper.isfinite().all()):
-                return upper, share
+                return upper, {"damping": share, "damping_raises": float(raises)}
     raise ValueError(
         f"the Hessian cannot be inverted, even with a damping of {share:g}: use more windows, "
         "or raise damping"

@@ -1,4 +1,6 @@
 import itertools
+import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -24,11 +26,18 @@ def brute_force(row: list[float], zeros: int) -> list[bool]:
     return gone
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 300_000_000))
+def test_decimal_sparsities_are_counted_as_they_are_written(thousandths: int, count: int) -> None:
+    exact = math.floor(Fraction(thousandths, 1000) * count)
+    assert zeros_in(thousandths / 1000, count) == exact
+
+
 @pytest.mark.parametrize(
     ("sparsity", "count", "zeros"),
-    [(0.29, 100, 29), (0.7, 10, 7), (0.6, 128, 76), (0.5, 3, 1), (0.0, 9, 0), (0.999, 10, 9)],
+    [(0.29, 100, 29), (0.7, 10, 7), (0.6, 128, 76), (0.95, 28672 * 8192, 223136972)],
 )
-def test_decimal_sparsities_are_counted_as_they_are_written(
+def test_counts_where_floating_point_or_its_correction_could_be_off_by_one(
     sparsity: float, count: int, zeros: int
 ) -> None:
     assert zeros_in(sparsity, count) == zeros
@@ -62,6 +71,17 @@ def test_groups_keep_the_best_of_all_choices(
             best = max(sum(choice) for choice in itertools.combinations(part.tolist(), kept))
             assert int((~part_mask).sum()) == kept
             assert float(part[~part_mask].sum()) == best
+
+
+def test_infinite_scores_and_scores_of_zero_are_counted_like_others() -> None:
+    values = torch.tensor([[0.0, float("inf"), 0.0, 0.0, float("inf"), 1.0]])
+    assert smallest(values, 2).tolist() == [[True, False, True, False, False, False]]
+    assert smallest(values, 5).tolist() == [[True, True, True, True, False, True]]
+
+
+def test_a_transposed_matrix_is_read_in_its_own_row_order() -> None:
+    values = torch.zeros(2, 3).T
+    assert smallest(values, 3).tolist() == [[True, True], [True, False], [False, False]]
 
 
 def test_columns_that_a_pattern_does_not_fit_are_refused() -> None:

@@ -1,3 +1,6 @@
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +40,7 @@ def prune(
     for part in inputs.split(7):
         for statistic in sums.values():
             statistic.update(part)
-    results = {key: sums[key].result() for key in PRUNERS[name].statistics}
+    results = {key: sums[key].total for key in PRUNERS[name].statistics}
     return PRUNERS[name].prune(weight, results, sparsity, pattern, options or OPTIONS[name])
 
 
@@ -52,27 +55,53 @@ def error(weight: Tensor, pruned: Pruned, inputs: Tensor) -> float:
 # ----------------------------------------------------------------------------- all of the pruners
 
 
+def counted(name: str, sparsity: str, rows: int, columns: int) -> int:
+    """Zeros by exact arithmetic: Wanda counts in each row, the others in the whole matrix."""
+    if name == "wanda":
+        return rows * math.floor(Fraction(sparsity) * columns)
+    return math.floor(Fraction(sparsity) * rows * columns)
+
+
 @pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.7, 0.99, (2, 4), (1, 4), (4, 8), (3, 3)])
-@pytest.mark.parametrize("shape", [(24, 48), (1, 48), (48, 24)])
+@pytest.mark.parametrize("sparsity", ["0", "0.29", "0.5", "0.6", "0.7", "0.99"])
+@pytest.mark.parametrize("shape", [(24, 48), (1, 48), (48, 1), (7, 130), (1, 1)])
 def test_the_mask_has_exactly_the_zeros_asked_for(
-    name: str, target: float | tuple[int, int], shape: tuple[int, int]
+    name: str, sparsity: str, shape: tuple[int, int]
 ) -> None:
     weight, inputs = weights(*shape, seed=1), correlated(64, shape[1], seed=1)
-    if isinstance(target, tuple):
-        kept, group = target
-        pruned = prune(name, weight, inputs, 1 - kept / group, target)
-        groups = pruned.mask.view(shape[0], shape[1] // group, group)
-        assert set(groups.sum(dim=2).flatten().tolist()) == {group - kept}
-    else:
-        pruned = prune(name, weight, inputs, target)
-        wanted = {
-            "magnitude": round(np.floor(target * weight.numel() + 1e-6)),
-            "wanda": shape[0] * round(np.floor(target * shape[1] + 1e-6)),
-            "sparsegpt": round(np.floor(target * weight.numel() + 1e-6)),
-        }
-        assert int(pruned.mask.sum()) == wanted[name]
+    pruned = prune(name, weight, inputs, float(sparsity))
+    assert int(pruned.mask.sum()) == counted(name, sparsity, *shape)
     assert int((after(weight, pruned) == 0).sum()) == int(pruned.mask.sum())
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (3, 3)])
+@pytest.mark.parametrize("shape", [(24, 48), (1, 48), (48, 24)])
+def test_every_group_of_a_pattern_keeps_exactly_its_share(
+    name: str, pattern: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    weight, inputs = weights(*shape, seed=1), correlated(64, shape[1], seed=1)
+    pruned = prune(name, weight, inputs, 1 - pattern[0] / pattern[1], pattern)
+    nonzero = (after(weight, pruned) != 0).view(shape[0], -1, pattern[1]).sum(dim=2)
+    assert set(nonzero.flatten().tolist()) == {pattern[0]}
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 20),
+    st.integers(1, 40),
+    st.sampled_from(["0.1", "0.3", "0.55", "0.9"]),
+    st.integers(0, 99),
+)
+def test_any_shape_with_any_number_of_tokens_gets_its_count_and_finite_weights(
+    name: str, rows: int, columns: int, tokens: int, sparsity: str, seed: int
+) -> None:
+    weight, inputs = weights(rows, columns, seed), correlated(tokens, columns, seed)
+    pruned = prune(name, weight, inputs, float(sparsity))
+    assert int(pruned.mask.sum()) == counted(name, sparsity, rows, columns)
+    assert bool(after(weight, pruned).isfinite().all())
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -83,14 +112,21 @@ def test_the_weight_that_is_given_stays_as_it_was(name: str) -> None:
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-def test_equal_inputs_and_weights_are_pruned_first_come_first_gone(name: str) -> None:
-    """With all scores equal the choice is by position, the same every time."""
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("magnitude", ["11111111", "11111111", "00000000", "00000000"]),
+        ("wanda", ["11110000", "11110000", "11110000", "11110000"]),
+        ("sparsegpt", ["11111111", "11111111", "00000000", "00000000"]),
+    ],
+)
+def test_of_equal_scores_the_first_go(name: str, expected: list[str]) -> None:
+    """All scores are equal, so the choice is by position in the group that is compared."""
     weight, inputs = torch.ones(4, 8), torch.eye(8).repeat(4, 1)
-    one, two = prune(name, weight, inputs, 0.5), prune(name, weight, inputs, 0.5)
-    assert torch.equal(one.mask, two.mask)
-    if name == "wanda":
-        assert one.mask.tolist() == [[True] * 4 + [False] * 4] * 4
+    mask = prune(name, weight, inputs, 0.5).mask
+    assert ["".join("01"[value] for value in row) for row in mask.tolist()] == expected
+    pairs = prune(name, weight, inputs, 0.5, (2, 4)).mask
+    assert pairs.tolist() == [[True, True, False, False] * 2] * 4
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
@@ -148,46 +184,105 @@ def test_magnitude_is_one_threshold_over_the_whole_matrix() -> None:
     assert weight.abs()[mask].max() < weight.abs()[~mask].min()
 
 
+def damped_hessian(inputs: Tensor, damping: float = 0.01) -> np.ndarray:
+    exact = inputs.double().numpy()
+    hessian = exact.T @ exact
+    dead = np.diag(hessian) == 0
+    hessian += damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+    hessian[dead, dead] = 1.0
+    return hessian
+
+
+def conditional_variances(hessian: np.ndarray) -> np.ndarray:
+    """[H_j:,j:^-1]_jj for every column j."""
+    return np.array([np.linalg.inv(hessian[j:, j:])[0, 0] for j in range(len(hessian))])
+
+
+def remove(weight: np.ndarray, hessian: np.ndarray, j: int, rows: np.ndarray) -> None:
+    """Zero column j in some rows, and let the later columns make up for it as well as they can."""
+    inverse = np.linalg.inv(hessian[j:, j:])
+    weight[rows, j:] -= np.outer(weight[rows, j], inverse[0] / inverse[0, 0])
+    weight[rows, j] = 0.0
+
+
 def obs_by_inversion(
-    weight: np.ndarray, hessian: np.ndarray, sparsity: float, pattern: tuple[int, int] | None
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+    block_size: int = 128,
 ) -> np.ndarray:
-    """SparseGPT's choice and update in float64, without Cholesky factors: for each column the
-    Hessian of that column and the later ones is inverted anew. One block over all columns."""
+    """SparseGPT's choice and update in float64, without Cholesky factors or held-back updates: for
+    each column the Hessian of that column and the later ones is inverted anew."""
     weight = weight.astype(np.float64).copy()
     rows, columns = weight.shape
-    scale = np.array([np.linalg.inv(hessian[j:, j:])[0, 0] for j in range(columns)])
+    scale = conditional_variances(hessian)
     mask = np.zeros((rows, columns), bool)
-    if pattern is None:
-        order = np.argsort((weight**2 / scale).ravel(), kind="stable")
-        mask.ravel()[order[: int(sparsity * weight.size + 1e-9)]] = True
     for j in range(columns):
+        if pattern is None and j % block_size == 0:
+            end = min(j + block_size, columns)
+            wanted = int(sparsity * rows * end + 1e-9) - int(mask.sum())
+            order = np.argsort((weight[:, j:end] ** 2 / scale[j:end]).ravel(), kind="stable")
+            slab = np.zeros(rows * (end - j), bool)
+            slab[order[:wanted]] = True
+            mask[:, j:end] = slab.reshape(rows, end - j)
         if pattern is not None and j % pattern[1] == 0:
             part = slice(j, j + pattern[1])
             for row in range(rows):
                 order = np.argsort(weight[row, part] ** 2 / scale[part], kind="stable")
                 mask[row, j + order[: pattern[1] - pattern[0]]] = True
-        inverse = np.linalg.inv(hessian[j:, j:])
-        for row in range(rows):
-            if mask[row, j]:
-                weight[row, j:] -= weight[row, j] * inverse[0] / inverse[0, 0]
-                weight[row, j] = 0.0
+        remove(weight, hessian, j, np.flatnonzero(mask[:, j]))
     return weight
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8), (1, 4)])
 @pytest.mark.parametrize("shape", [(5, 16), (1, 8), (16, 24)])
+@pytest.mark.parametrize("block_size", [128, 10, 8])
 def test_sparsegpt_is_the_exact_surgeon_in_float64(
-    pattern: tuple[int, int] | None, shape: tuple[int, int]
+    pattern: tuple[int, int] | None, shape: tuple[int, int], block_size: int
 ) -> None:
     weight, inputs = weights(*shape, seed=6), correlated(200, shape[1], seed=6)
     sparsity = 0.6 if pattern is None else 1 - pattern[0] / pattern[1]
-    hessian = (inputs.double().T @ inputs.double()).numpy()
-    damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(shape[1])
-    exact = obs_by_inversion(weight.double().numpy(), damped, sparsity, pattern)
-    pruned = prune("sparsegpt", weight, inputs, sparsity, pattern)
+    exact = obs_by_inversion(weight.numpy(), damped_hessian(inputs), sparsity, pattern, block_size)
+    options = SparseGPT(block_size=block_size)
+    pruned = prune("sparsegpt", weight, inputs, sparsity, pattern, options)
     assert pruned.weight is not None
     np.testing.assert_array_equal(pruned.mask.numpy(), exact == 0)
     np.testing.assert_allclose(pruned.weight.numpy(), exact, rtol=2e-3, atol=2e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 14),
+    st.integers(1, 40),
+    st.integers(1, 16),
+    st.sampled_from([0.2, 0.5, 0.7]),
+    st.integers(0, 999),
+    st.booleans(),
+)
+def test_with_sparsegpts_own_mask_the_weights_are_the_exact_surgeons(
+    rows: int,
+    columns: int,
+    tokens: int,
+    block_size: int,
+    sparsity: float,
+    seed: int,
+    with_dead_column: bool,
+) -> None:
+    """Any shape, any block size, fewer tokens than columns too."""
+    weight, inputs = weights(rows, columns, seed), correlated(tokens, columns, seed)
+    if with_dead_column:
+        inputs[:, columns // 2] = 0.0
+    options = SparseGPT(block_size=block_size, damping=0.05)
+    pruned = prune("sparsegpt", weight, inputs, sparsity, None, options)
+    hessian = damped_hessian(inputs, 0.05)
+    exact = weight.double().numpy().copy()
+    for j in range(columns):
+        remove(exact, hessian, j, np.flatnonzero(pruned.mask[:, j].numpy()))
+    assert pruned.weight is not None
+    tolerance = 1e-3 * float(np.abs(exact).max()) + 1e-6
+    np.testing.assert_allclose(pruned.weight.numpy(), exact, rtol=1e-3, atol=tolerance)
 
 
 def test_with_one_column_pruned_the_surgeons_update_is_the_least_squares_one() -> None:
@@ -198,8 +293,7 @@ def test_with_one_column_pruned_the_surgeons_update_is_the_least_squares_one() -
     weight[:, 1:] += 5
     pruned = prune("sparsegpt", weight, inputs, 1 / 6)
     assert pruned.mask.sum(dim=0).tolist() == [3, 0, 0, 0, 0, 0]
-    gram = (inputs.double().T @ inputs.double()).numpy()
-    gram += 0.01 * np.mean(np.diag(gram)) * np.eye(6)
+    gram = damped_hessian(inputs)
     target = weight.double().numpy() @ gram[:, 1:]
     exact = np.linalg.solve(gram[1:, 1:], target.T).T
     assert pruned.weight is not None
@@ -230,10 +324,36 @@ def test_block_sizes_that_do_not_divide_the_columns_keep_the_exact_count() -> No
 def test_damping_that_had_to_be_raised_is_recorded() -> None:
     weight, inputs = weights(4, 16, seed=10), torch.ones(50, 16) * 1e3
     ordinary = prune("sparsegpt", weight, correlated(99, 16, 1), 0.5, None, SparseGPT(damping=0.01))
-    assert ordinary.facts["damping"] == 0.01
+    assert ordinary.facts == {"dead_columns": 0.0, "damping": 0.01, "damping_raises": 0.0}
     raised = prune("sparsegpt", weight, inputs, 0.5, None, SparseGPT(damping=1e-9))
-    assert raised.facts["damping"] > 1e-9
+    raises = raised.facts["damping_raises"]
+    assert raises >= 1
+    assert raised.facts["damping"] == pytest.approx(1e-9 * 10**raises)
     assert bool(after(weight, raised).isfinite().all())
+
+
+def test_the_scale_of_the_hessian_does_not_matter_even_with_dead_columns() -> None:
+    weight, inputs = weights(6, 12, seed=11), correlated(60, 12, seed=11)
+    inputs[:, [2, 7, 8]] = 0.0
+    hessian = inputs.T @ inputs
+    one, two = (
+        PRUNERS["sparsegpt"].prune(weight, {"hessian": scale * hessian}, 0.5, None, SparseGPT())
+        for scale in (1.0, 2.0**-12)
+    )
+    assert one.facts["dead_columns"] == 3
+    assert torch.equal(one.mask, two.mask)
+    assert one.weight is not None
+    assert two.weight is not None
+    torch.testing.assert_close(one.weight, two.weight)
+
+
+def test_dead_columns_beyond_the_count_keep_their_weights() -> None:
+    weight, inputs = weights(4, 8, seed=12), correlated(60, 8, seed=12)
+    inputs[:, 1:5] = 0.0
+    pruned = prune("sparsegpt", weight, inputs, 0.25)
+    assert not bool(pruned.mask[:, [0, 5, 6, 7]].any())
+    assert pruned.weight is not None
+    assert torch.equal(pruned.weight[~pruned.mask], weight[~pruned.mask])
 
 
 def test_a_hessian_that_cannot_be_inverted_is_an_error() -> None:
