@@ -1,0 +1,124 @@
+"""The command line: `python -m analysis report STORE`, installed as `calprune-analysis`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from analysis.labels import in_order
+from analysis.load import TableError, load
+from analysis.metrics import heading
+from analysis.report import chosen_reference, status_counts, write_report
+from analysis.statistics import with_mean_accuracy
+from analysis.tables import TextTable, best_table, headline_metrics, level_table
+
+LOG_COLUMNS = 160
+"""Width of tables in a file or a job's log."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="From a grid's results table to answers.",
+)
+
+
+@app.callback()
+def analysis() -> None:
+    """Keep `report` a subcommand: typer would drop the name of a lone one."""
+
+
+@app.command()
+def report(
+    location: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE_OR_PARQUET",
+            help="Store's folder or fsspec URL, or one Parquet file.",
+            show_default=False,
+        ),
+    ],
+    grid: Annotated[
+        str | None, typer.Option(help="Grid to report; unset, the only one there is.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Calibration to compare with; unset, the first by name."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write; unset, report/GRID in a local store, else in this folder."
+        ),
+    ] = None,
+) -> None:
+    """Print a grid's statistics and write its table, figures and one self-contained page."""
+    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
+    table = load(location, grid)
+    name = _only_grid(table, location)
+    label = chosen_reference(table, reference)
+    note = None
+    if reference is None and label is not None:
+        note = f"It is the first by name; --reference names another than {label}."
+    _print(console, name, table, label, note)
+    folder = _default_output(location, name) if output is None else output
+    page = write_report(table, folder, label, note)
+    console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _only_grid(table: pd.DataFrame, location: str) -> str:
+    grids = in_order(table["grid"])
+    if len(grids) > 1:
+        raise TableError(f"{location}: holds grids {', '.join(grids)}: choose one with --grid")
+    return grids[0]
+
+
+def _default_output(location: str, grid: str) -> Path:
+    in_store = "://" not in location and Path(location).is_dir()
+    return (Path(location) if in_store else Path()) / "report" / grid
+
+
+def _print(
+    console: Console, grid: str, table: pd.DataFrame, reference: str | None, note: str | None
+) -> None:
+    told = ", ".join(f"{count} {status}" for status, count in status_counts(table).items())
+    console.print(f"{grid}: {told}", markup=False, highlight=False)
+    if reference is None:
+        console.print("no calibrated pruner has a result yet")
+    else:
+        told = f"reference calibration: {reference}. {note or ''}".rstrip()
+        console.print(told, markup=False, highlight=False)
+    shown = with_mean_accuracy(table)
+    metrics = headline_metrics(shown)
+    for task, metric in metrics:
+        console.print(_rich(heading(task, metric), level_table(shown, task, metric, reference)))
+    for task, metric in metrics:
+        if reference is not None:
+            console.print(_rich(heading(task, metric), best_table(shown, task, metric, reference)))
+
+
+def _rich(subject: str, table: TextTable) -> Table:
+    drawn = Table(title=Text(f"{subject}: {table.title}"), title_justify="left")
+    for name in table.headings:
+        drawn.add_column(Text(name))
+    for row in table.rows:
+        drawn.add_row(*(Text(entry.text, "bold" if entry.is_best else "") for entry in row))
+    return drawn
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user end with exit code 2 and no traceback."""
+    try:
+        app()
+    except (TableError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

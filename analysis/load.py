@@ -1,0 +1,141 @@
+"""The results table, from a store or from one Parquet file."""
+
+import posixpath
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.labels import with_labels
+
+ESSENTIAL: dict[str, str] = {
+    "grid": "str",
+    "cell": "str",
+    "status": "str",
+    "model": "str",
+    "calibration": "str",
+    "pruner": "str",
+    "sparsity": "float64",
+    "pattern": "str",
+    "seed": "Int64",
+    "task": "str",
+    "metric": "str",
+    "value": "float64",
+}
+"""Columns without which there is nothing to say, and their types."""
+
+OPTIONAL: dict[str, str] = {
+    "error": "str",
+    "traceback": "str",
+    "pruner_options": "str",
+    "allocation": "str",
+    "nsamples": "Int64",
+    "seqlen": "Int64",
+    "prefix_tokens": "Int64",
+    "drop_fraction": "float64",
+    "num_samples": "Int64",
+    "temperature": "float64",
+    "stderr": "float64",
+    "samples": "Int64",
+    "measured_sparsity": "float64",
+    "seconds_prune": "float64",
+    "seconds_evaluate": "float64",
+    "peak_memory_bytes": "Int64",
+    "versions": "str",
+    "host": "str",
+    "evaluate_key": "str",
+    "prune_key": "str",
+    "lineage": "str",
+}
+"""Columns that are null throughout where a table lacks them."""
+
+REMEDY = "write it with `python -m jobs run GRID` or `python -m jobs gather GRID`"
+
+
+class TableError(ValueError):
+    """A results table, or what is asked of it, is wrong; the message says what to do."""
+
+
+def load(location: str | Path, grid: str | None = None) -> pd.DataFrame:
+    """Read a results table: one row a cell, task and metric; failed cells are one row.
+
+    Columns are those of `docs/results.md`; further ones are kept as they are. `source`, `method`
+    and `target` name the calibration, the pruner and the sparsity with all that varies in the grid.
+
+    Args:
+        location: a store's folder or fsspec URL, whose grids are read one below the other, or one
+            Parquet file.
+        grid: read this grid only.
+
+    Raises:
+        FileNotFoundError: if there is no such table.
+        TableError: if a column is missing or has a wrong type, or the URL cannot be used.
+    """
+    files, root = file_system(location)
+    if root.endswith(".parquet"):
+        if not files.exists(root):
+            raise FileNotFoundError(f"{location}: there is no such results table: {REMEDY}")
+        paths = [root]
+    else:
+        paths = sorted(files.glob(posixpath.join(root, "results", "*.parquet")))
+        if not paths:
+            raise FileNotFoundError(f"{location}: holds no results/*.parquet: {REMEDY}")
+        if grid is not None:
+            paths = _of_grid(grid, paths)
+    table = pd.concat([_read(files, path) for path in paths], ignore_index=True)
+    if grid is not None:
+        table = table[table["grid"] == grid].reset_index(drop=True)
+        if table.empty:
+            raise FileNotFoundError(f"{location}: has no row of grid {grid}: {REMEDY}")
+    return with_labels(table)
+
+
+def file_system(location: str | Path) -> tuple[Any, str]:
+    """The fsspec file system of a folder or URL, and the path in it.
+
+    Raises:
+        TableError: if nothing installed can read such a URL.
+    """
+    try:
+        files, root = fsspec.core.url_to_fs(str(location))
+    except (ImportError, ValueError) as error:
+        raise TableError(f"{location}: cannot be opened: {error}") from error
+    return files, root.rstrip("/")
+
+
+def _of_grid(grid: str, paths: list[str]) -> list[str]:
+    stems = {posixpath.basename(path).removesuffix(".parquet"): path for path in paths}
+    if grid not in stems:
+        raise FileNotFoundError(
+            f"grid {grid}: the store holds {', '.join(stems)}: name one of these, or {REMEDY}"
+        )
+    return [stems[grid]]
+
+
+def _read(files: Any, path: str) -> pd.DataFrame:
+    with files.open(path, "rb") as file:
+        try:
+            table: pd.DataFrame = pq.read_table(file).to_pandas()
+        except pa.ArrowInvalid as error:
+            raise TableError(f"{path}: is no Parquet file ({error}): {REMEDY}") from error
+    missing = [column for column in ESSENTIAL if column not in table]
+    if missing:
+        raise TableError(f"{path}: column {', '.join(missing)} is missing: {REMEDY}")
+    typed = {column: _typed(table, column, path) for column in {**ESSENTIAL, **OPTIONAL}}
+    return table.assign(**typed)
+
+
+def _typed(table: pd.DataFrame, column: str, path: str) -> Any:
+    dtype: Any = {**ESSENTIAL, **OPTIONAL}[column]
+    values = table[column] if column in table else pd.Series(pd.NA, table.index, dtype="object")
+    try:
+        if dtype == "str":
+            return values.astype(dtype)
+        return pd.to_numeric(values, dtype_backend="numpy_nullable").astype(dtype)
+    except (TypeError, ValueError) as error:
+        raise TableError(
+            f"{path}: column {column} should be {dtype} but is {values.dtype} ({error}): {REMEDY}"
+        ) from error

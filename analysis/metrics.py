@@ -1,0 +1,95 @@
+"""What a metric's numbers mean: which way is better, how they compare, how they print."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+
+class Metric(NamedTuple):
+    """How to treat a metric."""
+
+    lower_is_better: bool
+    is_perplexity: bool
+    """Compared by ratio, that is on the log scale."""
+    is_share: bool
+    """A share of questions in 0..1, printed in percent."""
+
+    @property
+    def unit(self) -> str:
+        """Of a difference: `%` of the reference, `points` of a percentage, or the metric's own."""
+        return "%" if self.is_perplexity else "points" if self.is_share else ""
+
+    def scaled(self, values: Values) -> Values:
+        """The values on the scale on which they are compared."""
+        return np.log(values) if self.is_perplexity else values
+
+    def effect(self, difference: float) -> float:
+        """A difference of scaled values in `unit`."""
+        if self.is_perplexity:
+            with np.errstate(over="ignore"):
+                return float(100 * np.expm1(difference))
+        return 100 * difference if self.is_share else difference
+
+
+def metric_named(name: str) -> Metric:
+    """How to treat a metric of lm-eval or of this project; a filter after a comma is ignored."""
+    base = name.partition(",")[0]
+    is_perplexity = base.endswith("perplexity")
+    return Metric(
+        lower_is_better=is_perplexity or base in {"bits_per_byte", "brier_score"},
+        is_perplexity=is_perplexity,
+        is_share=base.startswith("acc") or base in {"exact_match", "f1"},
+    )
+
+
+def heading(task: str, metric: str) -> str:
+    """A task's metric with its unit and which way is better."""
+    kind = metric_named(metric)
+    unit = " (%)" if kind.is_share else ""
+    return f"{task}: {metric}{unit}, {'lower' if kind.lower_is_better else 'higher'} is better"
+
+
+def value_text(value: float, metric: str) -> str:
+    """A value as people read it; shares in percent without the sign."""
+    if not math.isfinite(value):
+        return "∞" if value == math.inf else "n/a"
+    if metric_named(metric).is_share:
+        return f"{100 * value:.1f}"
+    return _digits(value, "")
+
+
+def spread_text(mean: float, sd: float, metric: str) -> str:
+    """`mean ± sd`, or the mean alone where there is no spread to tell."""
+    told = value_text(mean, metric)
+    return f"{told} ± {value_text(sd, metric)}" if math.isfinite(sd) else told
+
+
+def effect_text(effect: float, low: float, high: float, unit: str) -> str:
+    """`-3.2 % (-5.0 to -1.4)`, without brackets where there is no interval."""
+    if not math.isfinite(effect):
+        return "n/a"
+    told = f"{_signed(effect)} {unit}".strip()
+    if math.isnan(low) or math.isnan(high):
+        return told
+    return f"{told} ({_signed(low)} to {_signed(high)})"
+
+
+def p_text(p: float) -> str:
+    """A p-value in three decimals."""
+    return "n/a" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _signed(value: float) -> str:
+    return "+∞" if value == math.inf else _digits(value, "+", small=1).replace("-", "−")
+
+
+def _digits(value: float, sign: str, small: int = 2) -> str:
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:{sign}.1e}"
+    decimals = small if size < 100 else 1 if size < 1000 and small > 1 else 0
+    return f"{value:{sign},.{decimals}f}"

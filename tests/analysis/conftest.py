@@ -1,0 +1,98 @@
+"""Results tables made by hand, as `jobs gather` writes them."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from analysis.load import load
+
+Row = dict[str, Any]
+MakeTable = Callable[[list[Row]], pd.DataFrame]
+
+WHERE = {
+    "grid": "hand",
+    "status": "ok",
+    "error": None,
+    "traceback": None,
+    "model": "tiny",
+    "calibration": "corpus",
+    "pruner": "wanda",
+    "sparsity": 0.5,
+    "pattern": "unstructured",
+    "seed": 0,
+    "task": "questions",
+    "metric": "acc",
+    "value": None,
+}
+DENSE = {"calibration": "none", "pruner": "dense", "sparsity": 0.0, "pattern": None, "seed": None}
+MAGNITUDE = {"calibration": "none", "pruner": "magnitude", "seed": None}
+CELL = ["grid", "model", "calibration", "pruner", "sparsity", "pattern", "seed"]
+TASKS = {"heldout": "perplexity", "colours": "acc", "rivers": "acc"}
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Write rows as a results table; fields that a row leaves out are those of WHERE."""
+    full = [{**WHERE, **row} for row in rows]
+    for row in full:
+        row.setdefault("cell", "/".join(str(row[name]) for name in CELL))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(full).astype({"seed": "Int64", "value": "float64"}).to_parquet(path)
+
+
+@pytest.fixture
+def make_table(tmp_path: Path) -> MakeTable:
+    def make(rows: list[Row]) -> pd.DataFrame:
+        write(rows, tmp_path / "hand.parquet")
+        return load(tmp_path / "hand.parquet")
+
+    return make
+
+
+def whole_grid() -> list[Row]:
+    """A dense model, magnitude, and two pruners at 4 targets with 3 calibrations of 2 seeds, of
+    which one cell failed and one is missing."""
+    rows: list[Row] = []
+
+    def measure(cell: Row, harm: float) -> None:
+        values = (8 * 2.0**harm, 0.3 + 0.5 / (1 + harm), 0.25 + 0.4 / (1 + harm))
+        for (task, metric), value in zip(TASKS.items(), values, strict=True):
+            told = {"task": task, "metric": metric, "value": value}
+            rows.append({**cell, **told, "versions": json.dumps({"torch": "2.9.0"})})
+
+    measure(DENSE, 0.0)
+    targets = [(0.5, "unstructured"), (0.6, "unstructured"), (0.7, "unstructured"), (0.5, "2:4")]
+    for step, (sparsity, pattern) in enumerate(targets, start=1):
+        at = {"sparsity": sparsity, "pattern": pattern}
+        measure({**MAGNITUDE, **at}, 0.9 * step)
+        sources = enumerate(("self-generated", "pretraining", "mismatched"))
+        for pruner, (place, source), seed in itertools.product(
+            ("sparsegpt", "wanda"), list(sources), (0, 1)
+        ):
+            cell = {**at, "pruner": pruner, "calibration": source, "seed": seed}
+            end = (pruner, source, seed, pattern, sparsity)
+            if end == ("wanda", "mismatched", 1, "unstructured", 0.7):
+                why = {"error": "ValueError: <b>bad</b>", "traceback": "Traceback of it"}
+                rows.append({**cell, "status": "failed", **why, "task": None, "metric": None})
+            elif end == ("wanda", "pretraining", 1, "2:4", 0.5):
+                rows.append({**cell, "status": "missing", "task": None, "metric": None})
+            else:
+                measure(cell, 0.4 * step * (1 + 0.2 * place) + 0.03 * seed * (1 + place))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store's folder with the results of one grid, `hand`."""
+    folder = tmp_path_factory.mktemp("store")
+    write(whole_grid(), folder / "results" / "hand.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def table(store: Path) -> pd.DataFrame:
+    return load(store)

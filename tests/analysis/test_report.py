@@ -1,0 +1,121 @@
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis.report import chosen_reference, write_report
+from tests.analysis.conftest import DENSE, MakeTable
+
+
+class Links(HTMLParser):
+    """All that a page refers to, and the anchors it has."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in {"src", "href", "srcset", "data", "action", "poster"}:
+                self.targets.append(value or "")
+            if name == "id":
+                self.anchors.add(value or "")
+
+
+@pytest.fixture(scope="module")
+def folder(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("report")
+    write_report(table, output, "mismatched")
+    return output
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "index.html").read_text(encoding="utf-8")
+
+
+def plain(page: str) -> str:
+    """The page's text without tags."""
+    return " ".join(re.sub(r"<[^>]+>", " ", page.partition("<body>")[2]).split())
+
+
+def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
+    links = Links(page)
+    inner = {target[1:] for target in links.targets if target.startswith("#")}
+    outer = [target for target in links.targets if not target.startswith("#")]
+    assert inner <= links.anchors
+    assert len(outer) == 4  # a figure for each of three tasks and for the mean of two
+    assert all(target.startswith("data:image/svg+xml;base64,") for target in outer)
+    assert not re.search(r"url\(|@import|<script|<link", page)
+
+
+def test_the_page_holds_the_figures_that_lie_beside_it(folder: Path, page: str) -> None:
+    inside = {
+        base64.b64decode(target.partition(",")[2])
+        for target in Links(page).targets
+        if target.startswith("data:")
+    }
+    assert inside == {path.read_bytes() for path in folder.glob("figures/*.svg")}
+    assert {path.stem for path in folder.glob("figures/*.svg")} == {
+        path.stem for path in folder.glob("figures/*.png")
+    }
+
+
+def test_the_page_counts_cells_and_tells_why_some_failed(page: str) -> None:
+    told = plain(page)
+    assert "53 cells: 51 ok, 1 failed , 1 missing ." in told
+    assert "ValueError: &lt;b&gt;bad&lt;/b&gt;" in told
+    assert "Traceback of it" in told
+    assert "Reference calibration: mismatched" in told
+    assert "torch 2.9.0" in told
+
+
+def test_the_best_calibration_stands_with_its_difference(page: str) -> None:
+    told = plain(page)
+    assert re.search(
+        r"tiny wanda 50 % self-generated [\d.]+ ± [\d.]+ −[\d.]+ % \(−[\d.]+ to [−+][\d.]+\)", told
+    )
+    assert "(one pair: no interval)" in told
+
+
+def test_the_table_has_every_row_of_the_input(folder: Path, table: pd.DataFrame) -> None:
+    written = pd.read_csv(folder / "table.csv")
+    assert len(written) == len(table)
+    assert written["value"].to_list() == pytest.approx(table["value"].to_list(), nan_ok=True)
+
+
+def test_equal_tables_give_equal_folders(folder: Path, table: pd.DataFrame, tmp_path: Path) -> None:
+    write_report(table, tmp_path, "mismatched")
+    first, again = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")}
+        for root in (folder, tmp_path)
+    )
+    assert first == again
+
+
+def test_a_grid_in_which_all_failed_has_a_page_too(make_table: MakeTable, tmp_path: Path) -> None:
+    lost = {"status": "failed", "error": "OSError: gone", "task": None, "metric": None}
+    table = make_table([lost])
+    assert chosen_reference(table, None) is None
+    told = plain(write_report(table, tmp_path, None).read_text(encoding="utf-8"))
+    assert "No calibrated pruner has a result yet" in told
+    assert "OSError: gone" in told
+
+
+def test_a_metric_that_the_reference_lacks_is_shown_uncompared(
+    make_table: MakeTable, tmp_path: Path
+) -> None:
+    rows = [
+        {"calibration": "corpus", "value": 0.5},
+        {"calibration": "other", "value": 0.6},
+        {"calibration": "other", "value": 9.0, "task": "heldout", "metric": "perplexity"},
+        {**DENSE, "value": 0.9},
+    ]
+    told = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
+    assert "+10.0 points (one pair: no interval)" in told
+    assert "tiny wanda 50 % 9.00 1" in told
