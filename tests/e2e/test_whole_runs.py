@@ -1,0 +1,251 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.e2e.conftest import Finished, calprune, command, environment
+
+Finish = tuple[Path, Finished]
+
+
+def table_bytes(store: Path) -> bytes:
+    return (store / "results/tiny.csv").read_bytes()
+
+
+def manifests(store: Path) -> dict[str, str]:
+    """Key to the text of each manifest, which holds when and how the artifact was made."""
+    return {path.stem: path.read_text() for path in (store / "manifests").iterdir()}
+
+
+def checksums(store: Path) -> dict[str, object]:
+    return {key: json.loads(text)["files"] for key, text in manifests(store).items()}
+
+
+def test_a_run_ends_with_a_row_for_every_cell_and_metric(finished: Finish) -> None:
+    store, run = finished
+    assert run.returncode == 0, run.stderr
+    rows = pq.read_table(store / "results/tiny.parquet").to_pylist()
+    assert {row["status"] for row in rows} == {"ok"}
+    cells = {row["cell"] for row in rows}
+    assert len(cells) == 1 + 2 + 2 * 2 * 2  # dense, magnitude, two pruners on two sources
+    for cell in cells:
+        measured = {(row["task"], row["metric"]) for row in rows if row["cell"] == cell}
+        assert {("heldout", "perplexity"), ("testbed_facts", "acc")} <= measured
+    for row in rows:
+        wanted = 0.0 if row["pruner"] == "dense" else row["sparsity"]
+        assert abs(row["measured_sparsity"] - wanted) < 0.01
+        assert row["seconds_evaluate"] > 0
+        assert json.loads(row["lineage"])["kind"] == "evaluate"
+
+
+def test_the_dense_model_is_better_than_every_pruned_one(finished: Finish) -> None:
+    store, _ = finished
+    rows = pq.read_table(store / "results/tiny.parquet").to_pylist()
+    perplexity = {row["cell"]: row for row in rows if row["metric"] == "perplexity"}
+    dense = [row["value"] for row in perplexity.values() if row["pruner"] == "dense"]
+    pruned = [row["value"] for row in perplexity.values() if row["pruner"] != "dense"]
+    assert len(dense) == 1
+    assert dense[0] < min(pruned)
+
+
+def test_the_printed_table_names_every_cell_and_where_the_results_are(finished: Finish) -> None:
+    store, run = finished
+    for word in ("sparsegpt", "self-generated", "2:4", "testbed_facts", "heldout"):
+        assert word in run.stdout
+    assert str(store / "results/tiny.parquet") in run.stdout.replace("\n", "")
+
+
+def test_a_second_run_makes_nothing_again(finished: Finish, grid: Path) -> None:
+    store, _ = finished
+    before = manifests(store)
+    again = calprune("run", grid, "--store", store)
+    assert again.returncode == 0, again.stderr
+    assert "0 to make" in again.stderr
+    assert manifests(store) == before
+
+
+def test_plan_prints_stages_and_what_is_there_and_runs_nothing(
+    finished: Finish, grid: Path, tmp_path: Path
+) -> None:
+    empty = calprune("plan", grid, "--store", tmp_path / "none")
+    assert empty.returncode == 0, empty.stderr
+    assert "11 cells" in empty.stdout
+    assert not (tmp_path / "none").exists()
+    full = calprune("plan", grid, "--store", finished[0])
+    line = next(line for line in full.stdout.splitlines() if "evaluate" in line)
+    assert [word for word in line.split() if word.isdigit()] == ["11", "11", "0"]
+
+
+def test_one_worker_leaves_the_same_bytes_as_many(
+    finished: Finish, grid: Path, tmp_path: Path
+) -> None:
+    run = calprune("run", grid, "--store", tmp_path, "--workers", "1")
+    assert run.returncode == 0, run.stderr
+    assert checksums(tmp_path) == checksums(finished[0])
+    assert table_bytes(tmp_path) == table_bytes(finished[0])
+
+
+def test_a_killed_driver_loses_no_finished_artifact(
+    finished: Finish, grid: Path, tmp_path: Path
+) -> None:
+    driver = subprocess.Popen(
+        command("run", grid, "--store", tmp_path),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    folder = tmp_path / "manifests"
+    deadline = time.monotonic() + 240
+    while not folder.is_dir() or len(list(folder.glob("prune-*.json"))) < 2:
+        assert driver.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(5)  # workers notice that their driver is gone
+    before = manifests(tmp_path)
+    run = calprune("run", grid, "--store", tmp_path)
+    assert run.returncode == 0, run.stderr
+    after = manifests(tmp_path)
+    assert len(before) < len(after)
+    assert {key: after[key] for key in before} == before
+    assert table_bytes(tmp_path) == table_bytes(finished[0])
+
+
+def test_a_flipped_byte_is_reported_and_made_again(
+    finished: Finish, grid: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "store")
+    store = tmp_path / "store"
+    windows = next(key for key in manifests(store) if key.startswith("windows-"))
+    evaluation = next(key for key in manifests(store) if key.startswith("evaluate-"))
+    for key, name in ((windows, "windows.parquet"), (evaluation, "metrics.parquet")):
+        (path,) = (store / "data" / key).glob(f"*/{name}")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    before = manifests(store)
+    run = calprune("run", grid, "--store", store)
+    assert run.returncode == 0, run.stderr
+    report = run.stderr.replace("\n", " ")
+    for key in (windows, evaluation):
+        assert key in report
+    assert report.count("damaged") == 2
+    changed = {key for key, text in manifests(store).items() if before[key] != text}
+    assert changed == {windows, evaluation}
+    assert checksums(store) == checksums(finished[0])
+    assert table_bytes(store) == table_bytes(finished[0])
+
+
+def test_a_cell_that_fails_is_a_row_and_is_tried_again(
+    finished: Finish, edited: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """A corpus of texts that are each a little too short for a window, which only reading tells."""
+    store = tmp_path / "store"
+    shutil.copytree(finished[0], store)
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text("\n".join(json.dumps({"text": "the " * 20}) for _ in range(99)))
+    corpus = f"  notes: {{kind: file-corpus, path: {notes}}}"
+    calibration = "  notes: {corpus: notes}"
+    grid = edited("calibrations:\n", f"{corpus}\ncalibrations:\n{calibration}\n")
+    grid.write_text(grid.read_text().replace("[pretraining, self", "[notes, pretraining, self"))
+    run = calprune("run", grid, "--store", store)
+    assert run.returncode == 1
+    rows = pq.read_table(store / "results/tiny.parquet").to_pylist()
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert {row["calibration"] for row in failed} == {"notes"}
+    assert len(failed) == 2 * 2
+    for row in failed:
+        assert row["error"].startswith("windows: InputError")
+        assert "Traceback" in row["traceback"]
+    assert sum(row["status"] == "ok" for row in rows) > len(failed)
+    assert run.stdout.count("failed: testbed") == 4
+    shown = calprune("show", grid, "--store", store)
+    assert shown.stdout.count("failed: testbed") == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("testbed_facts", "testbed_fact", "evaluate.tasks: 'testbed_fact'"),
+        ("seqlen: 64\nevaluate", "seqlen: 4096\nevaluate", "seqlen: 4096: model testbed takes"),
+        ('"2:4"', '"2:7"', "no multiple of 7"),
+        ("sparsegpt", "sparsegtp", "sparsegtp"),
+        (
+            "mismatched: testbed-mismatched",
+            "mismatched: {kind: testbed-corpus, mixture: {fact: 1}}",
+            "corpora.mismatched",
+        ),
+        ("name: tiny", "name: tiny\nspeed: 3", "speed: 3: there is no such field"),
+    ],
+)
+def test_a_mistake_in_a_grid_ends_before_any_work(
+    edited: Callable[[str, str], Path], tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    run = calprune("run", edited(old, new), "--store", tmp_path / "store")
+    assert run.returncode == 2
+    assert words in run.stderr
+    assert "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) <= 2
+    assert not (tmp_path / "store/manifests").exists()
+
+
+def test_a_store_that_cannot_be_written_is_refused(grid: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = calprune("run", grid, "--store", tmp_path / "file")
+    assert run.returncode == 2
+    assert "store:" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path) -> Iterator[str]:
+    """A cluster of one node, as `ray start --head` makes it; its job server's address."""
+    ray = Path(sys.executable).with_name("ray")
+    ports = {
+        name: str(_free_port()) for name in ("port", "dashboard-port", "ray-client-server-port")
+    }
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    subprocess.run(
+        [ray, "start", "--head", "--num-cpus=2", "--include-dashboard=true", *options],
+        check=True,
+        env=environment(),
+        capture_output=True,
+    )
+    yield f"http://127.0.0.1:{ports['dashboard-port']}"
+    subprocess.run([ray, "stop", "--force"], check=True, env=environment(), capture_output=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_a_submitted_job_leaves_the_same_table(
+    finished: Finish, grid: Path, tmp_path: Path, ray_head: str
+) -> None:
+    project = Path(__file__).parents[2]
+    words = ["run", str(grid), "--store"]
+    submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", ray_head]
+    submit += ["--working-dir", str(project), "--", "python", "-m", "jobs", *words]
+    job = subprocess.run(
+        [*submit, str(tmp_path)], env=environment(), capture_output=True, text=True
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert checksums(tmp_path) == checksums(finished[0])
+    assert table_bytes(tmp_path) == table_bytes(finished[0])
+    lost = subprocess.run([*submit, "store"], env=environment(), capture_output=True, text=True)
+    assert lost.returncode != 0
+    assert "give an absolute path or a URL" in " ".join((lost.stdout + lost.stderr).split())
