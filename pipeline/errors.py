@@ -17,3 +17,7 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}: {_short.repr(self.value)}: {self.remedy}"
+
+
+class EngineDiedError(RuntimeError):
+    """A generation engine broke down; what it was asked for is worth another try elsewhere."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
@@ -37,7 +37,7 @@ def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = 
     Raises:
         InputError: if there is no such model.
     """
-    location, options = _location(spec, artifacts)
+    location, options = checkpoint(spec, artifacts)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=getattr(torch, model_dtype(spec)), **options
@@ -53,7 +53,7 @@ def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
     Raises:
         InputError: if there is none.
     """
-    location, options = _location(spec, artifacts)
+    location, options = checkpoint(spec, artifacts)
     try:
         return AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
@@ -70,7 +70,7 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
     Raises:
         InputError: if there is no such model, or its tokenizer lacks what generation needs.
     """
-    location, options = _location(spec, {})
+    location, options = checkpoint(spec, {})
     cached = isinstance(spec, HubModel) and not hub_answers()
     try:
         config = AutoConfig.from_pretrained(location, local_files_only=cached, **options)
@@ -85,7 +85,18 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
     return config
 
 
-def _location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
+def load_configs(spec: Model, artifacts: Artifacts) -> tuple[Any, GenerationConfig]:
+    """The configuration and the generation settings of a checkpoint, as a loaded model has them."""
+    folder, options = checkpoint(spec, artifacts)
+    config = AutoConfig.from_pretrained(folder, **options)
+    try:
+        return config, GenerationConfig.from_pretrained(folder, **options)
+    except OSError:
+        return config, GenerationConfig.from_model_config(config)
+
+
+def checkpoint(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
+    """The folder or hub name of a model, and the options that tell its revision."""
     match spec:
         case HubModel():
             return spec.name, {"revision": spec.revision}
