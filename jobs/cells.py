@@ -124,21 +124,31 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         source = grid.corpora[calibration.corpus]
     else:
         generator = grid.models[calibration.generator or cell.model]
-        samples = GenerateSpec(
-            model=generator,
-            prefixes=grid.corpora[calibration.prefixes],
-            num_samples=calibration.num_samples if cell.num_samples is None else cell.num_samples,
-            prefix_tokens=calibration.prefix_tokens
-            if cell.prefix_tokens is None
-            else cell.prefix_tokens,
-            seqlen=cell.seqlen,
-            top_k=calibration.top_k,
-            top_p=calibration.top_p,
-            temperature=calibration.temperature if cell.temperature is None else cell.temperature,
-            repetition_penalty=calibration.repetition_penalty,
-            seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
-            shard_size=calibration.shard_size,
-        )
+        try:
+            samples = GenerateSpec(
+                model=generator,
+                prefixes=grid.corpora[calibration.prefixes],
+                num_samples=calibration.num_samples
+                if cell.num_samples is None
+                else cell.num_samples,
+                prefix_tokens=calibration.prefix_tokens
+                if cell.prefix_tokens is None
+                else cell.prefix_tokens,
+                seqlen=cell.seqlen,
+                top_k=calibration.top_k,
+                top_p=calibration.top_p,
+                temperature=calibration.temperature
+                if cell.temperature is None
+                else cell.temperature,
+                repetition_penalty=calibration.repetition_penalty,
+                seed=cell.seed
+                if calibration.generation_seed is None
+                else calibration.generation_seed,
+                shard_size=calibration.shard_size,
+                backend=calibration.backend,
+            )
+        except ValidationError as error:
+            raise explained(error, ("calibrations", cell.calibration)) from error
         source = FilterSpec(
             scores=ScoreSpec(
                 samples=samples, model=generator, include_prefix=calibration.include_prefix

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from cluster.run import WorkerLostError
+from pipeline.errors import EngineDiedError
 from pipeline.specs import (
     EvaluateSpec,
     FilterSpec,
@@ -60,6 +62,9 @@ def execute(payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int
         payload: the spec as JSON.
         artifacts: key to folder of each input.
         cpus: threads of tensor work; fixed, since sums depend on how they are split.
+
+    Raises:
+        WorkerLostError: if this process can make no further stage.
     """
     import torch
 
@@ -70,10 +75,13 @@ def execute(payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     report: dict[str, Any]
-    if isinstance(spec, ShardSpec):
-        report = module.run_shard(spec.of, spec.index, artifacts, output)
-    else:
-        report = module.run(spec, artifacts, output)
+    try:
+        if isinstance(spec, ShardSpec):
+            report = module.run_shard(spec.of, spec.index, artifacts, output)
+        else:
+            report = module.run(spec, artifacts, output)
+    except EngineDiedError as error:
+        raise WorkerLostError(str(error)) from error
     if torch.cuda.is_available():
         report = {**report, "peak_device_bytes": torch.cuda.max_memory_allocated()}
     return report
