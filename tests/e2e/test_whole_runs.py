@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -216,14 +217,30 @@ def ray_head(tmp_path: Path) -> Iterator[str]:
         name: str(_free_port()) for name in ("port", "dashboard-port", "ray-client-server-port")
     }
     options = [f"--{name}={port}" for name, port in ports.items()]
-    subprocess.run(
-        [ray, "start", "--head", "--num-cpus=2", "--include-dashboard=true", *options],
-        check=True,
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    # In the foreground, so that its end takes this cluster down and no other of the machine.
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", *options],
         env=environment(),
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    yield f"http://127.0.0.1:{ports['dashboard-port']}"
-    subprocess.run([ray, "stop", "--force"], check=True, env=environment(), capture_output=True)
+    deadline = time.monotonic() + 120
+    while not _answers(f"{address}/api/version"):
+        assert head.poll() is None, "the cluster did not start"
+        assert time.monotonic() < deadline, "the cluster's job server does not answer"
+        time.sleep(0.2)
+    yield address
+    head.terminate()
+    head.wait(timeout=60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _free_port() -> int:
