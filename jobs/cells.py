@@ -109,8 +109,15 @@ def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
         sparsity=cell.sparsity,
         pattern=cell.pattern,
         allocation=cell.allocation or Uniform(),
-        calibration=_windows_spec(grid, cell) if cell.pruner.calibrated else None,
+        calibration=_calibration_set(grid, cell) if cell.pruner.calibrated else None,
     )
+
+
+def _calibration_set(grid: Grid, cell: Cell) -> WindowsSpec:
+    try:
+        return _windows_spec(grid, cell)
+    except ValidationError as error:
+        raise explained(error, ("calibrations", cell.calibration)) from error
 
 
 def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
@@ -124,31 +131,22 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         source = grid.corpora[calibration.corpus]
     else:
         generator = grid.models[calibration.generator or cell.model]
-        try:
-            samples = GenerateSpec(
-                model=generator,
-                prefixes=grid.corpora[calibration.prefixes],
-                num_samples=calibration.num_samples
-                if cell.num_samples is None
-                else cell.num_samples,
-                prefix_tokens=calibration.prefix_tokens
-                if cell.prefix_tokens is None
-                else cell.prefix_tokens,
-                seqlen=cell.seqlen,
-                top_k=calibration.top_k,
-                top_p=calibration.top_p,
-                temperature=calibration.temperature
-                if cell.temperature is None
-                else cell.temperature,
-                repetition_penalty=calibration.repetition_penalty,
-                seed=cell.seed
-                if calibration.generation_seed is None
-                else calibration.generation_seed,
-                shard_size=calibration.shard_size,
-                backend=calibration.backend,
-            )
-        except ValidationError as error:
-            raise explained(error, ("calibrations", cell.calibration)) from error
+        samples = GenerateSpec(
+            model=generator,
+            prefixes=grid.corpora[calibration.prefixes],
+            num_samples=calibration.num_samples if cell.num_samples is None else cell.num_samples,
+            prefix_tokens=calibration.prefix_tokens
+            if cell.prefix_tokens is None
+            else cell.prefix_tokens,
+            seqlen=cell.seqlen,
+            top_k=calibration.top_k,
+            top_p=calibration.top_p,
+            temperature=calibration.temperature if cell.temperature is None else cell.temperature,
+            repetition_penalty=calibration.repetition_penalty,
+            seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
+            shard_size=calibration.shard_size,
+            backend=calibration.backend,
+        )
         source = FilterSpec(
             scores=ScoreSpec(
                 samples=samples, model=generator, include_prefix=calibration.include_prefix
