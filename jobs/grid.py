@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from cluster.graph import Resources
 from pipeline.corpora import fingerprint
@@ -110,6 +118,25 @@ class GeneratedCalibration(Spec):
     """How windows are cut."""
 
 
+def _calibration_tag(value: object) -> str | None:
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    if "corpus" in value:
+        return CorpusCalibration.__name__
+    return GeneratedCalibration.__name__ if "prefixes" in value else None
+
+
+GridCalibration = Annotated[
+    Annotated[CorpusCalibration, Tag(CorpusCalibration.__name__)]
+    | Annotated[GeneratedCalibration, Tag(GeneratedCalibration.__name__)],
+    Discriminator(
+        _calibration_tag,
+        custom_error_type="no_source",
+        custom_error_message="give corpus for real text, or prefixes for text that a model writes",
+    ),
+]
+
+
 class GridPerplexity(Spec):
     """A perplexity on one of the grid's corpora, under that corpus's name."""
 
@@ -207,7 +234,7 @@ class Grid(Spec):
 
     models: dict[str, GridModel] = Field(min_length=1)
     corpora: dict[str, GridCorpus] = Field(default_factory=dict)
-    calibrations: dict[str, CorpusCalibration | GeneratedCalibration] = Field(default_factory=dict)
+    calibrations: dict[str, GridCalibration] = Field(default_factory=dict)
 
     cells: dict[str, Any]
     """Fields of a cell; every list is an axis, and all axes are multiplied."""
@@ -262,7 +289,7 @@ def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
     details = error.errors(include_url=False)
     first = details[0]
     tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
-    tags |= {"vllm", "transformers"}
+    tags |= {"vllm-engine", "transformers-engine", "CorpusCalibration", "GeneratedCalibration"}
     path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
     field = ".".join(path) or "grid"
     remedy = first["msg"].removeprefix("Value error, ")

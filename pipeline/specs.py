@@ -342,16 +342,16 @@ def _named_engine(value: object) -> object:
     return "transformers" if value == {"name": "transformers"} else value
 
 
-def _engine_name(value: object) -> str | None:
-    if isinstance(value, dict):
-        value = value.get("name")
-    return value if isinstance(value, str) else getattr(value, "name", None)
+def _engine_tag(value: object) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
+    return f"{name}-engine"
 
 
 Backend = Annotated[
-    Annotated[Literal["transformers"], Tag("transformers")] | Annotated[Vllm, Tag("vllm")],
+    Annotated[Literal["transformers"], Tag("transformers-engine")]
+    | Annotated[Vllm, Tag("vllm-engine")],
     Discriminator(
-        _engine_name,
+        _engine_tag,
         custom_error_type="no_such_backend",
         custom_error_message="there is no such backend; known are transformers and vllm",
     ),
