@@ -251,6 +251,23 @@ CONFIG = transformers.LlamaConfig(
 )
 
 
+UNEVEN = transformers.Gemma4TextConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    global_head_dim=16,
+    vocab_size_per_layer_input=96,
+    hidden_size_per_layer_input=8,
+    num_kv_shared_layers=0,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+)
+"""Its layers have 9,728, 12,800, 9,728 and 12,800 weights."""
+
+
 def small_model() -> Any:
     """A random Llama with a few large weights, and layers that are unlike each other."""
     torch.manual_seed(0)
@@ -421,6 +438,20 @@ def test_every_layer_of_a_model_has_its_own_pattern(allocation: Allocation, prun
     assert report.sparsity == 0.5
     assert tuple(zeros_of_layers) == zeros_of_fours(expected_shares(allocation, ratios))
     assert (len(set(zeros_of_layers)) > 1) == (allocation.name in ("owl", "by-hand"))
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS[:3], ids=lambda allocation: allocation.name)
+def test_a_model_of_unlike_layers_is_as_sparse_as_it_was_asked_to_be(
+    allocation: Allocation,
+) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(UNEVEN).float().eval()
+    ratios = [0.01, 0.03, 0.02, 0.05]
+    report = prune_model(model, None, Magnitude(), 0.6, None, allocation, outlier_ratios=ratios)
+    weights = sum(each.rows * each.columns for each in report.matrices)
+    zeros = sum(each.zeros for each in report.matrices)
+    assert weights == 2 * 9728 + 2 * 12800
+    assert 0 <= 0.6 * weights - zeros < len(report.matrices)  # each matrix has its floor
 
 
 # ------------------------------------------------------------------------------------------ stages
