@@ -178,16 +178,20 @@ def _allocation_summary(allocation: Allocation, allocated: Allocated) -> dict[st
     """What each decoder layer was pruned to, and where the allocation could not be followed."""
     if isinstance(allocation, Uniform):
         return {}
-    told: dict[str, Any] = {"layer_sparsity": [layer.sparsity for layer in allocated.layers]}
-    if allocated.layers[0].pattern is not None:
-        told["layer_pattern"] = [_pattern_text(layer) for layer in allocated.layers]
+    layers, warnings = allocated.layers, []
     if allocated.clamped:
-        layers = ", ".join(map(str, allocated.clamped))
-        told["allocation_warning"] = (
-            f"decoder layers {layers} would have had a share of zeros that no layer can have: they "
+        held = ", ".join(map(str, allocated.clamped))
+        warnings.append(
+            f"decoder layers {held} would have had a share of zeros that no layer can have: they "
             "are at the bound, and the others shifted so that the mean stays"
         )
-    return told
+    if len(layers) > 1 and len(set(layers)) == 1:
+        warnings.append("all decoder layers came out alike: this is what uniform gives")
+    return {
+        "layer_sparsity": [layer.sparsity for layer in layers],
+        "layer_pattern": [_pattern_text(layer) for layer in layers],
+        "allocation_warnings": warnings,
+    }
 
 
 def _summary(pruner: Pruner, facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -491,7 +491,8 @@ class OWL(Spec):
     """M: a score above this many times its layer's mean is an outlier."""
 
     spread: float = Field(default=0.08, gt=0.0, le=0.5)
-    """lambda: the sparsest and the densest layer are 2 * lambda apart."""
+    """lambda: the sparsest and the densest layer are 2 * lambda apart. With a pattern N:M little
+    comes of it unless 2 * lambda is more than 1/M."""
 
 
 class ArithmeticProgression(Spec):

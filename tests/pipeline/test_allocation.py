@@ -505,7 +505,8 @@ def test_magnitude_with_owl_reads_the_outliers_and_no_windows(
     assert ratios == outlier_ratios_by_brute_force(small_model(), windows(), 3.5)
     expected = shares(allocate(OWL(), 0.6, None, alike(4), ratios))
     assert report["layer_sparsity"] == expected
-    assert "allocation_warning" not in report
+    assert report["layer_pattern"] == ["unstructured"] * 4
+    assert report["allocation_warnings"] == []
     for row in rows:
         assert row["layer"] == int(row["matrix"].split(".")[2])
         assert row["layer_sparsity"] == expected[row["layer"]]
@@ -513,7 +514,7 @@ def test_magnitude_with_owl_reads_the_outliers_and_no_windows(
         assert 0 <= row["layer_sparsity"] - row["sparsity"] < 1 / 512
 
 
-def test_a_layer_that_is_held_at_a_bound_is_told_in_the_report(
+def test_layers_at_a_bound_and_an_allocation_without_effect_are_told_in_the_report(
     dense: LocalModel, tmp_path: Path
 ) -> None:
     spec = PruneSpec(
@@ -527,5 +528,7 @@ def test_a_layer_that_is_held_at_a_bound_is_told_in_the_report(
     report, rows = run_stages(spec, tmp_path)
     assert report["sparsity"] == 0.25
     assert report["layer_pattern"] == ["3:4"] * 4  # none can lose less, so none can lose more
-    assert "decoder layers 1, 2, 3 " in report["allocation_warning"]  # 0 has fewest outliers
+    held, alike = report["allocation_warnings"]
+    assert "decoder layers 1, 2, 3 " in held  # 0 has fewest outliers
+    assert "what uniform gives" in alike
     assert {(row["layer_pattern"], row["layer_sparsity"]) for row in rows} == {("3:4", 0.25)}
