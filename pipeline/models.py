@@ -85,6 +85,12 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
     return config
 
 
+def weightless_model(config: Any) -> Any:
+    """A model of a configuration whose weights have shapes and no values, and take no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def _location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
     match spec:
         case HubModel():
