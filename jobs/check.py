@@ -2,11 +2,12 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jobs.grid import StageResources
 from jobs.plan import Plan
+from pipeline.allocation import allocate
 from pipeline.corpora import check_corpus
 from pipeline.errors import InputError
 from pipeline.specs import (
@@ -18,6 +19,7 @@ from pipeline.specs import (
     PretrainSpec,
     PruneSpec,
     StageSpec,
+    Uniform,
     Vllm,
     WindowsSpec,
     parse_pattern,
@@ -39,6 +41,7 @@ def check(plan: Plan) -> list[str]:
     names = {_identity(model): name for name, model in plan.grid.models.items()}
     corpora = {_identity(corpus): name for name, corpus in plan.grid.corpora.items()}
 
+    sizes: dict[str, Sequence[int]] = {}
     demands: dict[tuple[str, int, int, bool], Corpus] = {}
     for spec in plan.specs.values():
         for model, seqlen in _lengths(spec):
@@ -50,6 +53,11 @@ def check(plan: Plan) -> list[str]:
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
             name = names[_identity(_dense(spec.model))]
             _check_pattern(name, configs[name], spec.pattern)
+        if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
+            name = names[_identity(_dense(spec.model))]
+            if name not in sizes:
+                sizes[name] = _layer_sizes(name, configs[name])
+            _check_allocation(name, sizes[name], spec)
         for corpus, nsamples, seqlen, joined in _readings(spec):
             demands[corpora[_identity(corpus)], nsamples, seqlen, joined] = corpus
     for (name, nsamples, seqlen, joined), corpus in demands.items():
@@ -143,7 +151,7 @@ def _check_vllm(plan: Plan, name: str, config: Any, engine: Vllm) -> None:
     if 0 < asked.gpus < engine.gpu_memory_utilization:
         remedy = (
             f"resources.generate.gpus gives a replica {asked.gpus:g} of a GPU: "
-            f"lower it to less than that"
+            "lower it to that at most"
         )
         raise InputError("backend.gpu_memory_utilization", engine.gpu_memory_utilization, remedy)
 
@@ -152,6 +160,30 @@ def _heads(config: Any) -> int | None:
     if isinstance(config, PretrainSpec):
         return config.hidden_size // config.head_dim
     return getattr(config, "num_attention_heads", None)
+
+
+def _layer_sizes(name: str, config: Any) -> Sequence[int]:
+    """Weights of each decoder layer, up to a factor; none where nothing is known of the model."""
+    if config is None:
+        return []
+    if isinstance(config, PretrainSpec):
+        return [1] * config.num_layers
+    from pipeline.models import weightless_model
+    from pipeline.walk import layer_sizes
+
+    with _at(f"models.{name}"):
+        return layer_sizes(weightless_model(config))
+
+
+def _check_allocation(name: str, sizes: Sequence[int], spec: PruneSpec) -> None:
+    if not sizes:
+        return
+    pattern = None if spec.pattern is None else parse_pattern(spec.pattern)
+    alike = [0.0] * len(sizes)  # the ratios come later, and fit any model
+    try:
+        allocate(spec.allocation, spec.sparsity, pattern, sizes, alike)
+    except InputError as error:
+        raise InputError(error.field, error.value, f"model {name}: {error.remedy}") from error
 
 
 def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:

@@ -221,6 +221,7 @@ StageName = Literal[
     "score",
     "filter",
     "windows",
+    "outliers",
     "prune",
     "evaluate",
 ]

@@ -16,10 +16,12 @@ from jobs.stages import stage_name
 from pipeline.specs import (
     EvaluateSpec,
     GenerateSpec,
+    OutliersSpec,
     PruneSpec,
     ScoreSpec,
     ShardSpec,
     StageSpec,
+    Uniform,
     Vllm,
 )
 
@@ -32,6 +34,7 @@ ORDER = (
     "score",
     "filter",
     "windows",
+    "outliers",
     "prune",
     "evaluate",
 )
@@ -201,6 +204,10 @@ def _label(spec: StageSpec) -> str:
             return "evaluate dense"
         case PruneSpec():
             seed = "" if spec.calibration is None else f" seed {spec.calibration.seed}"
-            return f"prune {spec.pruner.name} {spec.pattern or f'{spec.sparsity:.0%}'}{seed}"
+            target = spec.pattern or f"{spec.sparsity:.0%}"
+            allocation = "" if spec.allocation == Uniform() else f" {spec.allocation.name}"
+            return f"prune {spec.pruner.name} {target}{allocation}{seed}"
+        case OutliersSpec():
+            return f"outliers seed {spec.calibration.seed}"
         case _:
             return spec.kind

@@ -95,6 +95,12 @@ def load_configs(spec: Model, artifacts: Artifacts) -> tuple[Any, GenerationConf
         return config, GenerationConfig.from_model_config(config)
 
 
+def weightless_model(config: Any) -> Any:
+    """A model of a configuration whose weights have shapes and no values, and take no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def checkpoint(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
     """The folder or hub name of a model, and the options that tell its revision."""
     match spec:

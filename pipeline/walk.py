@@ -81,6 +81,32 @@ def matrices(prefix: str, layer: nn.Module) -> list[Matrix]:
     return found
 
 
+def layer_sizes(model: nn.Module) -> list[int]:
+    """How many weights the matrices of each decoder layer have.
+
+    Raises:
+        InputError: if the model is of a form that cannot be pruned.
+    """
+    root, layers = decoder_layers(model)
+    return [
+        sum(matrix.linear.weight.numel() for matrix in matrices(f"{root}.{number}", layer))
+        for number, layer in enumerate(layers)
+    ]
+
+
+def check_length(model: nn.Module, windows: Tensor) -> None:
+    """See that windows `[nsamples, seqlen]` are no longer than the model's longest input.
+
+    Raises:
+        InputError: if they are.
+    """
+    config: Any = model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and windows.shape[1] > longest:
+        remedy = f"the model takes {longest} tokens at the most; lower it"
+        raise InputError("seqlen", windows.shape[1], remedy)
+
+
 @torch.no_grad()
 def walk(
     model: nn.Module,
