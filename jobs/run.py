@@ -6,7 +6,14 @@ import time
 from importlib import metadata
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 import cluster
 import jobs
@@ -48,7 +55,7 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
     if not missing:
         return Outcome()
     versions = {name: metadata.version(name) for name in RECORDED}
-    with session(address, (pipeline, cluster, jobs)), _Watch(len(missing)) as watch:
+    with session(address, (pipeline, cluster, jobs)), Watch(len(missing)) as watch:
         check_resources({plan.graph[key].kind: plan.graph[key].resources for key in missing})
         return run(
             plan.graph,
@@ -61,23 +68,26 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
         )
 
 
-class _Watch:
+class Watch:
     """Tells of every stage that ends: a line in the log, and in a terminal a bar as well."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.count = 0
         self.started = time.monotonic()
+        self.samples = self.tokens = 0
+        self.generating_since = 0.0
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, disable=not sys.stderr.isatty())
         self.task = self.bar.add_task("stages", total=total)
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "Watch":
         self.bar.start()
         return self
 
@@ -98,4 +108,16 @@ class _Watch:
         if isinstance(result, Failure):
             logger.error("%s %s failed: %s (%s)", place, stage.label, result.error, stage.key)
         else:
-            logger.info("%s %s: %.1f s (at %.0f s)", place, stage.label, result.seconds, passed)
+            far = self._generated(result, passed) if stage.kind == "generate" and stage.pool else ""
+            logger.info(
+                "%s %s: %.1f s (at %.0f s%s)", place, stage.label, result.seconds, passed, far
+            )
+
+    def _generated(self, shard: Manifest, passed: float) -> str:
+        """How far generation has come, and how fast, since the first of its shards began."""
+        if not self.samples:
+            self.generating_since = passed - shard.seconds
+        self.samples += shard.report["samples"]
+        self.tokens += shard.report["tokens_generated"]
+        rate = self.tokens / max(passed - self.generating_since, 1e-9)
+        return f"; {self.samples:,} samples, {rate:,.0f} tokens/s"
