@@ -88,7 +88,7 @@ class _Run:
         self.observe = observe
         self.workers = workers
         self.maker = ray.put((execute, store.url, dict(versions)))
-        self.pools: dict[str, _Pool] = {}
+        self.pools: dict[str | None, _Pool] = {}
         self.remakes: Counter[str] = Counter()
         self.losses: Counter[str] = Counter()
         self.progress = Progress()
@@ -134,11 +134,10 @@ class _Run:
             for key in list(keys)[: self.bound - len(self.in_flight)]:
                 reference = self._submit(self.graph[key])
                 if reference is None:
+                    self.pools[name].grow(len(keys))
                     break
                 del keys[key], self.waiting[key]
                 self.in_flight[reference] = key
-            if name is not None and keys:
-                self.pools[name].grow(len(keys))
 
     def _submit(self, stage: Stage) -> ray.ObjectRef | None:
         if stage.pool is None:

@@ -248,6 +248,16 @@ def test_a_replica_joins_when_the_cluster_has_room_and_leaves_when_it_has_no_wor
     assert noted(store, "last", "started") < noted(store, "long", "ended")
 
 
+def test_a_pool_waits_while_other_stages_take_all_the_workers(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    plan = graph(
+        stage("other", "sleep 0.5"), stage("a", "1", pool="p"), stage("b", "1", pool="p"),
+        stage("third", "1"),
+    )  # fmt: skip
+    outcome = run(plan, list(plan), add, store, VERSIONS, workers=1)
+    assert set(outcome.made) == set(plan)
+
+
 def test_a_pool_outlives_more_lost_replicas_than_one_stage_may_lose(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     bounds = {"max_replicas": 1, "retries": 1}
