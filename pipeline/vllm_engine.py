@@ -149,7 +149,7 @@ def _process_settings() -> Iterator[None]:
         OMP_NUM_THREADS=str(torch.get_num_threads()),  # else it takes one thread
     )
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # else it wins over what a shard needs
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     try:
