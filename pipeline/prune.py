@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pipeline.allocation import allocate
 from pipeline.errors import InputError
 from pipeline.models import Artifacts, load_model, load_tokenizer
-from pipeline.pruners import PRUNERS
+from pipeline.pruners import PRUNERS, PrunerEntry
+from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
-from pipeline.specs import Allocation, Pruner, PruneSpec, SparseGPT, parse_pattern
+from pipeline.specs import Allocation, Pruner, PruneSpec, parse_pattern
 from pipeline.walk import Matrix, NonFiniteError, decoder_layers, matrices, walk
 from pipeline.windows import read_windows
 
@@ -26,6 +27,9 @@ class PruneReport:
     matrices: list[MatrixSparsity]
     facts: dict[str, dict[str, float]]
     """Matrix name to what its pruner recorded."""
+    permutations: dict[str, Tensor]
+    """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
+    that is not their own."""
 
     @property
     def sparsity(self) -> float:
@@ -55,29 +59,39 @@ def prune_model(
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
-            matrix, or the model is of a form that cannot be pruned.
+            matrix, the pruner's options do not suit the model, or the model is of a form that
+            cannot be pruned.
+        ValueError: if the pruner's options do not go with a pattern, or without one.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         SparsityError: if a matrix is not as sparse afterwards as it should be.
     """
-    entry = PRUNERS[pruner.name]
+    pruner.check_pattern(pattern is not None)
+    entry = PRUNERS[pruner.name](pruner)
     if entry.statistics and windows is None:
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
     _check_length(model, windows)
     root, layers = decoder_layers(model)
+    paths: dict[str, str] = {}
     for number, layer in enumerate(layers):  # all of them, before any forward pass
         for matrix in matrices(f"{root}.{number}", layer):
             _check_matrix(matrix, pattern)
+            paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
+    options = entry.options_by_matrix(pruner, paths)
     shares = allocate(allocation, sparsity, len(layers))
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
+    permutations: dict[str, Tensor] = {}
 
     def visit(number: int, found: list[Matrix]) -> None:
         for matrix in found:
-            facts[matrix.name] = _prune_matrix(matrix, pruner, shares[number], pattern)
+            pruned = _prune_matrix(matrix, entry, options[matrix.name], shares[number], pattern)
+            facts[matrix.name] = pruned.facts
+            if pruned.permutation is not None:
+                permutations[matrix.name] = pruned.permutation
             measured.append(measure(matrix.name, matrix.linear.weight))
 
     walk(model, windows, entry.statistics, visit, batch_size)
-    return PruneReport(matrices=measured, facts=facts)
+    return PruneReport(matrices=measured, facts=facts, permutations=permutations)
 
 
 def _check_length(model: nn.Module, windows: Tensor | None) -> None:
@@ -98,12 +112,15 @@ def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
 
 
 def _prune_matrix(
-    matrix: Matrix, pruner: Pruner, sparsity: float, pattern: tuple[int, int] | None
-) -> dict[str, float]:
-    entry = PRUNERS[pruner.name]
+    matrix: Matrix,
+    entry: PrunerEntry,
+    options: Pruner,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+) -> Pruned:
     weight = matrix.linear.weight.data
     try:
-        pruned = entry.prune(weight.float(), matrix.statistics, sparsity, pattern, pruner)
+        pruned = entry.prune(weight.float(), matrix.statistics, sparsity, pattern, options)
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
@@ -111,8 +128,16 @@ def _prune_matrix(
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     weight.masked_fill_(pruned.mask, 0.0)
-    check(matrix.name, weight, pruned.mask, sparsity, pattern, entry.counted_per)
-    return pruned.facts
+    check(
+        matrix.name,
+        weight,
+        pruned.mask,
+        sparsity,
+        pattern,
+        entry.counted_per,
+        pruned.permutation,
+    )
+    return pruned
 
 
 def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
@@ -136,7 +161,7 @@ def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     return {
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
-        **_summary(spec.pruner, report.facts),
+        **_summary(report.facts),
     }
 
 
@@ -151,14 +176,19 @@ def _table(matrices: list[MatrixSparsity]) -> pa.Table:
     return pa.table(columns)
 
 
-def _summary(pruner: Pruner, facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What a reader of the results must know: damping that was raised, columns without input."""
-    if not isinstance(pruner, SparseGPT):
-        return {}
-    raised = {
-        name: {"damping": told["damping"], "raises": int(told["damping_raises"])}
-        for name, told in facts.items()
-        if told["damping_raises"]
-    }
-    dead = {name: int(told["dead_columns"]) for name, told in facts.items() if told["dead_columns"]}
-    return {"raised_damping": raised, "dead_columns": dead}
+    summary: dict[str, Any] = {}
+    if any("damping_raises" in told for told in facts.values()):
+        summary["raised_damping"] = {
+            name: {"damping": told["damping"], "raises": int(told["damping_raises"])}
+            for name, told in facts.items()
+            if told.get("damping_raises")
+        }
+    if any("dead_columns" in told for told in facts.values()):
+        summary["dead_columns"] = {
+            name: int(told["dead_columns"])
+            for name, told in facts.items()
+            if told.get("dead_columns")
+        }
+    return summary

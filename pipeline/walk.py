@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError
-from pipeline.statistics import STATISTICS, RunningSum
+from pipeline.statistics import STATISTICS, Statistic
 
 BATCH_TOKENS = 16_384
 """Tokens of a batch unless its size is given: fixed, since sums depend on how they are split."""
@@ -118,7 +118,7 @@ def walk(
     hidden = [_first_hidden_states(model, layers[0], batch) for batch in batches]
     for number, layer in enumerate(layers):
         found = matrices(f"{root}.{number}", layer)
-        with _collected(found, statistics, device):
+        with _collected(found, statistics, len(windows), device):
             for states, given in zip(hidden, arguments, strict=True):
                 _forward(layer, states, given[number])
         visit(number, found)
@@ -245,10 +245,10 @@ def _forward(layer: nn.Module, states: Tensor, given: _Arguments) -> Tensor:
 
 @contextlib.contextmanager
 def _collected(
-    found: list[Matrix], statistics: tuple[str, ...], device: torch.device
+    found: list[Matrix], statistics: tuple[str, ...], windows: int, device: torch.device
 ) -> Iterator[None]:
     """Sum statistics of all inputs while it is entered; the matrices have them afterwards."""
-    sums: dict[int, dict[str, RunningSum]] = {}
+    sums: dict[int, dict[str, Statistic]] = {}
     leader_of: dict[int, int] = {}
     first_inputs: dict[int, Tensor] = {}
 
@@ -262,11 +262,13 @@ def _collected(
             first_inputs[place] = inputs
             if leader_of[place] == place:
                 width = inputs.shape[-1]
-                sums[place] = {name: STATISTICS[name](width, device) for name in statistics}
+                sums[place] = {
+                    name: STATISTICS[name](width, windows, device) for name in statistics
+                }
         if leader_of[place] == place:
-            tokens = inputs.reshape(-1, inputs.shape[-1]).float()  # [tokens, in_features]
+            exact = inputs.float()
             for statistic in sums[place].values():
-                statistic.update(tokens)
+                statistic.update(exact)
 
     def hook(place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, inputs: capture(place, inputs[0])
@@ -283,7 +285,7 @@ def _collected(
         if place not in leader_of:
             raise InputError("model", matrix.name, "takes no part in the forward pass")
         shared = sums[leader_of[place]]
-        matrix.statistics = {name: statistic.total for name, statistic in shared.items()}
+        matrix.statistics = {name: statistic.value for name, statistic in shared.items()}
         for name, total in matrix.statistics.items():
             if not bool(total.isfinite().all()):
                 raise NonFiniteError(f"{matrix.name}: its input has NaN or infinite {name}")
