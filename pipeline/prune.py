@@ -7,15 +7,25 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor, nn
 
 from pipeline.allocation import allocate
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.models import Artifacts, load_model, load_tokenizer
 from pipeline.pruners import PRUNERS
 from pipeline.sparsity import MatrixSparsity, check, measure
-from pipeline.specs import Allocation, Pruner, PruneSpec, SparseGPT, parse_pattern
-from pipeline.walk import Matrix, NonFiniteError, decoder_layers, matrices, walk
+from pipeline.specs import (
+    DEVICE_HIDDEN_BYTES,
+    HOST_HIDDEN_BYTES,
+    Allocation,
+    Pruner,
+    PruneSpec,
+    SparseGPT,
+    parse_pattern,
+)
+from pipeline.walk import walk
 from pipeline.windows import read_windows
 
 
@@ -42,6 +52,9 @@ def prune_model(
     pattern: tuple[int, int] | None,
     allocation: Allocation,
     batch_size: int | None = None,
+    device: torch.device | None = None,
+    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
+    host_hidden_bytes: int = HOST_HIDDEN_BYTES,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -52,6 +65,9 @@ def prune_model(
         pattern: kept and group size of an N:M pattern.
         batch_size: windows of a forward pass, by default as many as have
             `pipeline.walk.BATCH_TOKENS` tokens.
+        device: where layers are run and pruned, one at a time; by default where the model is.
+        device_hidden_bytes: bytes of hidden states to hold there,
+        host_hidden_bytes: and beyond that in host memory, before they go to files.
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
@@ -74,9 +90,20 @@ def prune_model(
     def visit(number: int, found: list[Matrix]) -> None:
         for matrix in found:
             facts[matrix.name] = _prune_matrix(matrix, pruner, shares[number], pattern)
-            measured.append(measure(matrix.name, matrix.linear.weight))
+            if matrix.starved:
+                facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
+            measured.append(measure(matrix.name, matrix.weight))
 
-    walk(model, windows, entry.statistics, visit, batch_size)
+    walk(
+        model,
+        windows,
+        entry.statistics,
+        visit,
+        batch_size,
+        device,
+        device_hidden_bytes,
+        host_hidden_bytes,
+    )
     return PruneReport(matrices=measured, facts=facts)
 
 
@@ -89,9 +116,9 @@ def _check_length(model: nn.Module, windows: Tensor | None) -> None:
 
 
 def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
-    if not bool(matrix.linear.weight.isfinite().all()):
+    if not bool(matrix.weight.isfinite().all()):
         raise NonFiniteError(f"{matrix.name}: the weight has NaN or infinite values")
-    columns = matrix.linear.in_features
+    columns = matrix.weight.shape[1]
     if pattern is not None and columns % pattern[1]:
         remedy = f"{matrix.name} has {columns} inputs, no multiple of {pattern[1]}"
         raise InputError("pattern", f"{pattern[0]}:{pattern[1]}", remedy)
@@ -101,9 +128,11 @@ def _prune_matrix(
     matrix: Matrix, pruner: Pruner, sparsity: float, pattern: tuple[int, int] | None
 ) -> dict[str, float]:
     entry = PRUNERS[pruner.name]
-    weight = matrix.linear.weight.data
+    weight = matrix.weight
     try:
-        pruned = entry.prune(weight.float(), matrix.statistics, sparsity, pattern, pruner)
+        pruned = entry.prune(
+            weight.float().contiguous(), matrix.statistics, sparsity, pattern, pruner
+        )
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
@@ -129,6 +158,8 @@ def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
         spec.sparsity,
         None if spec.pattern is None else parse_pattern(spec.pattern),
         spec.allocation,
+        device_hidden_bytes=spec.device_hidden_bytes,
+        host_hidden_bytes=spec.host_hidden_bytes,
     )
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
@@ -152,13 +183,20 @@ def _table(matrices: list[MatrixSparsity]) -> pa.Table:
 
 
 def _summary(pruner: Pruner, facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What a reader of the results must know: damping that was raised, columns without input."""
+    """What a reader of the results must know: experts that saw few tokens, damping that was
+    raised, columns without input."""
+    starved = {
+        name: int(told["starved_tokens"])
+        for name, told in facts.items()
+        if "starved_tokens" in told
+    }
+    summary: dict[str, Any] = {"starved_experts": starved} if starved else {}
     if not isinstance(pruner, SparseGPT):
-        return {}
+        return summary
     raised = {
         name: {"damping": told["damping"], "raises": int(told["damping_raises"])}
         for name, told in facts.items()
         if told["damping_raises"]
     }
     dead = {name: int(told["dead_columns"]) for name, told in facts.items() if told["dead_columns"]}
-    return {"raised_damping": raised, "dead_columns": dead}
+    return {**summary, "raised_damping": raised, "dead_columns": dead}
