@@ -7,16 +7,25 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor, nn
 
 from pipeline.allocation import allocate
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.models import Artifacts, load_model, load_tokenizer
 from pipeline.pruners import PRUNERS, PrunerEntry
 from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
-from pipeline.specs import Allocation, Pruner, PruneSpec, parse_pattern
-from pipeline.walk import Matrix, NonFiniteError, decoder_layers, matrices, walk
+from pipeline.specs import (
+    DEVICE_HIDDEN_BYTES,
+    HOST_HIDDEN_BYTES,
+    Allocation,
+    Pruner,
+    PruneSpec,
+    parse_pattern,
+)
+from pipeline.walk import walk
 from pipeline.windows import read_windows
 
 
@@ -46,6 +55,9 @@ def prune_model(
     pattern: tuple[int, int] | None,
     allocation: Allocation,
     batch_size: int | None = None,
+    device: torch.device | None = None,
+    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
+    host_hidden_bytes: int = HOST_HIDDEN_BYTES,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -56,6 +68,9 @@ def prune_model(
         pattern: kept and group size of an N:M pattern.
         batch_size: windows of a forward pass, by default as many as have
             `pipeline.walk.BATCH_TOKENS` tokens.
+        device: where layers are run and pruned, one at a time; by default where the model is.
+        device_hidden_bytes: bytes of hidden states to hold there,
+        host_hidden_bytes: and beyond that in host memory, before they go to files.
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
@@ -85,12 +100,23 @@ def prune_model(
     def visit(number: int, found: list[Matrix]) -> None:
         for matrix in found:
             pruned = _prune_matrix(matrix, entry, options[matrix.name], shares[number], pattern)
-            facts[matrix.name] = pruned.facts
+            facts[matrix.name] = dict(pruned.facts)
+            if matrix.starved:
+                facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
             if pruned.permutation is not None:
-                permutations[matrix.name] = pruned.permutation
-            measured.append(measure(matrix.name, matrix.linear.weight))
+                permutations[matrix.name] = pruned.permutation.cpu()
+            measured.append(measure(matrix.name, matrix.weight))
 
-    walk(model, windows, entry.statistics, visit, batch_size)
+    walk(
+        model,
+        windows,
+        entry.statistics,
+        visit,
+        batch_size,
+        device,
+        device_hidden_bytes,
+        host_hidden_bytes,
+    )
     return PruneReport(matrices=measured, facts=facts, permutations=permutations)
 
 
@@ -103,9 +129,9 @@ def _check_length(model: nn.Module, windows: Tensor | None) -> None:
 
 
 def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
-    if not bool(matrix.linear.weight.isfinite().all()):
+    if not bool(matrix.weight.isfinite().all()):
         raise NonFiniteError(f"{matrix.name}: the weight has NaN or infinite values")
-    columns = matrix.linear.in_features
+    columns = matrix.weight.shape[1]
     if pattern is not None and columns % pattern[1]:
         remedy = f"{matrix.name} has {columns} inputs, no multiple of {pattern[1]}"
         raise InputError("pattern", f"{pattern[0]}:{pattern[1]}", remedy)
@@ -118,9 +144,11 @@ def _prune_matrix(
     sparsity: float,
     pattern: tuple[int, int] | None,
 ) -> Pruned:
-    weight = matrix.linear.weight.data
+    weight = matrix.weight
     try:
-        pruned = entry.prune(weight.float(), matrix.statistics, sparsity, pattern, options)
+        pruned = entry.prune(
+            weight.float().contiguous(), matrix.statistics, sparsity, pattern, options
+        )
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
@@ -154,6 +182,8 @@ def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
         spec.sparsity,
         None if spec.pattern is None else parse_pattern(spec.pattern),
         spec.allocation,
+        device_hidden_bytes=spec.device_hidden_bytes,
+        host_hidden_bytes=spec.host_hidden_bytes,
     )
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
@@ -177,18 +207,27 @@ def _table(matrices: list[MatrixSparsity]) -> pa.Table:
 
 
 def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What a reader of the results must know: damping that was raised, columns without input."""
+    """What a reader of the results must know: experts that saw few tokens, damping that was
+    raised, columns without input."""
+
+    def told(fact: str) -> dict[str, float]:
+        return {name: each[fact] for name, each in facts.items() if each.get(fact)}
+
+    recorded = {fact for each in facts.values() for fact in each}
     summary: dict[str, Any] = {}
-    if any("damping_raises" in told for told in facts.values()):
-        summary["raised_damping"] = {
-            name: {"damping": told["damping"], "raises": int(told["damping_raises"])}
-            for name, told in facts.items()
-            if told.get("damping_raises")
+    if "starved_tokens" in recorded:
+        summary["starved_experts"] = {
+            name: int(each["starved_tokens"])
+            for name, each in facts.items()
+            if "starved_tokens" in each
         }
-    if any("dead_columns" in told for told in facts.values()):
+    if "damping_raises" in recorded:
+        summary["raised_damping"] = {
+            name: {"damping": facts[name]["damping"], "raises": int(raises)}
+            for name, raises in told("damping_raises").items()
+        }
+    if "dead_columns" in recorded:
         summary["dead_columns"] = {
-            name: int(told["dead_columns"])
-            for name, told in facts.items()
-            if told.get("dead_columns")
+            name: int(columns) for name, columns in told("dead_columns").items()
         }
     return summary
