@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import InputError, NonFiniteError
-from pipeline.matrices import Matrix
+from pipeline.matrices import STARVED_TOKENS, Matrix
 from pipeline.statistics import STATISTICS, Statistic
 
 
@@ -71,7 +71,7 @@ class _Sums:
             for name, total in matrix.statistics.items():
                 if not bool(total.isfinite().all()):
                     raise NonFiniteError(f"{matrix.name}: its input has NaN or infinite {name}")
-            if matrix.starved:
+            if matrix.is_expert and matrix.tokens < STARVED_TOKENS:
                 width = matrix.weight.shape[1]
                 if width not in uniform:
                     uniform[width] = self._uniform(width, matrix.weight.device)
