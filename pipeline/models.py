@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
+from pipeline.layer_files import apply_masks
 from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
 
 Artifacts = Mapping[str, Path]
@@ -34,9 +35,17 @@ def model_dtype(spec: Model) -> str:
 def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = None) -> Any:
     """The model in evaluation mode, in its spec's dtype.
 
+    A model that is stored as masks is the one that it was made from with these weights zeroed, bit
+    for bit what the pruner left.
+
     Raises:
         InputError: if there is no such model.
+        LayerFileError: if masks do not fit their model.
     """
+    if isinstance(spec, PruneSpec) and spec.stores_masks:
+        model = load_model(spec.model, artifacts, device)
+        apply_masks(model, artifacts[spec.key] / "masks")
+        return model
     location, options = _location(spec, artifacts)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -86,7 +95,10 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
 
 
 def _location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
+    """Where the tokenizer is, and the weights unless they are masks on others."""
     match spec:
+        case PruneSpec(stores_masks=True):
+            return _location(spec.model, artifacts)
         case HubModel():
             return spec.name, {"revision": spec.revision}
         case LocalModel():

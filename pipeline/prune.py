@@ -1,5 +1,6 @@
 """Prune every linear layer inside a model's decoder layers."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from pipeline.allocation import allocate
 from pipeline.errors import InputError
+from pipeline.finished_layers import FinishedLayers, Keep
 from pipeline.models import Artifacts, load_model, load_tokenizer
 from pipeline.pruners import PRUNERS
+from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
 from pipeline.specs import Allocation, Pruner, PruneSpec, SparseGPT, parse_pattern
 from pipeline.walk import Matrix, NonFiniteError, decoder_layers, matrices, walk
@@ -26,6 +29,8 @@ class PruneReport:
     matrices: list[MatrixSparsity]
     facts: dict[str, dict[str, float]]
     """Matrix name to what its pruner recorded."""
+    resumed_layers: int = 0
+    """Decoder layers that an earlier attempt had finished."""
 
     @property
     def sparsity(self) -> float:
@@ -42,6 +47,7 @@ def prune_model(
     pattern: tuple[int, int] | None,
     allocation: Allocation,
     batch_size: int | None = None,
+    finished: FinishedLayers | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -52,6 +58,8 @@ def prune_model(
         pattern: kept and group size of an N:M pattern.
         batch_size: windows of a forward pass, by default as many as have
             `pipeline.walk.BATCH_TOKENS` tokens.
+        finished: takes every layer that is done, and gives back those of an earlier attempt at
+            the same pruning.
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
@@ -71,13 +79,28 @@ def prune_model(
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
 
-    def visit(number: int, found: list[Matrix]) -> None:
-        for matrix in found:
-            facts[matrix.name] = _prune_matrix(matrix, pruner, shares[number], pattern)
-            measured.append(measure(matrix.name, matrix.linear.weight))
+    resumed: list[int] = []
 
-    walk(model, windows, entry.statistics, visit, batch_size)
-    return PruneReport(matrices=measured, facts=facts)
+    def visit(number: int, found: list[Matrix]) -> None:
+        masks: dict[str, Tensor] = {}
+        for matrix in found:
+            pruned = _prune_matrix(matrix, pruner, shares[number], pattern)
+            masks[matrix.name], facts[matrix.name] = pruned.mask, pruned.facts
+            measured.append(measure(matrix.name, matrix.weight))
+        if finished is not None:
+            finished.save(number, found, masks, facts)
+
+    def restore(number: int, found: list[Matrix]) -> bool:
+        told = None if finished is None else finished.restore(number, found)
+        if told is None:
+            return False
+        facts.update({name: dict(each) for name, each in told.items()})
+        measured.extend(measure(matrix.name, matrix.weight) for matrix in found)
+        resumed.append(number)
+        return True
+
+    walk(model, windows, entry.statistics, visit, batch_size, restore)
+    return PruneReport(matrices=measured, facts=facts, resumed_layers=len(resumed))
 
 
 def _check_length(model: nn.Module, windows: Tensor | None) -> None:
@@ -89,9 +112,9 @@ def _check_length(model: nn.Module, windows: Tensor | None) -> None:
 
 
 def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
-    if not bool(matrix.linear.weight.isfinite().all()):
+    if not bool(matrix.weight.isfinite().all()):
         raise NonFiniteError(f"{matrix.name}: the weight has NaN or infinite values")
-    columns = matrix.linear.in_features
+    columns = matrix.weight.shape[1]
     if pattern is not None and columns % pattern[1]:
         remedy = f"{matrix.name} has {columns} inputs, no multiple of {pattern[1]}"
         raise InputError("pattern", f"{pattern[0]}:{pattern[1]}", remedy)
@@ -99,26 +122,37 @@ def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
 
 def _prune_matrix(
     matrix: Matrix, pruner: Pruner, sparsity: float, pattern: tuple[int, int] | None
-) -> dict[str, float]:
+) -> Pruned:
     entry = PRUNERS[pruner.name]
-    weight = matrix.linear.weight.data
+    weight = matrix.weight
     try:
         pruned = entry.prune(weight.float(), matrix.statistics, sparsity, pattern, pruner)
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
+        assert pruner.updates_weights, f"{pruner.name} is said to leave weights as they are"
         weight.copy_(pruned.weight)
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     weight.masked_fill_(pruned.mask, 0.0)
     check(matrix.name, weight, pruned.mask, sparsity, pattern, entry.counted_per)
-    return pruned.facts
+    return pruned
 
 
-def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Prune, measure, and leave the model with its tokenizer."""
+def run(
+    spec: PruneSpec, artifacts: Artifacts, output: Path, keep: Keep | None = None
+) -> dict[str, Any]:
+    """Prune, measure, and leave masks, or the model with its tokenizer.
+
+    Args:
+        keep: keeps every decoder layer that is done; layers that it has already are not pruned
+            again. None keeps none.
+    """
     model = load_model(spec.model, artifacts)
-    tokenizer = load_tokenizer(spec.model, artifacts)
+    tokenizer = None if spec.stores_masks else load_tokenizer(spec.model, artifacts)
+    finished = FinishedLayers(
+        output / ("masks" if spec.stores_masks else "layers"), masks=spec.stores_masks, keep=keep
+    )
     windows = None
     if spec.calibration is not None:
         windows = read_windows(artifacts[spec.calibration.key])
@@ -129,13 +163,17 @@ def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
         spec.sparsity,
         None if spec.pattern is None else parse_pattern(spec.pattern),
         spec.allocation,
+        finished=finished,
     )
-    model.save_pretrained(output / "model")
-    tokenizer.save_pretrained(output / "model")
+    if tokenizer is not None:
+        shutil.rmtree(finished.folder)
+        model.save_pretrained(output / "model")
+        tokenizer.save_pretrained(output / "model")
     pq.write_table(_table(report.matrices), output / "sparsity.parquet")
     return {
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
+        "resumed_layers": report.resumed_layers,
         **_summary(spec.pruner, report.facts),
     }
 

@@ -34,9 +34,17 @@ class Matrix:
     linear: nn.Linear
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def weight(self) -> Tensor:
+        """`[out_features, in_features]`, to be changed in place."""
+        return self.linear.weight.data
+
 
 Visit = Callable[[int, list[Matrix]], None]
 """Prunes the matrices of the decoder layer with that number, in place."""
+
+Restore = Callable[[int, list[Matrix]], bool]
+"""Makes of the matrices what an earlier walk left; False if that did not get so far."""
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -88,6 +96,7 @@ def walk(
     statistics: tuple[str, ...],
     visit: Visit,
     batch_size: int | None = None,
+    restore: Restore = lambda number, found: False,
 ) -> None:
     """Visit every decoder layer in order, with statistics of its matrices' inputs.
 
@@ -100,6 +109,8 @@ def walk(
         statistics: names from `pipeline.statistics.STATISTICS`; none visits without any forward
             pass too.
         batch_size: windows of a forward pass, by default as many as have `BATCH_TOKENS` tokens.
+        restore: asked of every layer first; layers that it restores are passed through, but take
+            no statistics and no visit.
 
     Raises:
         InputError: if the model does not call its decoder layers one after another, or leaves a
@@ -109,7 +120,9 @@ def walk(
     root, layers = decoder_layers(model)
     if windows is None or not statistics:
         for number, layer in enumerate(layers):
-            visit(number, matrices(f"{root}.{number}", layer))
+            found = matrices(f"{root}.{number}", layer)
+            if not restore(number, found):
+                visit(number, found)
         return
     device = next(model.parameters()).device
     size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
@@ -118,10 +131,11 @@ def walk(
     hidden = [_first_hidden_states(model, layers[0], batch) for batch in batches]
     for number, layer in enumerate(layers):
         found = matrices(f"{root}.{number}", layer)
-        with _collected(found, statistics, device):
-            for states, given in zip(hidden, arguments, strict=True):
-                _forward(layer, states, given[number])
-        visit(number, found)
+        if not restore(number, found):
+            with _collected(found, statistics, device):
+                for states, given in zip(hidden, arguments, strict=True):
+                    _forward(layer, states, given[number])
+            visit(number, found)
         if number + 1 < len(layers):
             for place, given in enumerate(arguments):  # what the pruned layer passes on
                 hidden[place] = _forward(layer, hidden[place], given[number])
