@@ -1,5 +1,6 @@
 """Loading whatever can stand where a model stands, and its tokenizer."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,22 @@ def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
     except (OSError, ValueError) as error:
         remedy = f"has no tokenizer that loads: {_first_line(error)}"
         raise InputError("model", location, remedy) from error
+
+
+def write_checkpoint(spec: Model, artifacts: Artifacts, folder: Path) -> None:
+    """Leave a model as an ordinary checkpoint with its tokenizer, which `from_pretrained` and vLLM
+    load.
+
+    Raises:
+        InputError: if there is no such model, or it has no tokenizer.
+        LayerFileError: if masks do not fit their model.
+    """
+    if isinstance(spec, PruneSpec) and not spec.stores_masks:
+        shutil.copytree(artifacts[spec.key] / "model", folder, dirs_exist_ok=True)
+        return
+    tokenizer = load_tokenizer(spec, artifacts)
+    load_model(spec, artifacts, torch.device("cpu")).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def inspect_model(spec: HubModel | LocalModel) -> Any | None:
