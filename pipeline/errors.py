@@ -17,3 +17,7 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}: {_short.repr(self.value)}: {self.remedy}"
+
+
+class NonFiniteError(ValueError):
+    """A weight or an activation is NaN or infinite; the message names the matrix."""

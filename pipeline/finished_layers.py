@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.layer_files import Facts, apply_layer_file, layer_file, write_masks, write_weights
-from pipeline.walk import Matrix
+from pipeline.matrices import Matrix
 
 
 class Keep(Protocol):

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.specs import canonical_json
-from pipeline.walk import Matrix, decoder_layers, matrices
 
 Facts = Mapping[str, Mapping[str, float]]
 """Matrix name to what its pruner recorded."""

@@ -8,17 +8,27 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor, nn
 
 from pipeline.allocation import allocate
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_layers import FinishedLayers, Keep
+from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.models import Artifacts, load_model, load_tokenizer
 from pipeline.pruners import PRUNERS
 from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
-from pipeline.specs import Allocation, Pruner, PruneSpec, SparseGPT, parse_pattern
-from pipeline.walk import Matrix, NonFiniteError, decoder_layers, matrices, walk
+from pipeline.specs import (
+    DEVICE_HIDDEN_BYTES,
+    HOST_HIDDEN_BYTES,
+    Allocation,
+    Pruner,
+    PruneSpec,
+    SparseGPT,
+    parse_pattern,
+)
+from pipeline.walk import walk
 from pipeline.windows import read_windows
 
 
@@ -47,6 +57,9 @@ def prune_model(
     pattern: tuple[int, int] | None,
     allocation: Allocation,
     batch_size: int | None = None,
+    device: torch.device | None = None,
+    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
+    host_hidden_bytes: int = HOST_HIDDEN_BYTES,
     finished: FinishedLayers | None = None,
 ) -> PruneReport:
     """Prune a model in place.
@@ -58,6 +71,9 @@ def prune_model(
         pattern: kept and group size of an N:M pattern.
         batch_size: windows of a forward pass, by default as many as have
             `pipeline.walk.BATCH_TOKENS` tokens.
+        device: where layers are run and pruned, one at a time; by default where the model is.
+        device_hidden_bytes: bytes of hidden states to hold there,
+        host_hidden_bytes: and beyond that in host memory, before they go to files.
         finished: takes every layer that is done, and gives back those of an earlier attempt at
             the same pruning.
 
@@ -78,7 +94,6 @@ def prune_model(
     shares = allocate(allocation, sparsity, len(layers))
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
-
     resumed: list[int] = []
 
     def visit(number: int, found: list[Matrix]) -> None:
@@ -86,6 +101,8 @@ def prune_model(
         for matrix in found:
             pruned = _prune_matrix(matrix, pruner, shares[number], pattern)
             masks[matrix.name], facts[matrix.name] = pruned.mask, pruned.facts
+            if matrix.starved:
+                facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
             measured.append(measure(matrix.name, matrix.weight))
         if finished is not None:
             finished.save(number, found, masks, facts)
@@ -99,7 +116,17 @@ def prune_model(
         resumed.append(number)
         return True
 
-    walk(model, windows, entry.statistics, visit, batch_size, restore)
+    walk(
+        model,
+        windows,
+        entry.statistics,
+        visit,
+        batch_size,
+        device,
+        device_hidden_bytes,
+        host_hidden_bytes,
+        restore,
+    )
     return PruneReport(matrices=measured, facts=facts, resumed_layers=len(resumed))
 
 
@@ -126,7 +153,9 @@ def _prune_matrix(
     entry = PRUNERS[pruner.name]
     weight = matrix.weight
     try:
-        pruned = entry.prune(weight.float(), matrix.statistics, sparsity, pattern, pruner)
+        pruned = entry.prune(
+            weight.float().contiguous(), matrix.statistics, sparsity, pattern, pruner
+        )
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
@@ -163,6 +192,8 @@ def run(
         spec.sparsity,
         None if spec.pattern is None else parse_pattern(spec.pattern),
         spec.allocation,
+        device_hidden_bytes=spec.device_hidden_bytes,
+        host_hidden_bytes=spec.host_hidden_bytes,
         finished=finished,
     )
     if tokenizer is not None:
@@ -190,13 +221,20 @@ def _table(matrices: list[MatrixSparsity]) -> pa.Table:
 
 
 def _summary(pruner: Pruner, facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What a reader of the results must know: damping that was raised, columns without input."""
+    """What a reader of the results must know: experts that saw few tokens, damping that was
+    raised, columns without input."""
+    starved = {
+        name: int(told["starved_tokens"])
+        for name, told in facts.items()
+        if "starved_tokens" in told
+    }
+    summary: dict[str, Any] = {"starved_experts": starved} if starved else {}
     if not isinstance(pruner, SparseGPT):
-        return {}
+        return summary
     raised = {
         name: {"damping": told["damping"], "raises": int(told["damping_raises"])}
         for name, told in facts.items()
         if told["damping_raises"]
     }
     dead = {name: int(told["dead_columns"]) for name, told in facts.items() if told["dead_columns"]}
-    return {"raised_damping": raised, "dead_columns": dead}
+    return {**summary, "raised_damping": raised, "dead_columns": dead}

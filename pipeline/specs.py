@@ -489,6 +489,10 @@ Allocation = Uniform
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
+DEVICE_HIDDEN_BYTES = 4 * 2**30
+HOST_HIDDEN_BYTES = 16 * 2**30
+
+
 class PruneSpec(StageSpec):
     """Prune every linear layer inside a model's decoder layers.
 
@@ -518,6 +522,15 @@ class PruneSpec(StageSpec):
 
     calibration: WindowsSpec | None = None
     """The calibration set; None exactly for pruners that take no data."""
+
+    device_hidden_bytes: int = Field(default=DEVICE_HIDDEN_BYTES, ge=0)
+    """Bytes of hidden states of the calibration set that are held on the device. It takes
+    nsamples * seqlen * hidden size * bytes of the dtype to hold all; the result does not depend
+    on it."""
+
+    host_hidden_bytes: int = Field(default=HOST_HIDDEN_BYTES, ge=0)
+    """Bytes of hidden states beyond that which are held in host memory; the rest goes to files in
+    the system's temporary folder (`TMPDIR`)."""
 
     checkpoint: bool = False
     """Store an ordinary checkpoint where masks would do."""

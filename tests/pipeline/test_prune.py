@@ -11,11 +11,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.matrices import Matrix, decoder_layers
 from pipeline.prune import prune_model
 from pipeline.sparsity import SparsityError, check, measure
 from pipeline.specs import Magnitude, Pruner, SparseGPT, Uniform, Wanda
-from pipeline.walk import Matrix, NonFiniteError, decoder_layers, walk
+from pipeline.walk import walk
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -108,7 +109,7 @@ def test_the_walk_sees_what_a_full_forward_pass_of_the_pruned_model_sees(name: s
             norms, hessian = matrix.statistics["squared_norms"], matrix.statistics["hessian"]
             torch.testing.assert_close(norms.double(), full.square().sum(0), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(hessian.double(), full.T @ full, rtol=1e-3, atol=1e-3)
-            matrix.linear.weight[:, ::2] = 0.0
+            matrix.weight[:, ::2] = 0.0
 
     walk(model, data, ("squared_norms", "hessian"), visit)
 

@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
-from pipeline.walk import Matrix, NonFiniteError, decoder_layers, matrices, walk
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.matrices import Matrix, decoder_layers, matrices
+from pipeline.walk import walk
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -90,7 +91,7 @@ def test_the_walk_sees_what_a_full_forward_pass_of_the_pruned_model_sees(name: s
 
     def visit(number: int, found: list[Matrix]) -> None:
         visited.append(number)
-        full = inputs_of(model, {matrix.name: matrix.linear for matrix in found}, data)
+        full = inputs_of(model, {each.name: model.get_submodule(each.name) for each in found}, data)
         for matrix in found:
             inputs = full[matrix.name]
             norms, hessian = matrix.statistics["squared_norms"], matrix.statistics["hessian"]
@@ -101,7 +102,7 @@ def test_the_walk_sees_what_a_full_forward_pass_of_the_pruned_model_sees(name: s
             torch.testing.assert_close(
                 hessian.double(), inputs.T @ inputs, rtol=1e-4, atol=1e-5 * scale
             )
-            matrix.linear.weight[:, ::2] = 0.0
+            matrix.weight[:, ::2] = 0.0
 
     walk(model, data, ("squared_norms", "hessian"), visit, batch_size=4)
     assert visited == [0, 1, 2, 3]
@@ -115,7 +116,7 @@ def test_names_are_those_of_the_model_and_nothing_outside_the_layers_is_visited(
     found = [each for n, layer in enumerate(layers) for each in matrices(f"{root}.{n}", layer)]
     assert len(found) == 4 * 7
     for matrix in found:
-        assert modules[matrix.name] is matrix.linear
+        assert modules[matrix.name].weight.data_ptr() == matrix.weight.data_ptr()
 
 
 def test_matrices_that_read_the_same_tensor_share_their_statistics() -> None:
