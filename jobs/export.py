@@ -37,7 +37,7 @@ def export(store: Store, key: str, folder: Path) -> None:
         artifacts = {part.key: store.fetch(part.key) for part in (spec, *spec.rests_on())}
     except CorruptArtifactError as error:
         raise InputError("key", key, f"{error}; {_AGAIN}") from error
-    from pipeline.models import write_checkpoint  # takes seconds, and mistakes need it not
+    from pipeline.checkpoint import write_checkpoint  # takes seconds, and mistakes need it not
 
     half_done = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(half_done, ignore_errors=True)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pipeline.checkpoint import Checkpoint
 from pipeline.layer_files import Facts, apply_layer_file, layer_file, write_masks, write_weights
 from pipeline.matrices import Matrix
 
@@ -28,12 +29,20 @@ class FinishedLayers:
         folder: where the files go, `layer-<number>.safetensors`.
         masks: write masks; else weights.
         keep: None keeps nothing beyond the folder.
+        checkpoint: takes every layer, too, while it is in memory.
     """
 
-    def __init__(self, folder: Path, masks: bool, keep: Keep | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        masks: bool,
+        keep: Keep | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self.folder = folder
         self.masks = masks
         self.kept = keep
+        self.checkpoint = checkpoint
         folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, number: int, found: Sequence[Matrix]) -> Facts | None:
@@ -45,7 +54,10 @@ class FinishedLayers:
         path = self.folder / layer_file(number)
         if self.kept is None or not self.kept.restore(path):
             return None
-        return apply_layer_file(path, found)
+        facts = apply_layer_file(path, found)
+        if self.checkpoint is not None:
+            self.checkpoint.write_layer(number)
+        return facts
 
     def save(
         self, number: int, found: Sequence[Matrix], masks: Mapping[str, Tensor], facts: Facts
@@ -58,3 +70,5 @@ class FinishedLayers:
             write_weights(path, {matrix.name: matrix.weight for matrix in found}, facts)
         if self.kept is not None:
             self.kept.keep(path)
+        if self.checkpoint is not None:
+            self.checkpoint.write_layer(number)

@@ -6,6 +6,7 @@ end (`numpy.packbits`). Weights are `[rows, columns]` in the model's own type. T
 `matrices` is JSON: by name, `rows`, `columns`, and `facts`, what the pruner recorded.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.specs import canonical_json
+from pipeline.streaming import change
 
 Facts = Mapping[str, Mapping[str, float]]
 """Matrix name to what its pruner recorded."""
@@ -83,7 +85,8 @@ def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Facts:
 
 
 def apply_masks(model: nn.Module, folder: Path) -> None:
-    """Zero, in a dense model, what the masks of all its decoder layers say.
+    """Zero, in a dense model, what the masks of all its decoder layers say; where a layer is still
+    in its files, when it is read.
 
     Raises:
         LayerFileError: if files, names or shapes are not those of the model.
@@ -92,7 +95,12 @@ def apply_masks(model: nn.Module, folder: Path) -> None:
     there = {path.name for path in folder.iterdir() if _LAYER_FILE.fullmatch(path.name)}
     _check_names(folder, there, {layer_file(number) for number in range(len(layers))})
     for number, layer in enumerate(layers):
-        apply_layer_file(folder / layer_file(number), matrices(f"{root}.{number}", layer))
+        path, name = folder / layer_file(number), f"{root}.{number}"
+        change(layer, functools.partial(_apply_to_layer, path, name, layer))
+
+
+def _apply_to_layer(path: Path, name: str, layer: nn.Module) -> None:
+    apply_layer_file(path, matrices(name, layer))
 
 
 def _metadata(layer: Mapping[str, Tensor], facts: Facts) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Loading whatever can stand where a model stands, and its tokenizer."""
 
-import shutil
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.hub import hub_answers
 from pipeline.layer_files import apply_masks
 from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
+from pipeline.streaming import load_streamed
 
 Artifacts = Mapping[str, Path]
 """A stage's input artifacts: key to local folder."""
@@ -48,13 +49,36 @@ def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = 
         apply_masks(model, artifacts[spec.key] / "masks")
         return model
     location, options = _location(spec, artifacts)
-    try:
+    with _named(location):
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=getattr(torch, model_dtype(spec)), **options
         )
-    except OSError as error:
-        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
     return model.eval().to(device or default_device())
+
+
+def stream_model(
+    spec: Model, artifacts: Artifacts, scratch: Path, device: torch.device | None = None
+) -> Any:
+    """The same model, but for its decoder layers: they stay in the checkpoint's files until they
+    are asked for by `pipeline.streaming.resident`.
+
+    Args:
+        scratch: a folder for as long as the model is used; see `load_streamed`.
+        device: for all but the decoder layers.
+
+    Raises:
+        InputError: if there is no such model.
+        LayerFileError: if there are not as many files of masks as decoder layers.
+    """
+    if isinstance(spec, PruneSpec) and spec.stores_masks:
+        model = stream_model(spec.model, artifacts, scratch, device)
+        apply_masks(model, artifacts[spec.key] / "masks")
+        return model
+    location, options = _location(spec, artifacts)
+    dtype = getattr(torch, model_dtype(spec))
+    with _named(location):
+        model = load_streamed(location, dtype, device or default_device(), scratch, **options)
+    return model.eval()
 
 
 def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
@@ -69,22 +93,6 @@ def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
     except (OSError, ValueError) as error:
         remedy = f"has no tokenizer that loads: {_first_line(error)}"
         raise InputError("model", location, remedy) from error
-
-
-def write_checkpoint(spec: Model, artifacts: Artifacts, folder: Path) -> None:
-    """Leave a model as an ordinary checkpoint with its tokenizer, which `from_pretrained` and vLLM
-    load.
-
-    Raises:
-        InputError: if there is no such model, or it has no tokenizer.
-        LayerFileError: if masks do not fit their model.
-    """
-    if isinstance(spec, PruneSpec) and not spec.stores_masks:
-        shutil.copytree(artifacts[spec.key] / "model", folder, dirs_exist_ok=True)
-        return
-    tokenizer = load_tokenizer(spec, artifacts)
-    load_model(spec, artifacts, torch.device("cpu")).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def inspect_model(spec: HubModel | LocalModel) -> Any | None:
@@ -109,6 +117,15 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
         remedy = "its tokenizer has neither BOS nor EOS, and text cannot begin or end; add one"
         raise InputError("model", location, remedy)
     return config
+
+
+@contextlib.contextmanager
+def _named(location: str) -> Iterator[None]:
+    """Name the model in what its loading raises."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
 
 
 def _location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.allocation import allocate
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_layers import FinishedLayers, Keep
 from pipeline.matrices import Matrix, decoder_layers, matrices
-from pipeline.models import Artifacts, load_model, load_tokenizer
+from pipeline.models import Artifacts, load_tokenizer, stream_model
 from pipeline.pruners import PRUNERS
 from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
@@ -28,6 +29,7 @@ from pipeline.specs import (
     SparseGPT,
     parse_pattern,
 )
+from pipeline.streaming import resident
 from pipeline.walk import walk
 from pipeline.windows import read_windows
 
@@ -89,8 +91,9 @@ def prune_model(
     _check_length(model, windows)
     root, layers = decoder_layers(model)
     for number, layer in enumerate(layers):  # all of them, before any forward pass
-        for matrix in matrices(f"{root}.{number}", layer):
-            _check_matrix(matrix, pattern)
+        with resident(layer):
+            for matrix in matrices(f"{root}.{number}", layer):
+                _check_matrix(matrix, pattern)
     shares = allocate(allocation, sparsity, len(layers))
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
@@ -177,10 +180,17 @@ def run(
         keep: keeps every decoder layer that is done; layers that it has already are not pruned
             again. None keeps none.
     """
-    model = load_model(spec.model, artifacts)
-    tokenizer = None if spec.stores_masks else load_tokenizer(spec.model, artifacts)
+    scratch = output / "scratch"
+    model = stream_model(spec.model, artifacts, scratch)
+    checkpoint = None
+    if not spec.stores_masks:
+        tokenizer = load_tokenizer(spec.model, artifacts)
+        checkpoint = Checkpoint(model, output / "model")
     finished = FinishedLayers(
-        output / ("masks" if spec.stores_masks else "layers"), masks=spec.stores_masks, keep=keep
+        output / "masks" if checkpoint is None else scratch / "layers",
+        masks=checkpoint is None,
+        keep=keep,
+        checkpoint=checkpoint,
     )
     windows = None
     if spec.calibration is not None:
@@ -196,10 +206,10 @@ def run(
         host_hidden_bytes=spec.host_hidden_bytes,
         finished=finished,
     )
-    if tokenizer is not None:
-        shutil.rmtree(finished.folder)
-        model.save_pretrained(output / "model")
+    if checkpoint is not None:
+        checkpoint.finish()
         tokenizer.save_pretrained(output / "model")
+    shutil.rmtree(scratch, ignore_errors=True)
     pq.write_table(_table(report.matrices), output / "sparsity.parquet")
     return {
         "sparsity": report.sparsity,

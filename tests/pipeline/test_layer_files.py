@@ -57,15 +57,20 @@ class Dense:
         calibration = windows if pruner.calibrated else None
         return PruneSpec(model=model, pruner=pruner, calibration=calibration, **fields)
 
+    def model(self, dtype: Dtype = "float32") -> LocalModel:
+        return LocalModel(path=str(self.folder), dtype=dtype)
+
+    def write_windows(self, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        rows = pa.array(self.windows().tolist(), pa.list_(pa.int32()))
+        pq.write_table(pa.table({"token_ids": rows}), folder / "windows.parquet")
+        return folder
+
     def run(self, spec: PruneSpec, before: Mapping[str, Path], output: Path) -> dict[str, Path]:
         """The artifacts that stages after this one read."""
         artifacts = dict(before)
         if spec.calibration is not None:
-            data = output / "windows"
-            data.mkdir(parents=True)
-            rows = pa.array(self.windows().tolist(), pa.list_(pa.int32()))
-            pq.write_table(pa.table({"token_ids": rows}), data / "windows.parquet")
-            artifacts[spec.calibration.key] = data
+            artifacts[spec.calibration.key] = self.write_windows(output / "windows")
         artifact = output / "artifact"
         artifact.mkdir(parents=True)
         run(spec, artifacts, artifact)
@@ -82,9 +87,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Dense:
             parameter.data[0, ::3] = -0.0  # zeros that a pruner may or may not choose
             parameter.data[1, ::3] = 0.0
     model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return Dense(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
     vocabulary = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(folder)
-    return Dense(folder)
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -108,7 +117,7 @@ def assert_same_bits(one: nn.Module, two: nn.Module) -> None:
 def test_masks_give_back_the_pruned_model_bit_for_bit(
     dense: Dense, tmp_path: Path, dtype: Dtype, pruner: Pruner
 ) -> None:
-    source = LocalModel(path=str(dense.folder), dtype=dtype)
+    source = dense.model(dtype)
     spec = dense.spec(source, pruner, sparsity=0.3)
     artifacts = dense.run(spec, {}, tmp_path)
     direct = load_model(source, {})
@@ -126,7 +135,7 @@ def test_masks_give_back_the_pruned_model_bit_for_bit(
 def test_a_pruned_model_can_be_pruned_again_and_rests_on_all_before_it(
     dense: Dense, tmp_path: Path
 ) -> None:
-    source = LocalModel(path=str(dense.folder), dtype="float32")
+    source = dense.model()
     first = dense.spec(source, Wanda(), sparsity=0.25)
     second = dense.spec(first, Magnitude(), sparsity=0.5, pattern="2:4")
     artifacts = dense.run(first, {}, tmp_path / "first")
@@ -155,7 +164,7 @@ def test_a_pruned_model_can_be_pruned_again_and_rests_on_all_before_it(
 def test_a_checkpoint_that_is_asked_for_is_what_the_masks_give(
     dense: Dense, tmp_path: Path
 ) -> None:
-    source = LocalModel(path=str(dense.folder), dtype="float32")
+    source = dense.model()
     masks = dense.spec(source, Wanda(), sparsity=0.5)
     whole = dense.spec(source, Wanda(), sparsity=0.5, checkpoint=True)
     assert masks.key != whole.key
@@ -169,7 +178,7 @@ def test_a_checkpoint_that_is_asked_for_is_what_the_masks_give(
 
 
 def test_a_mask_takes_one_bit_a_weight(dense: Dense, tmp_path: Path) -> None:
-    source = LocalModel(path=str(dense.folder), dtype="float32")
+    source = dense.model()
     spec = dense.spec(source, Magnitude(), sparsity=0.5)
     folder = dense.run(spec, {}, tmp_path)[spec.key]
     assert sorted(path.name for path in folder.iterdir()) == ["masks", "sparsity.parquet"]
@@ -263,7 +272,7 @@ def _masks(folder: Path) -> dict[str, Tensor]:
 def test_masks_that_do_not_fit_the_model_are_refused(
     dense: Dense, tmp_path: Path, spoil: Any
 ) -> None:
-    source = LocalModel(path=str(dense.folder), dtype="float32")
+    source = dense.model()
     spec = dense.spec(source, Magnitude(), sparsity=0.5)
     folder = dense.run(spec, {}, tmp_path)[spec.key] / "masks"
     words = spoil(folder)
