@@ -53,6 +53,7 @@ def load_streamed(
     if _share_parameters(layers):
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **options)
         return model.to(device)
+    device = torch.empty(0, device=device).device  # with its index
     places = {name: str(device) for name in _outside(skeleton, root)}
     places |= {f"{root}.{number}": "disk" for number in range(len(layers))}
     model = AutoModelForCausalLM.from_pretrained(

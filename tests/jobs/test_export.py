@@ -92,12 +92,10 @@ def test_the_command_line_says_where_the_checkpoint_is(store: Store, tmp_path: P
     assert (folder / "config.json").is_file()
 
 
-def test_a_key_that_the_store_does_not_have_ends_with_a_message(store: Store) -> None:
-    command = [sys.executable, "-m", "jobs", "export", DENSE.key, "unmade", "--store", store.url]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "prune_key" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_key_that_is_no_pruned_models_is_refused(store: Store, tmp_path: Path) -> None:
+    for key in (DENSE.key, "prune-0123"):
+        with pytest.raises(InputError, match=f"key: '{key}'.*prune_key"):
+            export(store, key, tmp_path / "out")
 
 
 def test_a_folder_in_use_is_left_alone(store: Store, tmp_path: Path) -> None:

@@ -131,9 +131,7 @@ with Store(url).attempt(spec.key) as attempt:
 """
 
 
-@pytest.mark.parametrize(
-    "pruner", [Magnitude(), Wanda(), SparseGPT()], ids=lambda pruner: pruner.name
-)
+@pytest.mark.parametrize("pruner", [Magnitude(), SparseGPT()], ids=lambda pruner: pruner.name)
 def test_a_killed_pruning_goes_on_and_leaves_the_bytes_of_an_undisturbed_one(
     dense: LocalModel,
     calibration: Path,
