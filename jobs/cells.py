@@ -110,6 +110,7 @@ def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
         pattern=cell.pattern,
         allocation=cell.allocation or Uniform(),
         calibration=_windows_spec(grid, cell) if cell.pruner.calibrated else None,
+        checkpoint=grid.checkpoints and not cell.pruner.updates_weights,
     )
 
 

@@ -53,6 +53,9 @@ TOKEN_BYTES = 8
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+MASK_BYTES = 1 / 8
+"""Of a weight whose model is stored as masks."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -151,7 +154,7 @@ def _bytes(spec: StageSpec, size: float) -> float:
         case PretrainSpec():
             return size * WEIGHT_BYTES["float32"]
         case PruneSpec():
-            return size * WEIGHT_BYTES[_dtype(spec)]
+            return size * (MASK_BYTES if spec.stores_masks else WEIGHT_BYTES[_dtype(spec)])
         case ShardSpec(of=GenerateSpec()):
             return _tokens(spec) * TOKEN_BYTES
         case GenerateSpec():

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from cluster.store import Partial
 from pipeline.specs import (
     EvaluateSpec,
     FilterSpec,
@@ -53,13 +54,16 @@ def stage_name(spec: StageSpec) -> str:
     return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
 
 
-def execute(payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int) -> dict[str, Any]:
+def execute(
+    payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+) -> dict[str, Any]:
     """Make one stage in `output`.
 
     Args:
         payload: the spec as JSON.
         artifacts: key to folder of each input.
         cpus: threads of tensor work; fixed, since sums depend on how they are split.
+        partial: what an attempt that died has finished; only pruning takes hours in one piece.
     """
     import torch
 
@@ -72,6 +76,8 @@ def execute(payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int
     report: dict[str, Any]
     if isinstance(spec, ShardSpec):
         report = module.run_shard(spec.of, spec.index, artifacts, output)
+    elif isinstance(spec, PruneSpec):
+        report = module.run(spec, artifacts, output, partial)
     else:
         report = module.run(spec, artifacts, output)
     if torch.cuda.is_available():

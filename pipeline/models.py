@@ -1,6 +1,7 @@
 """Loading whatever can stand where a model stands, and its tokenizer."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
+from pipeline.layer_files import apply_masks
 from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
+from pipeline.streaming import load_streamed
 
 Artifacts = Mapping[str, Path]
 """A stage's input artifacts: key to local folder."""
@@ -34,17 +37,48 @@ def model_dtype(spec: Model) -> str:
 def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = None) -> Any:
     """The model in evaluation mode, in its spec's dtype.
 
+    A model that is stored as masks is the one that it was made from with these weights zeroed, bit
+    for bit what the pruner left.
+
     Raises:
         InputError: if there is no such model.
+        LayerFileError: if masks do not fit their model.
     """
+    if isinstance(spec, PruneSpec) and spec.stores_masks:
+        model = load_model(spec.model, artifacts, device)
+        apply_masks(model, artifacts[spec.key] / "masks")
+        return model
     location, options = _location(spec, artifacts)
-    try:
+    with _named(location):
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=getattr(torch, model_dtype(spec)), **options
         )
-    except OSError as error:
-        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
     return model.eval().to(device or default_device())
+
+
+def stream_model(
+    spec: Model, artifacts: Artifacts, scratch: Path, device: torch.device | None = None
+) -> Any:
+    """The same model, but for its decoder layers: they stay in the checkpoint's files until they
+    are asked for by `pipeline.streaming.resident`.
+
+    Args:
+        scratch: a folder for as long as the model is used; see `load_streamed`.
+        device: for all but the decoder layers.
+
+    Raises:
+        InputError: if there is no such model.
+        LayerFileError: if there are not as many files of masks as decoder layers.
+    """
+    if isinstance(spec, PruneSpec) and spec.stores_masks:
+        model = stream_model(spec.model, artifacts, scratch, device)
+        apply_masks(model, artifacts[spec.key] / "masks")
+        return model
+    location, options = _location(spec, artifacts)
+    dtype = getattr(torch, model_dtype(spec))
+    with _named(location):
+        model = load_streamed(location, dtype, device or default_device(), scratch, **options)
+    return model.eval()
 
 
 def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
@@ -85,8 +119,20 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
     return config
 
 
+@contextlib.contextmanager
+def _named(location: str) -> Iterator[None]:
+    """Name the model in what its loading raises."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
+
+
 def _location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
+    """Where the tokenizer is, and the weights unless they are masks on others."""
     match spec:
+        case PruneSpec(stores_masks=True):
+            return _location(spec.model, artifacts)
         case HubModel():
             return spec.name, {"revision": spec.revision}
         case LocalModel():

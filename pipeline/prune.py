@@ -1,5 +1,6 @@
 """Prune every linear layer inside a model's decoder layers."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.allocation import allocate
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, NonFiniteError
+from pipeline.finished_layers import FinishedLayers, Keep
+from pipeline.layer_files import Record
 from pipeline.matrices import Matrix, decoder_layers, matrices
-from pipeline.models import Artifacts, load_model, load_tokenizer
+from pipeline.models import Artifacts, load_tokenizer, stream_model
 from pipeline.pruners import PRUNERS, PrunerEntry
 from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
@@ -25,6 +29,7 @@ from pipeline.specs import (
     PruneSpec,
     parse_pattern,
 )
+from pipeline.streaming import resident
 from pipeline.walk import walk
 from pipeline.windows import read_windows
 
@@ -39,6 +44,8 @@ class PruneReport:
     permutations: dict[str, Tensor]
     """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
     that is not their own."""
+    resumed_layers: int = 0
+    """Decoder layers that an earlier attempt had finished."""
 
     @property
     def sparsity(self) -> float:
@@ -58,6 +65,7 @@ def prune_model(
     device: torch.device | None = None,
     device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
     host_hidden_bytes: int = HOST_HIDDEN_BYTES,
+    finished: FinishedLayers | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -71,6 +79,8 @@ def prune_model(
         device: where layers are run and pruned, one at a time; by default where the model is.
         device_hidden_bytes: bytes of hidden states to hold there,
         host_hidden_bytes: and beyond that in host memory, before they go to files.
+        finished: takes every layer that is done, and gives back those of an earlier attempt at
+            the same pruning.
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
@@ -88,24 +98,37 @@ def prune_model(
     root, layers = decoder_layers(model)
     paths: dict[str, str] = {}
     for number, layer in enumerate(layers):  # all of them, before any forward pass
-        for matrix in matrices(f"{root}.{number}", layer):
-            _check_matrix(matrix, pattern)
-            paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
+        with resident(layer):
+            for matrix in matrices(f"{root}.{number}", layer):
+                _check_matrix(matrix, pattern)
+                paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
     options = entry.options_by_matrix(pruner, paths)
     shares = allocate(allocation, sparsity, len(layers))
     measured: list[MatrixSparsity] = []
-    facts: dict[str, dict[str, float]] = {}
-    permutations: dict[str, Tensor] = {}
+    records: dict[str, Record] = {}
+    resumed: list[int] = []
 
     def visit(number: int, found: list[Matrix]) -> None:
+        masks: dict[str, Tensor] = {}
         for matrix in found:
             pruned = _prune_matrix(matrix, entry, options[matrix.name], shares[number], pattern)
-            facts[matrix.name] = dict(pruned.facts)
+            masks[matrix.name] = pruned.mask
+            facts = dict(pruned.facts)
             if matrix.starved:
-                facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
-            if pruned.permutation is not None:
-                permutations[matrix.name] = pruned.permutation.cpu()
+                facts["starved_tokens"] = float(matrix.tokens)
+            records[matrix.name] = Record(facts, pruned.permutation)
             measured.append(measure(matrix.name, matrix.weight))
+        if finished is not None:
+            finished.save(number, found, masks, records)
+
+    def restore(number: int, found: list[Matrix]) -> bool:
+        told = None if finished is None else finished.restore(number, found)
+        if told is None:
+            return False
+        records.update(told)
+        measured.extend(measure(matrix.name, matrix.weight) for matrix in found)
+        resumed.append(number)
+        return True
 
     walk(
         model,
@@ -116,8 +139,18 @@ def prune_model(
         device,
         device_hidden_bytes,
         host_hidden_bytes,
+        restore,
     )
-    return PruneReport(matrices=measured, facts=facts, permutations=permutations)
+    return PruneReport(
+        matrices=measured,
+        facts={name: dict(record.facts) for name, record in records.items()},
+        permutations={
+            name: record.permutation
+            for name, record in records.items()
+            if record.permutation is not None
+        },
+        resumed_layers=len(resumed),
+    )
 
 
 def _check_length(model: nn.Module, windows: Tensor | None) -> None:
@@ -152,6 +185,7 @@ def _prune_matrix(
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
+        assert options.updates_weights, f"{options.name} is said to leave weights as they are"
         weight.copy_(pruned.weight)
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
@@ -168,10 +202,27 @@ def _prune_matrix(
     return pruned
 
 
-def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Prune, measure, and leave the model with its tokenizer."""
-    model = load_model(spec.model, artifacts)
-    tokenizer = load_tokenizer(spec.model, artifacts)
+def run(
+    spec: PruneSpec, artifacts: Artifacts, output: Path, keep: Keep | None = None
+) -> dict[str, Any]:
+    """Prune, measure, and leave masks, or the model with its tokenizer.
+
+    Args:
+        keep: keeps every decoder layer that is done; layers that it has already are not pruned
+            again. None keeps none.
+    """
+    scratch = output / "scratch"
+    model = stream_model(spec.model, artifacts, scratch)
+    checkpoint = None
+    if not spec.stores_masks:
+        tokenizer = load_tokenizer(spec.model, artifacts)
+        checkpoint = Checkpoint(model, output / "model")
+    finished = FinishedLayers(
+        output / "masks" if checkpoint is None else scratch / "layers",
+        masks=checkpoint is None,
+        keep=keep,
+        checkpoint=checkpoint,
+    )
     windows = None
     if spec.calibration is not None:
         windows = read_windows(artifacts[spec.calibration.key])
@@ -184,13 +235,17 @@ def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
         spec.allocation,
         device_hidden_bytes=spec.device_hidden_bytes,
         host_hidden_bytes=spec.host_hidden_bytes,
+        finished=finished,
     )
-    model.save_pretrained(output / "model")
-    tokenizer.save_pretrained(output / "model")
+    if checkpoint is not None:
+        checkpoint.finish()
+        tokenizer.save_pretrained(output / "model")
+    shutil.rmtree(scratch, ignore_errors=True)
     pq.write_table(_table(report.matrices), output / "sparsity.parquet")
     return {
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
+        "resumed_layers": report.resumed_layers,
         **_summary(report.facts),
     }
 

@@ -54,6 +54,10 @@ class StageSpec(Spec):
         """The stages whose artifacts this one reads."""
         return tuple(_nearest_stages(self))
 
+    def rests_on(self) -> tuple["StageSpec", ...]:
+        """The stages without whose artifacts this one's own cannot be read."""
+        return ()
+
 
 def canonical_json(value: object) -> bytes:
     """JSON with sorted keys and no white space: equal values give equal bytes."""
@@ -85,6 +89,7 @@ def _nearest_stages(value: object) -> Iterator[StageSpec]:
     for child in children:
         if isinstance(child, StageSpec):
             yield child
+            yield from child.rests_on()
         else:
             yield from _nearest_stages(child)
 
@@ -444,6 +449,10 @@ class PrunerSpec(Spec):
     """The options of a pruner, told apart by its name."""
 
     calibrated: ClassVar[bool] = True
+    """Whether it takes data."""
+
+    updates_weights: ClassVar[bool] = False
+    """Whether weights that are kept change too."""
 
     def check_pattern(self, patterned: bool) -> None:
         """See that the options have a meaning with an N:M pattern, or without one.
@@ -478,6 +487,7 @@ class SparseGPT(PrunerSpec):
     """Optimal brain surgeon by column blocks, with weight updates (arXiv 2301.00774)."""
 
     name: Literal["sparsegpt"] = "sparsegpt"
+    updates_weights: ClassVar[bool] = True
 
     damping: float = Field(default=0.01, gt=0.0)
     """Added to the Hessian's diagonal, as a share of its mean."""
@@ -543,6 +553,7 @@ class ALPS(PrunerSpec):
     (arXiv 2406.07831)."""
 
     name: Literal["alps"] = "alps"
+    updates_weights: ClassVar[bool] = True
 
     damping: float = Field(default=0.01, gt=0.0)
     """Added to the Hessian's diagonal, as a share of its mean."""
@@ -569,11 +580,12 @@ HOST_HIDDEN_BYTES = 16 * 2**30
 class PruneSpec(StageSpec):
     """Prune every linear layer inside a model's decoder layers.
 
-    Leaves `model/` (a dense checkpoint with zeros, and the tokenizer) and `sparsity.parquet`:
-    matrix, rows, columns, zeros, sparsity.
+    Leaves `sparsity.parquet` (matrix, rows, columns, zeros, sparsity), and the pruned model: if its
+    pruner only chooses what to zero, `masks/` for the model that it was made from
+    (`pipeline/masks_file.py`); else `model/`, a dense checkpoint with zeros, and the tokenizer.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["prune"] = "prune"
 
     model: Model
@@ -604,6 +616,18 @@ class PruneSpec(StageSpec):
     """Bytes of hidden states beyond that which are held in host memory; the rest goes to files in
     the system's temporary folder (`TMPDIR`)."""
 
+    checkpoint: bool = False
+    """Store an ordinary checkpoint where masks would do."""
+
+    @property
+    def stores_masks(self) -> bool:
+        """Whether the artifact holds masks, and needs the model that they are for."""
+        return not (self.pruner.updates_weights or self.checkpoint)
+
+    def rests_on(self) -> tuple[StageSpec, ...]:
+        """The model that masks are for; nothing, of a checkpoint."""
+        return tuple(_nearest_stages((self.model,))) if self.stores_masks else ()
+
     @field_validator("pattern")
     @classmethod
     def _pattern_is_n_of_m(cls, pattern: str | None) -> str | None:
@@ -625,6 +649,10 @@ class PruneSpec(StageSpec):
             raise ValueError(f"pruner {self.pruner.name} needs a calibration set")
         if not self.pruner.calibrated and self.calibration is not None:
             raise ValueError(f"pruner {self.pruner.name} takes no data: leave calibration out")
+        if self.pruner.updates_weights and self.checkpoint:
+            raise ValueError(
+                f"pruner {self.pruner.name} leaves a checkpoint anyway: leave checkpoint out"
+            )
         return self
 
 

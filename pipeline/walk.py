@@ -12,12 +12,16 @@ from pipeline.hidden import Shelf
 from pipeline.inputs import observed
 from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.specs import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
+from pipeline.streaming import resident
 
 BATCH_TOKENS = 16_384
 """Tokens of a batch unless its size is given: fixed, since sums depend on how they are split."""
 
 Visit = Callable[[int, list[Matrix]], None]
 """Prunes the matrices of the decoder layer with that number, in place."""
+
+Restore = Callable[[int, list[Matrix]], bool]
+"""Makes of the matrices what an earlier walk left; False if that did not get so far."""
 
 
 @torch.no_grad()
@@ -30,6 +34,7 @@ def walk(
     device: torch.device | None = None,
     device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
     host_hidden_bytes: int = HOST_HIDDEN_BYTES,
+    restore: Restore = lambda number, found: False,
 ) -> None:
     """Visit every decoder layer in order, with statistics of its matrices' inputs.
 
@@ -45,10 +50,13 @@ def walk(
             pass too.
         batch_size: windows of a forward pass, by default as many as have `BATCH_TOKENS` tokens.
         device: where layers are run and visited, by default where the model is. A layer that is
-            elsewhere is moved there for its turn, and back.
+            elsewhere is moved there for its turn, and back; one that is still in the checkpoint's
+            files is read for its turn, and let go with what was done to it.
         device_hidden_bytes: hidden states of so many bytes are held on that device,
         host_hidden_bytes: and beyond that so many in host memory, and the rest in files in the
             system's temporary folder. The statistics do not depend on it.
+        restore: asked of every layer first; layers that it restores are passed through, but take
+            no statistics and no visit.
 
     Raises:
         InputError: if the model does not call its decoder layers one after another, leaves a
@@ -56,39 +64,29 @@ def walk(
         NonFiniteError: if an activation is NaN or infinite.
     """
     root, layers = decoder_layers(model)
-    home = next(model.parameters()).device
+    home = next(each.device for each in model.parameters() if not each.is_meta)
     device = device or home
     if windows is None or not statistics:
         for number, layer in enumerate(layers):
-            with _moved(layer, device):
-                visit(number, matrices(f"{root}.{number}", layer))
+            with resident(layer, device):
+                found = matrices(f"{root}.{number}", layer)
+                if not restore(number, found):
+                    visit(number, found)
         return
     size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
     with Shelf(device, device_hidden_bytes, host_hidden_bytes) as shelf, _eager_experts(model):
         batches = capture(model, layers, torch.split(windows.to(home), size), shelf)
         for number, layer in enumerate(layers):
-            with _moved(layer, device):
+            with resident(layer, device):
                 found = matrices(f"{root}.{number}", layer)
-                with observed(found, statistics, len(windows)):
-                    for batch in batches:
-                        batch.forward(number, layer)
-                visit(number, found)
+                if not restore(number, found):
+                    with observed(found, statistics, len(windows)):
+                        for batch in batches:
+                            batch.forward(number, layer)
+                    visit(number, found)
                 if number + 1 < len(layers):
                     for batch in batches:  # what the pruned layer passes on
                         batch.rise(number, layer)
-
-
-@contextlib.contextmanager
-def _moved(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    home = next(layer.parameters()).device
-    if home == device:
-        yield
-        return
-    layer.to(device)
-    try:
-        yield
-    finally:
-        layer.to(home)
 
 
 @contextlib.contextmanager

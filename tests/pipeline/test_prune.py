@@ -192,13 +192,6 @@ def test_a_pruned_model_saved_and_loaded_gives_the_same_logits(tmp_path: Path) -
 # ----------------------------------------------------------------------------------------- errors
 
 
-def test_experts_in_one_tensor_are_refused_by_name() -> None:
-    config = transformers.MixtralConfig(**GATED, num_local_experts=2, num_experts_per_tok=1)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(InputError, match=r"layers\.0\..*experts.*experts in one tensor"):
-        prune_model(model, windows(), Wanda(), 0.5, None, Uniform())
-
-
 def test_a_model_without_decoder_layers_is_refused() -> None:
     with pytest.raises(InputError, match="no list of decoder layers"):
         decoder_layers(nn.Sequential(nn.Linear(2, 2)))

@@ -158,6 +158,28 @@ def test_data_for_a_pruner_that_takes_none_is_refused() -> None:
         PruneSpec(model=model, pruner=Magnitude(), sparsity=0.5, calibration=windows)
 
 
+def test_a_checkpoint_that_is_there_anyway_is_not_asked_for() -> None:
+    model = HubModel(name="m")
+    windows = WindowsSpec(source=HubCorpus(path="c"), model=model)
+    with pytest.raises(ValidationError, match="leave checkpoint out"):
+        PruneSpec(
+            model=model, pruner=SparseGPT(), sparsity=0.5, calibration=windows, checkpoint=True
+        )
+
+
+def test_shards_of_a_model_stored_as_masks_read_its_dense_model_too() -> None:
+    generated = examples()["generate from a pruned model"]
+    assert isinstance(generated, GenerateSpec)
+    pruned = generated.model
+    assert isinstance(pruned, PruneSpec)
+    expected = {pruned.key, pruned.model.key}  # type: ignore[union-attr]
+    assert {spec.key for spec in generated.shards()[0].inputs()} == expected
+    scored = ScoreSpec(samples=generated, model=pruned).shards()[0]
+    assert {spec.key for spec in scored.inputs()} == expected | {generated.shards()[0].key}
+    windows = WindowsSpec(source=HubCorpus(path="c"), model=pruned)
+    assert {spec.key for spec in windows.inputs()} == expected
+
+
 def test_specs_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         HubModel(name="m").name = "n"  # type: ignore[misc]
