@@ -1,8 +1,9 @@
 """Short names for what is compared, which tell apart all that varies in a grid.
 
-`source` is the calibration with its varied settings, `method` the pruner with its own and with the
-amount of data, `target` the sparsity or the N:M pattern. A setting is named only where it varies
-within one calibration or pruner of the grid, so plain grids have plain labels.
+`source` is the calibration with its varied settings, `method` the pruner with its own, the
+allocation and the amount of data, `target` the sparsity or the N:M pattern. A setting is named only
+where it varies within one calibration, pruner or allocation of the grid, so plain grids have plain
+labels.
 """
 
 import json
@@ -30,10 +31,14 @@ SOURCE_AXES = {
 METHOD_AXES = {
     "pruner_options": "{}",
     "allocation": "{}",
+    "allocation_options": "{}",
     "nsamples": "{} windows",
     "seqlen": "{} tokens each",
 }
 """Columns within whose values alone calibrations are compared, and how a label tells them."""
+
+WITHIN_ALLOCATION = ("allocation_options", "nsamples", "seqlen")
+"""Columns that mean nothing to some allocations: what varies is told of each allocation apart."""
 
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)")
 
@@ -81,7 +86,11 @@ def _with_varied(table: pd.DataFrame, name: str, axes: dict[str, str]) -> list[s
     for axis, wording in axes.items():
         if axis not in table:
             continue
-        distinct = table.groupby(["grid", name])[axis].transform(lambda c: c.nunique(dropna=False))
+        within = ["grid", name]
+        if axis in WITHIN_ALLOCATION and "allocation" in table:
+            within.append("allocation")
+        groups = table.groupby(within, dropna=False)
+        distinct = groups[axis].transform(lambda column: column.nunique(dropna=False))
         for row, (value, count) in enumerate(zip(table[axis], distinct, strict=True)):
             if count > 1 and pd.notna(value):
                 labels[row] += ", " + wording.format(_setting(axis, value))
@@ -89,7 +98,7 @@ def _with_varied(table: pd.DataFrame, name: str, axes: dict[str, str]) -> list[s
 
 
 def _setting(axis: str, value: object) -> str:
-    if axis == "pruner_options":
+    if axis in ("pruner_options", "allocation_options"):
         options = json.loads(str(value))
         told = (f"{name} {option}" for name, option in sorted(options.items()))
         return ", ".join(told) or "default options"

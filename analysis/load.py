@@ -32,6 +32,7 @@ OPTIONAL: dict[str, str] = {
     "traceback": "str",
     "pruner_options": "str",
     "allocation": "str",
+    "allocation_options": "str",
     "nsamples": "Int64",
     "seqlen": "Int64",
     "prefix_tokens": "Int64",

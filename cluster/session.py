@@ -31,7 +31,8 @@ def session(address: str | None, code: Iterable[ModuleType] = ()) -> Iterator[No
     submitted = "RAY_ADDRESS" in os.environ
     runtime_env = {"py_modules": list(code)} if address and not submitted else None
     ray.init(
-        address=address,
+        # Unless told so, never a cluster that `ray start` left running here for other work.
+        address=address or (None if submitted else "local"),
         runtime_env=runtime_env,
         include_dashboard=None if address or submitted else False,
         log_to_driver=False,

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from jobs.grid import CorpusCalibration, Grid, explained, named, suggestion
 from pipeline.errors import InputError
 from pipeline.specs import (
+    Allocation,
     EvaluateSpec,
     FilterSpec,
     Fraction,
@@ -20,6 +21,7 @@ from pipeline.specs import (
     Spec,
     Uniform,
     WindowsSpec,
+    data_taker,
     parse_pattern,
 )
 
@@ -35,7 +37,7 @@ class Cell(Spec):
     calibration: str = NO_CALIBRATION
     pruner: Annotated[Pruner, BeforeValidator(named)] | None = None
     """None is the dense model."""
-    allocation: Annotated[Uniform, BeforeValidator(named)] | None = None
+    allocation: Annotated[Allocation, BeforeValidator(named)] | None = None
     sparsity: Fraction = 0.0
     pattern: str | None = None
     seed: int | None = Field(default=None, ge=0)
@@ -103,13 +105,15 @@ def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
     """How a cell's model is pruned; None for the dense model."""
     if cell.pruner is None:
         return None
+    allocation = cell.allocation or Uniform()
+    calibrated = data_taker(cell.pruner, allocation) is not None
     return PruneSpec(
         model=grid.models[cell.model],
         pruner=cell.pruner,
         sparsity=cell.sparsity,
         pattern=cell.pattern,
-        allocation=cell.allocation or Uniform(),
-        calibration=_windows_spec(grid, cell) if cell.pruner.calibrated else None,
+        allocation=allocation,
+        calibration=_windows_spec(grid, cell) if calibrated else None,
         checkpoint=grid.checkpoints and not cell.pruner.updates_weights,
     )
 
@@ -188,7 +192,8 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
     if cell.pruner is None:
         return Cell(model=cell.model)
     allocation = cell.allocation or Uniform()
-    if not cell.pruner.calibrated:
+    needs_data = data_taker(cell.pruner, allocation)
+    if needs_data is None:
         unused = dict.fromkeys(("seed", "nsamples", "seqlen", *GENERATED_FIELDS))
         kept = {"calibration": NO_CALIBRATION, "allocation": allocation}
         return cell.model_copy(update={**kept, **unused})
@@ -196,7 +201,7 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
         raise InputError(
             "cells.calibration",
             cell.calibration,
-            f"pruner {cell.pruner.name} needs data: name one of the grid's calibrations",
+            f"{needs_data} needs data: name one of the grid's calibrations",
         )
     calibration = _get(grid.calibrations, cell.calibration, "cells.calibration")
     defaults: dict[str, Any] = {

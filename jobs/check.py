@@ -1,10 +1,11 @@
 """Every mistake in a grid, found before any stage starts."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jobs.plan import Plan
+from pipeline.allocation import allocate
 from pipeline.corpora import check_corpus
 from pipeline.errors import InputError
 from pipeline.specs import (
@@ -16,6 +17,7 @@ from pipeline.specs import (
     PretrainSpec,
     PruneSpec,
     StageSpec,
+    Uniform,
     WindowsSpec,
     parse_pattern,
 )
@@ -36,6 +38,7 @@ def check(plan: Plan) -> list[str]:
     names = {_identity(model): name for name, model in plan.grid.models.items()}
     corpora = {_identity(corpus): name for name, corpus in plan.grid.corpora.items()}
 
+    sizes: dict[str, Sequence[int]] = {}
     demands: dict[tuple[str, int, int, bool], Corpus] = {}
     for spec in plan.specs.values():
         for model, seqlen in _lengths(spec):
@@ -44,6 +47,11 @@ def check(plan: Plan) -> list[str]:
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
             name = names[_identity(_dense(spec.model))]
             _check_pattern(name, configs[name], spec.pattern)
+        if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
+            name = names[_identity(_dense(spec.model))]
+            if name not in sizes:
+                sizes[name] = _layer_sizes(name, configs[name])
+            _check_allocation(name, sizes[name], spec)
         for corpus, nsamples, seqlen, joined in _readings(spec):
             demands[corpora[_identity(corpus)], nsamples, seqlen, joined] = corpus
     for (name, nsamples, seqlen, joined), corpus in demands.items():
@@ -116,6 +124,30 @@ def _check_pattern(name: str, config: Any, pattern: str) -> None:
                 pattern,
                 f"{field} {width} of model {name} is no multiple of {group}; take another pattern",
             )
+
+
+def _layer_sizes(name: str, config: Any) -> Sequence[int]:
+    """Weights of each decoder layer, up to a factor; none where nothing is known of the model."""
+    if config is None:
+        return []
+    if isinstance(config, PretrainSpec):
+        return [1] * config.num_layers
+    from pipeline.models import weightless_model
+    from pipeline.walk import layer_sizes
+
+    with _at(f"models.{name}"):
+        return layer_sizes(weightless_model(config))
+
+
+def _check_allocation(name: str, sizes: Sequence[int], spec: PruneSpec) -> None:
+    if not sizes:
+        return
+    pattern = None if spec.pattern is None else parse_pattern(spec.pattern)
+    alike = [0.0] * len(sizes)  # the ratios come later, and fit any model
+    try:
+        allocate(spec.allocation, spec.sparsity, pattern, sizes, alike)
+    except InputError as error:
+        raise InputError(error.field, error.value, f"model {name}: {error.remedy}") from error
 
 
 def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:

@@ -12,6 +12,7 @@ from pipeline.specs import (
     FilterSpec,
     GenerateSpec,
     Model,
+    OutliersSpec,
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
@@ -22,11 +23,19 @@ from pipeline.specs import (
     WindowsSpec,
 )
 
-UTILISATION = {"pretrain": 0.3, "generate": 0.1, "score": 0.5, "prune": 0.5, "evaluate": 0.4}
+UTILISATION = {
+    "pretrain": 0.3,
+    "generate": 0.1,
+    "score": 0.5,
+    "outliers": 0.5,
+    "prune": 0.5,
+    "evaluate": 0.4,
+}
 """Share of the device's matrix rate. Generation reads every weight for one token a sample."""
 
-PASSES = {"pretrain": 3.0, "generate": 1.0, "score": 1.0, "evaluate": 1.0}
-"""Passes of a token through the model; training's backward pass counts two."""
+PASSES = {"pretrain": 3.0, "generate": 1.0, "score": 1.0, "outliers": 2.0, "evaluate": 1.0}
+"""Passes of a token through the model; training's backward pass counts two, and outliers take the
+statistics and the outputs of every layer."""
 
 PRUNE_PASSES = {
     "magnitude": 0.0,
@@ -114,7 +123,7 @@ def _model(spec: StageSpec) -> Model | None:
             return spec.of.model
         case PretrainSpec():
             return spec
-        case PruneSpec() | EvaluateSpec():
+        case OutliersSpec() | PruneSpec() | EvaluateSpec():
             return spec.model
         case _:
             return None  # joins and cuts, no forward pass
@@ -134,7 +143,7 @@ def _tokens(spec: StageSpec) -> float:
             samples = spec.of if isinstance(spec.of, GenerateSpec) else spec.of.samples
             rest = samples.num_samples - spec.index * samples.shard_size
             return min(rest, samples.shard_size) * samples.seqlen
-        case PruneSpec(calibration=WindowsSpec() as windows):
+        case PruneSpec(calibration=WindowsSpec() as windows) | OutliersSpec(calibration=windows):
             return windows.nsamples * windows.seqlen
         case EvaluateSpec():
             texts = sum(entry.max_windows * entry.seqlen for entry in spec.perplexity)

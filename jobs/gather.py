@@ -13,7 +13,7 @@ from cluster.graph import Graph, needed
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store
 from jobs.cells import Cell
 from jobs.plan import Plan
-from pipeline.specs import EvaluateSpec, PruneSpec, canonical_json
+from pipeline.specs import Allocation, EvaluateSpec, Pruner, PruneSpec, canonical_json
 
 CELL_COLUMNS: dict[str, pa.DataType] = {
     "grid": pa.string(),
@@ -25,6 +25,7 @@ CELL_COLUMNS: dict[str, pa.DataType] = {
     "pruner": pa.string(),
     "pruner_options": pa.string(),
     "allocation": pa.string(),
+    "allocation_options": pa.string(),
     "sparsity": pa.float64(),
     "pattern": pa.string(),
     "seed": pa.int64(),
@@ -116,8 +117,7 @@ def _rows(plan: Plan, store: Store, key: str, cell: Cell) -> list[dict[str, Any]
 
 def _cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
     fields = cell.model_dump(exclude={"pruner", "allocation"})
-    pruner = cell.pruner
-    options = {} if pruner is None else pruner.model_dump(exclude={"name"}, exclude_defaults=True)
+    pruner, allocation = cell.pruner, cell.allocation
     dense = pruner is None
     return {
         **fields,
@@ -125,10 +125,17 @@ def _cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
         "cell": hashlib.sha256(cell.model_dump_json().encode()).hexdigest()[:12],
         "status": "ok",
         "pruner": "dense" if pruner is None else pruner.name,
-        "pruner_options": json.dumps(options, sort_keys=True),
-        "allocation": None if cell.allocation is None else cell.allocation.name,
+        "pruner_options": _options(pruner),
+        "allocation": None if allocation is None else allocation.name,
+        "allocation_options": _options(allocation),
         "pattern": None if dense else cell.pattern or "unstructured",
     }
+
+
+def _options(chosen: Pruner | Allocation | None) -> str:
+    """What is chosen besides a name and differs from the defaults, as JSON."""
+    options = {} if chosen is None else chosen.model_dump(exclude={"name"}, exclude_defaults=True)
+    return json.dumps(options, sort_keys=True)
 
 
 def _run_fields(evaluation: Manifest, pruning: Manifest | None) -> dict[str, Any]:

@@ -155,6 +155,7 @@ StageName = Literal[
     "score",
     "filter",
     "windows",
+    "outliers",
     "prune",
     "evaluate",
 ]

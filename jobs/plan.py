@@ -15,9 +15,11 @@ from jobs.grid import Grid, StageName
 from jobs.stages import stage_name
 from pipeline.specs import (
     EvaluateSpec,
+    OutliersSpec,
     PruneSpec,
     ShardSpec,
     StageSpec,
+    Uniform,
 )
 
 ORDER = (
@@ -29,6 +31,7 @@ ORDER = (
     "score",
     "filter",
     "windows",
+    "outliers",
     "prune",
     "evaluate",
 )
@@ -181,6 +184,10 @@ def _label(spec: StageSpec) -> str:
             return "evaluate dense"
         case PruneSpec():
             seed = "" if spec.calibration is None else f" seed {spec.calibration.seed}"
-            return f"prune {spec.pruner.name} {spec.pattern or f'{spec.sparsity:.0%}'}{seed}"
+            target = spec.pattern or f"{spec.sparsity:.0%}"
+            allocation = "" if spec.allocation == Uniform() else f" {spec.allocation.name}"
+            return f"prune {spec.pruner.name} {target}{allocation}{seed}"
+        case OutliersSpec():
+            return f"outliers seed {spec.calibration.seed}"
         case _:
             return spec.kind

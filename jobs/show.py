@@ -8,6 +8,7 @@ from rich.table import Table
 CELL = ["model", "pruner", "target", "calibration", "seed"]
 VARIED = [
     "allocation",
+    "allocation_options",
     "nsamples",
     "seqlen",
     "prefix_tokens",

@@ -12,6 +12,7 @@ from pipeline.specs import (
     EvaluateSpec,
     FilterSpec,
     GenerateSpec,
+    OutliersSpec,
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
@@ -28,6 +29,7 @@ MODULES: dict[str, str] = {
     "score": "pipeline.score",
     "filter": "pipeline.filter",
     "windows": "pipeline.windows",
+    "outliers": "pipeline.outliers",
     "prune": "pipeline.prune",
     "evaluate": "pipeline.evaluate",
 }
@@ -42,6 +44,7 @@ _ANY_STAGE: TypeAdapter[StageSpec] = TypeAdapter(
         | ScoreSpec
         | FilterSpec
         | WindowsSpec
+        | OutliersSpec
         | PruneSpec
         | EvaluateSpec,
         Field(discriminator="kind"),

@@ -119,6 +119,12 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
     return config
 
 
+def weightless_model(config: Any) -> Any:
+    """A model of a configuration whose weights have shapes and no values, and take no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 @contextlib.contextmanager
 def _named(location: str) -> Iterator[None]:
     """Name the model in what its loading raises."""

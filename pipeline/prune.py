@@ -1,7 +1,7 @@
 """Prune every linear layer inside a model's decoder layers."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.allocation import allocate
+from pipeline.allocation import Allocated, LayerTarget, allocate
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_layers import FinishedLayers, Keep
 from pipeline.layer_files import Record
 from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.models import Artifacts, load_tokenizer, stream_model
+from pipeline.outliers import read_outlier_ratios
 from pipeline.pruners import PRUNERS, PrunerEntry
 from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
@@ -27,10 +29,11 @@ from pipeline.specs import (
     Allocation,
     Pruner,
     PruneSpec,
+    Uniform,
     parse_pattern,
 )
 from pipeline.streaming import resident
-from pipeline.walk import walk
+from pipeline.walk import check_length, layer_sizes, walk
 from pipeline.windows import read_windows
 
 
@@ -41,6 +44,10 @@ class PruneReport:
     matrices: list[MatrixSparsity]
     facts: dict[str, dict[str, float]]
     """Matrix name to what its pruner recorded."""
+    allocated: Allocated
+    """What each decoder layer was pruned to."""
+    layers: dict[str, int]
+    """Matrix name to the number of its decoder layer."""
     permutations: dict[str, Tensor]
     """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
     that is not their own."""
@@ -62,6 +69,7 @@ def prune_model(
     pattern: tuple[int, int] | None,
     allocation: Allocation,
     batch_size: int | None = None,
+    outlier_ratios: Sequence[float] | None = None,
     device: torch.device | None = None,
     device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
     host_hidden_bytes: int = HOST_HIDDEN_BYTES,
@@ -73,9 +81,10 @@ def prune_model(
         model: a causal language model, in evaluation mode.
         windows: the calibration set, token ids `[nsamples, seqlen]`; None for pruners without data.
         sparsity: share of zeros in each matrix, on average over the decoder layers.
-        pattern: kept and group size of an N:M pattern.
+        pattern: kept and group size of an N:M pattern, likewise on average.
         batch_size: windows of a forward pass, by default as many as have
             `pipeline.walk.BATCH_TOKENS` tokens.
+        outlier_ratios: of each decoder layer, as `pipeline.outliers` counts them; for OWL.
         device: where layers are run and pruned, one at a time; by default where the model is.
         device_hidden_bytes: bytes of hidden states to hold there,
         host_hidden_bytes: and beyond that in host memory, before they go to files.
@@ -84,8 +93,8 @@ def prune_model(
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
-            matrix, the pruner's options do not suit the model, or the model is of a form that
-            cannot be pruned.
+            matrix, the pruner's options or the allocation do not suit the model, or the model is
+            of a form that cannot be pruned.
         ValueError: if the pruner's options do not go with a pattern, or without one.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         SparsityError: if a matrix is not as sparse afterwards as it should be.
@@ -94,7 +103,8 @@ def prune_model(
     entry = PRUNERS[pruner.name](pruner)
     if entry.statistics and windows is None:
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
-    _check_length(model, windows)
+    if windows is not None:
+        check_length(model, windows)
     root, layers = decoder_layers(model)
     paths: dict[str, str] = {}
     for number, layer in enumerate(layers):  # all of them, before any forward pass
@@ -103,21 +113,26 @@ def prune_model(
                 _check_matrix(matrix, pattern)
                 paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
     options = entry.options_by_matrix(pruner, paths)
-    shares = allocate(allocation, sparsity, len(layers))
+    allocated = allocate(allocation, sparsity, pattern, layer_sizes(model), outlier_ratios)
     measured: list[MatrixSparsity] = []
     records: dict[str, Record] = {}
+    numbers: dict[str, int] = {}
     resumed: list[int] = []
+
+    def measure_matrix(number: int, matrix: Matrix) -> None:
+        measured.append(measure(matrix.name, matrix.weight))
+        numbers[matrix.name] = number
 
     def visit(number: int, found: list[Matrix]) -> None:
         masks: dict[str, Tensor] = {}
         for matrix in found:
-            pruned = _prune_matrix(matrix, entry, options[matrix.name], shares[number], pattern)
+            pruned = _prune_matrix(matrix, entry, options[matrix.name], allocated.layers[number])
             masks[matrix.name] = pruned.mask
             facts = dict(pruned.facts)
             if matrix.starved:
                 facts["starved_tokens"] = float(matrix.tokens)
             records[matrix.name] = Record(facts, pruned.permutation)
-            measured.append(measure(matrix.name, matrix.weight))
+            measure_matrix(number, matrix)
         if finished is not None:
             finished.save(number, found, masks, records)
 
@@ -126,7 +141,8 @@ def prune_model(
         if told is None:
             return False
         records.update(told)
-        measured.extend(measure(matrix.name, matrix.weight) for matrix in found)
+        for matrix in found:
+            measure_matrix(number, matrix)
         resumed.append(number)
         return True
 
@@ -144,6 +160,8 @@ def prune_model(
     return PruneReport(
         matrices=measured,
         facts={name: dict(record.facts) for name, record in records.items()},
+        allocated=allocated,
+        layers=numbers,
         permutations={
             name: record.permutation
             for name, record in records.items()
@@ -151,14 +169,6 @@ def prune_model(
         },
         resumed_layers=len(resumed),
     )
-
-
-def _check_length(model: nn.Module, windows: Tensor | None) -> None:
-    config: Any = model.config
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if windows is not None and isinstance(longest, int) and windows.shape[1] > longest:
-        remedy = f"the model takes {longest} tokens at the most; lower it"
-        raise InputError("seqlen", windows.shape[1], remedy)
 
 
 def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
@@ -171,12 +181,9 @@ def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
 
 
 def _prune_matrix(
-    matrix: Matrix,
-    entry: PrunerEntry,
-    options: Pruner,
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    matrix: Matrix, entry: PrunerEntry, options: Pruner, target: LayerTarget
 ) -> Pruned:
+    sparsity, pattern = target.sparsity, target.pattern
     weight = matrix.weight
     try:
         pruned = entry.prune(
@@ -224,8 +231,9 @@ def run(
         checkpoint=checkpoint,
     )
     windows = None
-    if spec.calibration is not None:
+    if spec.calibration is not None and spec.pruner.calibrated:
         windows = read_windows(artifacts[spec.calibration.key])
+    outliers = spec.outliers
     report = prune_model(
         model,
         windows,
@@ -233,6 +241,7 @@ def run(
         spec.sparsity,
         None if spec.pattern is None else parse_pattern(spec.pattern),
         spec.allocation,
+        outlier_ratios=None if outliers is None else read_outlier_ratios(artifacts[outliers.key]),
         device_hidden_bytes=spec.device_hidden_bytes,
         host_hidden_bytes=spec.host_hidden_bytes,
         finished=finished,
@@ -240,25 +249,58 @@ def run(
     if checkpoint is not None:
         checkpoint.finish()
         tokenizer.save_pretrained(output / "model")
+        if report.permutations:
+            save_file(report.permutations, output / "permutations.safetensors")
     shutil.rmtree(scratch, ignore_errors=True)
-    pq.write_table(_table(report.matrices), output / "sparsity.parquet")
+    pq.write_table(_table(report), output / "sparsity.parquet")
     return {
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
         "resumed_layers": report.resumed_layers,
+        **_allocation_summary(spec.allocation, report.allocated),
         **_summary(report.facts),
     }
 
 
-def _table(matrices: list[MatrixSparsity]) -> pa.Table:
+def _table(report: PruneReport) -> pa.Table:
+    matrices = report.matrices
+    layers = [report.layers[each.matrix] for each in matrices]
+    targets = [report.allocated.layers[layer] for layer in layers]
     columns: Mapping[str, list[Any]] = {
         "matrix": [each.matrix for each in matrices],
         "rows": [each.rows for each in matrices],
         "columns": [each.columns for each in matrices],
         "zeros": [each.zeros for each in matrices],
         "sparsity": [each.sparsity for each in matrices],
+        "layer": layers,
+        "layer_sparsity": [target.sparsity for target in targets],
+        "layer_pattern": [_pattern_text(target) for target in targets],
     }
     return pa.table(columns)
+
+
+def _pattern_text(target: LayerTarget) -> str:
+    return "unstructured" if target.pattern is None else f"{target.pattern[0]}:{target.pattern[1]}"
+
+
+def _allocation_summary(allocation: Allocation, allocated: Allocated) -> dict[str, Any]:
+    """What each decoder layer was pruned to, and where the allocation could not be followed."""
+    if isinstance(allocation, Uniform):
+        return {}
+    layers, warnings = allocated.layers, []
+    if allocated.clamped:
+        held = ", ".join(map(str, allocated.clamped))
+        warnings.append(
+            f"decoder layers {held} would have had a share of zeros that no layer can have: they "
+            "are at the bound, and the others shifted so that the mean stays"
+        )
+    if len(layers) > 1 and len(set(layers)) == 1:
+        warnings.append("all decoder layers came out alike: this is what uniform gives")
+    return {
+        "layer_sparsity": [layer.sparsity for layer in layers],
+        "layer_pattern": [_pattern_text(layer) for layer in layers],
+        "allocation_warnings": warnings,
+    }
 
 
 def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

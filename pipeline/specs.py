@@ -42,8 +42,8 @@ class StageSpec(Spec):
     @cached_property
     def lineage(self) -> dict[str, Any]:
         """The spec with all it holds, as plain JSON values, stage versions included."""
-        lineage: dict[str, Any] = _plain(self)
-        return lineage
+        fields = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        return {**fields, "version": self.version}
 
     @cached_property
     def key(self) -> str:
@@ -68,9 +68,10 @@ def canonical_json(value: object) -> bytes:
 
 def _plain(value: object) -> Any:
     match value:
+        case StageSpec():
+            return value.lineage
         case BaseModel():
-            fields = {name: _plain(getattr(value, name)) for name in type(value).model_fields}
-            return {**fields, "version": value.version} if isinstance(value, StageSpec) else fields
+            return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
         case dict():
             return {name: _plain(item) for name, item in value.items()}
         case list() | tuple():
@@ -566,9 +567,69 @@ class Uniform(Spec):
     """The same sparsity in every decoder layer."""
 
     name: Literal["uniform"] = "uniform"
+    calibrated: ClassVar[bool] = False
 
 
-Allocation = Uniform
+class OWL(Spec):
+    """Layers with more outliers among their Wanda scores are kept denser (arXiv 2310.05175).
+
+    The defaults are those of its authors for unstructured sparsity.
+    """
+
+    name: Literal["owl"] = "owl"
+    calibrated: ClassVar[bool] = True
+
+    threshold: float = Field(default=5.0, gt=0.0)
+    """M: a score above this many times its layer's mean is an outlier."""
+
+    spread: float = Field(default=0.08, gt=0.0, le=0.5)
+    """lambda: the sparsest and the densest layer are 2 * lambda apart. With a pattern N:M little
+    comes of it unless 2 * lambda is more than 1/M."""
+
+
+class ArithmeticProgression(Spec):
+    """Every layer is sparser than the one below by the same amount (arXiv 2502.14770)."""
+
+    name: Literal["arithmetic-progression"] = "arithmetic-progression"
+    calibrated: ClassVar[bool] = False
+
+    difference: float = Field(gt=0.0, lt=1.0)
+    """beta: from one layer to the next. The authors try multiples of 0.002; of L layers of one size
+    it can be min(2 S, 2 (1 - S)) / (L - 1) at the most."""
+
+
+class ByHand(Spec):
+    """A sparsity written down for each decoder layer."""
+
+    name: Literal["by-hand"] = "by-hand"
+    calibrated: ClassVar[bool] = False
+
+    sparsities: tuple[Fraction, ...] = Field(min_length=1)
+    """From the first layer to the last, taken as they are: their mean, weighted by the layers'
+    sizes, must be the model's sparsity within 1e-6."""
+
+
+Allocation = Annotated[Uniform | OWL | ArithmeticProgression | ByHand, Field(discriminator="name")]
+
+
+class OutliersSpec(StageSpec):
+    """Count the outliers in every decoder layer of a model that is not pruned yet.
+
+    Leaves `outliers.parquet`: layer, outlier_ratio, weights (how many the layer's matrices have).
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["outliers"] = "outliers"
+
+    model: Model
+    """The model, as it is before pruning."""
+
+    calibration: WindowsSpec
+    """The calibration set."""
+
+    threshold: float = Field(gt=0.0)
+    """A score above this many times its layer's mean is an outlier."""
+
 
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
@@ -580,9 +641,10 @@ HOST_HIDDEN_BYTES = 16 * 2**30
 class PruneSpec(StageSpec):
     """Prune every linear layer inside a model's decoder layers.
 
-    Leaves `sparsity.parquet` (matrix, rows, columns, zeros, sparsity), and the pruned model: if its
+    Leaves `sparsity.parquet` (matrix, rows, columns, zeros, sparsity, layer, layer_sparsity and
+    layer_pattern, those that the allocation gives its decoder layer), and the pruned model: if its
     pruner only chooses what to zero, `masks/` for the model that it was made from
-    (`pipeline/masks_file.py`); else `model/`, a dense checkpoint with zeros, and the tokenizer.
+    (`pipeline/layer_files.py`); else `model/`, a dense checkpoint with zeros, and the tokenizer.
     """
 
     version: ClassVar[int] = 2
@@ -595,17 +657,17 @@ class PruneSpec(StageSpec):
     """How weights are chosen and, for some, updated."""
 
     sparsity: Fraction
-    """Share of zeros in every matrix; with a pattern N:M it must be 1 - N/M."""
+    """Share of zeros over all matrices; with a pattern N:M it must be 1 - N/M."""
 
     pattern: str | None = None
-    """`N:M`: N kept of every M adjacent inputs of a row, the hardware's convention. None is
-    unstructured."""
+    """`N:M`: N kept of every M adjacent inputs of a row, the hardware's convention; on average, if
+    the allocation is not uniform. None is unstructured."""
 
     allocation: Allocation = Uniform()
     """How the sparsity is spread over decoder layers."""
 
     calibration: WindowsSpec | None = None
-    """The calibration set; None exactly for pruners that take no data."""
+    """The calibration set; None exactly where neither pruner nor allocation takes data."""
 
     device_hidden_bytes: int = Field(default=DEVICE_HIDDEN_BYTES, ge=0)
     """Bytes of hidden states of the calibration set that are held on the device. It takes
@@ -645,15 +707,52 @@ class PruneSpec(StageSpec):
                     f"set it to {1 - kept / group:g}"
                 )
         self.pruner.check_pattern(self.pattern is not None)
-        if self.pruner.calibrated and self.calibration is None:
-            raise ValueError(f"pruner {self.pruner.name} needs a calibration set")
-        if not self.pruner.calibrated and self.calibration is not None:
+        needs_data = data_taker(self.pruner, self.allocation)
+        if needs_data is not None and self.calibration is None:
+            raise ValueError(f"{needs_data} needs a calibration set")
+        if needs_data is None and self.calibration is not None:
             raise ValueError(f"pruner {self.pruner.name} takes no data: leave calibration out")
         if self.pruner.updates_weights and self.checkpoint:
             raise ValueError(
                 f"pruner {self.pruner.name} leaves a checkpoint anyway: leave checkpoint out"
             )
         return self
+
+    @property
+    def outliers(self) -> OutliersSpec | None:
+        """The stage whose outlier ratios the allocation needs; all prunings of a model that have
+        calibration set and threshold in common share it."""
+        if not isinstance(self.allocation, OWL) or self.calibration is None:
+            return None
+        return OutliersSpec(
+            model=self.model,
+            calibration=self.calibration,
+            threshold=self.allocation.threshold,
+        )
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """As of any stage, and the version of the outliers, whose spec these fields give."""
+        lineage = super().lineage
+        if self.outliers is None:
+            return lineage
+        return {**lineage, "outliers": {"version": self.outliers.version}}
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """The model, the calibration set if the pruner takes data, and the outliers."""
+        read = [stage for stage in super().inputs() if stage is not self.calibration]
+        if self.pruner.calibrated and self.calibration is not None:
+            read.append(self.calibration)
+        if self.outliers is not None:
+            read.append(self.outliers)
+        return tuple(read)
+
+
+def data_taker(pruner: Pruner, allocation: Allocation) -> str | None:
+    """Which of the two needs a calibration set, in words; None if neither does."""
+    if pruner.calibrated:
+        return f"pruner {pruner.name}"
+    return f"allocation {allocation.name}" if allocation.calibrated else None
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -764,5 +863,14 @@ class EvaluateSpec(StageSpec):
         return self
 
 
-for _spec in (ShardSpec, GenerateSpec, ScoreSpec, FilterSpec, WindowsSpec, PruneSpec, EvaluateSpec):
+for _spec in (
+    ShardSpec,
+    GenerateSpec,
+    ScoreSpec,
+    FilterSpec,
+    WindowsSpec,
+    OutliersSpec,
+    PruneSpec,
+    EvaluateSpec,
+):
     _spec.model_rebuild()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.calls import capture
+from pipeline.errors import InputError
 from pipeline.hidden import Shelf
 from pipeline.inputs import observed
 from pipeline.matrices import Matrix, decoder_layers, matrices
@@ -22,6 +23,32 @@ Visit = Callable[[int, list[Matrix]], None]
 
 Restore = Callable[[int, list[Matrix]], bool]
 """Makes of the matrices what an earlier walk left; False if that did not get so far."""
+
+
+def layer_sizes(model: nn.Module) -> list[int]:
+    """How many weights the matrices of each decoder layer have.
+
+    Raises:
+        InputError: if the model is of a form that cannot be pruned.
+    """
+    root, layers = decoder_layers(model)
+    return [
+        sum(matrix.weight.numel() for matrix in matrices(f"{root}.{number}", layer))
+        for number, layer in enumerate(layers)
+    ]
+
+
+def check_length(model: nn.Module, windows: Tensor) -> None:
+    """See that windows `[nsamples, seqlen]` are no longer than the model's longest input.
+
+    Raises:
+        InputError: if they are.
+    """
+    config: Any = model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and windows.shape[1] > longest:
+        remedy = f"the model takes {longest} tokens at the most; lower it"
+        raise InputError("seqlen", windows.shape[1], remedy)
 
 
 @torch.no_grad()

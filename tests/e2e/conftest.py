@@ -45,9 +45,11 @@ def command(*words: str | Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Without what would send a run to the Ray of another test."""
+    """As with the environment activated; without what would send a run to the Ray of another test,
+    and with the token that a Ray head asks for once there is one on the machine."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**kept, "COLUMNS": "200"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, "PATH": path, "COLUMNS": "200", "RAY_AUTH_MODE": "token"}
 
 
 @pytest.fixture(scope="session")

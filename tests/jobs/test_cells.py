@@ -6,7 +6,15 @@ import pytest
 from jobs.cells import Cell, evaluate_spec, expand, prune_spec
 from jobs.grid import Grid
 from pipeline.errors import InputError
-from pipeline.specs import FilterSpec, Magnitude, SparseGPT, Wanda
+from pipeline.specs import (
+    OWL,
+    ArithmeticProgression,
+    FilterSpec,
+    Magnitude,
+    SparseGPT,
+    Uniform,
+    Wanda,
+)
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -28,6 +36,65 @@ def test_cells_of_a_pruner_without_data_are_one_for_all_calibrations_and_seeds(
     assert {(cell.calibration, cell.seed, cell.nsamples) for cell in cells} == {
         ("none", None, None)
     }
+
+
+ALLOCATIONS = ["uniform", {"name": "owl", "spread": 0.1}, "owl"]
+PROGRESSION = {"name": "arithmetic-progression", "difference": 0.02}
+
+
+def test_allocations_are_an_axis_beside_the_pruners(content: Content, load: Load) -> None:
+    content["cells"] |= {
+        "pruner": "wanda",
+        "sparsity": 0.5,
+        "allocation": [*ALLOCATIONS, PROGRESSION],
+    }
+    cells = expand(load(content))[1:]
+    assert len(cells) == 2 * 2 * 4  # calibrations, seeds, allocations
+    assert {cell.allocation for cell in cells} == {
+        Uniform(),
+        OWL(spread=0.1),
+        OWL(),
+        ArithmeticProgression(difference=0.02),
+    }
+
+
+def test_magnitude_needs_a_calibration_where_its_allocation_does(
+    content: Content, load: Load
+) -> None:
+    content["cells"] |= {
+        "pruner": "magnitude",
+        "sparsity": 0.5,
+        "allocation": ["uniform", "owl", PROGRESSION],
+    }
+    grid = load(content)
+    cells = expand(grid)[1:]
+    without = [cell for cell in cells if cell.allocation != OWL()]
+    assert {cell.allocation for cell in without} == {
+        Uniform(),
+        ArithmeticProgression(difference=0.02),
+    }
+    assert len(without) == 2
+    assert {(cell.calibration, cell.seed, cell.seqlen) for cell in without} == {
+        ("none", None, None)
+    }
+    owl = [cell for cell in cells if cell.allocation == OWL()]
+    assert {(cell.calibration, cell.seed, cell.nsamples, cell.seqlen) for cell in owl} == {
+        (calibration, seed, 16, 64) for calibration in ("true", "own") for seed in (0, 1)
+    }
+    assert len(owl) == 4
+    for cell in owl:
+        spec = prune_spec(grid, cell)
+        assert spec is not None
+        assert spec.outliers is not None
+        assert spec.outliers.calibration.seed == cell.seed
+
+
+def test_the_default_allocation_is_uniform_whether_or_not_it_is_named(
+    content: Content, load: Load
+) -> None:
+    unnamed = expand(load(content))
+    content["cells"]["allocation"] = ["uniform", {"name": "uniform"}]
+    assert expand(load(content)) == unnamed
 
 
 def test_axes_of_generation_mean_nothing_to_real_corpora(content: Content, load: Load) -> None:
@@ -105,6 +172,13 @@ def test_a_model_is_evaluated_alike_dense_and_pruned(content: Content, load: Loa
         ({"model": "testbad"}, r"cells\.model: 'testbad'.*did you mean 'testbed'"),
         ({"calibration": "tru"}, r"cells\.calibration: 'tru'.*did you mean 'true'"),
         ({"calibration": "none"}, r"pruner wanda needs data"),
+        (
+            {"calibration": "none", "pruner": "magnitude", "allocation": "owl"},
+            r"allocation owl needs data",
+        ),
+        ({"allocation": "owls"}, r"cells\.allocation.*owls"),
+        ({"allocation": {"name": "owl", "spread": 2}}, r"allocation\.owl\.spread: 2: .*0\.5"),
+        ({"allocation": "by-hand"}, r"allocation\.by-hand\.sparsities.*is missing"),
         ({"seed": []}, r"cells\.seed: \[\]: is an axis without values"),
         ({"seeds": 1}, r"cells\.seeds: 1: there is no such field"),
         ({"nsamples": "many"}, r"cells\.nsamples: 'many'.*valid integer"),

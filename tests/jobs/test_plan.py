@@ -11,9 +11,11 @@ from jobs.cost import estimate, parameters
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
 from pipeline.specs import (
+    OWL,
     EvaluateSpec,
     HubCorpus,
     HubModel,
+    Magnitude,
     PretrainSpec,
     PruneSpec,
     ShardSpec,
@@ -41,6 +43,32 @@ def test_cells_share_stages(content: Content, load: Load) -> None:
     assert counts["windows"] == 4
     assert counts["prune"] == 10
     assert counts["evaluate"] == 11
+
+
+def test_outliers_are_counted_once_for_all_pruners_and_sparsities(
+    content: Content, load: Load
+) -> None:
+    content["cells"]["allocation"] = ["uniform", "owl", {"name": "owl", "spread": 0.1}]
+    plan = make_plan(load(content))
+    counts = kinds(plan)
+    assert counts["windows"] == counts["outliers"] == 4  # calibrations and seeds
+    # targets times magnitude and Wanda as they are, and both with OWL by calibrations and seeds
+    assert counts["prune"] == 2 * (1 + 4 + 2 * 4 * 2)
+    lines = {line.stage: line for line in count_stages(plan, set())}
+    assert list(lines)[-4:] == ["windows", "outliers", "prune", "evaluate"]
+    assert lines["outliers"].to_make == 4
+    assert lines["outliers"].device_hours > 0
+
+
+def test_labels_tell_prunings_with_an_allocation_apart(content: Content, load: Load) -> None:
+    content["cells"] |= {
+        "pruner": "wanda",
+        "sparsity": 0.5,
+        "seed": 0,
+        "allocation": ["uniform", "owl"],
+    }
+    labels = {stage.label for stage in make_plan(load(content)).graph.values()}
+    assert {"prune wanda 50% seed 0", "prune wanda 50% owl seed 0", "outliers seed 0"} <= labels
 
 
 def test_every_stage_comes_after_its_inputs(content: Content, load: Load) -> None:
@@ -155,6 +183,15 @@ def test_estimates_are_flop_over_rate() -> None:
     assert whole is not None
     assert whole.bytes == 14e9
     assert estimate(pruned, cost, {}) is None
+    owl = PruneSpec(
+        model=model, pruner=Magnitude(), sparsity=0.5, allocation=OWL(), calibration=windows
+    )
+    assert owl.outliers is not None
+    of_outliers, of_magnitude = (estimate(each, cost, {"m": 7e9}) for each in (owl.outliers, owl))
+    assert of_outliers is not None
+    assert of_magnitude is not None
+    assert of_outliers.seconds == guess.seconds  # statistics and outputs, as Wanda needs them
+    assert of_magnitude.seconds == 0
     limited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t", limit=10),))
     unlimited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t"),))
     few, all_ = (estimate(spec, cost, {"m": 7e9}) for spec in (limited, unlimited))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.matrices import Matrix, decoder_layers
 from pipeline.prune import prune_model
-from pipeline.sparsity import SparsityError, check, measure
+from pipeline.sparsity import SparsityError, check
 from pipeline.specs import Magnitude, Pruner, SparseGPT, Uniform, Wanda
 from pipeline.walk import walk
 
@@ -222,17 +222,26 @@ def test_an_activation_that_is_not_finite_is_an_error_that_names_its_matrix() ->
 
 
 def test_a_wrong_count_of_zeros_is_an_error_that_names_the_matrix() -> None:
-    weight = torch.ones(4, 8)
-    weight[:, :3] = 0
-    with pytest.raises(SparsityError, match="up_proj: 12 of 32"):
-        check(measure("up_proj", weight), weight, 0, 0.5, None)
-    check(measure("up_proj", weight), weight, 0, 0.375, None)
-    weight[:, :5] = 0
-    with pytest.raises(SparsityError, match="up_proj: 20 of 32"):
-        check(measure("up_proj", weight), weight, 0, 0.5, None)
-    check(measure("up_proj", weight), weight, 20, 0.5, None)  # it had them before
-    with pytest.raises(SparsityError, match="a group of 4 keeps 3"):
-        check(measure("up_proj", weight), weight, 0, 0.5, (2, 4))
+    def pruned(columns: slice) -> tuple[Tensor, Tensor]:
+        mask = torch.zeros(4, 8, dtype=torch.bool)
+        mask[:, columns] = True
+        return torch.ones(4, 8).masked_fill_(mask, 0.0), mask
+
+    weight, mask = pruned(slice(3))
+    with pytest.raises(SparsityError, match="up_proj: 12 weights of a matrix are pruned, not 16"):
+        check("up_proj", weight, mask, 0.5, None, "matrix")
+    with pytest.raises(SparsityError, match="up_proj: 3 weights of a row are pruned, not 4"):
+        check("up_proj", weight, mask, 0.5, None, "row")
+    check("up_proj", weight, mask, 0.375, None, "matrix")
+    weight[:, 3:5] = 0  # as the dense matrix was there, or half precision rounds
+    check("up_proj", weight, mask, 0.375, None, "row")
+    with pytest.raises(SparsityError, match="3 weights of a group of 4 are pruned, not 2"):
+        check("up_proj", weight, mask, 0.5, (2, 4), "row")
+    weight, mask = pruned(slice(0, 8, 2))
+    check("up_proj", weight, mask, 0.5, (2, 4), "row")
+    weight[1, 2] = 1
+    with pytest.raises(SparsityError, match="up_proj: 1 pruned weights are not zero"):
+        check("up_proj", weight, mask, 0.5, (2, 4), "row")
 
 
 # ------------------------------------------------------------------------------------------ stage

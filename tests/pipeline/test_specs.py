@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.specs import (
+    OWL,
     RIA,
     EvaluateSpec,
     FileCorpus,
@@ -14,6 +15,7 @@ from pipeline.specs import (
     HubModel,
     LocalModel,
     Magnitude,
+    OutliersSpec,
     PerplexitySpec,
     PretrainSpec,
     PruneSpec,
@@ -41,6 +43,10 @@ def examples() -> dict[str, StageSpec]:
     pruned = PruneSpec(
         model=testbed, pruner=Wanda(), sparsity=0.5, pattern="2:4", calibration=windows
     )
+    owl = PruneSpec(
+        model=testbed, pruner=Magnitude(), sparsity=0.7, allocation=OWL(), calibration=windows
+    )
+    assert owl.outliers is not None
     llama = HubModel(name="meta-llama/Llama-2-7b-hf", revision="01c7f73d771dfac7d292323805ebc428")
     c4 = HubCorpus(path="allenai/c4", name="en")
     return {
@@ -64,6 +70,8 @@ def examples() -> dict[str, StageSpec]:
             sparsity=0.6,
             calibration=WindowsSpec(source=c4, model=llama),
         ),
+        "outliers": owl.outliers,
+        "prune by magnitude with OWL": owl,
         "testbed tasks": TestbedTasksSpec(),
         "evaluate": EvaluateSpec(
             model=pruned,
@@ -100,10 +108,68 @@ def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {
         "filter",
+        "outliers",
+        "prune by magnitude with OWL",
         "prune by Wanda",
         "evaluate",
         "generate from a pruned model",
     }
+
+
+def owl_of(**changes: object) -> PruneSpec:
+    model = PretrainSpec(mixture={"facts": 1.0})
+    fields = {
+        "model": model,
+        "pruner": Wanda(),
+        "sparsity": 0.6,
+        "allocation": OWL(),
+        "calibration": WindowsSpec(source=HubCorpus(path="c"), model=model),
+        **changes,
+    }
+    return PruneSpec(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pruner": Magnitude()},
+        {"pruner": SparseGPT()},
+        {"sparsity": 0.5, "pattern": "2:4"},
+        {"allocation": OWL(spread=0.1)},
+    ],
+)
+def test_outliers_are_shared_between_pruners_sparsities_and_spreads(
+    changes: dict[str, object],
+) -> None:
+    one, other = owl_of(), owl_of(**changes)
+    assert one.key != other.key
+    assert one.outliers == other.outliers
+    assert isinstance(one.outliers, OutliersSpec)
+
+
+def test_another_threshold_counts_other_outliers() -> None:
+    assert owl_of().outliers != owl_of(allocation=OWL(threshold=2.5)).outliers
+
+
+def test_a_pruning_reads_the_outliers_and_the_windows_only_if_its_pruner_takes_data() -> None:
+    kinds = [stage.kind for stage in owl_of().inputs()]
+    assert kinds == ["pretrain", "windows", "outliers"]
+    assert [stage.kind for stage in owl_of(pruner=Magnitude()).inputs()] == ["pretrain", "outliers"]
+    uniform = owl_of(allocation={"name": "uniform"})
+    assert [stage.kind for stage in uniform.inputs()] == ["pretrain", "windows"]
+    assert uniform.outliers is None
+
+
+def test_outliers_of_another_version_change_what_is_pruned_by_them_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = {name: spec.key for name, spec in examples().items()}
+    evaluated = EvaluateSpec(model=owl_of(), tasks=(TaskSpec(name="boolq"),)).key
+    monkeypatch.setattr(OutliersSpec, "version", 99)
+    after = {name: spec.key for name, spec in examples().items()}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"outliers", "prune by magnitude with OWL"}
+    assert EvaluateSpec(model=owl_of(), tasks=(TaskSpec(name="boolq"),)).key != evaluated
 
 
 def test_the_order_of_a_mixture_does_not_change_the_key() -> None:
@@ -139,6 +205,8 @@ def test_shards_cover_all_samples_and_read_only_their_own_part() -> None:
         ({"sparsity": 0.5, "pruner": Magnitude(), "pattern": "2-4"}, "form N:M"),
         ({"sparsity": 0.6, "pruner": Magnitude(), "pattern": "2:4"}, "set it to 0.5"),
         ({"sparsity": 0.5, "pruner": Wanda()}, "needs a calibration set"),
+        ({"sparsity": 0.5, "pruner": Magnitude(), "allocation": OWL()}, "owl needs a calibration"),
+        ({"sparsity": 0.5, "pruner": Magnitude(), "allocation": {"name": "by-hand"}}, "sparsities"),
         ({"sparsity": 0.5, "pruner": {"name": "wander"}}, "wander"),
         ({"sparsity": 0.5, "pruner": Wanda(variant=True), "pattern": "2:4"}, "no N:M pattern"),
         ({"sparsity": 0.5, "pruner": RIA(permutation=True)}, "serves N:M patterns"),

@@ -1,0 +1,85 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, models
+
+from jobs.check import check
+from jobs.grid import Grid
+from jobs.plan import make_plan
+from pipeline.errors import InputError
+
+Content = dict[str, Any]
+Load = Callable[[Content], Grid]
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> dict[str, str]:
+    """A model of four layers with 9,728, 12,800, 9,728 and 12,800 weights; plans read none."""
+    folder = tmp_path / "uneven"
+    transformers.Gemma4TextConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=16,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ).save_pretrained(folder)
+    vocabulary = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="b")
+    tokenizer.save_pretrained(folder)
+    return {"kind": "local-model", "path": str(folder)}
+
+
+def checked(content: Content, load: Load, allocation: object, sparsity: object = 0.5) -> list[str]:
+    cells = {"calibration": "true", "pruner": "wanda", "seed": 0}
+    content["cells"] |= {**cells, "allocation": allocation, "sparsity": sparsity}
+    return check(make_plan(load(content)))
+
+
+def hand(*sparsities: float) -> dict[str, object]:
+    return {"name": "by-hand", "sparsities": list(sparsities)}
+
+
+def test_allocations_that_fit_the_model_pass(content: Content, load: Load) -> None:
+    progression = {"name": "arithmetic-progression", "difference": 0.1}
+    assert checked(content, load, ["owl", progression, hand(0.4, 0.6)]) == []
+
+
+@pytest.mark.parametrize(
+    ("allocation", "sparsity", "message"),
+    [
+        (hand(0.4, 0.5, 0.6), 0.5, r"sparsities.*model testbed: has 3 entries.*2 decoder layers"),
+        (hand(0.4, 0.5), 0.5, r"sparsities.*model testbed: their mean is 0\.450000"),
+        (
+            {"name": "arithmetic-progression", "difference": 0.9},
+            0.7,
+            r"difference: 0\.9: model testbed: .*take less than 0\.6",
+        ),
+        ("owl", "4:4", r"pattern: '4:4': model testbed: .*take uniform"),
+    ],
+)
+def test_an_allocation_that_does_not_fit_the_model_is_found_before_anything_runs(
+    content: Content, load: Load, allocation: object, sparsity: object, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        checked(content, load, allocation, sparsity)
+
+
+def test_layers_count_by_the_sizes_that_a_models_configuration_gives(
+    content: Content, load: Load, uneven: dict[str, str]
+) -> None:
+    content["models"]["testbed"] = uneven
+    weighted = (0.4 * 2 * 9728 + 0.6 * 2 * 12800) / (2 * 9728 + 2 * 12800)
+    with pytest.raises(InputError, match=f"model testbed: their mean is {weighted:.6f}"):
+        checked(content, load, hand(0.4, 0.6, 0.4, 0.6))
+    with pytest.raises(InputError, match="has 3 entries, but the model has 4 decoder layers"):
+        checked(content, load, hand(0.4, 0.5, 0.6))
