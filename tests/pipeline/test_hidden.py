@@ -50,10 +50,14 @@ def test_files_begin_where_both_budgets_end(folder: Path) -> None:
 
 
 def test_the_files_are_gone_afterwards_even_after_an_error(folder: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), Shelf(CPU, 0, 0) as shelf:
-        shelf.keep(torch.zeros(2, 3))
-        assert len(files(folder)) == 1
-        raise RuntimeError("stop")
+    def fail() -> None:
+        with Shelf(CPU, 0, 0) as shelf:
+            shelf.keep(torch.zeros(2, 3))
+            assert len(files(folder)) == 1
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert not list(folder.iterdir())
 
 
