@@ -33,6 +33,16 @@ GROWTH = (1, 2, 4)
 PRUNER_NAMES = [name for name in METHODS if name in PRUNERS]
 """The pruners that have a plain counterpart."""
 
+PUBLISHED: dict[str, dict[str, Any]] = {"dsnot": {"keep": "all"}}
+"""Options of published code that are not calprune's defaults: DSnoT's keeps every swap of a row."""
+
+
+def pruner_spec(name: str) -> Pruner:
+    """The pruner with the options of its published code."""
+    options = {"name": name, **PUBLISHED.get(name, {})}
+    spec: Pruner = TypeAdapter(Pruner).validate_python(options)
+    return spec
+
 
 @dataclass(frozen=True)
 class PrunerRow:
@@ -206,6 +216,6 @@ def measure_growth(
 
 
 def _pruning(name: str, model: Any, windows: Tensor) -> Callable[[], object]:
-    pruner: Pruner = TypeAdapter(Pruner).validate_python({"name": name})
+    pruner = pruner_spec(name)
     data = windows if pruner.calibrated else None
     return lambda: prune_model(model, data, pruner, SPARSITY, None, Uniform())

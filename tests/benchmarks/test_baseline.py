@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from benchmarks.agreement import compare
@@ -14,10 +13,10 @@ from benchmarks.baseline import METHODS, dsnot, masks
 from benchmarks.baseline.choice import Choice
 from benchmarks.baseline.walk import linears, prune
 from benchmarks.geometry import Geometry
-from benchmarks.measure import PRUNER_NAMES
+from benchmarks.measure import PRUNER_NAMES, pruner_spec
 from benchmarks.replay import replay
 from pipeline.prune import prune_model
-from pipeline.specs import Pruner, Uniform
+from pipeline.specs import Uniform
 
 SMALL = Geometry("small", 64, 160, 3, 4, 2, 96, nsamples=6, seqlen=40)
 UNSTRUCTURED_OR_PATTERN = pytest.mark.parametrize(
@@ -31,7 +30,7 @@ def model() -> Any:
 
 def pruned_by_pipeline(name: str, sparsity: float, pattern: tuple[int, int] | None) -> Any:
     pruned = model()
-    pruner: Pruner = TypeAdapter(Pruner).validate_python({"name": name})
+    pruner = pruner_spec(name)
     windows = SMALL.windows() if pruner.calibrated else None
     prune_model(pruned, windows, pruner, sparsity, pattern, Uniform())
     return pruned
