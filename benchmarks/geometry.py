@@ -1,6 +1,6 @@
 """The shapes that are measured: Llamas with random weights, and random calibration windows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,8 +67,11 @@ class Geometry:
 TESTBED = Geometry("testbed", 128, 384, 4, 4, 2, 1024, nsamples=64, seqlen=128)
 """The testbed's `small` model and its usual calibration set."""
 
-MIDDLE = Geometry("middle", 1024, 2816, 2, 16, 16, 1024, nsamples=4, seqlen=2048)
+MIDDLE = Geometry("middle", 1024, 2816, 2, 16, 16, 1024, nsamples=2, seqlen=2048)
 """Matrices of a size at which products dominate, few enough for two cores."""
+
+GROWING = replace(TESTBED, layers=2, nsamples=32)
+"""Where growth with layers and windows begins."""
 
 LLAMA_2_7B = Geometry("llama-2-7b", 4096, 11008, 32, 32, 32, 32000, nsamples=128, seqlen=2048)
 """The shape of LLaMA-2-7B and the calibration set of the literature."""

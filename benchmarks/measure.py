@@ -1,5 +1,6 @@
 """What is measured: pruners on a geometry, the choice of N:M masks, and growth with the input."""
 
+import logging
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from pipeline.prune import prune_model
 from pipeline.pruners import PRUNERS
 from pipeline.pruners.masks import smallest_in_groups
 from pipeline.specs import Pruner, Uniform
+
+logger = logging.getLogger("benchmarks")
 
 SPARSITY = 0.6
 """Of unstructured pruning."""
@@ -136,6 +139,7 @@ def measure_pruner(
         square: rows and columns of the large square product.
         budget_seconds: see `best_of`.
     """
+    logger.info("%s: %s", geometry.name, name)
     windows = geometry.windows()
     pruned: dict[str, Any] = {}
 
@@ -204,6 +208,7 @@ def measure_growth(
     budget_seconds: float,
 ) -> GrowthRow:
     """Time a pruner on a geometry with `GROWTH` times its `layers` or `nsamples`."""
+    logger.info("growth with %s: %s", axis, name)
     sizes = [factor * getattr(geometry, axis) for factor in GROWTH]
 
     def contender(size: int) -> Callable[[], Callable[[], object]]:

@@ -4,6 +4,7 @@ Everything that is compared is measured in one run, taking turns.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.geometry import LLAMA_2_7B, MIDDLE, TESTBED, Geometry
+from benchmarks.geometry import GROWING, LLAMA_2_7B, MIDDLE, TESTBED, Geometry
 from benchmarks.measure import (
     PRUNER_NAMES,
     GrowthRow,
@@ -25,6 +26,11 @@ from benchmarks.measure import (
 )
 from benchmarks.tables import growth_table, masks_table, pruners_table, targets_table
 from benchmarks.targets import Target, targets
+
+BUDGET_SECONDS = 5.0
+"""Of each comparison, unless its rounds at the least take longer."""
+
+logger = logging.getLogger("benchmarks")
 
 
 @dataclass(frozen=True)
@@ -117,11 +123,15 @@ def main(
     ),
 ) -> None:
     """Time the pruners against their plain implementations and the machine's matrix rate."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
     chosen = torch.device(device)
     if device == "cuda":
-        report = measure([LLAMA_2_7B], TESTBED, chosen, torch.bfloat16, False, 8192, 10.0)
+        report = measure([LLAMA_2_7B], GROWING, chosen, torch.bfloat16, False, 8192, BUDGET_SECONDS)
     else:
-        report = measure([TESTBED, MIDDLE], TESTBED, chosen, torch.float32, True, 2048, 10.0)
+        report = measure(
+            [TESTBED, MIDDLE], GROWING, chosen, torch.float32, True, 2048, BUDGET_SECONDS
+        )
     show(report, Console(width=120))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(as_json(report))
