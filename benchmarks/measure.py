@@ -65,7 +65,7 @@ class PrunerRow:
     square_rate: float
     """FLOP/s of a large square product."""
     peak_bytes: int | None
-    """Most memory on the device at any time; None on a CPU."""
+    """Most memory that the model and its pruning took on the device; None on a CPU."""
 
     @property
     def ratio(self) -> float | None:
@@ -161,10 +161,12 @@ def measure_pruner(
     }
     if plainly:
         contenders["plain"] = plain
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     seconds = best_of(contenders, budget_seconds, device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated(device) - before if cuda else None
     agreement = None
     if plainly:
         dense = geometry.model(device, dtype)

@@ -58,6 +58,14 @@ def test_a_geometry_lists_the_matrices_of_its_model(geometry: Geometry) -> None:
     assert geometry.matrices == shapes
 
 
+def test_a_geometrys_model_and_windows_are_the_same_every_time() -> None:
+    one, other = (TINY.model(CPU, torch.bfloat16) for _ in range(2))
+    assert one.dtype == torch.bfloat16
+    for left, right in zip(one.parameters(), other.parameters(), strict=True):
+        assert left.equal(right)
+    assert TINY.windows().equal(TINY.windows())
+
+
 def test_the_floor_of_llama_2_7b_is_just_under_two_forward_passes() -> None:
     """A forward pass over 128 x 2048 tokens is 2 FLOP for each of 6.48e9 weights and token, and
     attention."""
