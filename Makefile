@@ -11,7 +11,7 @@ TORCH_CPU := --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu 
 TORCH := $(shell if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; \
 	then echo "$(TORCH_CPU)"; else echo torch; fi)
 
-.PHONY: demo test check setup clean help
+.PHONY: demo test check bench setup clean help
 
 demo: $(STAMP)  ## prune the testbed model 52 ways, print the table, write the report
 	$(BIN)/python -m jobs run jobs/grids/demo.yaml --store $(STORE)
@@ -25,6 +25,9 @@ check: $(STAMP)  ## format, lint, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## time the pruners, print the tables, leave them in $(STORE)/benchmark.json
+	$(BIN)/python -m benchmarks.prune --output $(STORE)/benchmark.json
 
 setup: $(STAMP)  ## the environment in .venv
 
