@@ -145,14 +145,6 @@ def test_a_pruned_model_saved_and_loaded_gives_the_same_logits(tmp_path: Path) -
 # ----------------------------------------------------------------------------------------- errors
 
 
-<<<<<<< HEAD
-def test_a_model_without_decoder_layers_is_refused() -> None:
-    with pytest.raises(InputError, match="no list of decoder layers"):
-        decoder_layers(nn.Sequential(nn.Linear(2, 2)))
-
-
-=======
->>>>>>> walk
 def test_a_pattern_that_does_not_fit_names_the_matrix() -> None:
     with pytest.raises(InputError, match=r"'3:7'.*layers\.0.*32 inputs, no multiple of 7"):
         prune_model(model_of("llama"), None, Magnitude(), 4 / 7, (3, 7), Uniform())
@@ -178,23 +170,16 @@ def test_an_activation_that_is_not_finite_is_an_error_that_names_its_matrix() ->
 
 
 def test_a_wrong_count_of_zeros_is_an_error_that_names_the_matrix() -> None:
-<<<<<<< HEAD
     def pruned(columns: slice) -> tuple[Tensor, Tensor]:
         mask = torch.zeros(4, 8, dtype=torch.bool)
         mask[:, columns] = True
         return torch.ones(4, 8).masked_fill_(mask, 0.0), mask
 
     weight, mask = pruned(slice(3))
-=======
-    mask = torch.zeros(4, 8, dtype=torch.bool)
-    mask[:, :3] = True
-    weight = (~mask).float()
->>>>>>> walk
     with pytest.raises(SparsityError, match="up_proj: 12 weights of a matrix are pruned, not 16"):
         check("up_proj", weight, mask, 0.5, None, "matrix")
     with pytest.raises(SparsityError, match="up_proj: 3 weights of a row are pruned, not 4"):
         check("up_proj", weight, mask, 0.5, None, "row")
-<<<<<<< HEAD
     check("up_proj", weight, mask, 0.375, None, "matrix")
     weight[:, 3:5] = 0  # as the dense matrix was there, or half precision rounds
     check("up_proj", weight, mask, 0.375, None, "row")
@@ -205,16 +190,6 @@ def test_a_wrong_count_of_zeros_is_an_error_that_names_the_matrix() -> None:
     weight[1, 2] = 1
     with pytest.raises(SparsityError, match="up_proj: 1 pruned weights are not zero"):
         check("up_proj", weight, mask, 0.5, (2, 4), "row")
-=======
-    with pytest.raises(SparsityError, match="3 weights of a group of 4 are pruned, not 2"):
-        check("up_proj", weight, mask, 0.5, (2, 4), "row")
-    check("up_proj", weight, mask, 0.375, None, "row")
-    weight[0, 5] = 0.0  # the dense matrix had one more
-    check("up_proj", weight, mask, 0.375, None, "row")
-    weight[1, 0] = 1.0
-    with pytest.raises(SparsityError, match="1 pruned weights are not zero"):
-        check("up_proj", weight, mask, 0.375, None, "row")
->>>>>>> walk
 
 
 # ------------------------------------------------------------------------------------------ stage
