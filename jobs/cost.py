@@ -28,8 +28,16 @@ UTILISATION = {"pretrain": 0.3, "generate": 0.1, "score": 0.5, "prune": 0.5, "ev
 PASSES = {"pretrain": 3.0, "generate": 1.0, "score": 1.0, "evaluate": 1.0}
 """Passes of a token through the model; training's backward pass counts two."""
 
-PRUNE_PASSES = {"magnitude": 0.0, "wanda": 2.0, "sparsegpt": 4.0}
-"""Statistics and outputs of every layer; SparseGPT's Hessians and updates about double that."""
+PRUNE_PASSES = {
+    "magnitude": 0.0,
+    "wanda": 2.0,
+    "ria": 2.0,
+    "dsnot": 2.5,
+    "sparsegpt": 4.0,
+    "alps": 8.0,
+}
+"""Statistics and outputs of every layer; a Hessian and SparseGPT's updates about double that, and
+the eigenvectors and iterations of ALPS double it again."""
 
 TASK_TOKENS = 2_000_000
 """Tokens of an lm-eval task with all its questions and choices, on average."""

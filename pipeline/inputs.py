@@ -11,13 +11,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import InputError, NonFiniteError
-from pipeline.matrices import Matrix
-from pipeline.statistics import STATISTICS, RunningSum
+from pipeline.matrices import STARVED_TOKENS, Matrix
+from pipeline.statistics import STATISTICS, Statistic
 
 
 @contextlib.contextmanager
-def observed(found: Sequence[Matrix], statistics: Sequence[str]) -> Iterator[None]:
-    """Sum statistics of all inputs while it is entered; the matrices have them afterwards.
+def observed(found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> Iterator[None]:
+    """Gather statistics of all inputs, those of so many windows, while it is entered; the matrices
+    have them afterwards.
 
     Matrices that read the same tensor share them. An expert to which fewer than
     `pipeline.matrices.STARVED_TOKENS` tokens were routed gets uniform ones instead: those of an
@@ -27,7 +28,7 @@ def observed(found: Sequence[Matrix], statistics: Sequence[str]) -> Iterator[Non
         InputError: if a matrix is in none of the layer's products, or a tensor of experts in none.
         NonFiniteError: if an input is NaN or infinite.
     """
-    sums = _Sums(found, statistics)
+    sums = _Sums(found, statistics, windows)
     with _Products(found, sums.add):
         yield
     sums.hand_over()
@@ -36,10 +37,11 @@ def observed(found: Sequence[Matrix], statistics: Sequence[str]) -> Iterator[Non
 class _Sums:
     """The statistics of each matrix's input, one for all that read the same tensor."""
 
-    def __init__(self, found: Sequence[Matrix], statistics: Sequence[str]) -> None:
+    def __init__(self, found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> None:
         self._found = found
         self._statistics = statistics
-        self._sums: list[dict[str, RunningSum] | None] = [None] * len(found)
+        self._windows = windows
+        self._sums: list[dict[str, Statistic] | None] = [None] * len(found)
         self._followers: set[int] = set()
         self._inputs: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
@@ -56,9 +58,9 @@ class _Sums:
                 self._sums[place] = self._new(width, inputs.device)
                 self._inputs[id(inputs)] = weakref.ref(inputs), place
         if place not in self._followers:
-            tokens = inputs.reshape(-1, width).float()  # [tokens, in_features]
+            exact = inputs.float()
             for statistic in (self._sums[place] or {}).values():
-                statistic.update(tokens)
+                statistic.update(exact)
 
     def hand_over(self) -> None:
         """Give the matrices their statistics; raises what `observed` does."""
@@ -69,7 +71,7 @@ class _Sums:
             for name, total in matrix.statistics.items():
                 if not bool(total.isfinite().all()):
                     raise NonFiniteError(f"{matrix.name}: its input has NaN or infinite {name}")
-            if matrix.starved:
+            if matrix.is_expert and matrix.tokens < STARVED_TOKENS:
                 width = matrix.weight.shape[1]
                 if width not in uniform:
                     uniform[width] = self._uniform(width, matrix.weight.device)
@@ -84,8 +86,8 @@ class _Sums:
             if not matrix.is_expert and not matrix.tokens:
                 raise InputError("model", matrix.name, "takes no part in the forward pass")
 
-    def _new(self, width: int, device: torch.device) -> dict[str, RunningSum]:
-        return {name: STATISTICS[name](width, device) for name in self._statistics}
+    def _new(self, width: int, device: torch.device) -> dict[str, Statistic]:
+        return {name: STATISTICS[name](width, self._windows, device) for name in self._statistics}
 
     def _uniform(self, width: int, device: torch.device) -> dict[str, Tensor]:
         sums = self._new(width, device)
@@ -94,8 +96,8 @@ class _Sums:
         return _totals(sums)
 
 
-def _totals(sums: Mapping[str, RunningSum]) -> dict[str, Tensor]:
-    return {name: statistic.total for name, statistic in sums.items()}
+def _totals(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    return {name: statistic.value for name, statistic in sums.items()}
 
 
 def _form(name: str) -> str:

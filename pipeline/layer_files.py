@@ -3,13 +3,15 @@
 A matrix's mask is a tensor of bytes `[ceil(rows * columns / 8)]`: row by row, the first weight in
 the highest bit of a byte, 1 where the weight is set to zero, and 0 in the bits left over at the
 end (`numpy.packbits`). Weights are `[rows, columns]` in the model's own type. The metadata entry
-`matrices` is JSON: by name, `rows`, `columns`, and `facts`, what the pruner recorded.
+`matrices` is JSON: by name, `rows`, `columns`, and `facts`, what the pruner recorded. Where an N:M
+pattern holds in another order of the columns, `<name>.permutation` `[columns]` is that order.
 """
 
 import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,19 @@ from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.specs import canonical_json
 from pipeline.streaming import change
 
-Facts = Mapping[str, Mapping[str, float]]
-"""Matrix name to what its pruner recorded."""
-
+_PERMUTATION = ".permutation"
 _LAYER_FILE = re.compile(r"layer-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is to be known of pruned matrices besides masks and weights, by matrix name."""
+
+    facts: Mapping[str, Mapping[str, float]]
+    """What the pruner recorded."""
+
+    permutations: Mapping[str, Tensor] = field(default_factory=dict)
+    """The order of the columns `[columns]` in which a pattern holds, where it is not their own."""
 
 
 class LayerFileError(ValueError):
@@ -37,27 +48,27 @@ def layer_file(number: int) -> str:
     return f"layer-{number:05d}.safetensors"
 
 
-def write_masks(path: Path, masks: Mapping[str, Tensor], facts: Facts) -> None:
+def write_masks(path: Path, masks: Mapping[str, Tensor], record: Record) -> None:
     """Write a layer's masks, matrix name to `[rows, columns]`, True where the weight is zeroed."""
     packed = {name: torch.from_numpy(_packed(mask)) for name, mask in masks.items()}
-    save_file(packed, path, metadata=_metadata(masks, facts))
+    _save(path, packed, masks, record)
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], facts: Facts) -> None:
+def write_weights(path: Path, weights: Mapping[str, Tensor], record: Record) -> None:
     """Write a layer's pruned weights, matrix name to `[rows, columns]`."""
     copied = {name: weight.cpu().contiguous() for name, weight in weights.items()}
-    save_file(copied, path, metadata=_metadata(weights, facts))
+    _save(path, copied, weights, record)
 
 
 @torch.no_grad()
-def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Facts:
+def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Record:
     """Zero what the file's masks say, or set the matrices to its weights.
 
     Args:
         found: the matrices of the layer, dense.
 
     Returns:
-        What the pruner recorded of each.
+        What was recorded of them.
 
     Raises:
         LayerFileError: if names or shapes are not those of the layer.
@@ -65,7 +76,9 @@ def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Facts:
     with safe_open(path, framework="pt") as file:
         told = json.loads((file.metadata() or {}).get("matrices", "{}"))
         _check_names(path, set(told), {matrix.name for matrix in found})
-        _check_names(path, set(file.keys()), set(told))
+        there = set(file.keys())
+        orders = {name + _PERMUTATION for name in told} & there
+        _check_names(path, there, set(told) | orders)
         for matrix in found:
             shape = (told[matrix.name]["rows"], told[matrix.name]["columns"])
             if shape != tuple(matrix.weight.shape):
@@ -81,7 +94,10 @@ def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Facts:
                 matrix.weight.masked_fill_(mask.to(matrix.weight.device), 0.0)
             else:
                 matrix.weight.copy_(tensor)
-    return {name: entry["facts"] for name, entry in told.items()}
+        permutations = {
+            name.removesuffix(_PERMUTATION): file.get_tensor(name).long() for name in orders
+        }
+    return Record({name: entry["facts"] for name, entry in told.items()}, permutations)
 
 
 def apply_masks(model: nn.Module, folder: Path) -> None:
@@ -103,13 +119,20 @@ def _apply_to_layer(path: Path, name: str, layer: nn.Module) -> None:
     apply_layer_file(path, matrices(name, layer))
 
 
-def _metadata(layer: Mapping[str, Tensor], facts: Facts) -> dict[str, str]:
-    """One entry only, since safetensors keeps no order of several."""
+def _save(
+    path: Path, tensors: dict[str, Tensor], layer: Mapping[str, Tensor], record: Record
+) -> None:
     matrices = {
-        name: {"rows": tensor.shape[0], "columns": tensor.shape[1], "facts": facts[name]}
-        for name, tensor in layer.items()
+        name: {"rows": each.shape[0], "columns": each.shape[1], "facts": record.facts[name]}
+        for name, each in layer.items()
     }
-    return {"matrices": canonical_json(matrices).decode()}
+    orders = {
+        name + _PERMUTATION: record.permutations[name].int()
+        for name in layer
+        if name in record.permutations
+    }
+    metadata = {"matrices": canonical_json(matrices).decode()}  # one: several have no order
+    save_file(tensors | orders, path, metadata=metadata)
 
 
 def _packed(mask: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

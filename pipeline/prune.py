@@ -15,9 +15,10 @@ from pipeline.allocation import allocate
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_layers import FinishedLayers, Keep
+from pipeline.layer_files import Record
 from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.models import Artifacts, load_tokenizer, stream_model
-from pipeline.pruners import PRUNERS
+from pipeline.pruners import PRUNERS, PrunerEntry
 from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
 from pipeline.specs import (
@@ -26,7 +27,6 @@ from pipeline.specs import (
     Allocation,
     Pruner,
     PruneSpec,
-    SparseGPT,
     parse_pattern,
 )
 from pipeline.streaming import resident
@@ -41,6 +41,9 @@ class PruneReport:
     matrices: list[MatrixSparsity]
     facts: dict[str, dict[str, float]]
     """Matrix name to what its pruner recorded."""
+    permutations: Mapping[str, Tensor]
+    """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
+    that is not their own."""
     resumed_layers: int = 0
     """Decoder layers that an earlier attempt had finished."""
 
@@ -81,40 +84,50 @@ def prune_model(
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
-            matrix, or the model is of a form that cannot be pruned.
+            matrix, the pruner's options do not suit the model, or the model is of a form that
+            cannot be pruned.
+        ValueError: if the pruner's options do not go with a pattern, or without one.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         SparsityError: if a matrix is not as sparse afterwards as it should be.
     """
-    entry = PRUNERS[pruner.name]
+    pruner.check_pattern(pattern is not None)
+    entry = PRUNERS[pruner.name](pruner)
     if entry.statistics and windows is None:
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
     _check_length(model, windows)
     root, layers = decoder_layers(model)
+    paths: dict[str, str] = {}
     for number, layer in enumerate(layers):  # all of them, before any forward pass
         with resident(layer):
             for matrix in matrices(f"{root}.{number}", layer):
                 _check_matrix(matrix, pattern)
+                paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
+    options = entry.options_by_matrix(pruner, paths)
     shares = allocate(allocation, sparsity, len(layers))
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
+    permutations: dict[str, Tensor] = {}
     resumed: list[int] = []
 
     def visit(number: int, found: list[Matrix]) -> None:
         masks: dict[str, Tensor] = {}
         for matrix in found:
-            pruned = _prune_matrix(matrix, pruner, shares[number], pattern)
-            masks[matrix.name], facts[matrix.name] = pruned.mask, pruned.facts
+            pruned = _prune_matrix(matrix, entry, options[matrix.name], shares[number], pattern)
+            masks[matrix.name], facts[matrix.name] = pruned.mask, dict(pruned.facts)
             if matrix.starved:
                 facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
+            if pruned.permutation is not None:
+                permutations[matrix.name] = pruned.permutation.cpu()
             measured.append(measure(matrix.name, matrix.weight))
         if finished is not None:
-            finished.save(number, found, masks, facts)
+            finished.save(number, found, masks, Record(facts, permutations))
 
     def restore(number: int, found: list[Matrix]) -> bool:
-        told = None if finished is None else finished.restore(number, found)
-        if told is None:
+        record = None if finished is None else finished.restore(number, found)
+        if record is None:
             return False
-        facts.update({name: dict(each) for name, each in told.items()})
+        facts.update({name: dict(each) for name, each in record.facts.items()})
+        permutations.update(record.permutations)
         measured.extend(measure(matrix.name, matrix.weight) for matrix in found)
         resumed.append(number)
         return True
@@ -130,7 +143,7 @@ def prune_model(
         host_hidden_bytes,
         restore,
     )
-    return PruneReport(matrices=measured, facts=facts, resumed_layers=len(resumed))
+    return PruneReport(measured, facts, permutations, len(resumed))
 
 
 def _check_length(model: nn.Module, windows: Tensor | None) -> None:
@@ -151,23 +164,34 @@ def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
 
 
 def _prune_matrix(
-    matrix: Matrix, pruner: Pruner, sparsity: float, pattern: tuple[int, int] | None
+    matrix: Matrix,
+    entry: PrunerEntry,
+    options: Pruner,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
 ) -> Pruned:
-    entry = PRUNERS[pruner.name]
     weight = matrix.weight
     try:
         pruned = entry.prune(
-            weight.float().contiguous(), matrix.statistics, sparsity, pattern, pruner
+            weight.float().contiguous(), matrix.statistics, sparsity, pattern, options
         )
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
-        assert pruner.updates_weights, f"{pruner.name} is said to leave weights as they are"
+        assert options.updates_weights, f"{options.name} is said to leave weights as they are"
         weight.copy_(pruned.weight)
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     weight.masked_fill_(pruned.mask, 0.0)
-    check(matrix.name, weight, pruned.mask, sparsity, pattern, entry.counted_per)
+    check(
+        matrix.name,
+        weight,
+        pruned.mask,
+        sparsity,
+        pattern,
+        entry.counted_per,
+        pruned.permutation,
+    )
     return pruned
 
 
@@ -215,7 +239,7 @@ def run(
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
         "resumed_layers": report.resumed_layers,
-        **_summary(spec.pruner, report.facts),
+        **_summary(report.facts),
     }
 
 
@@ -230,21 +254,28 @@ def _table(matrices: list[MatrixSparsity]) -> pa.Table:
     return pa.table(columns)
 
 
-def _summary(pruner: Pruner, facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What a reader of the results must know: experts that saw few tokens, damping that was
     raised, columns without input."""
-    starved = {
-        name: int(told["starved_tokens"])
-        for name, told in facts.items()
-        if "starved_tokens" in told
-    }
-    summary: dict[str, Any] = {"starved_experts": starved} if starved else {}
-    if not isinstance(pruner, SparseGPT):
-        return summary
-    raised = {
-        name: {"damping": told["damping"], "raises": int(told["damping_raises"])}
-        for name, told in facts.items()
-        if told["damping_raises"]
-    }
-    dead = {name: int(told["dead_columns"]) for name, told in facts.items() if told["dead_columns"]}
-    return {**summary, "raised_damping": raised, "dead_columns": dead}
+
+    def told(fact: str) -> dict[str, float]:
+        return {name: each[fact] for name, each in facts.items() if each.get(fact)}
+
+    recorded = {fact for each in facts.values() for fact in each}
+    summary: dict[str, Any] = {}
+    if "starved_tokens" in recorded:
+        summary["starved_experts"] = {
+            name: int(each["starved_tokens"])
+            for name, each in facts.items()
+            if "starved_tokens" in each
+        }
+    if "damping_raises" in recorded:
+        summary["raised_damping"] = {
+            name: {"damping": facts[name]["damping"], "raises": int(raises)}
+            for name, raises in told("damping_raises").items()
+        }
+    if "dead_columns" in recorded:
+        summary["dead_columns"] = {
+            name: int(columns) for name, columns in told("dead_columns").items()
+        }
+    return summary

@@ -445,27 +445,47 @@ class WindowsSpec(StageSpec):
 # ---------------------------------------------------------------------------------------- pruning
 
 
-class Magnitude(Spec):
+class PrunerSpec(Spec):
+    """The options of a pruner, told apart by its name."""
+
+    calibrated: ClassVar[bool] = True
+
+    updates_weights: ClassVar[bool] = False
+    """Whether it changes the weights that it keeps; else masks say all that it does."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        """See that the options have a meaning with an N:M pattern, or without one.
+
+        Raises:
+            ValueError: if they have none.
+        """
+
+
+class Magnitude(PrunerSpec):
     """Smallest |W| over the whole matrix; takes no data."""
 
     name: Literal["magnitude"] = "magnitude"
     calibrated: ClassVar[bool] = False
-    updates_weights: ClassVar[bool] = False
 
 
-class Wanda(Spec):
+class Wanda(PrunerSpec):
     """Smallest |W| * ||X||_2 in each output row (arXiv 2306.11695)."""
 
     name: Literal["wanda"] = "wanda"
-    calibrated: ClassVar[bool] = True
-    updates_weights: ClassVar[bool] = False
+
+    variant: bool = False
+    """Remove the same share of score mass in each row instead of the same number of weights: rows
+    differ, and the matrix's sparsity is met to about 0.001 only. Unstructured."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        if self.variant and patterned:
+            raise ValueError("wanda's variant has no N:M pattern: leave one of the two out")
 
 
-class SparseGPT(Spec):
+class SparseGPT(PrunerSpec):
     """Optimal brain surgeon by column blocks, with weight updates (arXiv 2301.00774)."""
 
     name: Literal["sparsegpt"] = "sparsegpt"
-    calibrated: ClassVar[bool] = True
     updates_weights: ClassVar[bool] = True
 
     damping: float = Field(default=0.01, gt=0.0)
@@ -475,7 +495,70 @@ class SparseGPT(Spec):
     """Columns of a block, in which masks are chosen and updates are held back."""
 
 
-Pruner = Annotated[Magnitude | Wanda | SparseGPT, Field(discriminator="name")]
+class DSnoT(PrunerSpec):
+    """An initial mask, then swaps of pruned and kept weights that bring the expected error of each
+    output to zero (arXiv 2310.08915)."""
+
+    name: Literal["dsnot"] = "dsnot"
+
+    initial: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    """Whose score chooses the initial mask, in each row or group; of SparseGPT's the score alone,
+    without its updates."""
+
+    scope: Literal["attention", "all"] = "attention"
+    """Where weights are swapped; the other matrices keep the initial mask."""
+
+    max_cycles: int = Field(default=50, ge=0)
+    """Swaps of a row at the most."""
+
+    update_threshold: float = Field(default=0.1, ge=0.0)
+    """A row is left alone once its error, summed over a window's tokens, is no larger."""
+
+    variance_power: float = Field(default=1.0, ge=0.0)
+    """Power of the input's variance that divides a pruned weight's claim to come back; 0 leaves
+    variances out."""
+
+    variance: Literal["total", "pooled"] = "total"
+    """Over all tokens, or, as DSnoT's code has it, within windows only."""
+
+    same_sign: bool = False
+    """End a row before the swap that would turn its error's sign; with a pattern always so."""
+
+    keep: Literal["best", "all"] = "best"
+    """Of a row's swaps those up to its smallest error, or, as DSnoT's code has it, all."""
+
+
+class RIA(PrunerSpec):
+    """Smallest relative importance and activation over the whole matrix (Zhang et al., ICLR
+    2024)."""
+
+    name: Literal["ria"] = "ria"
+
+    activation_power: float = Field(default=0.5, ge=0.0)
+    """Power of ||X||_2."""
+
+    permutation: bool = False
+    """Let the N:M pattern hold in another order of the columns, in which more score is kept."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        if self.permutation and not patterned:
+            raise ValueError(
+                "ria's permutation serves N:M patterns: set one, or permutation: false"
+            )
+
+
+class ALPS(PrunerSpec):
+    """Best mask and weights for the layer's output by ADMM, then conjugate gradients on the mask
+    (arXiv 2406.07831)."""
+
+    name: Literal["alps"] = "alps"
+    updates_weights: ClassVar[bool] = True
+
+    damping: float = Field(default=0.01, gt=0.0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+
+Pruner = Annotated[Magnitude | Wanda | SparseGPT | DSnoT | RIA | ALPS, Field(discriminator="name")]
 
 
 class Uniform(Spec):
@@ -560,6 +643,7 @@ class PruneSpec(StageSpec):
                     f"sparsity {self.sparsity} contradicts pattern {self.pattern}: "
                     f"set it to {1 - kept / group:g}"
                 )
+        self.pruner.check_pattern(self.pattern is not None)
         if self.pruner.calibrated and self.calibration is None:
             raise ValueError(f"pruner {self.pruner.name} needs a calibration set")
         if not self.pruner.calibrated and self.calibration is not None:

@@ -80,7 +80,7 @@ def walk(
             with resident(layer, device):
                 found = matrices(f"{root}.{number}", layer)
                 if not restore(number, found):
-                    with observed(found, statistics):
+                    with observed(found, statistics, len(windows)):
                         for batch in batches:
                             batch.forward(number, layer)
                     visit(number, found)

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.specs import (
+    RIA,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -139,6 +140,9 @@ def test_shards_cover_all_samples_and_read_only_their_own_part() -> None:
         ({"sparsity": 0.6, "pruner": Magnitude(), "pattern": "2:4"}, "set it to 0.5"),
         ({"sparsity": 0.5, "pruner": Wanda()}, "needs a calibration set"),
         ({"sparsity": 0.5, "pruner": {"name": "wander"}}, "wander"),
+        ({"sparsity": 0.5, "pruner": Wanda(variant=True), "pattern": "2:4"}, "no N:M pattern"),
+        ({"sparsity": 0.5, "pruner": RIA(permutation=True)}, "serves N:M patterns"),
+        ({"sparsity": 0.5, "pruner": {"name": "dsnot", "initial": "owl"}}, "initial"),
         ({"sparsity": 0.5, "pruner": Magnitude(), "speed": 1}, "Extra inputs"),
     ],
 )
