@@ -7,14 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.layer_files import (
-    Record,
-    Records,
-    apply_layer_file,
-    layer_file,
-    write_masks,
-    write_weights,
-)
+from pipeline.layer_files import Record, apply_layer_file, layer_file, write_masks, write_weights
 from pipeline.matrices import Matrix
 
 
@@ -52,29 +45,29 @@ class FinishedLayers:
         self.checkpoint = checkpoint
         folder.mkdir(parents=True, exist_ok=True)
 
-    def restore(self, number: int, found: Sequence[Matrix]) -> dict[str, Record] | None:
+    def restore(self, number: int, found: Sequence[Matrix]) -> Record | None:
         """Bring a layer's matrices to what an earlier attempt made of them.
 
         Returns:
-            What the pruner recorded then; None if the layer is still to be pruned.
+            What was recorded of them then; None if the layer is still to be pruned.
         """
         path = self.folder / layer_file(number)
         if self.kept is None or not self.kept.restore(path):
             return None
-        records = apply_layer_file(path, found)
+        record = apply_layer_file(path, found)
         if self.checkpoint is not None:
             self.checkpoint.write_layer(number)
-        return records
+        return record
 
     def save(
-        self, number: int, found: Sequence[Matrix], masks: Mapping[str, Tensor], records: Records
+        self, number: int, found: Sequence[Matrix], masks: Mapping[str, Tensor], record: Record
     ) -> None:
         """Write a layer that has been pruned, and keep it. Weights are written only to be kept."""
         path = self.folder / layer_file(number)
         if self.masks:
-            write_masks(path, masks, records)
+            write_masks(path, masks, record)
         elif self.kept is not None:
-            write_weights(path, {matrix.name: matrix.weight for matrix in found}, records)
+            write_weights(path, {matrix.name: matrix.weight for matrix in found}, record)
         if self.kept is not None:
             self.kept.keep(path)
         if self.checkpoint is not None:

@@ -2,18 +2,17 @@
 
 A matrix's mask is a tensor of bytes `[ceil(rows * columns / 8)]`: row by row, the first weight in
 the highest bit of a byte, 1 where the weight is set to zero, and 0 in the bits left over at the
-end (`numpy.packbits`). Weights are `[rows, columns]` in the model's own type. Where a pattern holds
-in another order of a matrix's columns, `<matrix>.permutation` is that order, `[columns]` in int32.
-The metadata entry `matrices` is JSON: by name, `rows`, `columns`, and `facts`, what the pruner
-recorded.
+end (`numpy.packbits`). Weights are `[rows, columns]` in the model's own type. The metadata entry
+`matrices` is JSON: by name, `rows`, `columns`, and `facts`, what the pruner recorded. Where an N:M
+pattern holds in another order of the columns, `<name>.permutation` `[columns]` is that order.
 """
 
 import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,22 +25,18 @@ from pipeline.specs import canonical_json
 from pipeline.streaming import change
 
 _PERMUTATION = ".permutation"
-"""Ends the name of a permutation's tensor, after its matrix's."""
-
-
-class Record(NamedTuple):
-    """What a pruner recorded of a matrix."""
-
-    facts: Mapping[str, float]
-
-    permutation: Tensor | None = None
-    """The order of the columns, `[in_features]`, in which a pattern holds; None is their own."""
-
-
-Records = Mapping[str, Record]
-"""By the matrix's name."""
-
 _LAYER_FILE = re.compile(r"layer-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is to be known of pruned matrices besides masks and weights, by matrix name."""
+
+    facts: Mapping[str, Mapping[str, float]]
+    """What the pruner recorded."""
+
+    permutations: Mapping[str, Tensor] = field(default_factory=dict)
+    """The order of the columns `[columns]` in which a pattern holds, where it is not their own."""
 
 
 class LayerFileError(ValueError):
@@ -53,27 +48,27 @@ def layer_file(number: int) -> str:
     return f"layer-{number:05d}.safetensors"
 
 
-def write_masks(path: Path, masks: Mapping[str, Tensor], records: Records) -> None:
+def write_masks(path: Path, masks: Mapping[str, Tensor], record: Record) -> None:
     """Write a layer's masks, matrix name to `[rows, columns]`, True where the weight is zeroed."""
     packed = {name: torch.from_numpy(_packed(mask)) for name, mask in masks.items()}
-    _save(path, packed, _metadata(masks, records), records)
+    _save(path, packed, masks, record)
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], records: Records) -> None:
+def write_weights(path: Path, weights: Mapping[str, Tensor], record: Record) -> None:
     """Write a layer's pruned weights, matrix name to `[rows, columns]`."""
     copied = {name: weight.cpu().contiguous() for name, weight in weights.items()}
-    _save(path, copied, _metadata(weights, records), records)
+    _save(path, copied, weights, record)
 
 
 @torch.no_grad()
-def apply_layer_file(path: Path, found: Sequence[Matrix]) -> dict[str, Record]:
+def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Record:
     """Zero what the file's masks say, or set the matrices to its weights.
 
     Args:
         found: the matrices of the layer, dense.
 
     Returns:
-        What the pruner recorded of each.
+        What was recorded of them.
 
     Raises:
         LayerFileError: if names or shapes are not those of the layer.
@@ -81,8 +76,9 @@ def apply_layer_file(path: Path, found: Sequence[Matrix]) -> dict[str, Record]:
     with safe_open(path, framework="pt") as file:
         told = json.loads((file.metadata() or {}).get("matrices", "{}"))
         _check_names(path, set(told), {matrix.name for matrix in found})
-        names = {name for name in file.keys() if not name.endswith(_PERMUTATION)}  # noqa: SIM118
-        _check_names(path, names, set(told))
+        there = set(file.keys())
+        orders = {name + _PERMUTATION for name in told} & there
+        _check_names(path, there, set(told) | orders)
         for matrix in found:
             shape = (told[matrix.name]["rows"], told[matrix.name]["columns"])
             if shape != tuple(matrix.weight.shape):
@@ -98,14 +94,10 @@ def apply_layer_file(path: Path, found: Sequence[Matrix]) -> dict[str, Record]:
                 matrix.weight.masked_fill_(mask.to(matrix.weight.device), 0.0)
             else:
                 matrix.weight.copy_(tensor)
-        permuted = set(file.keys()) - names
-        return {
-            name: Record(
-                entry["facts"],
-                file.get_tensor(name + _PERMUTATION) if name + _PERMUTATION in permuted else None,
-            )
-            for name, entry in told.items()
+        permutations = {
+            name.removesuffix(_PERMUTATION): file.get_tensor(name).long() for name in orders
         }
+    return Record({name: entry["facts"] for name, entry in told.items()}, permutations)
 
 
 def apply_masks(model: nn.Module, folder: Path) -> None:
@@ -128,23 +120,19 @@ def _apply_to_layer(path: Path, name: str, layer: nn.Module) -> None:
 
 
 def _save(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], records: Records
+    path: Path, tensors: dict[str, Tensor], layer: Mapping[str, Tensor], record: Record
 ) -> None:
-    permutations = {
-        name + _PERMUTATION: permutation.cpu().to(torch.int32)
-        for name in tensors
-        if (permutation := records[name].permutation) is not None
-    }
-    save_file({**tensors, **permutations}, path, metadata=metadata)
-
-
-def _metadata(layer: Mapping[str, Tensor], records: Records) -> dict[str, str]:
-    """One entry only, since safetensors keeps no order of several."""
     matrices = {
-        name: {"rows": tensor.shape[0], "columns": tensor.shape[1], "facts": records[name].facts}
-        for name, tensor in layer.items()
+        name: {"rows": each.shape[0], "columns": each.shape[1], "facts": record.facts[name]}
+        for name, each in layer.items()
     }
-    return {"matrices": canonical_json(matrices).decode()}
+    orders = {
+        name + _PERMUTATION: record.permutations[name].int()
+        for name in layer
+        if name in record.permutations
+    }
+    metadata = {"matrices": canonical_json(matrices).decode()}  # one: several have no order
+    save_file(tensors | orders, path, metadata=metadata)
 
 
 def _packed(mask: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -48,7 +48,7 @@ class PruneReport:
     """What each decoder layer was pruned to."""
     layers: dict[str, int]
     """Matrix name to the number of its decoder layer."""
-    permutations: dict[str, Tensor]
+    permutations: Mapping[str, Tensor]
     """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
     that is not their own."""
     resumed_layers: int = 0
@@ -115,8 +115,9 @@ def prune_model(
     options = entry.options_by_matrix(pruner, paths)
     allocated = allocate(allocation, sparsity, pattern, layer_sizes(model), outlier_ratios)
     measured: list[MatrixSparsity] = []
-    records: dict[str, Record] = {}
+    facts: dict[str, dict[str, float]] = {}
     numbers: dict[str, int] = {}
+    permutations: dict[str, Tensor] = {}
     resumed: list[int] = []
 
     def measure_matrix(number: int, matrix: Matrix) -> None:
@@ -127,20 +128,21 @@ def prune_model(
         masks: dict[str, Tensor] = {}
         for matrix in found:
             pruned = _prune_matrix(matrix, entry, options[matrix.name], allocated.layers[number])
-            masks[matrix.name] = pruned.mask
-            facts = dict(pruned.facts)
+            masks[matrix.name], facts[matrix.name] = pruned.mask, dict(pruned.facts)
             if matrix.starved:
-                facts["starved_tokens"] = float(matrix.tokens)
-            records[matrix.name] = Record(facts, pruned.permutation)
+                facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
+            if pruned.permutation is not None:
+                permutations[matrix.name] = pruned.permutation.cpu()
             measure_matrix(number, matrix)
         if finished is not None:
-            finished.save(number, found, masks, records)
+            finished.save(number, found, masks, Record(facts, permutations))
 
     def restore(number: int, found: list[Matrix]) -> bool:
-        told = None if finished is None else finished.restore(number, found)
-        if told is None:
+        record = None if finished is None else finished.restore(number, found)
+        if record is None:
             return False
-        records.update(told)
+        facts.update({name: dict(each) for name, each in record.facts.items()})
+        permutations.update(record.permutations)
         for matrix in found:
             measure_matrix(number, matrix)
         resumed.append(number)
@@ -157,18 +159,7 @@ def prune_model(
         host_hidden_bytes,
         restore,
     )
-    return PruneReport(
-        matrices=measured,
-        facts={name: dict(record.facts) for name, record in records.items()},
-        allocated=allocated,
-        layers=numbers,
-        permutations={
-            name: record.permutation
-            for name, record in records.items()
-            if record.permutation is not None
-        },
-        resumed_layers=len(resumed),
-    )
+    return PruneReport(measured, facts, allocated, numbers, permutations, len(resumed))
 
 
 def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
@@ -250,7 +241,7 @@ def run(
         checkpoint.finish()
         tokenizer.save_pretrained(output / "model")
         if report.permutations:
-            save_file(report.permutations, output / "permutations.safetensors")
+            save_file(dict(report.permutations), output / "permutations.safetensors")
     shutil.rmtree(scratch, ignore_errors=True)
     pq.write_table(_table(report), output / "sparsity.parquet")
     return {

@@ -455,6 +455,9 @@ class PrunerSpec(Spec):
     updates_weights: ClassVar[bool] = False
     """Whether weights that are kept change too."""
 
+    updates_weights: ClassVar[bool] = False
+    """Whether it changes the weights that it keeps; else masks say all that it does."""
+
     def check_pattern(self, patterned: bool) -> None:
         """See that the options have a meaning with an N:M pattern, or without one.
 

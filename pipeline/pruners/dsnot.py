@@ -132,6 +132,9 @@ def _relative(variances: Tensor, power: float) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- swaps
 
+_BEHIND = 1e37
+"""Beyond all keys, and far from float32's largest number."""
+
 _Leaving = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From the sign of each row's error (0 positive, 1 negative), how many swaps it has had with that
 sign, and the column that comes back, to the column that goes, -1 if there is none; all `[rows]`."""
@@ -150,10 +153,12 @@ def _both_signs(keys: Tensor, signs: Tensor, candidates: Tensor, count: int) -> 
 
 def _ordered(keys: Tensor, candidates: Tensor, count: int) -> Tensor:
     count = min(count, keys.shape[1])
-    keys = keys.masked_fill(~candidates, torch.inf)
+    # all others stand behind, each with a key of its own: to choose among equal ones takes longer
+    behind = _BEHIND * (1 + 1e-6 * torch.arange(keys.shape[1], device=keys.device))
+    keys = torch.where(candidates, keys, behind)
     columns = smallest_in_rows(keys, count).nonzero()[:, 1].view(-1, count)
     values, order = keys.gather(1, columns).sort(dim=1, stable=True)
-    columns = columns.gather(1, order).masked_fill_(values.isinf(), -1)
+    columns = columns.gather(1, order).masked_fill_(values >= _BEHIND, -1)
     return torch.nn.functional.pad(columns, (0, 1), value=-1)
 
 

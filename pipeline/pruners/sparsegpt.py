@@ -46,6 +46,7 @@ def prune_by_sparsegpt(
     dead = statistics["hessian"].diagonal() == 0
     upper, facts = inverse_factor(statistics["hessian"], dead, options.damping)
     scale = upper.diagonal().square()
+    diagonal = upper.diagonal().tolist()
 
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # [columns, rows]
     mask = torch.zeros_like(remaining, dtype=torch.bool)
@@ -61,13 +62,16 @@ def prune_by_sparsegpt(
             scores = sparsegpt_scores(block.T, scale[start:end], dead[start:end])
             mask[start:end] = smallest(scores, wanted).T
             chosen += wanted
-        for place, column in enumerate(range(start, end)):
-            if pattern is not None and column % group == 0:
-                part = slice(column, column + group)
+        factor = upper[start:end, start:end]
+        # views are taken once: on small matrices they would cost more than the arithmetic
+        taken = zip(block, mask[start:end], errors, factor, diagonal[start:end], strict=True)
+        for place, (column, masked, lost, later, pivot) in enumerate(taken):
+            if pattern is not None and place % group == 0:
+                part = slice(start + place, start + place + group)
                 scores = sparsegpt_scores(remaining[part].T, scale[part], dead[part])
                 mask[part] = smallest_in_groups(scores, *pattern).T
-            errors[place] = block[place] * mask[column] / upper[column, column]
-            block[place + 1 :].addr_(upper[column, column + 1 : end], errors[place], alpha=-1)
+            torch.mul(column, masked, out=lost).div_(pivot)
+            block[place + 1 :].addr_(later[place + 1 :], lost, alpha=-1)
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     mask = mask.T.contiguous()
     updated = remaining.T.contiguous().masked_fill_(mask, 0.0)

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
+from pipeline.finished_layers import FinishedLayers
 from pipeline.layer_files import LayerFileError, Record, apply_masks, layer_file, write_masks
 from pipeline.models import load_model, load_tokenizer
 from pipeline.prune import prune_model, run
 from pipeline.specs import (
+    RIA,
+    DSnoT,
     Dtype,
     FileCorpus,
     LocalModel,
@@ -113,7 +116,9 @@ def assert_same_bits(one: nn.Module, two: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("pruner", [Magnitude(), Wanda()], ids=lambda pruner: pruner.name)
+@pytest.mark.parametrize(
+    "pruner", [Magnitude(), Wanda(), DSnoT(scope="all")], ids=lambda pruner: pruner.name
+)
 def test_masks_give_back_the_pruned_model_bit_for_bit(
     dense: Dense, tmp_path: Path, dtype: Dtype, pruner: Pruner
 ) -> None:
@@ -191,9 +196,49 @@ def test_a_mask_takes_one_bit_a_weight(dense: Dense, tmp_path: Path) -> None:
         assert header < 7 * 256
 
 
+def test_the_order_in_which_a_pattern_holds_is_stored_with_the_masks(
+    dense: Dense, tmp_path: Path
+) -> None:
+    pruner = RIA(permutation=True)
+    spec = dense.spec(dense.model(), pruner, sparsity=0.5, pattern="2:4")
+    artifacts = dense.run(spec, {}, tmp_path)
+    direct = load_model(dense.model(), {})
+    report = prune_model(direct, dense.windows(), pruner, 0.5, (2, 4), Uniform())
+    assert_same_bits(direct, load_model(spec, artifacts))
+    assert len(report.permutations) > 0
+    stored = {
+        name: tensor
+        for number in range(2)
+        for name, tensor in load_file(artifacts[spec.key] / "masks" / layer_file(number)).items()
+        if name.endswith(".permutation")
+    }
+    assert stored.keys() == {f"{name}.permutation" for name in report.permutations}
+    for name, order in report.permutations.items():
+        assert torch.equal(stored[f"{name}.permutation"].long(), order)
+    again = load_model(dense.model(), {})
+    kept = FinishedLayers(artifacts[spec.key] / "masks", masks=True, keep=InPlace())
+    resumed = prune_model(again, dense.windows(), pruner, 0.5, (2, 4), Uniform(), finished=kept)
+    assert resumed.resumed_layers == 2
+    assert resumed.matrices == report.matrices
+    assert resumed.facts == report.facts
+    assert resumed.permutations.keys() == report.permutations.keys()
+    for name, order in report.permutations.items():
+        assert torch.equal(resumed.permutations[name], order)
+
+
+class InPlace:
+    """Takes the files that are there for those that an earlier attempt has kept."""
+
+    def keep(self, path: Path) -> None:
+        raise AssertionError(f"{path.name} is kept again")
+
+    def restore(self, path: Path) -> bool:
+        return path.is_file()
+
+
 def test_bits_are_packed_row_by_row_from_the_highest(tmp_path: Path) -> None:
     mask = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
-    write_masks(tmp_path / "file", {"odd": mask}, {"odd": Record({"damping": 0.5})})
+    write_masks(tmp_path / "file", {"odd": mask}, Record({"odd": {"damping": 0.5}}))
     assert load_file(tmp_path / "file")["odd"].tolist() == [0b10000001, 0b11000000]
     with safe_open(tmp_path / "file", framework="pt") as file:
         assert file.metadata() == {
@@ -205,7 +250,7 @@ def _spoil_shape(folder: Path) -> str:
     mask = torch.zeros(2, 2, dtype=torch.bool)
     layer = _masks(folder)
     layer["model.layers.1.mlp.up_proj"] = mask
-    write_masks(folder / layer_file(1), layer, {name: Record({}) for name in layer})
+    write_masks(folder / layer_file(1), layer, Record({name: {} for name in layer}))
     return r"up_proj is 2 x 2 here, and 36 x 32 in the model"
 
 
@@ -213,20 +258,20 @@ def _spoil_turned(folder: Path) -> str:
     layer = _masks(folder)
     name = "model.layers.1.mlp.up_proj"
     layer[name] = layer[name].T
-    write_masks(folder / layer_file(1), layer, {name: Record({}) for name in layer})
+    write_masks(folder / layer_file(1), layer, Record({name: {} for name in layer}))
     return r"up_proj is 32 x 36 here, and 36 x 32 in the model"
 
 
 def _spoil_names(folder: Path) -> str:
     layer = _masks(folder)
     del layer["model.layers.1.mlp.up_proj"]
-    write_masks(folder / layer_file(1), layer, {name: Record({}) for name in layer})
+    write_masks(folder / layer_file(1), layer, Record({name: {} for name in layer}))
     return r"layer-00001.*lacks model\.layers\.1\.mlp\.up_proj \(1 in all\)"
 
 
 def _spoil_more(folder: Path) -> str:
     layer = {**_masks(folder), "model.layers.1.mlp.extra": torch.zeros(2, 2, dtype=torch.bool)}
-    write_masks(folder / layer_file(1), layer, {name: Record({}) for name in layer})
+    write_masks(folder / layer_file(1), layer, Record({name: {} for name in layer}))
     return r"has too much: model\.layers\.1\.mlp\.extra"
 
 
