@@ -1,6 +1,5 @@
 """Where hidden states live: on the device, in host memory or in files, as two budgets say."""
 
-import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,29 +49,32 @@ class Shelf:
 
     def keep(self, value: Tensor) -> Kept:
         """A copy of a tensor, contiguous wherever it lives: strides can move the last bit of what
-        is computed from it."""
-        kept = Kept(self._empty(value.shape, value.dtype), self.device)
-        kept.write(value)
-        return kept
+        is computed from it.
 
-    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        size = shape.numel() * dtype.itemsize
+        Raises:
+            OSError: if the disk is full.
+        """
+        size = value.numel() * value.dtype.itemsize
         if size <= self._left_on_device:
             self._left_on_device -= size
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        if size <= self._left_on_host:
+            kept = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            kept.copy_(value)
+        elif size <= self._left_on_host:
             self._left_on_host -= size
-            return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return torch.from_file(
-            str(self._new_file(size)), shared=True, size=shape.numel(), dtype=dtype
-        ).view(shape)
+            pinned = self.device.type == "cuda"
+            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+            kept.copy_(value)
+        else:
+            kept = self._mapped(value)
+        return Kept(kept, self.device)
 
-    def _new_file(self, size: int) -> Path:
+    def _mapped(self, value: Tensor) -> Tensor:
         if self._folder is None:
             folder = tempfile.TemporaryDirectory(prefix="calprune-")
             self._folder = Path(self._exit.enter_context(folder))
         path = self._folder / str(self._files)
         self._files += 1
-        with path.open("wb") as file:  # a full disk is an error here, and a crash when mapped
-            os.posix_fallocate(file.fileno(), 0, size)
-        return path
+        flat = value.cpu().reshape(-1)
+        flat.view(torch.uint8).numpy().tofile(path)
+        mapped = torch.from_file(str(path), shared=True, size=len(flat), dtype=value.dtype)
+        return mapped.view(value.shape)

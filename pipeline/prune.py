@@ -1,4 +1,4 @@
-"""Prune every linear layer inside a model's decoder layers."""
+"""Prune every matrix of attention and MLP in a model's decoder layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

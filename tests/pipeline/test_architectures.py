@@ -5,15 +5,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.matrices import STARVED_TOKENS, Matrix, decoder_layers, matrices
-from pipeline.prune import prune_model
-from pipeline.specs import Magnitude, SparseGPT, Uniform, Wanda
+from pipeline.prune import prune_model, run
+from pipeline.specs import (
+    FileCorpus,
+    LocalModel,
+    Magnitude,
+    PruneSpec,
+    SparseGPT,
+    Uniform,
+    Wanda,
+    WindowsSpec,
+)
 from pipeline.walk import walk
 
 SMALL: dict[str, Any] = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2}
@@ -377,3 +390,28 @@ def test_patterns_hold_along_the_inputs_of_matrices_that_are_stored_transposed(n
     for weight in to_be_pruned(model).values():
         groups = (weight != 0).unflatten(-1, (-1, 4)).sum(-1)
         assert set(groups.flatten().tolist()) == {2}
+
+
+def test_the_stage_reports_starved_experts_with_their_tokens(tmp_path: Path) -> None:
+    source, data, output = (tmp_path / name for name in ("dense", "windows", "output"))
+    for folder in (data, output):
+        folder.mkdir()
+    model = model_of("gpt-oss")
+    starve(model, layer=1, expert=2)
+    model.save_pretrained(source)
+    vocabulary = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(source)
+    ids = pa.array(windows().tolist(), pa.list_(pa.int32()))
+    pq.write_table(pa.table({"token_ids": ids}), data / "windows.parquet")
+    dense = LocalModel(path=str(source), dtype="float32")
+    calibration = WindowsSpec(source=FileCorpus(path="unread"), model=dense)
+    spec = PruneSpec(model=dense, pruner=Wanda(), sparsity=0.5, calibration=calibration)
+    report = run(spec, {calibration.key: data}, output)
+    experts = "model.layers.1.mlp.experts"
+    starved = report["starved_experts"]
+    assert {name: count for name, count in starved.items() if name.startswith(experts)} == {
+        f"{experts}.gate_up_proj.2": 0,
+        f"{experts}.down_proj.2": 0,
+    }
+    assert report["sparsity"] == 0.5
+    assert report["matrices"] == 3 * (4 + 4 * 2)
