@@ -453,9 +453,6 @@ class PrunerSpec(Spec):
     """Whether it takes data."""
 
     updates_weights: ClassVar[bool] = False
-    """Whether weights that are kept change too."""
-
-    updates_weights: ClassVar[bool] = False
     """Whether it changes the weights that it keeps; else masks say all that it does."""
 
     def check_pattern(self, patterned: bool) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jobs.cost import PRUNE_PASSES
 from pipeline.pruners import PRUNERS
 from pipeline.pruners.pruned import Pruned
 from pipeline.specs import ALPS, Magnitude, Pruner, SparseGPT, Wanda
@@ -60,9 +61,10 @@ PATTERNED = pytest.mark.parametrize(
 )
 
 
-def test_there_is_a_pruner_for_every_spec() -> None:
+def test_there_are_a_pruner_and_an_estimate_for_every_spec() -> None:
     assert list(PRUNERS) == [kind().name for kind in CLASSES]
     assert len(VARIANTS) > len(CLASSES) + 5
+    assert set(PRUNE_PASSES) == set(PRUNERS)
 
 
 def correlated(tokens: int, columns: int, seed: int) -> Tensor:
