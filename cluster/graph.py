@@ -16,8 +16,10 @@ class Resources:
     """GPUs; a fraction shares one."""
     memory_bytes: int | None = None
     """Host memory that is kept free for it."""
-    replicas: int | None = None
-    """Actors of a pooled stage; None takes as many as the cluster has room for."""
+    min_replicas: int = 1
+    """Actors of a pooled stage that are started at once, and kept while there is work for any."""
+    max_replicas: int | None = None
+    """Actors of a pooled stage at the most; None takes as many as the cluster has room for."""
     retries: int = 2
     """How often a stage is tried again after its worker or node was lost."""
 
@@ -38,7 +40,8 @@ class Stage:
     """Keys of the stages that it reads."""
     resources: Resources = field(default_factory=Resources)
     pool: str | None = None
-    """Stages of one pool run on the same actors, which keep their model loaded."""
+    """Stages of one pool run on the same actors, which keep their model loaded. An actor holds all
+    its GPUs on one node."""
 
 
 Graph = Mapping[str, Stage]

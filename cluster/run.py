@@ -4,14 +4,14 @@ import logging
 import platform
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.graph import Graph, Stage, descendants, needed
 from cluster.memory import PeakMemory
@@ -26,6 +26,10 @@ MIN_IN_FLIGHT = 64
 """Stages handed to Ray at one time, at the least, so that an autoscaler sees work waiting."""
 
 _TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class WorkerLostError(RuntimeError):
+    """Raised by `execute` where its process can make no further stage, as with a dead engine."""
 
 
 class Execute(Protocol):
@@ -92,34 +96,55 @@ class _Run:
         self.maker = ray.put((execute, store.url, dict(versions)))
         self.pools: dict[str, _Pool] = {}
         self.remakes: Counter[str] = Counter()
+        self.losses: Counter[str] = Counter()
         self.progress = Progress()
         self.present = store.keys() & graph.keys()
         self.waiting = dict.fromkeys(needed(graph, targets, self.present))
+        self._sort_waiting()
         self.in_flight: dict[ray.ObjectRef, str] = {}
         self.bound = workers or max(MIN_IN_FLIGHT, 4 * int(ray.cluster_resources().get("CPU", 1)))
+
+    def _sort_waiting(self) -> None:
+        """Find what is ready among the waiting, and how many inputs each of the others lacks."""
+        self.ready: dict[str | None, dict[str, None]] = defaultdict(dict)
+        self.lacking: dict[str, int] = {}
+        self.readers: dict[str, list[str]] = defaultdict(list)
+        for key in self.waiting:
+            missing = set(self.graph[key].inputs) - self.present
+            self.lacking[key] = len(missing)
+            for name in missing:
+                self.readers[name].append(key)
+            if not missing:
+                self.ready[self.graph[key].pool][key] = None
 
     def to_the_end(self) -> Progress:
         while self.waiting or self.in_flight:
             self._submit_ready()
-            self._release_idle_pools()
-            assert self.in_flight, "stages wait for inputs that nobody makes"
-            done, _ = ray.wait(list(self.in_flight), num_returns=1)
+            self._release_idle_replicas()
+            joining = {
+                reference: pool for pool in self.pools.values() for reference in pool.joining
+            }
+            assert self.in_flight or joining, "stages wait for inputs that nobody makes"
+            done, _ = ray.wait([*self.in_flight, *joining], num_returns=1)
             for reference in done:
-                self._receive(reference)
+                if reference in self.in_flight:
+                    self._receive(reference)
+                else:
+                    self._admit(joining[reference], reference)
         for pool in self.pools.values():
             pool.release()
         return self.progress
 
     def _submit_ready(self) -> None:
-        for key in list(self.waiting):
-            if len(self.in_flight) >= self.bound:
-                return
-            stage = self.graph[key]
-            if self.present.issuperset(stage.inputs):
-                reference = self._submit(stage)
-                if reference is not None:
-                    del self.waiting[key]
-                    self.in_flight[reference] = key
+        for name, keys in self.ready.items():
+            for key in list(keys)[: self.bound - len(self.in_flight)]:
+                reference = self._submit(self.graph[key])
+                if reference is None:
+                    break
+                del keys[key], self.waiting[key]
+                self.in_flight[reference] = key
+            if name is not None and keys:
+                self.pools[name].grow(len(keys))
 
     def _submit(self, stage: Stage) -> ray.ObjectRef | None:
         if stage.pool is None:
@@ -130,30 +155,60 @@ class _Run:
             self.pools[stage.pool] = _Pool(stage, self.workers)
         return self.pools[stage.pool].submit(stage, self.maker)
 
-    def _release_idle_pools(self) -> None:
-        """Free the nodes of pools that nothing is ready for: others may be waiting for them."""
+    def _release_idle_replicas(self) -> None:
+        """Free what nothing is ready for: other stages may be waiting for its place."""
         for name, pool in list(self.pools.items()):
-            ready = any(
-                self.graph[key].pool == name and self.present.issuperset(self.graph[key].inputs)
-                for key in self.waiting
-            )
-            if not pool.busy and not ready:
-                self.pools.pop(name).release()
+            if not self.ready[name]:
+                pool.shrink()
+            if not pool.size:
+                del self.pools[name]
+
+    def _admit(self, pool: "_Pool", reference: ray.ObjectRef) -> None:
+        """Take up a replica that has started, or learn that it died before."""
+        try:
+            pool.admit(reference)
+        except RayError as error:
+            first = next(iter(self.ready[pool.name]), None)
+            if first is not None and not self._tried_again(self.graph[first], error):
+                del self.ready[pool.name][first], self.waiting[first]
+                self._fail(self.graph[first], error, error)
+
+    def _tried_again(self, stage: Stage, error: BaseException) -> bool:
+        """Whether a stage whose replica was lost has a try left."""
+        self.losses[stage.key] += 1
+        if self.losses[stage.key] > stage.resources.retries:
+            return False
+        reason = str(error).strip().splitlines()[-1]
+        logger.warning("%s: a replica was lost: %s; it is tried again", stage.label, reason)
+        return True
 
     def _receive(self, reference: ray.ObjectRef) -> None:
         key = self.in_flight.pop(reference)
         stage = self.graph[key]
-        if stage.pool is not None:
-            self.pools[stage.pool].free(reference)
+        pool = None if stage.pool is None else self.pools[stage.pool]
         try:
             manifest: Manifest = ray.get(reference)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
+            if pool is not None and isinstance(cause, RayActorError | WorkerLostError):
+                pool.drop(reference)
+                if self._tried_again(stage, cause):
+                    self.waiting[key] = None
+                    self.ready[stage.pool] = {key: None, **self.ready[stage.pool]}
+                    return
+            elif pool is not None:
+                pool.free(reference)
             if isinstance(cause, CorruptArtifactError) and self._remake(cause, key):
                 return
             self._fail(stage, error, cause)
             return
+        if pool is not None:
+            pool.free(reference)
         self.present.add(key)
+        for reader in self.readers.pop(key, ()):
+            self.lacking[reader] -= 1
+            if not self.lacking[reader] and reader in self.waiting:
+                self.ready[self.graph[reader].pool][reader] = None
         self.progress.made[key] = manifest
         self.observe(stage, manifest)
 
@@ -169,6 +224,7 @@ class _Run:
             self.present.discard(damage.key)
             again = needed(self.graph, [damage.key], self.present)
         self.waiting = dict.fromkeys([*again, reader, *self.waiting])
+        self._sort_waiting()
         return True
 
     def _fail(self, stage: Stage, error: RayError, cause: BaseException) -> None:
@@ -182,28 +238,45 @@ class _Run:
         self.progress.failed[stage.key] = failure
         for key in descendants(self.graph, stage.key) & self.waiting.keys():
             del self.waiting[key]
+            self.ready[self.graph[key].pool].pop(key, None)
             self.progress.blocked[key] = stage.key
         self.observe(stage, failure)
 
 
 class _Pool:
-    """Actors that make the stages of one pool, one at a time each."""
+    """Actors that make the stages of one pool, one at a time each; they join and leave.
+
+    A stage is given to actors that have started only: one that waits for room on the cluster holds
+    nothing up. An actor that is lost is replaced, wherever there is room, as long as there is work.
+    """
 
     def __init__(self, first: Stage, workers: int | None) -> None:
-        count = first.resources.replicas or _room_for(first)
-        count = min(count, workers) if workers else count
-        retries = first.resources.retries
-        self.idle = [
-            _remote_replica.options(
-                **_options(first), max_restarts=retries, max_task_retries=retries
-            ).remote()
-            for _ in range(max(1, count))
-        ]
+        assert first.pool is not None
+        self.name = first.pool
+        self.first = first
+        self.workers = workers
+        self.idle: list[Any] = []
         self.serving: dict[ray.ObjectRef, Any] = {}
+        self.joining: dict[ray.ObjectRef, Any] = {}
 
     @property
-    def busy(self) -> bool:
-        return bool(self.serving)
+    def size(self) -> int:
+        return len(self.idle) + len(self.serving) + len(self.joining)
+
+    def grow(self, ready: int) -> None:
+        """Start actors for so many stages that no actor was there for, within the bounds."""
+        resources = self.first.resources
+        most = resources.max_replicas or _room_for(self.first)
+        wanted = max(resources.min_replicas, min(most, len(self.serving) + ready))
+        while self.size < min(wanted, self.workers or wanted):
+            actor = _remote_replica.options(**_options(self.first)).remote()
+            self.joining[actor.start.remote()] = actor
+
+    def admit(self, reference: ray.ObjectRef) -> None:
+        """Count in an actor that has started."""
+        actor = self.joining.pop(reference)
+        ray.get(reference)
+        self.idle.append(actor)
 
     def submit(self, stage: Stage, maker: ray.ObjectRef) -> ray.ObjectRef | None:
         """Hand the stage to an idle actor; None if there is none."""
@@ -217,8 +290,20 @@ class _Pool:
     def free(self, reference: ray.ObjectRef) -> None:
         self.idle.append(self.serving.pop(reference))
 
+    def drop(self, reference: ray.ObjectRef) -> None:
+        """End an actor whose process is lost, or as good as lost."""
+        ray.kill(self.serving.pop(reference))
+
+    def shrink(self) -> None:
+        """End what has no work, beyond the minimum while others are at work."""
+        while self.joining:
+            ray.kill(self.joining.popitem()[1])
+        kept = self.first.resources.min_replicas if self.serving else 0
+        while self.idle and self.size > kept:
+            ray.kill(self.idle.pop())
+
     def release(self) -> None:
-        for actor in (*self.idle, *self.serving.values()):
+        for actor in (*self.idle, *self.serving.values(), *self.joining.values()):
             ray.kill(actor)
 
 
@@ -260,6 +345,9 @@ def _make_artifact(stage: Stage, maker: tuple[Execute, str, dict[str, str]]) -> 
 
 class Replica:
     """An actor that makes one stage after another, and keeps what its process has loaded."""
+
+    def start(self) -> None:
+        """Answer, once the process is there."""
 
     def make(self, stage: Stage, maker: tuple[Execute, str, dict[str, str]]) -> Manifest:
         """Make one stage."""

@@ -5,12 +5,17 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 import ray
 
 from cluster.graph import Resources
 
 logger = logging.getLogger(__name__)
+
+
+KEEP_DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+"""Where this is 0, Ray leaves CUDA_VISIBLE_DEVICES as it is for stages that ask for no GPU."""
 
 
 class ResourceError(RuntimeError):
@@ -27,13 +32,18 @@ def session(address: str | None, code: Iterable[ModuleType] = ()) -> Iterator[No
         code: packages that workers of a named cluster need; inside a submitted job they come
             with its working directory.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     submitted = "RAY_ADDRESS" in os.environ
-    runtime_env = {"py_modules": list(code)} if address and not submitted else None
+    runtime_env: dict[str, Any] = {}
+    if address and not submitted:
+        runtime_env["py_modules"] = list(code)
+    if KEEP_DEVICES not in os.environ:  # else the workers have it from the job or the nodes
+        os.environ[KEEP_DEVICES] = "0"
+        if address or submitted:
+            runtime_env["env_vars"] = {KEEP_DEVICES: "0"}
     ray.init(
         # Unless told so, never a cluster that `ray start` left running here for other work.
         address=address or (None if submitted else "local"),
-        runtime_env=runtime_env,
+        runtime_env=runtime_env or None,
         include_dashboard=None if address or submitted else False,
         log_to_driver=False,
         logging_level=logging.ERROR,

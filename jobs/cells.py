@@ -113,9 +113,16 @@ def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
         sparsity=cell.sparsity,
         pattern=cell.pattern,
         allocation=allocation,
-        calibration=_windows_spec(grid, cell) if calibrated else None,
+        calibration=_calibration_set(grid, cell) if calibrated else None,
         checkpoint=grid.checkpoints and not cell.pruner.updates_weights,
     )
+
+
+def _calibration_set(grid: Grid, cell: Cell) -> WindowsSpec:
+    try:
+        return _windows_spec(grid, cell)
+    except ValidationError as error:
+        raise explained(error, ("calibrations", cell.calibration)) from error
 
 
 def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
@@ -143,6 +150,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             repetition_penalty=calibration.repetition_penalty,
             seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
             shard_size=calibration.shard_size,
+            backend=calibration.backend,
         )
         source = FilterSpec(
             scores=ScoreSpec(

@@ -1,9 +1,11 @@
 """Every mistake in a grid, found before any stage starts."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jobs.grid import StageResources
 from jobs.plan import Plan
 from pipeline.allocation import allocate
 from pipeline.corpora import check_corpus
@@ -18,6 +20,7 @@ from pipeline.specs import (
     PruneSpec,
     StageSpec,
     Uniform,
+    Vllm,
     WindowsSpec,
     parse_pattern,
 )
@@ -44,6 +47,9 @@ def check(plan: Plan) -> list[str]:
         for model, seqlen in _lengths(spec):
             name = names[_identity(_dense(model))]
             _check_length(name, configs[name], seqlen)
+        if isinstance(spec, GenerateSpec) and isinstance(spec.backend, Vllm):
+            name = names[_identity(_dense(spec.model))]
+            _check_vllm(plan, name, configs[name], spec.backend)
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
             name = names[_identity(_dense(spec.model))]
             _check_pattern(name, configs[name], spec.pattern)
@@ -124,6 +130,36 @@ def _check_pattern(name: str, config: Any, pattern: str) -> None:
                 pattern,
                 f"{field} {width} of model {name} is no multiple of {group}; take another pattern",
             )
+
+
+def _check_vllm(plan: Plan, name: str, config: Any, engine: Vllm) -> None:
+    if not importlib.util.find_spec("vllm"):
+        remedy = "vLLM is not installed here: install calprune[vllm], or set backend: transformers"
+        raise InputError("backend", "vllm", remedy)
+    heads = _heads(config)
+    if heads is not None and heads % engine.tensor_parallel_size:
+        remedy = f"model {name} has {heads} attention heads: take a number that divides them"
+        raise InputError("backend.tensor_parallel_size", engine.tensor_parallel_size, remedy)
+    layers = getattr(config, "num_layers", getattr(config, "num_hidden_layers", None))
+    if layers is not None and engine.pipeline_parallel_size > layers:
+        remedy = f"model {name} has {layers} layers: take at most as many"
+        raise InputError("backend.pipeline_parallel_size", engine.pipeline_parallel_size, remedy)
+    asked = plan.grid.resources.get("generate", StageResources())
+    if engine.gpus > 1 and asked.gpus != engine.gpus:
+        remedy = f"an engine of the grid spreads over {engine.gpus} GPUs: set it to {engine.gpus}"
+        raise InputError("resources.generate.gpus", asked.gpus, remedy)
+    if 0 < asked.gpus < engine.gpu_memory_utilization:
+        remedy = (
+            f"resources.generate.gpus gives a replica {asked.gpus:g} of a GPU: "
+            "lower it to that at most"
+        )
+        raise InputError("backend.gpu_memory_utilization", engine.gpu_memory_utilization, remedy)
+
+
+def _heads(config: Any) -> int | None:
+    if isinstance(config, PretrainSpec):
+        return config.hidden_size // config.head_dim
+    return getattr(config, "num_attention_heads", None)
 
 
 def _layer_sizes(name: str, config: Any) -> Sequence[int]:

@@ -1,18 +1,28 @@
 """Grid files: what a person writes."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from cluster.graph import Resources
 from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
 from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
+    Backend,
     Corpus,
     FileCorpus,
     Fraction,
@@ -55,6 +65,13 @@ def named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _here(value: object) -> object:
+    """`auto` as the engine that is installed where the grid is read."""
+    if value != "auto":
+        return value
+    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+
+
 class CorpusCalibration(Spec):
     """Windows cut straight from a corpus."""
 
@@ -82,6 +99,10 @@ class GeneratedCalibration(Spec):
     repetition_penalty: float = Field(default=1.2, gt=0.0)
     shard_size: int = Field(default=64, ge=1)
 
+    backend: Annotated[Backend, BeforeValidator(_here)] = "transformers"
+    """`transformers`, `vllm`, `{name: vllm, tensor_parallel_size: 2, ...}`, or `auto`: vLLM if that
+    is installed where the grid is read, else transformers. Keys hold the engine, never `auto`."""
+
     generation_seed: int | None = Field(default=None, ge=0)
     """One set of texts for all seeds, which then draw the windows only; each seed has its own set
     if unset."""
@@ -95,6 +116,25 @@ class GeneratedCalibration(Spec):
 
     packing: Literal["sample", "concat"] = "concat"
     """How windows are cut."""
+
+
+def _calibration_tag(value: object) -> str | None:
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    if "corpus" in value:
+        return CorpusCalibration.__name__
+    return GeneratedCalibration.__name__ if "prefixes" in value else None
+
+
+GridCalibration = Annotated[
+    Annotated[CorpusCalibration, Tag(CorpusCalibration.__name__)]
+    | Annotated[GeneratedCalibration, Tag(GeneratedCalibration.__name__)],
+    Discriminator(
+        _calibration_tag,
+        custom_error_type="no_source",
+        custom_error_message="give corpus for real text, or prefixes for text that a model writes",
+    ),
+]
 
 
 class GridPerplexity(Spec):
@@ -134,18 +174,44 @@ class Cost(Spec):
     """Parameters of each model of the grid that does not tell them itself."""
 
 
+class Replicas(Spec):
+    """How many actors a stage has while there is work for them."""
+
+    min: int = Field(default=1, ge=1)
+    """Started at once, and kept while there is work for any."""
+
+    max: int | None = Field(default=None, ge=1)
+    """At the most; None takes as many as the cluster has room for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed(cls, value: object) -> object:
+        """`replicas: 4` is a minimum and a maximum."""
+        return {"min": value, "max": value} if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Replicas":
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max {self.max} is less than min {self.min}: raise max or lower min")
+        return self
+
+
 class StageResources(Spec):
     """What one kind of stage asks of a node."""
 
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=0.0, ge=0.0)
     memory_bytes: int | None = Field(default=None, ge=1)
-    replicas: int | None = Field(default=None, ge=1)
+    replicas: Replicas = Replicas()
     retries: int = Field(default=2, ge=0)
 
     def resources(self) -> Resources:
         """The same, as the cluster takes it."""
-        return Resources(**self.model_dump())
+        return Resources(
+            **self.model_dump(exclude={"replicas"}),
+            min_replicas=self.replicas.min,
+            max_replicas=self.replicas.max,
+        )
 
 
 StageName = Literal[
@@ -169,7 +235,7 @@ class Grid(Spec):
 
     models: dict[str, GridModel] = Field(min_length=1)
     corpora: dict[str, GridCorpus] = Field(default_factory=dict)
-    calibrations: dict[str, CorpusCalibration | GeneratedCalibration] = Field(default_factory=dict)
+    calibrations: dict[str, GridCalibration] = Field(default_factory=dict)
 
     cells: dict[str, Any]
     """Fields of a cell; every list is an axis, and all axes are multiplied."""
@@ -229,6 +295,7 @@ def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
     details = error.errors(include_url=False)
     first = details[0]
     tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
+    tags |= {"vllm-engine", "transformers-engine", "CorpusCalibration", "GeneratedCalibration"}
     path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
     field = ".".join(path) or "grid"
     remedy = first["msg"].removeprefix("Value error, ")

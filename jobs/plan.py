@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -11,15 +11,18 @@ from cluster.graph import Graph, Resources, Stage, needed
 from cluster.store import Store
 from jobs.cells import Cell, evaluate_spec, expand
 from jobs.cost import estimate, model_name, parameters
-from jobs.grid import Grid, StageName
+from jobs.grid import GeneratedCalibration, Grid, StageName
 from jobs.stages import stage_name
 from pipeline.specs import (
     EvaluateSpec,
+    GenerateSpec,
     OutliersSpec,
     PruneSpec,
+    ScoreSpec,
     ShardSpec,
     StageSpec,
     Uniform,
+    Vllm,
 )
 
 ORDER = (
@@ -135,9 +138,19 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
         f"estimate: {plan.grid.cost.flops_per_second:.3g} FLOP/s a device; "
         "jobs/cost.py states the model"
     )
+    for name, calibration in plan.grid.calibrations.items():
+        if isinstance(calibration, GeneratedCalibration):
+            console.print(f"calibrations.{name}: {_engine(calibration.backend)} generates")
     for name, model in plan.grid.models.items():
         if parameters(model, _sizes(plan.grid)) is None:
             console.print(f"not in the estimate: model {name}; give cost.parameters.{name}")
+
+
+def _engine(backend: Literal["transformers"] | Vllm) -> str:
+    if not isinstance(backend, Vllm):
+        return backend
+    set_fields = backend.model_dump(exclude={"name"}, exclude_defaults=True)
+    return " ".join(["vllm", *(f"{field}={value}" for field, value in set_fields.items())])
 
 
 def _collect(spec: StageSpec, into: dict[str, StageSpec]) -> None:
@@ -170,8 +183,15 @@ def _stage(grid: Grid, spec: StageSpec) -> Stage:
         payload=spec.model_dump_json(),
         inputs=tuple(before.key for before in spec.inputs()),
         resources=resources,
-        pool=f"{name} {spec.of.model}" if isinstance(spec, ShardSpec) else None,
+        pool=_pool(spec.of) if isinstance(spec, ShardSpec) else None,
     )
+
+
+def _pool(spec: GenerateSpec | ScoreSpec) -> str:
+    """What an actor keeps loaded: a model, or an engine made for its longest text and batch."""
+    if isinstance(spec, GenerateSpec) and isinstance(spec.backend, Vllm):
+        return f"{spec.kind} {spec.model} {spec.backend} {spec.seqlen} {spec.shard_size}"
+    return f"{spec.kind} {spec.model}"
 
 
 def _label(spec: StageSpec) -> str:

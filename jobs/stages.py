@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from cluster.run import WorkerLostError
 from cluster.store import Partial
+from pipeline.errors import EngineDiedError
 from pipeline.specs import (
     EvaluateSpec,
     FilterSpec,
@@ -67,6 +69,9 @@ def execute(
         artifacts: key to folder of each input.
         cpus: threads of tensor work; fixed, since sums depend on how they are split.
         partial: what an attempt that died has finished; only pruning takes hours in one piece.
+
+    Raises:
+        WorkerLostError: if this process can make no further stage.
     """
     import torch
 
@@ -77,12 +82,15 @@ def execute(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     report: dict[str, Any]
-    if isinstance(spec, ShardSpec):
-        report = module.run_shard(spec.of, spec.index, artifacts, output)
-    elif isinstance(spec, PruneSpec):
-        report = module.run(spec, artifacts, output, partial)
-    else:
-        report = module.run(spec, artifacts, output)
+    try:
+        if isinstance(spec, ShardSpec):
+            report = module.run_shard(spec.of, spec.index, artifacts, output)
+        elif isinstance(spec, PruneSpec):
+            report = module.run(spec, artifacts, output, partial)
+        else:
+            report = module.run(spec, artifacts, output)
+    except EngineDiedError as error:
+        raise WorkerLostError(str(error)) from error
     if torch.cuda.is_available():
         report = {**report, "peak_device_bytes": torch.cuda.max_memory_allocated()}
     return report

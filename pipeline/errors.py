@@ -21,3 +21,7 @@ class InputError(ValueError):
 
 class NonFiniteError(ValueError):
     """A weight or an activation is NaN or infinite; the message names the matrix."""
+
+
+class EngineDiedError(RuntimeError):
+    """A generation engine broke down; what it was asked for is worth another try elsewhere."""

@@ -1,23 +1,24 @@
 """Self-generation: a model goes on from the first few tokens of real texts."""
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from transformers import GenerationConfig
 
 from pipeline.corpora import documents
 from pipeline.errors import InputError
-from pipeline.models import Artifacts
-from pipeline.sampling import Sampling, logits_processors, uniform_numbers
+from pipeline.models import Artifacts, load_tokenizer
+from pipeline.sampling import Sampling
 from pipeline.shards import Latest, join_shards, loaded, shard_samples
-from pipeline.specs import GenerateSpec, TestbedCorpus
+from pipeline.specs import GenerateSpec, StageSpec, TestbedCorpus, Vllm, canonical_json
+from pipeline.transformers_engine import TransformersEngine
+from pipeline.vllm_engine import VllmEngine
 
 TESTBED_TEXTS_PER_PREFIX = 1000
 """Where the endless testbed is given up as too short."""
@@ -38,6 +39,7 @@ SCHEMA = pa.schema(
 )
 
 _prefixes: Latest[list[list[int]]] = Latest()
+_vllm_engines: Latest[VllmEngine] = Latest(release=VllmEngine.close)
 
 
 class Sample(NamedTuple):
@@ -58,11 +60,11 @@ def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path
     Raises:
         InputError: if the source has too few texts that are long enough.
     """
-    model, tokenizer = loaded(spec.model, artifacts)
+    engine, tokenizer = loaded_engine(spec, artifacts)
     prefixes = _prefixes.get(spec.key, lambda: read_prefixes(spec, tokenizer))
     numbers = list(shard_samples(spec, index))
     samples = generate_samples(
-        model,
+        engine,
         tokenizer,
         [prefixes[number] for number in numbers],
         numbers,
@@ -74,21 +76,36 @@ def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path
         {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names},
         schema=SCHEMA,
     )
-    pq.write_table(table, output / "samples.parquet")
-    return _report(table, spec.seqlen)
+    facts = canonical_json(engine.facts)
+    pq.write_table(table.replace_schema_metadata({"engine": facts}), output / "samples.parquet")
+    return _report(table, spec.seqlen, {facts})
 
 
 def run(spec: GenerateSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """Join the shards into one `samples.parquet`, sorted by sample_id."""
-    return _report(join_shards(spec.shards(), artifacts, output, "samples.parquet"), spec.seqlen)
+    table = join_shards(spec.shards(), artifacts, output, "samples.parquet")
+    files = [artifacts[shard.key] / "samples.parquet" for shard in spec.shards()]
+    return _report(table, spec.seqlen, {pq.read_schema(file).metadata[b"engine"] for file in files})
 
 
-def _report(table: pa.Table, seqlen: int) -> dict[str, Any]:
+def loaded_engine(spec: GenerateSpec, artifacts: Artifacts) -> tuple["Engine", Any]:
+    """The spec's engine with its model, and the tokenizer."""
+    if not isinstance(spec.backend, Vllm):
+        model, tokenizer = loaded(spec.model, artifacts)
+        return TransformersEngine(model), tokenizer
+    folder = artifacts[spec.model.key] if isinstance(spec.model, StageSpec) else None
+    settings = spec.model_dump_json(include={"model", "backend", "seqlen", "shard_size"})
+    engine = _vllm_engines.get((settings, folder), lambda: VllmEngine(spec, artifacts))
+    return engine, load_tokenizer(spec.model, artifacts)
+
+
+def _report(table: pa.Table, seqlen: int, facts: set[bytes]) -> dict[str, Any]:
     lengths = pc.list_value_length(table["token_ids"])
     return {
         "samples": len(table),
         "tokens_generated": pc.sum(pc.subtract(lengths, table["prefix_tokens"])).as_py(),
         "samples_of_full_length": pc.sum(pc.equal(lengths, seqlen)).as_py(),
+        "engines": [json.loads(each) for each in sorted(facts)],
     }
 
 
@@ -164,9 +181,35 @@ def start_id(tokenizer: Any) -> int:
 # ------------------------------------------------------------------------------------- generation
 
 
-@torch.inference_mode()
+class Engine(Protocol):
+    """What generates: token ids in, token ids out."""
+
+    generation_config: GenerationConfig
+    """The checkpoint's own settings, of which only the EOS ids count."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Engine, version and device, which go with the artifact."""
+
+    def write(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        sample_ids: Sequence[int],
+        ends: Sequence[int],
+        *,
+        sampling: Sampling,
+        seqlen: int,
+        seed: int,
+    ) -> list[list[int]]:
+        """What comes after each prefix, up to the first of `ends` or to `seqlen` ids in all.
+
+        Ids past either may follow. What is drawn depends on the seed and a sample's number, not
+        on the rest of the batch.
+        """
+
+
 def generate_samples(
-    model: Any,
+    engine: Engine,
     tokenizer: Any,
     prefixes: Sequence[Sequence[int]],
     sample_ids: Sequence[int],
@@ -177,12 +220,8 @@ def generate_samples(
 ) -> list[Sample]:
     """Go on from each prefix until EOS or `seqlen` tokens, all in one batch.
 
-    Of the checkpoint's generation settings only the EOS ids count. What is drawn depends on the
-    seed and a sample's number, not on the rest of the batch.
-
     Args:
-        prefixes: the ids given, at least one of each sample; lengths may differ, and the model
-            must take as many more positions than `seqlen` as they do.
+        prefixes: the ids given, at least one of each sample; lengths may differ.
         sample_ids: their numbers.
         seqlen: tokens at the most, the prefix included.
 
@@ -190,36 +229,14 @@ def generate_samples(
         InputError: if a prefix leaves no room in `seqlen`.
     """
     longest = max(len(prefix) for prefix in prefixes)
-    shortest = min(len(prefix) for prefix in prefixes)
     if longest >= seqlen:
         remedy = f"a prefix already has {longest} tokens: raise seqlen or lower prefix_tokens"
         raise InputError("seqlen", seqlen, remedy)
-    ends = eos_ids(model, tokenizer)
-    filler = ends[0] if ends else 0
-    padding = torch.tensor([longest - len(prefix) for prefix in prefixes])
-    input_ids = torch.tensor(
-        [[filler] * (longest - len(prefix)) + list(prefix) for prefix in prefixes]
-    )
-    attention_mask = (torch.arange(longest) >= padding[:, None]).long()
-    uniforms = uniform_numbers(seed, list(sample_ids), seqlen)
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=seqlen - shortest,  # a longer prefix's surplus is cut off below
-        eos_token_id=ends or None,
-        pad_token_id=filler,
-    )
-    with generation_settings(model, settings):
-        generated = model.generate(
-            input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            logits_processor=logits_processors(
-                sampling, padding.to(model.device), uniforms.to(model.device), longest
-            ),
-        )
+    ends = eos_ids(engine.generation_config, tokenizer)
+    written = engine.write(prefixes, sample_ids, ends, sampling=sampling, seqlen=seqlen, seed=seed)
     samples = []
-    for number, prefix, row in zip(sample_ids, prefixes, generated.tolist(), strict=True):
-        written = until_end(row[longest:], ends)[: seqlen - len(prefix)]
-        ids = [*prefix, *written]
+    for number, prefix, row in zip(sample_ids, prefixes, written, strict=True):
+        ids = [*prefix, *until_end(row, ends)[: seqlen - len(prefix)]]
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         samples.append(Sample(number, len(prefix), ids, text))
     return samples
@@ -231,22 +248,11 @@ def until_end(ids: list[int], ends: list[int]) -> list[int]:
     return ids[: first + 1] if first else []
 
 
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_ids(settings: GenerationConfig, tokenizer: Any) -> list[int]:
     """The ids that end a text: the checkpoint's generation settings, else the tokenizer's."""
-    ends = model.generation_config.eos_token_id
+    ends = settings.eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
     if ends is None:
         return []
     return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
-
-
-@contextmanager
-def generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Stand in for the model's own settings, which fill in whatever a call leaves unset."""
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
@@ -48,7 +48,7 @@ def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = 
         model = load_model(spec.model, artifacts, device)
         apply_masks(model, artifacts[spec.key] / "masks")
         return model
-    location, options = _location(spec, artifacts)
+    location, options = checkpoint_location(spec, artifacts)
     with _named(location):
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=getattr(torch, model_dtype(spec)), **options
@@ -74,7 +74,7 @@ def stream_model(
         model = stream_model(spec.model, artifacts, scratch, device)
         apply_masks(model, artifacts[spec.key] / "masks")
         return model
-    location, options = _location(spec, artifacts)
+    location, options = checkpoint_location(spec, artifacts)
     dtype = getattr(torch, model_dtype(spec))
     with _named(location):
         model = load_streamed(location, dtype, device or default_device(), scratch, **options)
@@ -87,7 +87,7 @@ def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
     Raises:
         InputError: if there is none.
     """
-    location, options = _location(spec, artifacts)
+    location, options = checkpoint_location(spec, artifacts)
     try:
         return AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
@@ -104,7 +104,7 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
     Raises:
         InputError: if there is no such model, or its tokenizer lacks what generation needs.
     """
-    location, options = _location(spec, {})
+    location, options = checkpoint_location(spec, {})
     cached = isinstance(spec, HubModel) and not hub_answers()
     try:
         config = AutoConfig.from_pretrained(location, local_files_only=cached, **options)
@@ -117,6 +117,16 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
         remedy = "its tokenizer has neither BOS nor EOS, and text cannot begin or end; add one"
         raise InputError("model", location, remedy)
     return config
+
+
+def load_configs(spec: Model, artifacts: Artifacts) -> tuple[Any, GenerationConfig]:
+    """The configuration and the generation settings of a checkpoint, as a loaded model has them."""
+    folder, options = checkpoint_location(spec, artifacts)
+    config = AutoConfig.from_pretrained(folder, **options)
+    try:
+        return config, GenerationConfig.from_pretrained(folder, **options)
+    except OSError:
+        return config, GenerationConfig.from_model_config(config)
 
 
 def weightless_model(config: Any) -> Any:
@@ -134,11 +144,15 @@ def _named(location: str) -> Iterator[None]:
         raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
 
 
-def _location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
-    """Where the tokenizer is, and the weights unless they are masks on others."""
+def checkpoint_location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
+    """The folder or hub name of a model, and the options that tell its revision.
+
+    Of a model that is stored as masks it is that of the model they are for: tokenizer and
+    configuration are the same, the weights are not.
+    """
     match spec:
         case PruneSpec(stores_masks=True):
-            return _location(spec.model, artifacts)
+            return checkpoint_location(spec.model, artifacts)
         case HubModel():
             return spec.name, {"revision": spec.revision}
         case LocalModel():

@@ -76,10 +76,18 @@ class InverseCdf:
 
 def uniform_numbers(seed: int, sample_ids: list[int], steps: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), each row fixed by the seed and its sample: [samples, steps]."""
-    # A spawn key, since the entropy [seed, 0] would repeat the stream that orders the documents.
-    streams = [np.random.SeedSequence(seed, spawn_key=(sample,)) for sample in sample_ids]
-    rows = [np.random.default_rng(stream).random(steps) for stream in streams]
+    rows = [np.random.default_rng(_stream(seed, sample)).random(steps) for sample in sample_ids]
     return torch.from_numpy(np.stack(rows))
+
+
+def request_seed(seed: int, sample_id: int) -> int:
+    """A sample's own seed in [0, 2^63), for an engine that draws by itself."""
+    return int(_stream(seed, sample_id).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _stream(seed: int, sample_id: int) -> np.random.SeedSequence:
+    # A spawn key, since the entropy [seed, 0] would repeat the stream that orders the documents.
+    return np.random.SeedSequence(seed, spawn_key=(sample_id,))
 
 
 def logits_processors(

@@ -17,14 +17,20 @@ class Latest(Generic[Value]):
     """The value last asked for, so that the shards on one worker load and read it once.
 
     The one before is let go before the next is made: two models need not fit together.
+
+    Args:
+        release: what frees a value that reference counting does not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, release: Callable[[Value], None] = lambda value: None) -> None:
         self._held: dict[object, Value] = {}
+        self._release = release
 
     def get(self, key: object, make: Callable[[], Value]) -> Value:
         """The value of a key, made unless it is the last one's."""
         if key not in self._held:
+            for value in self._held.values():
+                self._release(value)
             self._held.clear()
             self._held[key] = make()
         return self._held[key]

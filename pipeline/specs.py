@@ -13,7 +13,16 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 """A share in [0, 1)."""
@@ -298,6 +307,65 @@ class ShardSpec(StageSpec):
         return tuple(_nearest_stages(self.of))
 
 
+class Vllm(Spec):
+    """The vLLM engine. All its settings are here, since each can move the last bit of a logit.
+
+    The weights' type is the model's `dtype`, the longest text the spec's `seqlen`.
+    """
+
+    name: Literal["vllm"] = "vllm"
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs over which every matrix of a replica is spread."""
+
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """GPUs, or groups of them, over which a replica's layers are spread."""
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Share of a GPU's memory for weights and key-value cache; unused on a CPU, where the cache
+    is as large as a shard needs."""
+
+    enable_prefix_caching: bool = False
+    """Compute what the prefixes of a shard share only once; of no use with short ones."""
+
+    enforce_eager: bool = False
+    """Neither compile the model nor capture CUDA graphs: a quicker start and slower generation."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a replica, where there are any."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+VLLM_LOWEST_TEMPERATURE = 0.01
+"""What vLLM raises a lower temperature to, but for 0."""
+
+
+def _named_engine(value: object) -> object:
+    """`"vllm"` as `{name: vllm}`, and `{name: transformers}` as `"transformers"`."""
+    if value == "vllm":
+        return {"name": "vllm"}
+    return "transformers" if value == {"name": "transformers"} else value
+
+
+def _engine_tag(value: object) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
+    return f"{name}-engine"
+
+
+Backend = Annotated[
+    Annotated[Literal["transformers"], Tag("transformers-engine")]
+    | Annotated[Vllm, Tag("vllm-engine")],
+    Discriminator(
+        _engine_tag,
+        custom_error_type="no_such_backend",
+        custom_error_message="there is no such backend; known are transformers and vllm",
+    ),
+    BeforeValidator(_named_engine),
+]
+"""The engine that generates. Two engines write different text, so it is part of the key."""
+
+
 class GenerateSpec(StageSpec):
     """Let a model go on from short prefixes of real texts.
 
@@ -343,8 +411,18 @@ class GenerateSpec(StageSpec):
     """Samples of a shard, generated as one batch. In the spec, since the make-up of a batch can
     move the last bits of a logit: so the bytes do not depend on how many workers there are."""
 
-    backend: Literal["transformers"] = "transformers"
+    backend: Backend = "transformers"
     """The engine."""
+
+    @model_validator(mode="after")
+    def _engine_takes_the_temperature(self) -> "GenerateSpec":
+        low = 0 < self.temperature < VLLM_LOWEST_TEMPERATURE
+        if low and isinstance(self.backend, Vllm):
+            raise ValueError(
+                f"vLLM takes no temperature between 0 and {VLLM_LOWEST_TEMPERATURE}, "
+                f"and {self.temperature} is: raise it, set it to 0, or take backend: transformers"
+            )
+        return self
 
     def shards(self) -> tuple[ShardSpec, ...]:
         """The parts in order."""

@@ -1,9 +1,13 @@
-"""One local Ray for all tests that need it."""
+"""What is made once for all tests that need it: a local Ray, and a model that has learned."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
+
+from pipeline.testbed import pretrain
+from pipeline.testbed.presets import PRETRAIN_PRESETS
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +15,11 @@ def local_ray() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pretraining stage's output for the preset `tiny`: `model/` and `training.parquet`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    pretrain.run(PRETRAIN_PRESETS["tiny"], {}, folder)
+    return folder

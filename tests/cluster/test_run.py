@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.graph import Graph, Resources, Stage
-from cluster.run import run
+from cluster.run import WorkerLostError, run
 from cluster.store import Failure, Manifest, Partial, Store
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 VERSIONS = {"calprune": "0"}
 
 
-def stage(key: str, payload: str, *inputs: str, pool: str | None = None) -> Stage:
+def stage(key: str, payload: str, *inputs: str, pool: str | None = None, **resources: int) -> Stage:
     return Stage(
         key=key,
         kind=key.split("-")[0],
@@ -24,6 +24,7 @@ def stage(key: str, payload: str, *inputs: str, pool: str | None = None) -> Stag
         payload=payload,
         inputs=inputs,
         pool=pool,
+        resources=Resources(**resources),
     )
 
 
@@ -38,6 +39,20 @@ def add(
     word, _, argument = payload.partition(" ")
     if word == "raise":
         raise ValueError(argument)
+    if word == "engine-dies-once":
+        marker = Path(argument)
+        if not marker.exists():
+            marker.write_text(str(os.getpid()))
+            raise WorkerLostError("out of memory")
+        word, argument = "sleep", "0"
+    if word == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "sleep":
+        (output / "started").write_text(str(time.time()))
+        time.sleep(float(argument))
+        (output / "pid").write_text(str(os.getpid()))
+        (output / "ended").write_text(str(time.time()))
+        word = "1"
     if word == "die-once":
         marker = Path(argument)
         if not marker.exists():
@@ -197,3 +212,80 @@ def test_one_worker_and_two_leave_the_same_files(tmp_path: Path) -> None:
         sums.append([each.files for each in manifests if each is not None])
     assert sums[0] == sums[1]
     assert len(sums[0]) == len(plan)
+
+
+# --------------------------------------------------------------------------------------- replicas
+
+
+def noted(store: Store, key: str, name: str) -> float:
+    return float((store.fetch(key) / name).read_text())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pool_has_no_more_replicas_than_its_maximum(tmp_path: Path, count: int) -> None:
+    store = Store(str(tmp_path / "store"))
+    shards = graph(*(stage(f"s-{n}", "sleep 0.3", pool="p", max_replicas=count) for n in range(6)))
+    run(shards, list(shards), add, store, VERSIONS)
+    assert len({noted(store, key, "pid") for key in shards}) == count
+
+
+def test_a_replica_joins_when_the_cluster_has_room_and_leaves_when_it_has_no_work(
+    tmp_path: Path,
+) -> None:
+    """On two CPUs: `other` has one at first, `last` gets one while the last shard is at work."""
+    store = Store(str(tmp_path / "store"))
+    bounds = {"min_replicas": 1, "max_replicas": 8}
+    plan = graph(
+        stage("other", "sleep 2"),
+        *(stage(f"early-{n}", "sleep 0.2", pool="p", **bounds) for n in range(3)),
+        *(stage(f"late-{n}", "sleep 0.5", "other", pool="p", **bounds) for n in range(4)),
+        stage("long", "sleep 3", "other", pool="p", **bounds),
+        stage("last", "sleep 0", *(f"late-{n}" for n in range(4))),
+    )
+    outcome = run(plan, list(plan), add, store, VERSIONS)
+    assert set(outcome.made) == set(plan)
+    assert len({noted(store, f"early-{n}", "pid") for n in range(3)}) == 1
+    late = {noted(store, key, "pid") for key in ("late-0", "late-1", "late-2", "late-3", "long")}
+    assert len(late) == 2
+    assert noted(store, "last", "started") < noted(store, "long", "ended")
+
+
+def test_a_pool_outlives_more_lost_replicas_than_one_stage_may_lose(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    bounds = {"max_replicas": 1, "retries": 1}
+    shards = graph(
+        *(stage(f"s-{n}", f"die-once {tmp_path / str(n)}", pool="p", **bounds) for n in range(4))
+    )
+    outcome = run(shards, list(shards), add, store, VERSIONS)
+    assert set(outcome.made) == set(shards)
+
+
+def test_a_stage_that_kills_every_replica_fails_and_the_others_of_its_pool_go_on(
+    tmp_path: Path,
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    bounds = {"max_replicas": 1, "retries": 1}
+    plan = graph(
+        stage("a", "die", pool="p", **bounds),
+        stage("b", "5", pool="p", **bounds),
+        stage("c", "5", pool="p", **bounds),
+    )
+    outcome = run(plan, list(plan), add, store, VERSIONS)
+    assert set(outcome.made) == {"b", "c"}
+    assert set(outcome.failed) == {"a"}
+    assert "Died" in outcome.failed["a"].error
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_dead_engine_is_made_again_in_another_process_or_recorded(
+    tmp_path: Path, retries: int
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    marker = tmp_path / "died"
+    plan = graph(stage("s", f"engine-dies-once {marker}", pool="p", retries=retries))
+    outcome = run(plan, ["s"], add, store, VERSIONS)
+    if retries:
+        assert noted(store, "s", "pid") != float(marker.read_text())
+    else:
+        assert outcome.failed["s"].error == "WorkerLostError: out of memory"
+        assert "raise WorkerLostError" in outcome.failed["s"].traceback

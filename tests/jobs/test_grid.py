@@ -47,7 +47,8 @@ def test_other_text_under_the_same_path_is_another_corpus(content: Content, load
         ({"models": {"m": {"kind": "hub-model"}}}, r"models\.m.*name: None: is missing; add it"),
         ({"corpora": {"c": "wikpedia"}}, r"corpora\.c: 'wikpedia'.*did you mean 'wikipedia'"),
         ({"corpora": {"c": {"kind": "file-corpus", "path": "none*.txt"}}}, r"none\*\.txt"),
-        ({"calibrations": {"c": {"corpsu": "x"}}}, r"calibrations\.c"),
+        ({"calibrations": {"c": {"corpsu": "x"}}}, r"calibrations\.c: .*give corpus"),
+        ({"calibrations": {"c": {"prefixes": "x", "topk": 1}}}, r"calibrations\.c\.topk: 1: there"),
         ({"evaluate": {"tasks": ["a", "b", "a"]}}, r"evaluate: .*'a' is measured twice"),
         ({"evaluate": {}}, r"evaluate: .*measures nothing"),
         (

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -36,6 +37,7 @@ from pipeline.sampling import InverseCdf, RepetitionPenalty, Sampling, uniform_n
 from pipeline.score import score_samples
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, TestbedCorpus
+from pipeline.transformers_engine import TransformersEngine
 
 BOS, EOS = 0, 1
 TEXTS = [
@@ -150,8 +152,9 @@ def generated(
     model: Any, prefixes: list[list[int]], sampling: Sampling, first: int = 0, seqlen: int = 24
 ) -> list[Sample]:
     numbers = range(first, first + len(prefixes))
+    engine = TransformersEngine(model)
     return generate_samples(
-        model, WITH_BOS, prefixes, list(numbers), sampling=sampling, seqlen=seqlen, seed=3
+        engine, WITH_BOS, prefixes, list(numbers), sampling=sampling, seqlen=seqlen, seed=3
     )
 
 
@@ -429,6 +432,13 @@ def test_the_make_up_of_shards_does_not_change_the_texts(
         "samples": 8,
         "tokens_generated": sum(lengths) - 8 * 4,
         "samples_of_full_length": lengths.count(24),
+        "engines": [
+            {
+                "backend": "transformers",
+                "backend_version": transformers.__version__,
+                "device": "cpu",
+            }
+        ],
     }
 
 

@@ -1,0 +1,179 @@
+"""Generation by vLLM: a shard's samples are requests that are handed over together.
+
+The engine runs inside this process. So all requests of a shard are there before its first step,
+and which of them share a batch is the same every time; and an engine that crashes takes the
+process with it, which is seen and mended, rather than leaving one that waits for it.
+"""
+
+import atexit
+import functools
+import gc
+import importlib.util
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import write_checkpoint
+from pipeline.errors import EngineDiedError, InputError
+from pipeline.models import Artifacts, checkpoint_location, load_configs, model_dtype
+from pipeline.sampling import Sampling, request_seed
+from pipeline.specs import GenerateSpec, Model, PruneSpec, Vllm
+from pipeline.transformers_engine import device_name
+
+CPU_BLOCK_TOKENS = 128
+"""Tokens of a block of the key-value cache on a CPU: a sample takes whole blocks."""
+
+
+def vllm_version() -> str | None:
+    """The version of vLLM that is installed, by whatever package; None if none is."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    packages = metadata.packages_distributions()["vllm"]
+    return metadata.version(packages[0])
+
+
+class VllmEngine:
+    """An engine with a model loaded; `close` frees its memory.
+
+    Args:
+        spec: its model, window, shard size, and engine settings; the rest is of no account here.
+
+    Raises:
+        InputError: if vLLM is not installed.
+    """
+
+    def __init__(self, spec: GenerateSpec, artifacts: Artifacts) -> None:
+        assert isinstance(spec.backend, Vllm)
+        self.version = vllm_version()
+        if self.version is None:
+            remedy = "vLLM is not installed: install calprune[vllm], or take backend: transformers"
+            raise InputError("backend", "vllm", remedy)
+        config, self.generation_config = load_configs(spec.model, artifacts)
+        cache = (
+            {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": cpu_cache(spec, config)}
+        )
+        with _process_settings(), _weights(spec.model, artifacts) as (folder, options):
+            vllm = importlib.import_module("vllm")
+            self.engine = vllm.LLM(
+                model=folder,
+                **options,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # none: every request says all
+                dtype=model_dtype(spec.model),
+                max_model_len=spec.seqlen,
+                max_num_seqs=spec.shard_size,
+                distributed_executor_backend="mp" if spec.backend.gpus > 1 else "uni",
+                **spec.backend.model_dump(exclude={"name"}),
+                **cache,
+            )
+        self.request = vllm.SamplingParams
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Engine, version and device."""
+        device = device_name("cuda" if torch.cuda.is_available() else "cpu")
+        return {"backend": "vllm", "backend_version": self.version, "device": device}
+
+    def write(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        sample_ids: Sequence[int],
+        ends: Sequence[int],
+        *,
+        sampling: Sampling,
+        seqlen: int,
+        seed: int,
+    ) -> list[list[int]]:
+        """What comes after each prefix.
+
+        Raises:
+            EngineDiedError: if the engine is of no more use.
+        """
+        requests = [
+            self.request(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                repetition_penalty=sampling.repetition_penalty,
+                max_tokens=seqlen - len(prefix),
+                stop_token_ids=list(ends),
+                ignore_eos=True,  # `ends` are all that count
+                seed=request_seed(seed, sample),
+                detokenize=False,
+            )
+            for prefix, sample in zip(prefixes, sample_ids, strict=True)
+        ]
+        prompts = [{"prompt_token_ids": list(prefix)} for prefix in prefixes]
+        # What an earlier shard left in the cache must not decide how this one is computed.
+        self.engine.reset_prefix_cache()
+        try:
+            answers = self.engine.generate(prompts, requests, use_tqdm=False)
+        except Exception as error:
+            raise EngineDiedError(f"vLLM: {type(error).__name__}: {error}") from error
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+
+    def close(self) -> None:
+        """End the engine, and free what it held."""
+        self.engine.llm_engine.engine_core.shutdown()
+        del self.engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def cpu_cache(spec: GenerateSpec, config: Any) -> int:
+    """Bytes of key-value cache that a shard of samples of full length needs."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype: torch.dtype = getattr(torch, model_dtype(spec.model))
+    layers: int = config.num_hidden_layers
+    blocks = spec.shard_size * math.ceil(spec.seqlen / CPU_BLOCK_TOKENS)
+    token_bytes = 2 * layers * int(heads * width) * dtype.itemsize
+    return (blocks + 1) * CPU_BLOCK_TOKENS * token_bytes  # vLLM keeps one block for itself
+
+
+@contextmanager
+def _process_settings() -> Iterator[None]:
+    """What the engine must find in its process, and what it must leave as it was."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, see above
+        VLLM_CACHE_ROOT=_cache_folder(),  # replicas of one node spoil a cache that they share
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # else all replicas of a node bind to the same cores
+        OMP_NUM_THREADS=str(torch.get_num_threads()),  # else it takes one thread
+    )
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # else it wins over what a shard needs
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM puts a function that does nothing there
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, str]]]:
+    """A checkpoint that vLLM loads: one made for it where the model is stored as masks."""
+    if isinstance(model, PruneSpec) and model.stores_masks:
+        with tempfile.TemporaryDirectory(prefix="calprune-vllm-") as folder:
+            write_checkpoint(model, artifacts, Path(folder))
+            yield folder, {}
+    else:
+        yield checkpoint_location(model, artifacts)
+
+
+@functools.cache
+def _cache_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="calprune-vllm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

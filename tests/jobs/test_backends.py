@@ -1,0 +1,176 @@
+"""The engine that a grid names: as it is written, as it is planned, and what is refused."""
+
+import importlib.util
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.store import Store
+from jobs.check import check
+from jobs.grid import GeneratedCalibration, Grid
+from jobs.plan import Plan, make_plan, print_plan
+from pipeline.errors import InputError
+from pipeline.specs import GenerateSpec, Vllm
+
+Content = dict[str, Any]
+Load = Callable[[Content], Grid]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Make vLLM seem to be there, or not."""
+    find = importlib.util.find_spec
+
+    def install(there: bool) -> None:
+        def found(name: str, package: str | None = None) -> ModuleSpec | None:
+            if name == "vllm":
+                return ModuleSpec("vllm", None) if there else None
+            return find(name, package)
+
+        monkeypatch.setattr(importlib.util, "find_spec", found)
+
+    return install
+
+
+def own(content: Content, load: Load) -> Any:
+    calibration = load(content).calibrations["own"]
+    assert isinstance(calibration, GeneratedCalibration)
+    return calibration.backend
+
+
+def generations(plan: Plan) -> list[GenerateSpec]:
+    return [spec for spec in plan.specs.values() if isinstance(spec, GenerateSpec)]
+
+
+def test_auto_is_what_is_installed_where_the_grid_is_read(
+    content: Content, load: Load, installed: Callable[[bool], None]
+) -> None:
+    assert own(content, load) == "transformers"
+    content["calibrations"]["own"]["backend"] = "auto"
+    keys = {}
+    for there, engine in ((True, Vllm()), (False, "transformers")):
+        installed(there)
+        assert own(content, load) == engine
+        keys[there] = {spec.key for spec in generations(make_plan(load(content)))}
+    assert keys[True].isdisjoint(keys[False])
+    del content["calibrations"]["own"]["backend"]
+    assert {spec.key for spec in generations(make_plan(load(content)))} == keys[False]
+
+
+def test_engine_settings_are_part_of_the_key_and_the_plan_prints_the_engine(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    content["calibrations"]["own"]["backend"] = "vllm"
+    keys = {spec.key for spec in generations(make_plan(load(content)))}
+    content["calibrations"]["own"]["backend"] = {"name": "vllm", "enforce_eager": True}
+    plan = make_plan(load(content))
+    assert keys.isdisjoint(spec.key for spec in generations(plan))
+    console = Console(record=True, width=120)
+    print_plan(plan, Store(str(tmp_path)), console)
+    assert "calibrations.own: vllm enforce_eager=True generates" in console.export_text()
+
+
+def test_engines_for_other_windows_do_not_share_a_replica(content: Content, load: Load) -> None:
+    content["cells"]["seqlen"] = [32, 64]
+    content["cells"]["seed"] = [0, 1]
+    for backend, pools in (("transformers", 1), ("vllm", 2)):
+        content["calibrations"]["own"]["backend"] = backend
+        stages = make_plan(load(content)).graph.values()
+        assert len({s.pool for s in stages if s.kind == "generate" and s.pool}) == pools
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("vlm", r"own\.backend: 'vlm': .*known are transformers and vllm"),
+        ({"name": "vllm", "tensor_paralel_size": 2}, r"tensor_paralel_size: 2: there is no such"),
+        (
+            {"name": "vllm", "tensor_parallel_size": 0},
+            r"tensor_parallel_size: 0: .*greater than or equal",
+        ),
+        ({"name": "vllm", "gpu_memory_utilization": 1.5}, r"gpu_memory_utilization: 1\.5"),
+    ],
+)
+def test_a_wrong_engine_is_named_with_its_field_and_value(
+    content: Content, load: Load, backend: object, message: str
+) -> None:
+    content["calibrations"]["own"]["backend"] = backend
+    with pytest.raises(InputError, match=message):
+        load(content)
+
+
+def test_a_temperature_that_vllm_does_not_take_is_named_with_its_calibration(
+    content: Content, load: Load
+) -> None:
+    content["calibrations"]["own"] |= {"backend": "vllm", "temperature": 0.001}
+    with pytest.raises(InputError, match=r"calibrations\.own.*no temperature between 0 and 0\.01"):
+        make_plan(load(content))
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpus", "message"),
+    [
+        ({"tensor_parallel_size": 3}, 3, r"tensor_parallel_size: 3: .*2 attention heads"),
+        ({"pipeline_parallel_size": 9}, 9, r"pipeline_parallel_size: 9: .*2 layers"),
+        ({"tensor_parallel_size": 2}, 1, r"resources\.generate\.gpus: 1.*set it to 2"),
+        ({"tensor_parallel_size": 2}, 0, r"resources\.generate\.gpus: 0.*set it to 2"),
+        ({}, 0.5, r"gpu_memory_utilization: 0\.9: .*0\.5 of a GPU"),
+    ],
+)
+def test_an_engine_that_does_not_fit_its_model_or_resources_is_refused(
+    content: Content,
+    load: Load,
+    installed: Callable[[bool], None],
+    backend: Content,
+    gpus: float,
+    message: str,
+) -> None:
+    installed(True)
+    content["calibrations"]["own"]["backend"] = {"name": "vllm", **backend}
+    content["resources"] = {"generate": {"gpus": gpus}}
+    with pytest.raises(InputError, match=message):
+        check(make_plan(load(content)))
+
+
+def test_an_engine_that_fits_is_taken_only_where_it_is_installed(
+    content: Content, load: Load, installed: Callable[[bool], None]
+) -> None:
+    content["calibrations"]["own"]["backend"] = {"name": "vllm", "tensor_parallel_size": 2}
+    content["resources"] = {"generate": {"gpus": 2}}
+    installed(True)
+    check(make_plan(load(content)))
+    installed(False)
+    with pytest.raises(InputError, match=r"backend: 'vllm': .*install calprune\[vllm\]"):
+        check(make_plan(load(content)))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "bounds"),
+    [(4, (4, 4)), ({"min": 2, "max": 8}, (2, 8)), ({"max": 3}, (1, 3)), ({"min": 2}, (2, None))],
+)
+def test_replicas_are_a_number_or_bounds(
+    content: Content, load: Load, replicas: object, bounds: tuple[int, int | None]
+) -> None:
+    content["resources"] = {"generate": {"replicas": replicas}}
+    pooled = [s for s in make_plan(load(content)).graph.values() if s.kind == "generate" and s.pool]
+    assert {(s.resources.min_replicas, s.resources.max_replicas) for s in pooled} == {bounds}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "message"),
+    [
+        (0, r"resources\.generate\.replicas.*greater than or equal to 1"),
+        ({"min": 3, "max": 2}, r"max 2 is less than min 3"),
+        ({"least": 3}, r"least: 3: there is no such field"),
+    ],
+)
+def test_wrong_replicas_are_named(
+    content: Content, load: Load, replicas: object, message: str
+) -> None:
+    content["resources"] = {"generate": {"replicas": replicas}}
+    with pytest.raises(InputError, match=message):
+        load(content)
