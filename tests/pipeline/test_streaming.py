@@ -1,6 +1,7 @@
 """Models whose decoder layers stay in their files until their turn comes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from torch import nn
 
 from pipeline.checkpoint import INDEX
 from pipeline.finished_layers import FinishedLayers
-from pipeline.layer_files import apply_masks
+from pipeline.layer_files import apply_masks, layer_file
 from pipeline.matrices import decoder_layers, matrices
-from pipeline.prune import prune_model
+from pipeline.prune import prune_model, run
 from pipeline.specs import Magnitude, Pruner, SparseGPT, Uniform, Wanda
 from pipeline.streaming import load_streamed, resident
 from tests.pipeline.test_layer_files import Dense, assert_same_bits, save_tokenizer
@@ -79,6 +80,44 @@ def test_what_is_streamed_is_what_is_pruned_in_memory(
     data = dense.windows()
     assert torch.equal(direct(input_ids=data).logits, rebuilt(input_ids=data).logits)
     assert not (folder / "scratch").exists()
+
+
+class KeepIn:
+    """Keeps files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def keep(self, path: Path) -> None:
+        shutil.copy(path, self.folder)
+
+    def restore(self, path: Path) -> bool:
+        kept = self.folder / path.name
+        if kept.is_file():
+            shutil.copy(kept, path)
+        return kept.is_file()
+
+
+@pytest.mark.parametrize("pruner", [Wanda(), SparseGPT()], ids=lambda pruner: pruner.name)
+def test_layers_that_were_kept_give_the_bytes_of_an_undisturbed_run(
+    dense: Dense, tmp_path: Path, pruner: Pruner
+) -> None:
+    spec = dense.spec(dense.model(), pruner, sparsity=0.5)
+    whole = dense.run(spec, {}, tmp_path / "whole")
+    keep = KeepIn(tmp_path / "kept")
+    before = {key: folder for key, folder in whole.items() if key != spec.key}
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    for output, resumed in zip(outputs, (0, 2), strict=True):
+        output.mkdir()
+        assert run(spec, before, output, keep)["resumed_layers"] == resumed
+        (keep.folder / layer_file(2)).unlink()
+    assert contents(outputs[0]) == contents(outputs[1]) == contents(whole[spec.key])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_a_checkpoint_is_whole_and_holds_the_names_of_the_dense_one(
