@@ -15,7 +15,7 @@ TORCH := $(shell if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/
 VLLM_STAMP := .venv/.vllm-installed
 VLLM_TORCH := 2.13.0+cpu
 
-.PHONY: demo test check setup clean help
+.PHONY: demo test check bench setup clean help
 
 demo: $(STAMP)  ## prune the testbed model 52 ways, print the table, write the report
 	$(BIN)/python -m jobs run jobs/grids/demo.yaml --store $(STORE)
@@ -29,6 +29,9 @@ check: $(STAMP)  ## format, lint, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## time the pruners, print the tables, leave them in $(STORE)/benchmark.json
+	$(BIN)/python -m benchmarks.prune --output $(STORE)/benchmark.json
 
 setup: $(STAMP)  ## the environment in .venv
 

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.graph import Graph, Stage, descendants, needed
 from cluster.memory import PeakMemory
-from cluster.store import CorruptArtifactError, Failure, Manifest, Store
+from cluster.store import CorruptArtifactError, Failure, Manifest, Partial, Store
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,16 @@ class WorkerLostError(RuntimeError):
 
 
 class Execute(Protocol):
-    """Makes one stage: reads `artifacts`, writes `output`, returns a report."""
+    """Makes one stage: reads `artifacts`, writes `output`, returns a report; may keep in `partial`
+    what another attempt need not do again."""
 
     def __call__(
-        self, payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int
+        self,
+        payload: str,
+        artifacts: Mapping[str, Path],
+        output: Path,
+        cpus: int,
+        partial: Partial,
     ) -> dict[str, Any]: ...
 
 
@@ -322,7 +328,9 @@ def _make_artifact(stage: Stage, maker: tuple[Execute, str, dict[str, str]]) -> 
     started = time.monotonic()
     artifacts = {key: store.fetch(key) for key in stage.inputs}
     with store.attempt(stage.key) as attempt, PeakMemory() as memory:
-        report = execute(stage.payload, artifacts, attempt.folder, stage.resources.cpus)
+        report = execute(
+            stage.payload, artifacts, attempt.folder, stage.resources.cpus, attempt.partial
+        )
         return attempt.commit(
             kind=stage.kind,
             spec=dict(stage.spec),

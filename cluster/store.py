@@ -4,6 +4,9 @@ An artifact's files are written to `data/<key>/<attempt>/`, a name nobody reads.
 `manifests/<key>.json` is written last, in one step, and is what makes the artifact exist: a writer
 that dies leaves nothing that could be read, and two writers of one key end with one of two
 equally whole artifacts.
+
+A stage that takes hours may keep finished files as `partial/<key>/<time>-<SHA-256>-<name>`, each
+written in one step, for the attempt that follows if this one dies.
 """
 
 import contextlib
@@ -133,6 +136,7 @@ class Store:
 
     def sweep(self) -> None:
         """Remove what dead writers left behind more than a day ago."""
+        self._sweep_partial()
         if not self.fs.isdir(self._path("data")):
             return
         for attempt in self.fs.glob(self._path("data/*/*")):
@@ -246,6 +250,16 @@ class Store:
 
     # ----------------------------------------------------------------------------------- inside
 
+    def _sweep_partial(self) -> None:
+        newest: dict[str, float] = {}
+        for path in self.fs.glob(self._path("partial/*/*")):
+            key, name = path.rsplit("/", 2)[-2:]
+            newest[key] = max(newest.get(key, 0.0), _attempt_time(name))
+        for key, written in newest.items():
+            if time.time() - written > ORPHAN_SECONDS:
+                logger.info("removing what was kept of %s, which nobody finished", key)
+                self.fs.rm(self._path(f"partial/{key}"), recursive=True)
+
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
@@ -308,6 +322,7 @@ class Attempt:
         self.key = key
         self.name = name
         self.folder = folder
+        self.partial = Partial(store, key)
         self.committed = False
 
     def commit(
@@ -347,7 +362,76 @@ class Attempt:
         self.store.write(f"manifests/{self.key}.json", content.encode())
         self.store.clear_failure(self.key)
         self.committed = True
+        self.partial.clear()
         return manifest
+
+
+class Partial:
+    """Finished files of an artifact in the making, for another attempt if this one dies."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self.store = store
+        self.folder = f"partial/{key}"
+
+    def keep(self, path: Path) -> None:
+        """Keep a file under its name; it must not change any more."""
+        name = f"{self.folder}/{time.time():.0f}-{_sha256(path)}-{path.name}"
+        target = self.store._path(name)
+        self.store.fs.makedirs(self.store._path(self.folder), exist_ok=True)
+        if self.store.local:
+            temporary = f"{target}.{uuid.uuid4().hex}"
+            _link_or_copy(str(path), temporary)
+            os.replace(temporary, target)
+        else:
+            self.store.fs.put_file(str(path), target)
+
+    def restore(self, path: Path) -> bool:
+        """Put the file that was kept under that name at `path`.
+
+        Returns:
+            False if there is none, or none that is as it was written; damage is reported and
+            removed.
+        """
+        for kept in self._paths():
+            digest, _, name = kept.rsplit("/", 1)[-1].partition("-")[2].partition("-")
+            if name != path.name:
+                continue
+            try:
+                if self.store.local:
+                    _link_or_copy(kept, str(path))
+                else:
+                    self.store.fs.get_file(kept, str(path))
+            except FileNotFoundError:  # another writer was done and has cleared up
+                continue
+            if _sha256(path) == digest:
+                return True
+            logger.warning("%s is damaged; it is made again", kept)
+            path.unlink()
+            self.store.fs.rm_file(kept)
+        return False
+
+    def clear(self) -> None:
+        """Remove all files that were kept."""
+        for kept in self._paths():
+            with contextlib.suppress(FileNotFoundError):
+                self.store.fs.rm_file(kept)
+        if self.store.local:
+            with contextlib.suppress(OSError):  # it was never there, or another writer is at work
+                os.rmdir(self.store._path(self.folder))
+
+    def _paths(self) -> list[str]:
+        folder = self.store._path(self.folder)
+        self.store.fs.invalidate_cache()
+        if not self.store.fs.isdir(folder):
+            return []
+        return sorted(self.store.fs.ls(folder, detail=False))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has links
+        shutil.copyfile(source, target)
 
 
 def _records(folder: Path) -> dict[str, FileRecord]:

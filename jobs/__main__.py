@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs plan|run|gather|show GRID`, installed as `calprune`."""
+"""The command line: `python -m jobs plan|run|gather|show|export`, installed as `calprune`."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from rich.console import Console
 from cluster.session import ResourceError
 from cluster.store import Store, StoreError
 from jobs.check import check
+from jobs.export import export
 from jobs.gather import gather, write_table
 from jobs.grid import load_grid
 from jobs.plan import Plan, make_plan, print_plan
@@ -88,6 +89,19 @@ def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
 def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Print a grid's results as far as they have come."""
     print_results(gather(make_plan(load_grid(grid)), Store(store)), console)
+
+
+@app.command(name="export")
+def export_model(
+    key: Annotated[
+        str, typer.Argument(help="The pruned model's prune_key in the results.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    store: StoreUrl = ".calprune",
+) -> None:
+    """Write a pruned model as an ordinary checkpoint with its tokenizer."""
+    export(Store(store), key, folder)
+    console.print(f"checkpoint: {folder}", soft_wrap=True)
 
 
 def _checked_plan(grid: Path) -> Plan:

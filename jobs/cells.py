@@ -114,6 +114,7 @@ def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
         pattern=cell.pattern,
         allocation=allocation,
         calibration=_calibration_set(grid, cell) if calibrated else None,
+        checkpoint=grid.checkpoints and not cell.pruner.updates_weights,
     )
 
 

@@ -37,8 +37,16 @@ PASSES = {"pretrain": 3.0, "generate": 1.0, "score": 1.0, "outliers": 2.0, "eval
 """Passes of a token through the model; training's backward pass counts two, and outliers take the
 statistics and the outputs of every layer."""
 
-PRUNE_PASSES = {"magnitude": 0.0, "wanda": 2.0, "sparsegpt": 4.0}
-"""Statistics and outputs of every layer; SparseGPT's Hessians and updates about double that."""
+PRUNE_PASSES = {
+    "magnitude": 0.0,
+    "wanda": 2.0,
+    "ria": 2.0,
+    "dsnot": 2.5,
+    "sparsegpt": 4.0,
+    "alps": 8.0,
+}
+"""Statistics and outputs of every layer; a Hessian and SparseGPT's updates about double that, and
+the eigenvectors and iterations of ALPS double it again."""
 
 TASK_TOKENS = 2_000_000
 """Tokens of an lm-eval task with all its questions and choices, on average."""
@@ -53,6 +61,9 @@ TOKEN_BYTES = 8
 """An id and its share of the text."""
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+MASK_BYTES = 1 / 8
+"""Of a weight whose model is stored as masks."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ def _bytes(spec: StageSpec, size: float) -> float:
         case PretrainSpec():
             return size * WEIGHT_BYTES["float32"]
         case PruneSpec():
-            return size * WEIGHT_BYTES[_dtype(spec)]
+            return size * (MASK_BYTES if spec.stores_masks else WEIGHT_BYTES[_dtype(spec)])
         case ShardSpec(of=GenerateSpec()):
             return _tokens(spec) * TOKEN_BYTES
         case GenerateSpec():

@@ -247,6 +247,11 @@ class Grid(Spec):
     """Cells that agree with all fields of an entry are left out."""
 
     evaluate: Evaluation
+
+    checkpoints: bool = False
+    """Store every pruned model as an ordinary checkpoint, also where masks would do: sixteen times
+    the bytes in half precision. `export` makes one of a single model."""
+
     resources: dict[StageName, StageResources] = Field(default_factory=dict)
     cost: Cost = Cost()
 

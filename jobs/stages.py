@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from cluster.run import WorkerLostError
+from cluster.store import Partial
 from pipeline.errors import EngineDiedError
 from pipeline.specs import (
     EvaluateSpec,
@@ -58,13 +59,16 @@ def stage_name(spec: StageSpec) -> str:
     return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
 
 
-def execute(payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int) -> dict[str, Any]:
+def execute(
+    payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+) -> dict[str, Any]:
     """Make one stage in `output`.
 
     Args:
         payload: the spec as JSON.
         artifacts: key to folder of each input.
         cpus: threads of tensor work; fixed, since sums depend on how they are split.
+        partial: what an attempt that died has finished; only pruning takes hours in one piece.
 
     Raises:
         WorkerLostError: if this process can make no further stage.
@@ -81,6 +85,8 @@ def execute(payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int
     try:
         if isinstance(spec, ShardSpec):
             report = module.run_shard(spec.of, spec.index, artifacts, output)
+        elif isinstance(spec, PruneSpec):
+            report = module.run(spec, artifacts, output, partial)
         else:
             report = module.run(spec, artifacts, output)
     except EngineDiedError as error:

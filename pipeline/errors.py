@@ -19,5 +19,9 @@ class InputError(ValueError):
         return f"{self.field}: {_short.repr(self.value)}: {self.remedy}"
 
 
+class NonFiniteError(ValueError):
+    """A weight or an activation is NaN or infinite; the message names the matrix."""
+
+
 class EngineDiedError(RuntimeError):
     """A generation engine broke down; what it was asked for is worth another try elsewhere."""

@@ -1,6 +1,7 @@
 """Loading whatever can stand where a model stands, and its tokenizer."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
+from pipeline.layer_files import apply_masks
 from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
+from pipeline.streaming import load_streamed
 
 Artifacts = Mapping[str, Path]
 """A stage's input artifacts: key to local folder."""
@@ -34,17 +37,48 @@ def model_dtype(spec: Model) -> str:
 def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = None) -> Any:
     """The model in evaluation mode, in its spec's dtype.
 
+    A model that is stored as masks is the one that it was made from with these weights zeroed, bit
+    for bit what the pruner left.
+
     Raises:
         InputError: if there is no such model.
+        LayerFileError: if masks do not fit their model.
     """
-    location, options = checkpoint(spec, artifacts)
-    try:
+    if isinstance(spec, PruneSpec) and spec.stores_masks:
+        model = load_model(spec.model, artifacts, device)
+        apply_masks(model, artifacts[spec.key] / "masks")
+        return model
+    location, options = checkpoint_location(spec, artifacts)
+    with _named(location):
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=getattr(torch, model_dtype(spec)), **options
         )
-    except OSError as error:
-        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
     return model.eval().to(device or default_device())
+
+
+def stream_model(
+    spec: Model, artifacts: Artifacts, scratch: Path, device: torch.device | None = None
+) -> Any:
+    """The same model, but for its decoder layers: they stay in the checkpoint's files until they
+    are asked for by `pipeline.streaming.resident`.
+
+    Args:
+        scratch: a folder for as long as the model is used; see `load_streamed`.
+        device: for all but the decoder layers.
+
+    Raises:
+        InputError: if there is no such model.
+        LayerFileError: if there are not as many files of masks as decoder layers.
+    """
+    if isinstance(spec, PruneSpec) and spec.stores_masks:
+        model = stream_model(spec.model, artifacts, scratch, device)
+        apply_masks(model, artifacts[spec.key] / "masks")
+        return model
+    location, options = checkpoint_location(spec, artifacts)
+    dtype = getattr(torch, model_dtype(spec))
+    with _named(location):
+        model = load_streamed(location, dtype, device or default_device(), scratch, **options)
+    return model.eval()
 
 
 def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
@@ -53,7 +87,7 @@ def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
     Raises:
         InputError: if there is none.
     """
-    location, options = checkpoint(spec, artifacts)
+    location, options = checkpoint_location(spec, artifacts)
     try:
         return AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
@@ -70,7 +104,7 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
     Raises:
         InputError: if there is no such model, or its tokenizer lacks what generation needs.
     """
-    location, options = checkpoint(spec, {})
+    location, options = checkpoint_location(spec, {})
     cached = isinstance(spec, HubModel) and not hub_answers()
     try:
         config = AutoConfig.from_pretrained(location, local_files_only=cached, **options)
@@ -87,7 +121,7 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
 
 def load_configs(spec: Model, artifacts: Artifacts) -> tuple[Any, GenerationConfig]:
     """The configuration and the generation settings of a checkpoint, as a loaded model has them."""
-    folder, options = checkpoint(spec, artifacts)
+    folder, options = checkpoint_location(spec, artifacts)
     config = AutoConfig.from_pretrained(folder, **options)
     try:
         return config, GenerationConfig.from_pretrained(folder, **options)
@@ -101,9 +135,24 @@ def weightless_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def checkpoint(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
-    """The folder or hub name of a model, and the options that tell its revision."""
+@contextlib.contextmanager
+def _named(location: str) -> Iterator[None]:
+    """Name the model in what its loading raises."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
+
+
+def checkpoint_location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
+    """The folder or hub name of a model, and the options that tell its revision.
+
+    Of a model that is stored as masks it is that of the model they are for: tokenizer and
+    configuration are the same, the weights are not.
+    """
     match spec:
+        case PruneSpec(stores_masks=True):
+            return checkpoint_location(spec.model, artifacts)
         case HubModel():
             return spec.name, {"revision": spec.revision}
         case LocalModel():

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import NonFiniteError
+from pipeline.matrices import Matrix
 from pipeline.models import Artifacts, load_model
 from pipeline.specs import OutliersSpec
-from pipeline.walk import Matrix, NonFiniteError, check_length, walk
+from pipeline.walk import check_length, walk
 from pipeline.windows import read_windows
 
 
@@ -54,7 +56,7 @@ def count_outliers(
     layers: list[LayerOutliers] = []
 
     def visit(number: int, found: list[Matrix]) -> None:
-        weights = sum(matrix.linear.weight.numel() for matrix in found)
+        weights = sum(matrix.weight.numel() for matrix in found)
         mean = math.fsum(_total(matrix) for matrix in found) / weights
         outliers = sum(int((_scores(matrix) > threshold * mean).sum()) for matrix in found)
         layers.append(LayerOutliers(outliers, weights))
@@ -65,7 +67,7 @@ def count_outliers(
 
 def _scores(matrix: Matrix) -> Tensor:
     """`[out_features, in_features]` in float32."""
-    return matrix.linear.weight.float().abs() * matrix.statistics["squared_norms"].sqrt()
+    return matrix.weight.float().abs() * matrix.statistics["squared_norms"].sqrt()
 
 
 def _total(matrix: Matrix) -> float:

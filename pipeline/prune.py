@@ -1,5 +1,6 @@
-"""Prune every linear layer inside a model's decoder layers."""
+"""Prune every matrix of attention and MLP in a model's decoder layers."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,24 +8,32 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.allocation import Allocated, LayerTarget, allocate
-from pipeline.errors import InputError
-from pipeline.models import Artifacts, load_model, load_tokenizer
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.finished_layers import FinishedLayers, Keep
+from pipeline.layer_files import Record
+from pipeline.matrices import Matrix, decoder_layers, matrices
+from pipeline.models import Artifacts, load_tokenizer, stream_model
 from pipeline.outliers import read_outlier_ratios
-from pipeline.pruners import PRUNERS
+from pipeline.pruners import PRUNERS, PrunerEntry
+from pipeline.pruners.pruned import Pruned
 from pipeline.sparsity import MatrixSparsity, check, measure
-from pipeline.specs import Allocation, Pruner, PruneSpec, SparseGPT, Uniform, parse_pattern
-from pipeline.walk import (
-    Matrix,
-    NonFiniteError,
-    check_length,
-    decoder_layers,
-    layer_sizes,
-    matrices,
-    walk,
+from pipeline.specs import (
+    DEVICE_HIDDEN_BYTES,
+    HOST_HIDDEN_BYTES,
+    Allocation,
+    Pruner,
+    PruneSpec,
+    Uniform,
+    parse_pattern,
 )
+from pipeline.streaming import resident
+from pipeline.walk import check_length, layer_sizes, walk
 from pipeline.windows import read_windows
 
 
@@ -39,6 +48,11 @@ class PruneReport:
     """What each decoder layer was pruned to."""
     layers: dict[str, int]
     """Matrix name to the number of its decoder layer."""
+    permutations: Mapping[str, Tensor]
+    """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
+    that is not their own."""
+    resumed_layers: int = 0
+    """Decoder layers that an earlier attempt had finished."""
 
     @property
     def sparsity(self) -> float:
@@ -56,6 +70,10 @@ def prune_model(
     allocation: Allocation,
     batch_size: int | None = None,
     outlier_ratios: Sequence[float] | None = None,
+    device: torch.device | None = None,
+    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
+    host_hidden_bytes: int = HOST_HIDDEN_BYTES,
+    finished: FinishedLayers | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -67,68 +85,142 @@ def prune_model(
         batch_size: windows of a forward pass, by default as many as have
             `pipeline.walk.BATCH_TOKENS` tokens.
         outlier_ratios: of each decoder layer, as `pipeline.outliers` counts them; for OWL.
+        device: where layers are run and pruned, one at a time; by default where the model is.
+        device_hidden_bytes: bytes of hidden states to hold there,
+        host_hidden_bytes: and beyond that in host memory, before they go to files.
+        finished: takes every layer that is done, and gives back those of an earlier attempt at
+            the same pruning.
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
-            matrix, the allocation does not fit the model, or the model is of a form that cannot
-            be pruned.
+            matrix, the pruner's options or the allocation do not suit the model, or the model is
+            of a form that cannot be pruned.
+        ValueError: if the pruner's options do not go with a pattern, or without one.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         SparsityError: if a matrix is not as sparse afterwards as it should be.
     """
-    entry = PRUNERS[pruner.name]
+    pruner.check_pattern(pattern is not None)
+    entry = PRUNERS[pruner.name](pruner)
     if entry.statistics and windows is None:
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
     if windows is not None:
         check_length(model, windows)
     root, layers = decoder_layers(model)
+    paths: dict[str, str] = {}
     for number, layer in enumerate(layers):  # all of them, before any forward pass
-        for matrix in matrices(f"{root}.{number}", layer):
-            _check_matrix(matrix, pattern)
+        with resident(layer):
+            for matrix in matrices(f"{root}.{number}", layer):
+                _check_matrix(matrix, pattern)
+                paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
+    options = entry.options_by_matrix(pruner, paths)
     allocated = allocate(allocation, sparsity, pattern, layer_sizes(model), outlier_ratios)
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
     numbers: dict[str, int] = {}
+    permutations: dict[str, Tensor] = {}
+    resumed: list[int] = []
+
+    def measure_matrix(number: int, matrix: Matrix) -> None:
+        measured.append(measure(matrix.name, matrix.weight))
+        numbers[matrix.name] = number
 
     def visit(number: int, found: list[Matrix]) -> None:
+        masks: dict[str, Tensor] = {}
         for matrix in found:
-            facts[matrix.name] = _prune_matrix(matrix, pruner, allocated.layers[number])
-            measured.append(measure(matrix.name, matrix.linear.weight))
-            numbers[matrix.name] = number
+            pruned = _prune_matrix(matrix, entry, options[matrix.name], allocated.layers[number])
+            masks[matrix.name], facts[matrix.name] = pruned.mask, dict(pruned.facts)
+            if matrix.starved:
+                facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
+            if pruned.permutation is not None:
+                permutations[matrix.name] = pruned.permutation.cpu()
+            measure_matrix(number, matrix)
+        if finished is not None:
+            finished.save(number, found, masks, Record(facts, permutations))
 
-    walk(model, windows, entry.statistics, visit, batch_size)
-    return PruneReport(matrices=measured, facts=facts, allocated=allocated, layers=numbers)
+    def restore(number: int, found: list[Matrix]) -> bool:
+        record = None if finished is None else finished.restore(number, found)
+        if record is None:
+            return False
+        facts.update({name: dict(each) for name, each in record.facts.items()})
+        permutations.update(record.permutations)
+        for matrix in found:
+            measure_matrix(number, matrix)
+        resumed.append(number)
+        return True
+
+    walk(
+        model,
+        windows,
+        entry.statistics,
+        visit,
+        batch_size,
+        device,
+        device_hidden_bytes,
+        host_hidden_bytes,
+        restore,
+    )
+    return PruneReport(measured, facts, allocated, numbers, permutations, len(resumed))
 
 
 def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
-    if not bool(matrix.linear.weight.isfinite().all()):
+    if not bool(matrix.weight.isfinite().all()):
         raise NonFiniteError(f"{matrix.name}: the weight has NaN or infinite values")
-    columns = matrix.linear.in_features
+    columns = matrix.weight.shape[1]
     if pattern is not None and columns % pattern[1]:
         remedy = f"{matrix.name} has {columns} inputs, no multiple of {pattern[1]}"
         raise InputError("pattern", f"{pattern[0]}:{pattern[1]}", remedy)
 
 
-def _prune_matrix(matrix: Matrix, pruner: Pruner, target: LayerTarget) -> dict[str, float]:
-    entry = PRUNERS[pruner.name]
+def _prune_matrix(
+    matrix: Matrix, entry: PrunerEntry, options: Pruner, target: LayerTarget
+) -> Pruned:
     sparsity, pattern = target.sparsity, target.pattern
-    weight = matrix.linear.weight.data
+    weight = matrix.weight
     try:
-        pruned = entry.prune(weight.float(), matrix.statistics, sparsity, pattern, pruner)
+        pruned = entry.prune(
+            weight.float().contiguous(), matrix.statistics, sparsity, pattern, options
+        )
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
+        assert options.updates_weights, f"{options.name} is said to leave weights as they are"
         weight.copy_(pruned.weight)
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     weight.masked_fill_(pruned.mask, 0.0)
-    check(matrix.name, weight, pruned.mask, sparsity, pattern, entry.counted_per)
-    return pruned.facts
+    check(
+        matrix.name,
+        weight,
+        pruned.mask,
+        sparsity,
+        pattern,
+        entry.counted_per,
+        pruned.permutation,
+    )
+    return pruned
 
 
-def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Prune, measure, and leave the model with its tokenizer."""
-    model = load_model(spec.model, artifacts)
-    tokenizer = load_tokenizer(spec.model, artifacts)
+def run(
+    spec: PruneSpec, artifacts: Artifacts, output: Path, keep: Keep | None = None
+) -> dict[str, Any]:
+    """Prune, measure, and leave masks, or the model with its tokenizer.
+
+    Args:
+        keep: keeps every decoder layer that is done; layers that it has already are not pruned
+            again. None keeps none.
+    """
+    scratch = output / "scratch"
+    model = stream_model(spec.model, artifacts, scratch)
+    checkpoint = None
+    if not spec.stores_masks:
+        tokenizer = load_tokenizer(spec.model, artifacts)
+        checkpoint = Checkpoint(model, output / "model")
+    finished = FinishedLayers(
+        output / "masks" if checkpoint is None else scratch / "layers",
+        masks=checkpoint is None,
+        keep=keep,
+        checkpoint=checkpoint,
+    )
     windows = None
     if spec.calibration is not None and spec.pruner.calibrated:
         windows = read_windows(artifacts[spec.calibration.key])
@@ -141,15 +233,23 @@ def run(spec: PruneSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
         None if spec.pattern is None else parse_pattern(spec.pattern),
         spec.allocation,
         outlier_ratios=None if outliers is None else read_outlier_ratios(artifacts[outliers.key]),
+        device_hidden_bytes=spec.device_hidden_bytes,
+        host_hidden_bytes=spec.host_hidden_bytes,
+        finished=finished,
     )
-    model.save_pretrained(output / "model")
-    tokenizer.save_pretrained(output / "model")
+    if checkpoint is not None:
+        checkpoint.finish()
+        tokenizer.save_pretrained(output / "model")
+        if report.permutations:
+            save_file(dict(report.permutations), output / "permutations.safetensors")
+    shutil.rmtree(scratch, ignore_errors=True)
     pq.write_table(_table(report), output / "sparsity.parquet")
     return {
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
+        "resumed_layers": report.resumed_layers,
         **_allocation_summary(spec.allocation, report.allocated),
-        **_summary(spec.pruner, report.facts),
+        **_summary(report.facts),
     }
 
 
@@ -194,14 +294,28 @@ def _allocation_summary(allocation: Allocation, allocated: Allocated) -> dict[st
     }
 
 
-def _summary(pruner: Pruner, facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What a reader of the results must know: damping that was raised, columns without input."""
-    if not isinstance(pruner, SparseGPT):
-        return {}
-    raised = {
-        name: {"damping": told["damping"], "raises": int(told["damping_raises"])}
-        for name, told in facts.items()
-        if told["damping_raises"]
-    }
-    dead = {name: int(told["dead_columns"]) for name, told in facts.items() if told["dead_columns"]}
-    return {"raised_damping": raised, "dead_columns": dead}
+def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What a reader of the results must know: experts that saw few tokens, damping that was
+    raised, columns without input."""
+
+    def told(fact: str) -> dict[str, float]:
+        return {name: each[fact] for name, each in facts.items() if each.get(fact)}
+
+    recorded = {fact for each in facts.values() for fact in each}
+    summary: dict[str, Any] = {}
+    if "starved_tokens" in recorded:
+        summary["starved_experts"] = {
+            name: int(each["starved_tokens"])
+            for name, each in facts.items()
+            if "starved_tokens" in each
+        }
+    if "damping_raises" in recorded:
+        summary["raised_damping"] = {
+            name: {"damping": facts[name]["damping"], "raises": int(raises)}
+            for name, raises in told("damping_raises").items()
+        }
+    if "dead_columns" in recorded:
+        summary["dead_columns"] = {
+            name: int(columns) for name, columns in told("dead_columns").items()
+        }
+    return summary

@@ -39,7 +39,8 @@ def check(
     mask: Tensor,
     sparsity: float,
     pattern: tuple[int, int] | None,
-    counted_per: Literal["matrix", "row"],
+    counted_per: Literal["matrix", "row"] | None,
+    permutation: Tensor | None = None,
 ) -> None:
     """See that a pruner chose exactly as many weights as were asked for, and that they are zero.
 
@@ -49,23 +50,29 @@ def check(
     Args:
         weight: the pruned weight, `[out_features, in_features]`.
         mask: what the pruner chose, of the same shape.
-        counted_per: where floor(sparsity * n) weights must be chosen without a pattern.
+        counted_per: where floor(sparsity * n) weights must be chosen without a pattern; None if
+            the pruner meets the sparsity only more or less.
+        permutation: order of the columns `[in_features]` in which the pattern holds.
 
     Raises:
         SparsityError: naming the matrix, what was asked and what is there.
     """
     if pattern is not None:
         kept, size = pattern
-        place, wanted = f"group of {size}", size - kept
-    else:
+        chosen = mask if permutation is None else mask[:, permutation]
+        _check_count(name, chosen, size, f"group of {size}", size - kept)
+    elif counted_per is not None:
         size = weight.shape[1] if counted_per == "row" else weight.numel()
-        place, wanted = counted_per, zeros_in(sparsity, size)
+        _check_count(name, mask, size, counted_per, zeros_in(sparsity, size))
+    left = int(((weight != 0) & mask).sum())
+    if left:
+        raise SparsityError(f"{name}: {left} pruned weights are not zero")
+
+
+def _check_count(name: str, mask: Tensor, size: int, place: str, wanted: int) -> None:
     chosen = mask.reshape(-1, size).sum(dim=1)
     wrong = chosen[chosen != wanted]
     if len(wrong):
         raise SparsityError(
             f"{name}: {int(wrong[0])} weights of a {place} are pruned, not {wanted}"
         )
-    left = int(((weight != 0) & mask).sum())
-    if left:
-        raise SparsityError(f"{name}: {left} pruned weights are not zero")

@@ -63,6 +63,10 @@ class StageSpec(Spec):
         """The stages whose artifacts this one reads."""
         return tuple(_nearest_stages(self))
 
+    def rests_on(self) -> tuple["StageSpec", ...]:
+        """The stages without whose artifacts this one's own cannot be read."""
+        return ()
+
 
 def canonical_json(value: object) -> bytes:
     """JSON with sorted keys and no white space: equal values give equal bytes."""
@@ -95,6 +99,7 @@ def _nearest_stages(value: object) -> Iterator[StageSpec]:
     for child in children:
         if isinstance(child, StageSpec):
             yield child
+            yield from child.rests_on()
         else:
             yield from _nearest_stages(child)
 
@@ -519,25 +524,49 @@ class WindowsSpec(StageSpec):
 # ---------------------------------------------------------------------------------------- pruning
 
 
-class Magnitude(Spec):
+class PrunerSpec(Spec):
+    """The options of a pruner, told apart by its name."""
+
+    calibrated: ClassVar[bool] = True
+    """Whether it takes data."""
+
+    updates_weights: ClassVar[bool] = False
+    """Whether it changes the weights that it keeps; else masks say all that it does."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        """See that the options have a meaning with an N:M pattern, or without one.
+
+        Raises:
+            ValueError: if they have none.
+        """
+
+
+class Magnitude(PrunerSpec):
     """Smallest |W| over the whole matrix; takes no data."""
 
     name: Literal["magnitude"] = "magnitude"
     calibrated: ClassVar[bool] = False
 
 
-class Wanda(Spec):
+class Wanda(PrunerSpec):
     """Smallest |W| * ||X||_2 in each output row (arXiv 2306.11695)."""
 
     name: Literal["wanda"] = "wanda"
-    calibrated: ClassVar[bool] = True
+
+    variant: bool = False
+    """Remove the same share of score mass in each row instead of the same number of weights: rows
+    differ, and the matrix's sparsity is met to about 0.001 only. Unstructured."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        if self.variant and patterned:
+            raise ValueError("wanda's variant has no N:M pattern: leave one of the two out")
 
 
-class SparseGPT(Spec):
+class SparseGPT(PrunerSpec):
     """Optimal brain surgeon by column blocks, with weight updates (arXiv 2301.00774)."""
 
     name: Literal["sparsegpt"] = "sparsegpt"
-    calibrated: ClassVar[bool] = True
+    updates_weights: ClassVar[bool] = True
 
     damping: float = Field(default=0.01, gt=0.0)
     """Added to the Hessian's diagonal, as a share of its mean."""
@@ -546,7 +575,70 @@ class SparseGPT(Spec):
     """Columns of a block, in which masks are chosen and updates are held back."""
 
 
-Pruner = Annotated[Magnitude | Wanda | SparseGPT, Field(discriminator="name")]
+class DSnoT(PrunerSpec):
+    """An initial mask, then swaps of pruned and kept weights that bring the expected error of each
+    output to zero (arXiv 2310.08915)."""
+
+    name: Literal["dsnot"] = "dsnot"
+
+    initial: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    """Whose score chooses the initial mask, in each row or group; of SparseGPT's the score alone,
+    without its updates."""
+
+    scope: Literal["attention", "all"] = "attention"
+    """Where weights are swapped; the other matrices keep the initial mask."""
+
+    max_cycles: int = Field(default=50, ge=0)
+    """Swaps of a row at the most."""
+
+    update_threshold: float = Field(default=0.1, ge=0.0)
+    """A row is left alone once its error, summed over a window's tokens, is no larger."""
+
+    variance_power: float = Field(default=1.0, ge=0.0)
+    """Power of the input's variance that divides a pruned weight's claim to come back; 0 leaves
+    variances out."""
+
+    variance: Literal["total", "pooled"] = "total"
+    """Over all tokens, or, as DSnoT's code has it, within windows only."""
+
+    same_sign: bool = False
+    """End a row before the swap that would turn its error's sign; with a pattern always so."""
+
+    keep: Literal["best", "all"] = "best"
+    """Of a row's swaps those up to its smallest error, or, as DSnoT's code has it, all."""
+
+
+class RIA(PrunerSpec):
+    """Smallest relative importance and activation over the whole matrix (Zhang et al., ICLR
+    2024)."""
+
+    name: Literal["ria"] = "ria"
+
+    activation_power: float = Field(default=0.5, ge=0.0)
+    """Power of ||X||_2."""
+
+    permutation: bool = False
+    """Let the N:M pattern hold in another order of the columns, in which more score is kept."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        if self.permutation and not patterned:
+            raise ValueError(
+                "ria's permutation serves N:M patterns: set one, or permutation: false"
+            )
+
+
+class ALPS(PrunerSpec):
+    """Best mask and weights for the layer's output by ADMM, then conjugate gradients on the mask
+    (arXiv 2406.07831)."""
+
+    name: Literal["alps"] = "alps"
+    updates_weights: ClassVar[bool] = True
+
+    damping: float = Field(default=0.01, gt=0.0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+
+Pruner = Annotated[Magnitude | Wanda | SparseGPT | DSnoT | RIA | ALPS, Field(discriminator="name")]
 
 
 class Uniform(Spec):
@@ -620,15 +712,22 @@ class OutliersSpec(StageSpec):
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
-class PruneSpec(StageSpec):
-    """Prune every linear layer inside a model's decoder layers.
+DEVICE_HIDDEN_BYTES = 4 * 2**30
+"""Enough for 128 windows of 2,048 tokens of a 70B model in half precision."""
 
-    Leaves `model/` (a dense checkpoint with zeros, and the tokenizer) and `sparsity.parquet`:
-    matrix, rows, columns, zeros, sparsity, layer, layer_sparsity and layer_pattern (those that
-    the allocation gives its decoder layer).
+HOST_HIDDEN_BYTES = 16 * 2**30
+
+
+class PruneSpec(StageSpec):
+    """Prune every matrix of attention and MLP in a model's decoder layers, experts too.
+
+    Leaves `sparsity.parquet` (matrix, rows, columns, zeros, sparsity, layer, layer_sparsity and
+    layer_pattern, those that the allocation gives its decoder layer), and the pruned model: if its
+    pruner only chooses what to zero, `masks/` for the model that it was made from
+    (`pipeline/layer_files.py`); else `model/`, a dense checkpoint with zeros, and the tokenizer.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["prune"] = "prune"
 
     model: Model
@@ -650,6 +749,27 @@ class PruneSpec(StageSpec):
     calibration: WindowsSpec | None = None
     """The calibration set; None exactly where neither pruner nor allocation takes data."""
 
+    device_hidden_bytes: int = Field(default=DEVICE_HIDDEN_BYTES, ge=0)
+    """Bytes of hidden states of the calibration set that are held on the device. It takes
+    nsamples * seqlen * hidden size * bytes of the dtype to hold all; the result does not depend
+    on it."""
+
+    host_hidden_bytes: int = Field(default=HOST_HIDDEN_BYTES, ge=0)
+    """Bytes of hidden states beyond that which are held in host memory; the rest goes to files in
+    the system's temporary folder (`TMPDIR`)."""
+
+    checkpoint: bool = False
+    """Store an ordinary checkpoint where masks would do."""
+
+    @property
+    def stores_masks(self) -> bool:
+        """Whether the artifact holds masks, and needs the model that they are for."""
+        return not (self.pruner.updates_weights or self.checkpoint)
+
+    def rests_on(self) -> tuple[StageSpec, ...]:
+        """The model that masks are for; nothing, of a checkpoint."""
+        return tuple(_nearest_stages((self.model,))) if self.stores_masks else ()
+
     @field_validator("pattern")
     @classmethod
     def _pattern_is_n_of_m(cls, pattern: str | None) -> str | None:
@@ -666,11 +786,16 @@ class PruneSpec(StageSpec):
                     f"sparsity {self.sparsity} contradicts pattern {self.pattern}: "
                     f"set it to {1 - kept / group:g}"
                 )
+        self.pruner.check_pattern(self.pattern is not None)
         needs_data = data_taker(self.pruner, self.allocation)
         if needs_data is not None and self.calibration is None:
             raise ValueError(f"{needs_data} needs a calibration set")
         if needs_data is None and self.calibration is not None:
             raise ValueError(f"pruner {self.pruner.name} takes no data: leave calibration out")
+        if self.pruner.updates_weights and self.checkpoint:
+            raise ValueError(
+                f"pruner {self.pruner.name} leaves a checkpoint anyway: leave checkpoint out"
+            )
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Statistics of a linear layer's input, asked for by name and summed batch by batch."""
+"""Statistics of a linear layer's input, asked for by name and gathered batch by batch."""
 
 from abc import ABC, abstractmethod
 from typing import Self
@@ -7,48 +7,145 @@ import torch
 from torch import Tensor
 
 
-class RunningSum(ABC):
-    """A float32 sum over tokens; sums over parts of the tokens merge by addition."""
-
-    total: Tensor
-    """The sum so far."""
+class Statistic(ABC):
+    """What parts of the tokens say together is what all of them say: parts merge exactly."""
 
     @abstractmethod
-    def __init__(self, in_features: int, device: torch.device) -> None: ...
+    def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
+        """Args:
+        windows: of the whole calibration set, also where a part of it or of its tokens is seen.
+        """
 
     @abstractmethod
     def update(self, inputs: Tensor) -> None:
-        """Add the tokens of a batch, `[tokens, in_features]` in float32."""
+        """Add a batch in float32, `[windows, seqlen, in_features]`; or `[tokens, in_features]`,
+        where a layer sees but some tokens of the windows, as an expert of a mixture does."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Add the tokens that another one has seen."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The statistic so far, in float32."""
+
+
+class _Sum(Statistic):
+    """A sum over tokens, added to in its place."""
+
+    def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, device=device)
+        self._windows = windows
 
     def merge(self, other: Self) -> None:
-        """Add the tokens that another sum has seen."""
-        self.total += other.total.to(self.total.device)
+        self._sum += other._sum.to(self._sum.device)
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum
 
 
-class SquaredNorms(RunningSum):
+class SquaredNorms(_Sum):
     """The sum of X_tj^2 over tokens t, `[in_features]`."""
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.total = torch.zeros(in_features, device=device)
+    def update(self, inputs: Tensor) -> None:
+        self._sum += inputs.flatten(0, -2).square().sum(dim=0)
+
+
+class WindowSums(_Sum):
+    """The sum of X_tj over the tokens t of a window, on average over windows, `[in_features]`."""
 
     def update(self, inputs: Tensor) -> None:
-        """Add a batch `[tokens, in_features]`."""
-        self.total += inputs.square().sum(dim=0)
+        self._sum += inputs.flatten(0, -2).sum(dim=0) / self._windows
 
 
-class Hessian(RunningSum):
+class Hessian(_Sum):
     """X^T X over all tokens, `[in_features, in_features]`: half the Hessian of the squared error
     of a layer's output."""
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.total = torch.zeros(in_features, in_features, device=device)
+    def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, in_features, device=device)
 
     def update(self, inputs: Tensor) -> None:
-        """Add a batch `[tokens, in_features]`."""
-        self.total.addmm_(inputs.T, inputs)
+        tokens = inputs.flatten(0, -2)
+        self._sum.addmm_(tokens.T, tokens)
 
 
-STATISTICS: dict[str, type[RunningSum]] = {
+class Variances(Statistic):
+    """The population variance of X_tj over all tokens t, `[in_features]`.
+
+    Batches are merged by the formula of Chan, Golub and LeVeque (1979), in float64: a mean far
+    from zero costs no precision.
+    """
+
+    def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
+        self._tokens = 0
+        self._mean = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._squares = torch.zeros_like(self._mean)  # of deviations from the mean
+
+    def update(self, inputs: Tensor) -> None:
+        tokens = inputs.flatten(0, -2)
+        if len(tokens):
+            self._add(len(tokens), *_moments(tokens))
+
+    def merge(self, other: Self) -> None:
+        if other._tokens:
+            device = self._mean.device
+            self._add(other._tokens, other._mean.to(device), other._squares.to(device))
+
+    def _add(self, tokens: int, mean: Tensor, squares: Tensor) -> None:
+        share = tokens / (self._tokens + tokens)
+        apart = mean - self._mean
+        self._squares += squares + apart.square() * (self._tokens * share)
+        self._mean += apart * share
+        self._tokens += tokens
+
+    @property
+    def value(self) -> Tensor:
+        return (self._squares / max(self._tokens, 1)).float()
+
+
+class PooledVariances(Statistic):
+    """The population variance of X_tj within each window, on average over tokens, `[in_features]`:
+    how far the windows' means lie apart does not count. A batch `[tokens, in_features]` counts as
+    one window. So DSnoT's code has it."""
+
+    def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
+        self._tokens = 0
+        self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        if inputs.numel():
+            squares = _moments(inputs)[1]  # [windows, in_features] or [in_features]
+            self._squares += squares.reshape(-1, inputs.shape[-1]).sum(dim=0)
+            self._tokens += inputs.shape[:-1].numel()
+
+    def merge(self, other: Self) -> None:
+        self._squares += other._squares.to(self._squares.device)
+        self._tokens += other._tokens
+
+    @property
+    def value(self) -> Tensor:
+        return (self._squares / max(self._tokens, 1)).float()
+
+
+def _moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and sum of squared deviations from it, over the last dimension but one, in float64.
+
+    The mean's rounding in float32 is taken out of both again (corrected two-pass algorithm).
+    """
+    rounded = inputs.mean(dim=-2, keepdim=True)
+    deviations = inputs - rounded
+    rest = deviations.mean(dim=-2).double()
+    squares = deviations.square_().sum(dim=-2).double() - inputs.shape[-2] * rest.square()
+    return rounded.squeeze(-2).double() + rest, squares.clamp_(min=0.0)
+
+
+STATISTICS: dict[str, type[Statistic]] = {
     "squared_norms": SquaredNorms,
+    "window_sums": WindowSums,
     "hessian": Hessian,
+    "variances": Variances,
+    "pooled_variances": PooledVariances,
 }

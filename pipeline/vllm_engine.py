@@ -16,14 +16,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.checkpoint import write_checkpoint
 from pipeline.errors import EngineDiedError, InputError
-from pipeline.models import Artifacts, checkpoint, load_configs, model_dtype
+from pipeline.models import Artifacts, checkpoint_location, load_configs, model_dtype
 from pipeline.sampling import Sampling, request_seed
-from pipeline.specs import GenerateSpec, Vllm
+from pipeline.specs import GenerateSpec, Model, PruneSpec, Vllm
 from pipeline.transformers_engine import device_name
 
 CPU_BLOCK_TOKENS = 128
@@ -54,12 +56,11 @@ class VllmEngine:
         if self.version is None:
             remedy = "vLLM is not installed: install calprune[vllm], or take backend: transformers"
             raise InputError("backend", "vllm", remedy)
-        folder, options = checkpoint(spec.model, artifacts)
         config, self.generation_config = load_configs(spec.model, artifacts)
         cache = (
             {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": cpu_cache(spec, config)}
         )
-        with _process_settings():
+        with _process_settings(), _weights(spec.model, artifacts) as (folder, options):
             vllm = importlib.import_module("vllm")
             self.engine = vllm.LLM(
                 model=folder,
@@ -158,6 +159,17 @@ def _process_settings() -> Iterator[None]:
     finally:
         torch.set_num_threads = set_num_threads  # vLLM puts a function that does nothing there
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, str]]]:
+    """A checkpoint that vLLM loads: one made for it where the model is stored as masks."""
+    if isinstance(model, PruneSpec) and model.stores_masks:
+        with tempfile.TemporaryDirectory(prefix="calprune-vllm-") as folder:
+            write_checkpoint(model, artifacts, Path(folder))
+            yield folder, {}
+    else:
+        yield checkpoint_location(model, artifacts)
 
 
 @functools.cache

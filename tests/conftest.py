@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from pipeline.testbed import pretrain
 from pipeline.testbed.presets import PRETRAIN_PRESETS
@@ -21,5 +22,8 @@ def local_ray() -> Iterator[None]:
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pretraining stage's output for the preset `tiny`: `model/` and `training.parquet`."""
     folder = tmp_path_factory.mktemp("tiny")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more gain nothing at this size, and wait for each other
     pretrain.run(PRETRAIN_PRESETS["tiny"], {}, folder)
+    torch.set_num_threads(threads)
     return folder

@@ -3,14 +3,17 @@
 A new pruner is a spec in `pipeline/specs.py`, a file here, and an entry in `PRUNERS`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from pipeline.pruners.alps import prune_by_alps
+from pipeline.pruners.dsnot import options_by_matrix, prune_by_dsnot, statistics_of_dsnot
 from pipeline.pruners.magnitude import prune_by_magnitude
 from pipeline.pruners.pruned import Pruned
+from pipeline.pruners.ria import prune_by_ria
 from pipeline.pruners.sparsegpt import prune_by_sparsegpt
 from pipeline.pruners.wanda import prune_by_wanda
 
@@ -28,22 +31,38 @@ class PruneMatrix(Protocol):
     ) -> Pruned: ...
 
 
+def _same_for_all(options: Any, paths: Mapping[str, str]) -> dict[str, Any]:
+    return dict.fromkeys(paths, options)
+
+
 @dataclass(frozen=True)
 class PrunerEntry:
-    """A pruner and what the walk must know of it."""
+    """A pruner with its options, and what the walk must know of it."""
 
     prune: PruneMatrix
 
     statistics: tuple[str, ...]
     """Names from `pipeline.statistics.STATISTICS`; none if it takes no data."""
 
-    counted_per: Literal["matrix", "row"]
-    """Where exactly floor(sparsity * n) of n weights are zeroed when there is no pattern."""
+    counted_per: Literal["matrix", "row"] | None
+    """Where exactly floor(sparsity * n) of n weights are zeroed when there is no pattern; None if
+    the sparsity is met more or less."""
+
+    options_by_matrix: Callable[[Any, Mapping[str, str]], dict[str, Any]] = _same_for_all
+    """From the options and the path of each matrix inside its decoder layer, by the matrix's name,
+    to the options of each; raises InputError if they do not suit the model."""
 
 
-PRUNERS: dict[str, PrunerEntry] = {
-    "magnitude": PrunerEntry(prune_by_magnitude, (), "matrix"),
-    "wanda": PrunerEntry(prune_by_wanda, ("squared_norms",), "row"),
-    "sparsegpt": PrunerEntry(prune_by_sparsegpt, ("hessian",), "matrix"),
+PRUNERS: dict[str, Callable[[Any], PrunerEntry]] = {
+    "magnitude": lambda options: PrunerEntry(prune_by_magnitude, (), "matrix"),
+    "wanda": lambda options: PrunerEntry(
+        prune_by_wanda, ("squared_norms",), None if options.variant else "row"
+    ),
+    "sparsegpt": lambda options: PrunerEntry(prune_by_sparsegpt, ("hessian",), "matrix"),
+    "dsnot": lambda options: PrunerEntry(
+        prune_by_dsnot, statistics_of_dsnot(options), "row", options_by_matrix
+    ),
+    "ria": lambda options: PrunerEntry(prune_by_ria, ("squared_norms",), "matrix"),
+    "alps": lambda options: PrunerEntry(prune_by_alps, ("hessian",), "matrix"),
 }
-"""By the name of the pruner's spec."""
+"""By the name of the pruner's spec, from its options."""

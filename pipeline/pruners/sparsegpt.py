@@ -44,8 +44,9 @@ def prune_by_sparsegpt(
     """
     rows, columns = weight.shape
     dead = statistics["hessian"].diagonal() == 0
-    upper, facts = _inverse_factor(statistics["hessian"], dead, options.damping)
+    upper, facts = inverse_factor(statistics["hessian"], dead, options.damping)
     scale = upper.diagonal().square()
+    diagonal = upper.diagonal().tolist()
 
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # [columns, rows]
     mask = torch.zeros_like(remaining, dtype=torch.bool)
@@ -58,28 +59,31 @@ def prune_by_sparsegpt(
         errors = torch.zeros_like(block)
         if pattern is None:
             wanted = zeros_in(sparsity, rows * end) - chosen
-            scores = _scores(block, scale[start:end], dead[start:end])
+            scores = sparsegpt_scores(block.T, scale[start:end], dead[start:end])
             mask[start:end] = smallest(scores, wanted).T
             chosen += wanted
-        for place, column in enumerate(range(start, end)):
-            if pattern is not None and column % group == 0:
-                part = slice(column, column + group)
-                scores = _scores(remaining[part], scale[part], dead[part])
+        factor = upper[start:end, start:end]
+        # views are taken once: on small matrices they would cost more than the arithmetic
+        taken = zip(block, mask[start:end], errors, factor, diagonal[start:end], strict=True)
+        for place, (column, masked, lost, later, pivot) in enumerate(taken):
+            if pattern is not None and place % group == 0:
+                part = slice(start + place, start + place + group)
+                scores = sparsegpt_scores(remaining[part].T, scale[part], dead[part])
                 mask[part] = smallest_in_groups(scores, *pattern).T
-            errors[place] = block[place] * mask[column] / upper[column, column]
-            block[place + 1 :].addr_(upper[column, column + 1 : end], errors[place], alpha=-1)
+            torch.mul(column, masked, out=lost).div_(pivot)
+            block[place + 1 :].addr_(later[place + 1 :], lost, alpha=-1)
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     mask = mask.T.contiguous()
     updated = remaining.T.contiguous().masked_fill_(mask, 0.0)
     return Pruned(mask=mask, weight=updated, facts={"dead_columns": float(dead.sum()), **facts})
 
 
-def _scores(columns: Tensor, scale: Tensor, dead: Tensor) -> Tensor:
-    """Scores `[rows, columns]` of weights that are given `[columns, rows]`."""
-    return (columns.T.square() / scale).masked_fill_(dead, 0.0)
+def sparsegpt_scores(weight: Tensor, scale: Tensor, dead: Tensor) -> Tensor:
+    """W_ij^2 / U_jj^2 of a weight `[rows, columns]` with scale U_jj^2; 0 in dead columns."""
+    return (weight.square() / scale).masked_fill_(dead, 0.0)
 
 
-def _inverse_factor(
+def inverse_factor(
     hessian: Tensor, dead: Tensor, damping: float
 ) -> tuple[Tensor, dict[str, float]]:
     """Upper Cholesky factor of the inverse, and the damping that it took.

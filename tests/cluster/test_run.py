@@ -8,7 +8,7 @@ import pytest
 
 from cluster.graph import Graph, Resources, Stage
 from cluster.run import WorkerLostError, run
-from cluster.store import Failure, Manifest, Store
+from cluster.store import Failure, Manifest, Partial, Store
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -32,7 +32,9 @@ def graph(*stages: Stage) -> Graph:
     return {each.key: each for each in stages}
 
 
-def add(payload: str, artifacts: dict[str, Path], output: Path, cpus: int) -> dict[str, Any]:
+def add(
+    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+) -> dict[str, Any]:
     """Writes its own number plus those of its inputs; some payloads are incidents."""
     word, _, argument = payload.partition(" ")
     if word == "raise":
@@ -165,7 +167,7 @@ def test_a_worker_that_always_dies_is_a_failure_and_not_a_hang(tmp_path: Path) -
 
 
 def _kill_oneself(
-    payload: str, artifacts: dict[str, Path], output: Path, cpus: int
+    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
 ) -> dict[str, Any]:
     os.kill(os.getpid(), signal.SIGKILL)
     return {}

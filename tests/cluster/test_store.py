@@ -1,5 +1,6 @@
 import hashlib
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,70 @@ def test_the_sweep_takes_what_dead_writers_left_a_day_ago_and_nothing_else(tmp_p
     assert not dead.exists()
     assert fresh.exists()
     assert store.damaged(["windows-1", "windows-2"]) == {}
+
+
+def finished(folder: Path, name: str, content: bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def test_what_an_attempt_has_kept_is_there_for_the_next_one(store: Store, tmp_path: Path) -> None:
+    def die() -> None:
+        with store.attempt("prune-1") as attempt:
+            attempt.partial.keep(finished(attempt.folder, "layer-0", b"alpha"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        die()
+    assert store.keys() == set()
+    again = Store(store.url)
+    with again.attempt("prune-1") as attempt:
+        assert attempt.partial.restore(attempt.folder / "layer-0")
+        assert (attempt.folder / "layer-0").read_bytes() == b"alpha"
+        assert not attempt.partial.restore(attempt.folder / "layer-1")
+        manifest = attempt.commit(**FACTS)
+    assert set(manifest.files) == {"layer-0"}
+    assert (again.fetch("prune-1") / "layer-0").read_bytes() == b"alpha"
+    with store.attempt("prune-2") as attempt:
+        assert not attempt.partial.restore(attempt.folder / "layer-0")
+
+
+def test_nothing_is_kept_of_an_artifact_that_is_there(store: Store) -> None:
+    with store.attempt("prune-1") as attempt:
+        attempt.partial.keep(finished(attempt.folder, "layer-0", b"alpha"))
+        attempt.commit(**FACTS)
+    assert [path for path in store.fs.find(store.root) if "partial" in path] == []
+    with store.attempt("prune-1") as attempt:
+        assert not attempt.partial.restore(attempt.folder / "layer-0")
+
+
+def test_a_kept_file_that_is_damaged_is_never_restored(store: Store, tmp_path: Path) -> None:
+    with store.attempt("prune-1") as attempt:
+        attempt.partial.keep(finished(tmp_path / "made", "layer-0", b"alpha"))
+    (kept,) = [path for path in store.fs.find(store.root) if "partial" in path]
+    store.fs.rm_file(kept)
+    store.fs.pipe_file(kept, b"alphb")
+    with store.attempt("prune-1") as attempt:
+        target = attempt.folder / "layer-0"
+        assert not attempt.partial.restore(target)
+        assert not target.exists()
+        assert not store.fs.exists(kept)
+        attempt.partial.keep(finished(attempt.folder, "layer-0", b"alpha"))
+        target.unlink()
+        assert attempt.partial.restore(target)
+
+
+def test_the_sweep_takes_what_was_kept_only_if_nothing_was_added_for_a_day(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    now = f"{time.time():.0f}"
+    for name in ("prune-1/7-aa-layer-0", "prune-1/9-bb-layer-1", "prune-2/7-aa-layer-0"):
+        store.write(f"partial/{name}", b"")
+    store.write(f"partial/prune-2/{now}-bb-layer-1", b"")
+    store.sweep()
+    left = sorted(path.name for path in (tmp_path / "store/partial").rglob("*-layer-*"))
+    assert left == sorted(["7-aa-layer-0", f"{now}-bb-layer-1"])
 
 
 def test_a_store_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:

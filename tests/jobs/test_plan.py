@@ -107,8 +107,10 @@ def test_the_papers_grids_are_planned_with_hours_and_bytes(path: Path, tmp_path:
     counts = {line.stage: line for line in count_stages(plan, set())}
     assert counts["prune"].unique < len(plan.cells) == counts["evaluate"].unique
     assert counts["prune"].device_hours > 0
-    # every pruned model is a 7B one at least, in two bytes a weight
-    assert counts["prune"].gigabytes >= 6.7 * 2 * counts["prune"].unique
+    # every pruned model is a 7B one at least, in a bit a weight or in two bytes
+    prunings = [spec for spec in plan.specs.values() if isinstance(spec, PruneSpec)]
+    least = sum(6.7 / 8 if spec.stores_masks else 6.7 * 2 for spec in prunings)
+    assert counts["prune"].gigabytes >= least
     if "generate" in counts:
         assert counts["generate"].unique < len(plan.cells)
         assert counts["generate shard"].device_hours > 0
@@ -121,6 +123,29 @@ def test_the_paper_grids_are_there() -> None:
     assert {path.stem for path in PAPER_GRIDS} == {
         f"paper-{name}" for name in ("main", "sparsity", "amount", "prefix", "filter")
     }
+
+
+def test_checkpoints_are_asked_for_where_masks_would_be_stored(
+    content: Content, load: Load
+) -> None:
+    content["cells"]["pruner"] = ["wanda", "sparsegpt"]
+    content["checkpoints"] = True
+    prunings = [s for s in make_plan(load(content)).specs.values() if isinstance(s, PruneSpec)]
+    assert {(spec.pruner.name, spec.checkpoint) for spec in prunings} == {
+        ("wanda", True),
+        ("sparsegpt", False),
+    }
+    assert not any(spec.stores_masks for spec in prunings)
+
+
+def test_whoever_reads_masks_reads_their_model_too(content: Content, load: Load) -> None:
+    content["cells"]["pruner"] = ["wanda", "sparsegpt"]
+    plan = make_plan(load(content))
+    for key, spec in plan.specs.items():
+        if isinstance(spec, EvaluateSpec) and isinstance(spec.model, PruneSpec):
+            kinds = {plan.graph[before].kind for before in plan.graph[key].inputs}
+            masks = spec.model.pruner.name == "wanda"
+            assert kinds == {"prune", "testbed-tasks", *(["pretrain"] if masks else [])}
 
 
 def test_what_the_store_holds_is_not_counted_as_work(content: Content, load: Load) -> None:
@@ -153,7 +178,10 @@ def test_estimates_are_flop_over_rate() -> None:
     assert guess is not None
     # two passes of 2 FLOP a parameter and token, at half the rate
     assert guess.seconds == pytest.approx(2 * 2 * 7e9 * 128 * 2048 / 0.5e14)
-    assert guess.bytes == 14e9
+    assert guess.bytes == 7e9 / 8
+    whole = estimate(pruned.model_copy(update={"checkpoint": True}), cost, {"m": 7e9})
+    assert whole is not None
+    assert whole.bytes == 14e9
     assert estimate(pruned, cost, {}) is None
     owl = PruneSpec(
         model=model, pruner=Magnitude(), sparsity=0.5, allocation=OWL(), calibration=windows

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.graph import Resources, Stage
 from cluster.run import run
-from cluster.store import Store
+from cluster.store import Partial, Store
 from jobs.stages import execute
 from pipeline import generate
 from pipeline.specs import GenerateSpec, LocalModel, StageSpec, TestbedCorpus, Vllm
@@ -38,6 +38,7 @@ def execute_or_die(
     artifacts: Mapping[str, Path],
     output: Path,
     cpus: int,
+    partial: Partial,
     *,
     victim: str,
     notes: Path,
@@ -59,7 +60,7 @@ def execute_or_die(
             return step(engine)
 
         LLMEngine.step = last_steps
-    report = execute(payload, artifacts, output, cpus)
+    report = execute(payload, artifacts, output, cpus, partial)
     if "VLLM_CACHE_ROOT" in os.environ:
         (notes / f"cache-{os.getpid()}").write_text(os.environ["VLLM_CACHE_ROOT"])
     return report

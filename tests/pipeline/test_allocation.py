@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline import outliers, prune
 from pipeline.allocation import Allocated, allocate
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.outliers import count_outliers
 from pipeline.prune import prune_model
 from pipeline.specs import (
@@ -36,7 +36,7 @@ from pipeline.specs import (
     Wanda,
     WindowsSpec,
 )
-from pipeline.walk import NonFiniteError, layer_sizes
+from pipeline.walk import layer_sizes
 
 
 def shares(allocated: Allocated) -> list[float]:

@@ -1,4 +1,4 @@
-"""The walk and the whole pruning of small models of real classes, randomly initialised."""
+"""The whole pruning of small models of real classes, randomly initialised."""
 
 import math
 from pathlib import Path
@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.matrices import decoder_layers
 from pipeline.prune import prune_model
 from pipeline.sparsity import SparsityError, check
 from pipeline.specs import Magnitude, Pruner, SparseGPT, Uniform, Wanda
-from pipeline.walk import Matrix, NonFiniteError, decoder_layers, walk
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -83,52 +83,6 @@ def test_every_inner_matrix_is_pruned_and_all_else_is_untouched(name: str, prune
     assert bool(pruned(input_ids=windows()).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_walk_sees_what_a_full_forward_pass_of_the_pruned_model_sees(name: str) -> None:
-    """Of each layer the inputs are those of the model with all layers below pruned and itself
-    still dense; shared statistics are those of every matrix's own input."""
-    model = model_of(name)
-    data = windows()
-    linears = inner_linears(model)
-
-    def visit(number: int, found: list[Matrix]) -> None:
-        inputs: dict[str, list[Tensor]] = {matrix.name: [] for matrix in found}
-        handles = [
-            linears[matrix.name].register_forward_pre_hook(
-                lambda module, given, name=matrix.name: inputs[name].append(given[0])
-            )
-            for matrix in found
-        ]
-        for window in data:
-            model(input_ids=window[None], use_cache=False)
-        for handle in handles:
-            handle.remove()
-        for matrix in found:
-            full = torch.cat([part.flatten(0, -2) for part in inputs[matrix.name]]).double()
-            norms, hessian = matrix.statistics["squared_norms"], matrix.statistics["hessian"]
-            torch.testing.assert_close(norms.double(), full.square().sum(0), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(hessian.double(), full.T @ full, rtol=1e-3, atol=1e-3)
-            matrix.linear.weight[:, ::2] = 0.0
-
-    walk(model, data, ("squared_norms", "hessian"), visit)
-
-
-def test_matrices_that_read_the_same_tensor_share_their_statistics() -> None:
-    def visit(number: int, found: list[Matrix]) -> None:
-        shared: dict[int, set[str]] = {}
-        for matrix in found:
-            identity = id(matrix.statistics["hessian"])
-            shared.setdefault(identity, set()).add(matrix.name.rsplit(".", 1)[1])
-        assert sorted(map(sorted, shared.values())) == [
-            ["down_proj"],
-            ["gate_proj", "up_proj"],
-            ["k_proj", "q_proj", "v_proj"],
-            ["o_proj"],
-        ]
-
-    walk(model_of("llama"), windows(), ("hessian",), visit)
-
-
 def test_batches_of_any_size_give_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pruned_model("llama", Wanda())
     monkeypatch.setattr("pipeline.walk.BATCH_TOKENS", 3 * 24)  # batches of 3, 3, 3 and 1
@@ -189,18 +143,6 @@ def test_a_pruned_model_saved_and_loaded_gives_the_same_logits(tmp_path: Path) -
 
 
 # ----------------------------------------------------------------------------------------- errors
-
-
-def test_experts_in_one_tensor_are_refused_by_name() -> None:
-    config = transformers.MixtralConfig(**GATED, num_local_experts=2, num_experts_per_tok=1)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(InputError, match=r"layers\.0\..*experts.*experts in one tensor"):
-        prune_model(model, windows(), Wanda(), 0.5, None, Uniform())
-
-
-def test_a_model_without_decoder_layers_is_refused() -> None:
-    with pytest.raises(InputError, match="no list of decoder layers"):
-        decoder_layers(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_a_pattern_that_does_not_fit_names_the_matrix() -> None:

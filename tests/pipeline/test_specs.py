@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from pipeline.specs import (
     OWL,
+    RIA,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -207,6 +208,9 @@ def test_shards_cover_all_samples_and_read_only_their_own_part() -> None:
         ({"sparsity": 0.5, "pruner": Magnitude(), "allocation": OWL()}, "owl needs a calibration"),
         ({"sparsity": 0.5, "pruner": Magnitude(), "allocation": {"name": "by-hand"}}, "sparsities"),
         ({"sparsity": 0.5, "pruner": {"name": "wander"}}, "wander"),
+        ({"sparsity": 0.5, "pruner": Wanda(variant=True), "pattern": "2:4"}, "no N:M pattern"),
+        ({"sparsity": 0.5, "pruner": RIA(permutation=True)}, "serves N:M patterns"),
+        ({"sparsity": 0.5, "pruner": {"name": "dsnot", "initial": "owl"}}, "initial"),
         ({"sparsity": 0.5, "pruner": Magnitude(), "speed": 1}, "Extra inputs"),
     ],
 )
@@ -220,6 +224,28 @@ def test_data_for_a_pruner_that_takes_none_is_refused() -> None:
     windows = WindowsSpec(source=HubCorpus(path="c"), model=model)
     with pytest.raises(ValidationError, match="leave calibration out"):
         PruneSpec(model=model, pruner=Magnitude(), sparsity=0.5, calibration=windows)
+
+
+def test_a_checkpoint_that_is_there_anyway_is_not_asked_for() -> None:
+    model = HubModel(name="m")
+    windows = WindowsSpec(source=HubCorpus(path="c"), model=model)
+    with pytest.raises(ValidationError, match="leave checkpoint out"):
+        PruneSpec(
+            model=model, pruner=SparseGPT(), sparsity=0.5, calibration=windows, checkpoint=True
+        )
+
+
+def test_shards_of_a_model_stored_as_masks_read_its_dense_model_too() -> None:
+    generated = examples()["generate from a pruned model"]
+    assert isinstance(generated, GenerateSpec)
+    pruned = generated.model
+    assert isinstance(pruned, PruneSpec)
+    expected = {pruned.key, pruned.model.key}  # type: ignore[union-attr]
+    assert {spec.key for spec in generated.shards()[0].inputs()} == expected
+    scored = ScoreSpec(samples=generated, model=pruned).shards()[0]
+    assert {spec.key for spec in scored.inputs()} == expected | {generated.shards()[0].key}
+    windows = WindowsSpec(source=HubCorpus(path="c"), model=pruned)
+    assert {spec.key for spec in windows.inputs()} == expected
 
 
 def test_specs_cannot_be_changed() -> None:

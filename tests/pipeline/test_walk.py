@@ -1,6 +1,8 @@
 """The walk through small models of real classes, randomly initialised."""
 
-import weakref
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
-from pipeline.walk import Matrix, NonFiniteError, decoder_layers, matrices, walk
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.matrices import Matrix, decoder_layers
+from pipeline.walk import walk
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -25,12 +28,7 @@ GATED = {
 }
 CONFIGS: dict[str, Any] = {
     "llama": transformers.LlamaConfig(**GATED),
-    "wide-heads": transformers.LlamaConfig(**GATED, head_dim=12),
-    "mistral": transformers.MistralConfig(**GATED, sliding_window=8),
-    "qwen2": transformers.Qwen2Config(**GATED),
-    "qwen3": transformers.Qwen3Config(**GATED, head_dim=8),
-    "gemma2": transformers.Gemma2Config(**GATED, head_dim=8, sliding_window=8),
-    "gemma3": transformers.Gemma3TextConfig(**GATED, head_dim=8, sliding_window=8),
+    "mixtral": transformers.MixtralConfig(**GATED, num_local_experts=4, num_experts_per_tok=2),
     # embeddings of each layer and keys and values of earlier layers are passed to the layers
     "gemma4": transformers.Gemma4TextConfig(
         **GATED,
@@ -42,15 +40,10 @@ CONFIGS: dict[str, Any] = {
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
-    "cohere": transformers.CohereConfig(**GATED, use_qk_norm=True, bos_token_id=1, eos_token_id=2),
-    "phi3": transformers.Phi3Config(**GATED, pad_token_id=0),
-    "olmo2": transformers.Olmo2Config(**GATED),
-    "neox": transformers.GPTNeoXConfig(**SMALL, intermediate_size=64, max_position_embeddings=64),
     "opt": transformers.OPTConfig(
         **SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64
     ),
     "falcon": transformers.FalconConfig(**SMALL),  # its layers return tuples
-    "bloom": transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=4, n_head=4),
 }
 
 
@@ -62,60 +55,6 @@ def model_of(config: Any) -> Any:
 def windows(count: int = 10, seqlen: int = 24) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(1, 96, (count, seqlen), generator=generator)
-
-
-def inputs_of(model: Any, linears: dict[str, nn.Linear], data: Tensor) -> dict[str, Tensor]:
-    """What each linear layer is given `[tokens, in_features]` in float64, one window at a time
-    through the whole model."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in linears}
-    handles = [
-        linear.register_forward_pre_hook(
-            lambda module, given, name=name: seen[name].append(given[0])
-        )
-        for name, linear in linears.items()
-    ]
-    for window in data:
-        model(input_ids=window[None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat([part.flatten(0, -2) for part in seen[name]]).double() for name in seen}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_walk_sees_what_a_full_forward_pass_of_the_pruned_model_sees(name: str) -> None:
-    """Each layer's inputs are those of the model with all layers below pruned and itself still
-    dense. Batches of 4, 4 and 2 windows against one window at a time."""
-    model, data = model_of(CONFIGS[name]), windows()
-    visited: list[int] = []
-
-    def visit(number: int, found: list[Matrix]) -> None:
-        visited.append(number)
-        full = inputs_of(model, {matrix.name: matrix.linear for matrix in found}, data)
-        for matrix in found:
-            inputs = full[matrix.name]
-            norms, hessian = matrix.statistics["squared_norms"], matrix.statistics["hessian"]
-            scale = float(inputs.square().sum(0).max())
-            torch.testing.assert_close(
-                norms.double(), inputs.square().sum(0), rtol=1e-4, atol=1e-6 * scale
-            )
-            torch.testing.assert_close(
-                hessian.double(), inputs.T @ inputs, rtol=1e-4, atol=1e-5 * scale
-            )
-            matrix.linear.weight[:, ::2] = 0.0
-
-    walk(model, data, ("squared_norms", "hessian"), visit, batch_size=4)
-    assert visited == [0, 1, 2, 3]
-
-
-def test_names_are_those_of_the_model_and_nothing_outside_the_layers_is_visited() -> None:
-    model = model_of(CONFIGS["llama"])
-    root, layers = decoder_layers(model)
-    assert root == "model.layers"
-    modules = dict(model.named_modules())
-    found = [each for n, layer in enumerate(layers) for each in matrices(f"{root}.{n}", layer)]
-    assert len(found) == 4 * 7
-    for matrix in found:
-        assert modules[matrix.name] is matrix.linear
 
 
 def test_matrices_that_read_the_same_tensor_share_their_statistics() -> None:
@@ -160,86 +99,250 @@ def test_without_data_or_statistics_the_model_is_never_run(
     assert not runs
 
 
-def test_a_batch_of_inputs_is_let_go_as_soon_as_the_pruned_layer_has_passed_it_on() -> None:
-    model, seen = model_of(CONFIGS["llama"]), []
-    alive: list[bool] = []
+def test_no_layer_is_run_more_often_than_it_must_be() -> None:
+    """Once for its statistics and once to pass on what it gives pruned, but for the last layer."""
+    model = model_of(CONFIGS["llama"])
+    runs = [0] * 4
 
-    def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen.append(weakref.ref(given[0]))
-        if len(seen) == 5 + 2:  # the pruned layer's second batch
-            alive.extend(seen[place]() is not None for place in (0, 1))
+    def count(number: int) -> Any:
+        def hook(module: nn.Module, given: Any) -> None:
+            runs[number] += 1
 
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(count(number))
+    walk(model, windows(), ("squared_norms",), lambda number, found: None, batch_size=4)
+    assert runs == [3 + 3, 3 + 3, 3 + 3, 3]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_called_as_before_after_the_walk_even_when_it_fails(fails: bool) -> None:
     def visit(number: int, found: list[Matrix]) -> None:
-        if number == 0:
-            model.model.layers[1].register_forward_pre_hook(look)
+        if fails:
+            raise RuntimeError("stop here")
 
-    walk(model, windows(), ("squared_norms",), visit, batch_size=2)
-    assert len(seen) == 2 * 5
-    assert alive == [False, True]
+    model = model_of(CONFIGS["mixtral"])
+    expected = model(input_ids=windows(2)).logits
+    with pytest.raises(RuntimeError, match="stop here") if fails else nullcontext():
+        walk(model, windows(), ("hessian",), visit)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model.config._experts_implementation == "grouped_mm"
+    assert torch.equal(model(input_ids=windows(2)).logits, expected)
 
 
-def test_hooks_do_not_outlive_the_walk_even_when_it_fails() -> None:
+# ---------------------------------------------------------------------------------- where it lives
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+BATCH_BYTES = 2 * 24 * 32 * 4
+"""Two windows' hidden states in float32."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("on_device", "on_host"), [(BATCH_BYTES, 2 * BATCH_BYTES), (0, 10**9), (0, 0)]
+)
+def test_statistics_are_the_same_bits_wherever_hidden_states_live(
+    name: str, on_device: int, on_host: int, folder: Path
+) -> None:
+    def totals(**budgets: int) -> list[Tensor]:
+        found_totals: list[Tensor] = []
+
+        def visit(number: int, found: list[Matrix]) -> None:
+            if budgets and name != "gemma4":  # that one keeps more than hidden states
+                count = 0 if on_host > 10**6 else 5 - (on_device + on_host) // BATCH_BYTES
+                assert [path.stat().st_size for path in files(folder)] == [BATCH_BYTES] * count
+            for matrix in found:
+                found_totals.extend(total.clone() for total in matrix.statistics.values())
+                matrix.weight[:, ::2] = 0.0
+
+        asked = ("squared_norms", "hessian")
+        walk(model_of(CONFIGS[name]), windows(), asked, visit, 2, **budgets)
+        return found_totals
+
+    expected = totals()
+    found = totals(device_hidden_bytes=on_device, host_hidden_bytes=on_host)
+    assert len(found) == len(expected) > 4 * 4
+    assert all(map(torch.equal, found, expected))
+    assert not list(folder.iterdir())
+
+
+def test_the_files_are_gone_even_if_pruning_fails(folder: Path) -> None:
     def fail(number: int, found: list[Matrix]) -> None:
+        assert len(files(folder)) == 5
         raise RuntimeError("stop here")
 
-    model = model_of(CONFIGS["llama"])
     with pytest.raises(RuntimeError, match="stop here"):
-        walk(model, windows(), ("hessian",), fail)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+        walk(
+            model_of(CONFIGS["llama"]),
+            windows(),
+            ("hessian",),
+            fail,
+            2,
+            device_hidden_bytes=0,
+            host_hidden_bytes=0,
+        )
+    assert not list(folder.iterdir())
+
+
+def test_hidden_states_of_all_layers_lie_in_the_same_place() -> None:
+    model = model_of(CONFIGS["llama"])
+    places: list[set[int]] = [set() for _ in range(4)]
+    for number, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_pre_hook(
+            lambda module, given, number=number: places[number].add(given[0].data_ptr())
+        )
+    walk(model, windows(), ("squared_norms",), lambda number, found: None, batch_size=2)
+    assert len(places[0]) == 5
+    assert places.count(places[0]) == 4
+
+
+@pytest.mark.parametrize("asked", [(), ("squared_norms",)])
+def test_one_layer_at_a_time_is_moved_to_the_device_and_back(
+    asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU that goes by another name, so that every layer seems to be elsewhere."""
+    model, moves = model_of(CONFIGS["llama"]), []
+    numbers = {layer: number for number, layer in enumerate(model.model.layers)}
+    monkeypatch.setattr(
+        nn.Module, "to", lambda module, device: moves.append((numbers[module], str(device)))
+    )
+
+    def visit(number: int, found: list[Matrix]) -> None:
+        moves.append((number, "visited"))
+
+    walk(model, windows(), asked, visit, device=torch.device("cpu", 0))
+    turns = ["cpu:0", "visited", "cpu"]
+    assert moves == [(number, turn) for number in range(4) for turn in turns]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("budgets", [{}, {"device_hidden_bytes": 0}])
+def test_a_model_in_host_memory_is_walked_on_the_gpu(name: str, budgets: dict[str, int]) -> None:
+    def totals(model: Any, device: torch.device | None, **budgets: int) -> list[Tensor]:
+        found_totals: list[Tensor] = []
+
+        def visit(number: int, found: list[Matrix]) -> None:
+            for other, layer in enumerate(decoder_layers(model)[1]):
+                on_gpu = device is not None and other == number
+                assert all(each.is_cuda == on_gpu for each in layer.parameters())
+            for matrix in found:
+                found_totals.append(matrix.statistics["squared_norms"].cpu())
+                matrix.weight[:, ::2] = 0.0
+
+        walk(model, windows(), ("squared_norms",), visit, 2, device, **budgets)
+        return found_totals
+
+    model, other = model_of(CONFIGS[name]), model_of(CONFIGS[name])
+    found = totals(model, torch.device("cuda"), **budgets)
+    torch.testing.assert_close(found, totals(other, None), rtol=1e-3, atol=1e-5)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 # --------------------------------------------------------------------------------------- refusals
 
 
-def refused(model: nn.Module) -> None:
-    root, layers = decoder_layers(model)
-    for number, layer in enumerate(layers):
-        matrices(f"{root}.{number}", layer)
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, states: Tensor, extra: Tensor | None = None) -> Tensor:
+        return states + self.linear(states)
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe"])
-def test_experts_in_one_tensor_are_refused_by_name(kind: str) -> None:
-    config = getattr(transformers, f"{kind}Config")
-    model = model_of(config(**GATED, num_experts_per_tok=1))
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj.*experts"):
-        refused(model)
+class Decoder(nn.Module):
+    """The simplest decoder, and what real ones may do between their layers."""
+
+    def __init__(self, between: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.between = between
+        self.embedding = nn.Embedding(96, 8)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        states = self.embedding(input_ids)
+        for layer in self.layers:
+            match self.between:
+                case "scales":
+                    states = layer(states * 2)
+                case "passes on":
+                    states = layer(states, extra=states.mean(-1))
+                case _:
+                    states = layer(states)
+        return states
 
 
-def test_matrices_that_are_stored_the_other_way_round_are_refused_by_name() -> None:
-    config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4)
-    with pytest.raises(InputError, match=r"transformer\.h\.0\.attn\.c_attn\.weight.*\[32, 96\]"):
-        refused(model_of(config))
+def look(number: int, found: list[Matrix]) -> None:
+    """Visit without doing anything."""
 
 
-def test_layers_of_more_than_one_kind_are_no_reason_to_prune_another_list() -> None:
-    """Jamba alternates attention and state-space layers; the latter have convolutions."""
-    config = transformers.JambaConfig(**GATED, attn_layer_period=2, attn_layer_offset=1)
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mamba\.conv1d\.weight"):
-        refused(model_of(config))
+def test_a_model_that_is_none_of_transformers_own_is_walked_too() -> None:
+    totals: list[Tensor] = []
+    model, data = Decoder(), windows()
+    walk(model, data, ("hessian",), lambda _, found: totals.append(found[0].statistics["hessian"]))
+    states = model.embedding(data).detach()
+    for layer, total in zip(model.layers, totals, strict=True):
+        tokens = states.flatten(0, 1).double()
+        torch.testing.assert_close(total.double(), tokens.T @ tokens, rtol=1e-4, atol=1e-4)
+        states = layer(states).detach()
 
 
-def test_a_model_without_decoder_layers_is_refused() -> None:
-    with pytest.raises(InputError, match="no list of decoder layers"):
-        decoder_layers(nn.Sequential(nn.Linear(2, 2)))
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [("scales", "changes the hidden states between"), ("passes on", "depends on those below")],
+)
+def test_a_model_that_links_its_layers_otherwise_is_refused(between: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"Decoder.*{message}"):
+        walk(Decoder(between), windows(), ("hessian",), look)
 
 
-def test_a_layer_without_linear_layers_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"blocks\.3.*no linear layer"):
-        matrices("blocks.3", nn.LayerNorm(4))
+class Experts(nn.Module):
+    """All experts at once, which no product with one of them shows."""
+
+    is_transposed = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.einsum("eij,btj->bti", self.up_proj, states)
+
+
+def test_experts_whose_inputs_cannot_be_observed_are_refused_by_name() -> None:
+    model = Decoder()
+    model.layers[1].linear = nn.Sequential(nn.Linear(8, 8), Experts())
+    with pytest.raises(InputError, match=r"layers\.1\.linear\.1\.up_proj\.0.*cannot be observed"):
+        walk(model, windows(), ("hessian",), look)
 
 
 def test_layers_that_are_called_twice_are_refused() -> None:
     model = model_of(CONFIGS["llama"])
     model.model.layers[1] = model.model.layers[0]
     with pytest.raises(InputError, match=r"LlamaForCausalLM.*once each"):
-        walk(model, windows(), ("hessian",), lambda number, found: None)
+        walk(model, windows(), ("hessian",), look)
 
 
 def test_a_matrix_that_the_model_never_uses_is_refused_by_name() -> None:
     model = model_of(CONFIGS["llama"])
     model.model.layers[1].spare = nn.Linear(32, 32)
     with pytest.raises(InputError, match=r"layers\.1\.spare.*takes no part"):
-        walk(model, windows(), ("hessian",), lambda number, found: None)
+        walk(model, windows(), ("hessian",), look)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -253,3 +356,12 @@ def test_an_activation_that_is_not_finite_is_an_error_that_names_its_matrix(
     with pytest.raises(NonFiniteError, match=rf"layers\.1\.self_attn\.q_proj: its input.*{asked}"):
         walk(model, windows(), (asked,), lambda number, found: visited.append(number))
     assert visited == [0]
+
+
+def test_an_activation_that_is_not_finite_is_an_error_even_if_its_expert_is_starved() -> None:
+    model = model_of(CONFIGS["mixtral"])
+    model.model.layers[0].post_attention_layernorm.weight.data[3] = float("nan")
+    with pytest.raises(
+        NonFiniteError, match=r"layers\.0\.mlp\.experts\.gate_up_proj\.\d: its input"
+    ):
+        walk(model, windows(1, 4), ("squared_norms",), look)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.pruners import masks
 from pipeline.pruners.masks import smallest, smallest_in_groups, smallest_in_rows, zeros_in
 
 
@@ -87,3 +88,44 @@ def test_a_transposed_matrix_is_read_in_its_own_row_order() -> None:
 def test_columns_that_a_pattern_does_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="6 columns are no multiple of the pattern's 4"):
         smallest_in_groups(torch.ones(2, 6), 2, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 300), st.integers(0, 99), st.data())
+def test_groups_of_any_size_lose_the_same_as_rows_of_that_size(
+    rows: int, groups: int, group: int, seed: int, data: st.DataObject
+) -> None:
+    """Short rows are ranked in another way than long ones."""
+    kept = data.draw(st.integers(1, group))
+    values = scores(rows, groups * group, seed)
+    expected = smallest_in_rows(values.view(-1, group), group - kept).view(values.shape)
+    assert smallest_in_groups(values, kept, group).equal(expected)
+
+
+def test_many_groups_are_ranked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = scores(7, 36, seed=1)
+    whole = smallest_in_groups(values, 2, 4)
+    monkeypatch.setattr(masks, "_CACHED", 20)  # five groups; 63 are no multiple of that
+    assert smallest_in_groups(values, 2, 4).equal(whole)
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 5, 11, 12])
+def test_the_order_of_a_stable_sort_decides(zeros: int) -> None:
+    values = torch.cat([scores(40, 12, seed=2), torch.randn(40, 12), torch.zeros(40, 12)])
+    expected = torch.zeros_like(values, dtype=torch.bool)
+    expected.scatter_(1, values.argsort(dim=1, stable=True)[:, :zeros], True)
+    assert smallest_in_rows(values, zeros).equal(expected)
+
+
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_a_score_that_is_nan_is_an_error(place: int) -> None:
+    values = torch.rand(3, 12)
+    values[1, place] = float("nan")
+    values[2, 3] = float("inf")
+    for choose in (
+        lambda: smallest(values, 4),
+        lambda: smallest_in_rows(values, 4),
+        lambda: smallest_in_groups(values, 2, 4),
+    ):
+        with pytest.raises(ValueError, match="a score is NaN"):
+            choose()

@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -8,12 +9,62 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jobs.cost import PRUNE_PASSES
 from pipeline.pruners import PRUNERS
 from pipeline.pruners.pruned import Pruned
-from pipeline.specs import Magnitude, SparseGPT, Wanda
+from pipeline.specs import ALPS, Magnitude, Pruner, SparseGPT, Wanda
 from pipeline.statistics import STATISTICS
 
-OPTIONS = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT()}
+CLASSES = get_args(get_args(Pruner)[0])
+
+
+def variants() -> list[Any]:
+    """Every pruner with its defaults, and with every other value of its switches and choices."""
+    found = []
+    for kind in CLASSES:
+        found.append(kind())
+        for name, field in kind.model_fields.items():
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            values = (False, True) if field.annotation is bool else choices
+            found += [kind(**{name: value}) for value in values if value != field.default]
+    return found
+
+
+VARIANTS = variants()
+
+
+def takes(options: Any, pattern: tuple[int, int] | None) -> bool:
+    try:
+        options.check_pattern(pattern is not None)
+    except ValueError:
+        return False
+    return True
+
+
+def label(value: object) -> str | None:
+    if not isinstance(value, CLASSES):
+        return None
+    options = value.model_dump(exclude={"name"}, exclude_defaults=True)
+    return "-".join([value.name, *(f"{name}={choice}" for name, choice in options.items())])
+
+
+UNSTRUCTURED = pytest.mark.parametrize(
+    "options", [each for each in VARIANTS if takes(each, None)], ids=label
+)
+EXACT = pytest.mark.parametrize(
+    "options",
+    [each for each in VARIANTS if takes(each, None) and PRUNERS[each.name](each).counted_per],
+    ids=label,
+)
+PATTERNED = pytest.mark.parametrize(
+    "options", [each for each in VARIANTS if takes(each, (2, 4))], ids=label
+)
+
+
+def test_there_are_a_pruner_and_an_estimate_for_every_spec() -> None:
+    assert list(PRUNERS) == [kind().name for kind in CLASSES]
+    assert len(VARIANTS) > len(CLASSES) + 5
+    assert set(PRUNE_PASSES) == set(PRUNERS)
 
 
 def correlated(tokens: int, columns: int, seed: int) -> Tensor:
@@ -29,19 +80,22 @@ def weights(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def prune(
-    name: str,
+    options: Any,
     weight: Tensor,
     inputs: Tensor,
     sparsity: float,
     pattern: tuple[int, int] | None = None,
-    options: SparseGPT | None = None,
 ) -> Pruned:
-    sums = {key: STATISTICS[key](inputs.shape[1], inputs.device) for key in STATISTICS}
-    for part in inputs.split(7):
+    entry = PRUNERS[options.name](options)
+    parts = inputs.split(7)
+    sums = {
+        key: STATISTICS[key](inputs.shape[1], len(parts), inputs.device) for key in entry.statistics
+    }
+    for part in parts:
         for statistic in sums.values():
-            statistic.update(part)
-    results = {key: sums[key].total for key in PRUNERS[name].statistics}
-    return PRUNERS[name].prune(weight, results, sparsity, pattern, options or OPTIONS[name])
+            statistic.update(part[None])
+    results = {key: statistic.value for key, statistic in sums.items()}
+    return entry.prune(weight, results, sparsity, pattern, options)
 
 
 def after(weight: Tensor, pruned: Pruned) -> Tensor:
@@ -55,39 +109,46 @@ def error(weight: Tensor, pruned: Pruned, inputs: Tensor) -> float:
 # ----------------------------------------------------------------------------- all of the pruners
 
 
-def counted(name: str, sparsity: str, rows: int, columns: int) -> int:
-    """Zeros by exact arithmetic: Wanda counts in each row, the others in the whole matrix."""
-    if name == "wanda":
+def counted(options: Any, sparsity: str, rows: int, columns: int) -> int:
+    """Zeros by exact arithmetic, in each row or in the whole matrix."""
+    if PRUNERS[options.name](options).counted_per == "row":
         return rows * math.floor(Fraction(sparsity) * columns)
     return math.floor(Fraction(sparsity) * rows * columns)
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.parametrize("sparsity", ["0", "0.29", "0.5", "0.6", "0.7", "0.99"])
+def in_order(values: Tensor, pruned: Pruned) -> Tensor:
+    """Columns in the order in which a pattern holds."""
+    return values if pruned.permutation is None else values[:, pruned.permutation]
+
+
+@EXACT
+@pytest.mark.parametrize("sparsity", ["0", "0.29", "0.5", "0.7", "0.99"])
 @pytest.mark.parametrize("shape", [(24, 48), (1, 48), (48, 1), (7, 130), (1, 1)])
 def test_the_mask_has_exactly_the_zeros_asked_for(
-    name: str, sparsity: str, shape: tuple[int, int]
+    options: Any, sparsity: str, shape: tuple[int, int]
 ) -> None:
     weight, inputs = weights(*shape, seed=1), correlated(64, shape[1], seed=1)
-    pruned = prune(name, weight, inputs, float(sparsity))
-    assert int(pruned.mask.sum()) == counted(name, sparsity, *shape)
+    pruned = prune(options, weight, inputs, float(sparsity))
+    assert pruned.mask.shape == weight.shape
+    assert pruned.mask.dtype == torch.bool
+    assert int(pruned.mask.sum()) == counted(options, sparsity, *shape)
     assert int((after(weight, pruned) == 0).sum()) == int(pruned.mask.sum())
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@PATTERNED
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (3, 3)])
 @pytest.mark.parametrize("shape", [(24, 48), (1, 48), (48, 24)])
 def test_every_group_of_a_pattern_keeps_exactly_its_share(
-    name: str, pattern: tuple[int, int], shape: tuple[int, int]
+    options: Any, pattern: tuple[int, int], shape: tuple[int, int]
 ) -> None:
     weight, inputs = weights(*shape, seed=1), correlated(64, shape[1], seed=1)
-    pruned = prune(name, weight, inputs, 1 - pattern[0] / pattern[1], pattern)
-    nonzero = (after(weight, pruned) != 0).view(shape[0], -1, pattern[1]).sum(dim=2)
-    assert set(nonzero.flatten().tolist()) == {pattern[0]}
+    pruned = prune(options, weight, inputs, 1 - pattern[0] / pattern[1], pattern)
+    kept = in_order(after(weight, pruned) != 0, pruned)
+    assert set(kept.view(shape[0], -1, pattern[1]).sum(dim=2).flatten().tolist()) == {pattern[0]}
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-@settings(max_examples=25, deadline=None)
+@EXACT
+@settings(max_examples=10, deadline=None)
 @given(
     st.integers(1, 9),
     st.integers(1, 20),
@@ -96,69 +157,111 @@ def test_every_group_of_a_pattern_keeps_exactly_its_share(
     st.integers(0, 99),
 )
 def test_any_shape_with_any_number_of_tokens_gets_its_count_and_finite_weights(
-    name: str, rows: int, columns: int, tokens: int, sparsity: str, seed: int
+    options: Any, rows: int, columns: int, tokens: int, sparsity: str, seed: int
 ) -> None:
     weight, inputs = weights(rows, columns, seed), correlated(tokens, columns, seed)
-    pruned = prune(name, weight, inputs, float(sparsity))
-    assert int(pruned.mask.sum()) == counted(name, sparsity, rows, columns)
+    pruned = prune(options, weight, inputs, float(sparsity))
+    assert int(pruned.mask.sum()) == counted(options, sparsity, rows, columns)
     assert bool(after(weight, pruned).isfinite().all())
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-def test_the_weight_that_is_given_stays_as_it_was(name: str) -> None:
+@PATTERNED
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99), st.data())
+def test_any_pattern_holds_with_dead_columns_and_repeated_weights_too(
+    options: Any, rows: int, groups: int, group: int, seed: int, data: st.DataObject
+) -> None:
+    kept = data.draw(st.integers(1, group))
+    columns = groups * group
+    weight, inputs = weights(rows, columns, seed).round(), correlated(30, columns, seed)
+    inputs[:, :: max(2, columns // 3)] = 0.0
+    pruned = prune(options, weight, inputs, 1 - kept / group, (kept, group))
+    chosen = in_order(pruned.mask, pruned).view(rows, groups, group).sum(dim=2)
+    assert set(chosen.flatten().tolist()) == {group - kept}
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=label)
+def test_what_is_given_stays_as_it_was_and_the_same_comes_out_again(options: Any) -> None:
+    pattern = None if takes(options, None) else (2, 4)
     weight, inputs = weights(8, 16, seed=2), correlated(40, 16, seed=2)
-    before = weight.clone()
-    prune(name, weight, inputs, 0.5)
-    assert torch.equal(weight, before)
+    given = weight.clone(), inputs.clone()
+    one = prune(options, weight, inputs, 0.5, pattern)
+    two = prune(options, weight, inputs, 0.5, pattern)
+    assert torch.equal(weight, given[0])
+    assert torch.equal(inputs, given[1])
+    assert torch.equal(one.mask, two.mask)
+    assert torch.equal(after(weight, one), after(weight, two))
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("magnitude", ["11111111", "11111111", "00000000", "00000000"]),
-        ("wanda", ["11110000", "11110000", "11110000", "11110000"]),
-        ("sparsegpt", ["11111111", "11111111", "00000000", "00000000"]),
-    ],
-)
-def test_of_equal_scores_the_first_go(name: str, expected: list[str]) -> None:
+@pytest.mark.parametrize("kind", CLASSES)
+def test_of_equal_scores_the_first_go(kind: Any) -> None:
     """All scores are equal, so the choice is by position in the group that is compared."""
+    options = kind()
     weight, inputs = torch.ones(4, 8), torch.eye(8).repeat(4, 1)
-    mask = prune(name, weight, inputs, 0.5).mask
+    mask = prune(options, weight, inputs, 0.5).mask
+    expected = {
+        "matrix": ["11111111", "11111111", "00000000", "00000000"],
+        "row": ["11110000", "11110000", "11110000", "11110000"],
+    }[PRUNERS[options.name](options).counted_per]
     assert ["".join("01"[value] for value in row) for row in mask.tolist()] == expected
-    pairs = prune(name, weight, inputs, 0.5, (2, 4)).mask
+    pairs = prune(options, weight, inputs, 0.5, (2, 4)).mask
     assert pairs.tolist() == [[True, True, False, False] * 2] * 4
 
 
-@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+LOOKING_AT_INPUTS = [
+    each for each in VARIANTS if each.calibrated and getattr(each, "initial", "") != "magnitude"
+]
+
+
+@pytest.mark.parametrize("options", LOOKING_AT_INPUTS, ids=label)
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
-def test_columns_without_input_go_first(name: str, pattern: tuple[int, int] | None) -> None:
+def test_columns_without_input_go_first(options: Any, pattern: tuple[int, int] | None) -> None:
     weight, inputs = weights(6, 8, seed=3) + 10, correlated(50, 8, seed=3)
     inputs[:, [1, 4]] = 0.0
-    mask = prune(name, weight, inputs, 0.5, pattern).mask
-    assert bool(mask[:, [1, 4]].all())
+    if takes(options, pattern):
+        mask = prune(options, weight, inputs, 0.5, pattern).mask
+        assert bool(mask[:, [1, 4]].all())
 
 
-@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
-def test_fewer_tokens_than_columns_and_constant_inputs_are_no_trouble(name: str) -> None:
+@EXACT
+def test_fewer_tokens_than_columns_and_constant_inputs_are_no_trouble(options: Any) -> None:
     weight = weights(6, 32, seed=4)
     for inputs in (correlated(3, 32, seed=4), torch.ones(5, 32), torch.zeros(5, 32)):
-        pruned = prune(name, weight, inputs, 0.5)
+        pruned = prune(options, weight, inputs, 0.5)
         assert int(pruned.mask.sum()) == 6 * 16
         assert bool(after(weight, pruned).isfinite().all())
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4)])
+@pytest.mark.parametrize("options", VARIANTS, ids=label)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite_are_an_error_or_not_asked_for(
+    options: Any, value: float
+) -> None:
+    weight, inputs = weights(6, 8, seed=5), correlated(40, 8, seed=5)
+    weight[0, 3] = 0.0  # an infinite input that is multiplied by it is NaN
+    inputs[3, 3] = value
+    pattern = None if takes(options, None) else (2, 4)
+    if options.calibrated:
+        with pytest.raises(ValueError, match=r"NaN|cannot be inverted"):
+            prune(options, weight, inputs, 0.5, pattern)
+    else:
+        prune(options, weight, inputs, 0.5, pattern)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "pattern"), [(0.5, None), (0.6, None), (0.8, None), (0.5, (2, 4))]
+)
 def test_more_careful_pruners_keep_the_layers_output_better(
-    pattern: tuple[int, int] | None,
+    sparsity: float, pattern: tuple[int, int] | None
 ) -> None:
     for seed in range(8):
         weight, inputs = weights(32, 64, seed), correlated(256, 64, seed)
         errors = [
-            error(weight, prune(name, weight, inputs, 0.5, pattern), inputs)
-            for name in ("sparsegpt", "wanda", "magnitude")
+            error(weight, prune(options, weight, inputs, sparsity, pattern), inputs)
+            for options in (ALPS(), SparseGPT(), Wanda(), Magnitude())
         ]
         assert errors == sorted(errors)
-        assert errors[0] < 0.8 * errors[1]
+        assert errors[0] < 0.9 * errors[1] < 0.8 * errors[2]
 
 
 # ---------------------------------------------------------------------- each against its own oracle
@@ -168,7 +271,7 @@ def test_more_careful_pruners_keep_the_layers_output_better(
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 30), st.integers(0, 99))
 def test_wanda_is_its_formula_in_float64(rows: int, columns: int, tokens: int, seed: int) -> None:
     weight, inputs = weights(rows, columns, seed), correlated(tokens, columns, seed)
-    mask = prune("wanda", weight, inputs, 0.5).mask.numpy()
+    mask = prune(Wanda(), weight, inputs, 0.5).mask.numpy()
     norms = np.linalg.norm(inputs.double().numpy(), axis=0)
     score = np.abs(weight.double().numpy()) * norms
     for row, row_mask in zip(score, mask, strict=True):
@@ -180,7 +283,7 @@ def test_wanda_is_its_formula_in_float64(rows: int, columns: int, tokens: int, s
 
 def test_magnitude_is_one_threshold_over_the_whole_matrix() -> None:
     weight = weights(20, 30, seed=5)
-    mask = prune("magnitude", weight, correlated(4, 30, seed=5), 0.6).mask
+    mask = prune(Magnitude(), weight, correlated(4, 30, seed=5), 0.6).mask
     assert weight.abs()[mask].max() < weight.abs()[~mask].min()
 
 
@@ -245,7 +348,7 @@ def test_sparsegpt_is_the_exact_surgeon_in_float64(
     sparsity = 0.6 if pattern is None else 1 - pattern[0] / pattern[1]
     exact = obs_by_inversion(weight.numpy(), damped_hessian(inputs), sparsity, pattern, block_size)
     options = SparseGPT(block_size=block_size)
-    pruned = prune("sparsegpt", weight, inputs, sparsity, pattern, options)
+    pruned = prune(options, weight, inputs, sparsity, pattern)
     assert pruned.weight is not None
     np.testing.assert_array_equal(pruned.mask.numpy(), exact == 0)
     np.testing.assert_allclose(pruned.weight.numpy(), exact, rtol=2e-3, atol=2e-4)
@@ -275,7 +378,7 @@ def test_with_sparsegpts_own_mask_the_weights_are_the_exact_surgeons(
     if with_dead_column:
         inputs[:, columns // 2] = 0.0
     options = SparseGPT(block_size=block_size, damping=0.05)
-    pruned = prune("sparsegpt", weight, inputs, sparsity, None, options)
+    pruned = prune(options, weight, inputs, sparsity, None)
     hessian = damped_hessian(inputs, 0.05)
     exact = weight.double().numpy().copy()
     for j in range(columns):
@@ -291,7 +394,7 @@ def test_with_one_column_pruned_the_surgeons_update_is_the_least_squares_one() -
     weight = weights(3, 6, seed=7)
     weight[:, 0] = 1e-6  # the smallest score by far
     weight[:, 1:] += 5
-    pruned = prune("sparsegpt", weight, inputs, 1 / 6)
+    pruned = prune(SparseGPT(), weight, inputs, 1 / 6)
     assert pruned.mask.sum(dim=0).tolist() == [3, 0, 0, 0, 0, 0]
     gram = damped_hessian(inputs)
     target = weight.double().numpy() @ gram[:, 1:]
@@ -304,9 +407,9 @@ def test_later_blocks_make_up_for_earlier_ones() -> None:
     """Blocks change when masks are chosen, not that errors are carried on: with a fixed pattern
     in which every group is a block of its own, the result does not depend on the block size."""
     weight, inputs = weights(8, 32, seed=8), correlated(200, 32, seed=8)
-    whole = prune("sparsegpt", weight, inputs, 0.5, (2, 4), SparseGPT(block_size=128))
-    small = prune("sparsegpt", weight, inputs, 0.5, (2, 4), SparseGPT(block_size=4))
-    odd = prune("sparsegpt", weight, inputs, 0.5, (2, 4), SparseGPT(block_size=10))
+    whole = prune(SparseGPT(block_size=128), weight, inputs, 0.5, (2, 4))
+    small = prune(SparseGPT(block_size=4), weight, inputs, 0.5, (2, 4))
+    odd = prune(SparseGPT(block_size=10), weight, inputs, 0.5, (2, 4))
     for other in (small, odd):
         assert torch.equal(whole.mask, other.mask)
         assert whole.weight is not None
@@ -317,15 +420,15 @@ def test_later_blocks_make_up_for_earlier_ones() -> None:
 def test_block_sizes_that_do_not_divide_the_columns_keep_the_exact_count() -> None:
     weight, inputs = weights(7, 50, seed=9), correlated(200, 50, seed=9)
     for block in (1, 3, 16, 49, 50, 51):
-        pruned = prune("sparsegpt", weight, inputs, 0.6, None, SparseGPT(block_size=block))
+        pruned = prune(SparseGPT(block_size=block), weight, inputs, 0.6, None)
         assert int(pruned.mask.sum()) == 210
 
 
 def test_damping_that_had_to_be_raised_is_recorded() -> None:
     weight, inputs = weights(4, 16, seed=10), torch.ones(50, 16) * 1e3
-    ordinary = prune("sparsegpt", weight, correlated(99, 16, 1), 0.5, None, SparseGPT(damping=0.01))
+    ordinary = prune(SparseGPT(damping=0.01), weight, correlated(99, 16, 1), 0.5, None)
     assert ordinary.facts == {"dead_columns": 0.0, "damping": 0.01, "damping_raises": 0.0}
-    raised = prune("sparsegpt", weight, inputs, 0.5, None, SparseGPT(damping=1e-9))
+    raised = prune(SparseGPT(damping=1e-9), weight, inputs, 0.5, None)
     raises = raised.facts["damping_raises"]
     assert raises >= 1
     assert raised.facts["damping"] == pytest.approx(1e-9 * 10**raises)
@@ -337,7 +440,9 @@ def test_the_scale_of_the_hessian_does_not_matter_even_with_dead_columns() -> No
     inputs[:, [2, 7, 8]] = 0.0
     hessian = inputs.T @ inputs
     one, two = (
-        PRUNERS["sparsegpt"].prune(weight, {"hessian": scale * hessian}, 0.5, None, SparseGPT())
+        PRUNERS["sparsegpt"](SparseGPT()).prune(
+            weight, {"hessian": scale * hessian}, 0.5, None, SparseGPT()
+        )
         for scale in (1.0, 2.0**-12)
     )
     assert one.facts["dead_columns"] == 3
@@ -350,7 +455,7 @@ def test_the_scale_of_the_hessian_does_not_matter_even_with_dead_columns() -> No
 def test_dead_columns_beyond_the_count_keep_their_weights() -> None:
     weight, inputs = weights(4, 8, seed=12), correlated(60, 8, seed=12)
     inputs[:, 1:5] = 0.0
-    pruned = prune("sparsegpt", weight, inputs, 0.25)
+    pruned = prune(SparseGPT(), weight, inputs, 0.25)
     assert not bool(pruned.mask[:, [0, 5, 6, 7]].any())
     assert pruned.weight is not None
     assert torch.equal(pruned.weight[~pruned.mask], weight[~pruned.mask])
@@ -359,4 +464,4 @@ def test_dead_columns_beyond_the_count_keep_their_weights() -> None:
 def test_a_hessian_that_cannot_be_inverted_is_an_error() -> None:
     broken = {"hessian": -torch.eye(8) * torch.arange(1, 9)}
     with pytest.raises(ValueError, match="cannot be inverted"):
-        PRUNERS["sparsegpt"].prune(weights(2, 8, 1), broken, 0.5, None, SparseGPT())
+        PRUNERS["sparsegpt"](SparseGPT()).prune(weights(2, 8, 1), broken, 0.5, None, SparseGPT())

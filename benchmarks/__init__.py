@@ -1,0 +1,1 @@
+"""How fast calprune prunes, against the methods written plainly and against the machine's limit."""

@@ -1,0 +1,120 @@
+"""Whether two implementations of a method zero the same weights.
+
+They sum in different orders, so scores differ in their last bits, and of two weights whose scores
+are equal at that resolution either may go. A weight that differs is held against how close its
+decision was. The plain walk goes on with the weights that `pipeline` left in each decoder layer,
+so that both see the same inputs everywhere and one tie does not bring others about.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baseline import METHODS, walk
+from benchmarks.baseline.choice import Choice
+from benchmarks.baseline.dsnot import Moments
+from benchmarks.baseline.masks import zeros_in
+from benchmarks.baseline.sparsegpt import BLOCK
+from benchmarks.replay import replay
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the masks of two pruned models compare."""
+
+    weights: int
+    differing: int
+    """Weights that one zeroes and the other does not."""
+    largest_gap: float
+    """Of the differing weights' decisions the one that was least close: relative difference
+    between what was compared; 0 if none differs."""
+
+
+@torch.no_grad()
+def compare(
+    name: str,
+    dense: nn.Module,
+    pruned: nn.Module,
+    windows: Tensor,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+) -> Agreement:
+    """Prune a dense Llama plainly, and compare with what `pipeline` made of it.
+
+    Args:
+        dense: is overwritten.
+        windows: the calibration set of both, `[nsamples, seqlen]`.
+    """
+    method = METHODS[name]
+    weights, differing, gaps = 0, 0, [0.0]
+    states, keywords = walk.first_states(dense, windows)
+    for layer, other_layer in zip(_layers(dense), _layers(pruned), strict=True):
+        linears, others = walk.linears(layer), walk.linears(other_layer)
+        statistics: dict[str, Any] = dict.fromkeys(linears)
+        if method.statistics is not None:
+            statistics = walk.gather(layer, states, keywords, method)
+        before = {key: linear.weight.clone() for key, linear in linears.items()}
+        choices = walk.prune_layer(layer, statistics, method, sparsity, pattern)
+        for key, choice in choices.items():
+            differs = choice.mask != (others[key].weight == 0)
+            weights += differs.numel()
+            differing += int(differs.sum())
+            if not differs.any():
+                continue
+            if name == "dsnot" and key.startswith("self_attn"):
+                rows = differs.any(dim=1).nonzero().flatten()
+                found = _closest(choice, before[key], statistics[key], rows, sparsity, pattern)
+            else:
+                found = _distances(name, choice, pattern)[differs].tolist()
+            gaps += found
+        layer.load_state_dict(other_layer.state_dict())
+        states = walk.forward(layer, states, keywords)
+    return Agreement(weights, differing, max(gaps))
+
+
+def _layers(model: Any) -> Any:
+    return model.model.layers
+
+
+def _distances(name: str, choice: Choice, pattern: tuple[int, int] | None) -> Tensor:
+    """Of each weight the relative distance between its score and the largest zeroed score among
+    those that it competes with, `[out_features, in_features]`."""
+    rows, columns = choice.scores.shape
+    if pattern is not None:
+        height, width = 1, pattern[1]
+    else:
+        height, width = {
+            "magnitude": (rows, columns),
+            "wanda": (1, columns),
+            "dsnot": (1, columns),
+            "sparsegpt": (rows, BLOCK),
+        }[name]
+    distances = torch.empty_like(choice.scores)
+    for start in range(0, columns, width):
+        part = slice(start, start + width)
+        scores = choice.scores[:, part]
+        zeroed = scores.masked_fill(~choice.mask[:, part], -torch.inf)
+        bound = zeroed.max() if height > 1 else zeroed.amax(dim=1, keepdim=True)
+        distances[:, part] = (scores - bound).abs() / bound
+    return distances
+
+
+def _closest(
+    choice: Choice,
+    weight: Tensor,
+    moments: Moments,
+    rows: Tensor,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+) -> list[float]:
+    contribution = weight.double() * moments.sums.double()
+    variance = moments.variance.tolist()
+    zeros = zeros_in(sparsity, weight.shape[1])
+    return [
+        replay(
+            choice.scores[row].tolist(), contribution[row].tolist(), variance, zeros, pattern
+        ).closest
+        for row in rows.tolist()
+    ]

@@ -1,0 +1,144 @@
+"""DSnoT (arXiv 2310.08915, algorithm 1) on Wanda's masks, written plainly: whole rows are sorted,
+and pointers into the sorted rows say what is swapped next."""
+
+import torch
+from torch import Tensor
+
+from benchmarks.baseline import wanda
+from benchmarks.baseline.choice import Choice
+
+CYCLES = 50
+"""Swaps in a row at the most."""
+
+THRESHOLD = 0.1
+"""A row is left alone once its expected error, summed over a window's tokens, is no larger."""
+
+
+class Moments:
+    """Of a linear layer's input, each `[in_features]`: the mean over windows of sum_t X_tj^2 and
+    of sum_t X_tj, and the variance of X_tj over all tokens (merged by Chan's formula)."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.squared_norms = wanda.SquaredNorms(columns, device)
+        self.sums = torch.zeros(columns, device=device)
+        self.mean = torch.zeros(columns, device=device)
+        self.deviations = torch.zeros(columns, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add a window `[tokens, in_features]`."""
+        self.squared_norms.update(inputs)
+        inputs = inputs.float()
+        windows = self.squared_norms.windows
+        self.sums *= (windows - 1) / windows
+        self.sums += inputs.sum(dim=0) / windows
+        variance, mean = torch.var_mean(inputs, dim=0, correction=0)
+        seen, new = self.tokens, len(inputs)
+        self.tokens = seen + new
+        step = mean - self.mean
+        self.deviations += variance * new + step**2 * (seen * new / self.tokens)
+        self.mean += step * (new / self.tokens)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance over all tokens."""
+        return self.deviations / self.tokens
+
+
+def choose(
+    name: str,
+    weight: Tensor,
+    statistics: Moments,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+) -> Choice:
+    """Wanda's mask, in the attention with weights swapped until each row's expected error is small.
+
+    A row's error is the sum over its zeroed weights of g_ij = W_ij m_j, with m the mean sum of a
+    window's inputs. `weight` is `[out_features, in_features]`.
+    """
+    initial = wanda.choose(name, weight, statistics.squared_norms, sparsity, pattern)
+    if not name.startswith("self_attn"):
+        return initial
+    contribution = weight.float() * statistics.sums
+    ranking = torch.where(initial.mask, contribution / statistics.variance, 0)
+    if pattern is None:
+        mask = _swap(initial, contribution, ranking)
+    else:
+        mask = _swap_in_groups(initial, contribution, ranking, pattern[1])
+    return Choice(mask, initial.scores)
+
+
+def _swap(initial: Choice, contribution: Tensor, ranking: Tensor) -> Tensor:
+    """Each cycle the zeroed weight whose return lowers the error most, by g_ij / variance, comes
+    back; the kept weight of smallest score whose loss lowers it goes."""
+    mask = initial.mask.clone()
+    error = (contribution * mask).sum(dim=1, keepdim=True)  # [rows, 1]
+    order = torch.sort(ranking, dim=1).indices  # zeroed g < 0, kept, zeroed g > 0
+    kept = int((~mask[0]).sum())
+    kept_order = torch.sort(initial.scores.masked_fill(mask, torch.inf), dim=1).indices[:, :kept]
+    kept_contribution = contribution.gather(1, kept_order)
+    place = torch.arange(kept, device=mask.device).expand_as(kept_order)
+    end = torch.full_like(error, kept, dtype=torch.long)
+    negative = torch.sort(torch.where(kept_contribution < 0, place, kept), dim=1).values
+    positive = torch.sort(torch.where(kept_contribution > 0, place, kept), dim=1).values
+    negative, positive = torch.cat([negative, end], 1), torch.cat([positive, end], 1)
+
+    low, high = torch.zeros_like(end), torch.full_like(end, mask.shape[1] - 1)
+    next_negative, next_positive = torch.zeros_like(end), torch.zeros_like(end)
+    active = torch.ones_like(error, dtype=torch.bool)
+    for _ in range(CYCLES):
+        active &= error.abs() > THRESHOLD
+        if not active.any():
+            break
+        over = error > 0
+        grown = order.gather(1, torch.where(over, high, low))
+        gain = ranking.gather(1, grown)
+        places = torch.where(
+            over, negative.gather(1, next_negative), positive.gather(1, next_positive)
+        )
+        active &= torch.where(over, gain > 0, gain < 0) & (places < kept)  # none is left to take
+        lost = kept_order.gather(1, places.clamp(max=kept - 1))
+        mask.scatter_(1, grown, mask.gather(1, grown) & ~active)
+        mask.scatter_(1, lost, mask.gather(1, lost) | active)
+        change = contribution.gather(1, lost) - contribution.gather(1, grown)
+        error = torch.where(active, error + change, error)
+        high -= (active & over).long()
+        low += (active & ~over).long()
+        next_negative += (active & over).long()
+        next_positive += (active & ~over).long()
+    return mask
+
+
+def _swap_in_groups(initial: Choice, contribution: Tensor, ranking: Tensor, group: int) -> Tensor:
+    """As above, but the kept weight of smallest score in the same group goes, whatever its sign,
+    and a row is left alone before its error changes its sign. What came back stays."""
+    mask = initial.mask.clone()
+    error = (contribution * mask).sum(dim=1, keepdim=True)  # [rows, 1]
+    sign = error.sign()
+    order = torch.sort(ranking, dim=1).indices
+    scores = initial.scores.masked_fill(mask, torch.inf)
+    low = torch.zeros_like(error, dtype=torch.long)
+    high = torch.full_like(low, mask.shape[1] - 1)
+    active = torch.ones_like(error, dtype=torch.bool)
+    members = torch.arange(group, device=mask.device)
+    for _ in range(CYCLES):
+        active &= error.abs() > THRESHOLD
+        if not active.any():
+            break
+        over = error > 0
+        grown = order.gather(1, torch.where(over, high, low))
+        gain = ranking.gather(1, grown)
+        places = grown // group * group + members  # [rows, group]
+        score, member = scores.gather(1, places).min(dim=1, keepdim=True)
+        lost = places.gather(1, member)
+        changed = error + contribution.gather(1, lost) - contribution.gather(1, grown)
+        active &= torch.where(over, gain > 0, gain < 0) & (score < torch.inf)
+        active &= changed.sign() == sign
+        mask.scatter_(1, grown, mask.gather(1, grown) & ~active)
+        mask.scatter_(1, lost, mask.gather(1, lost) | active)
+        scores.scatter_(1, lost, torch.where(active, torch.inf, score))
+        error = torch.where(active, changed, error)
+        high -= (active & over).long()
+        low += (active & ~over).long()
+    return mask

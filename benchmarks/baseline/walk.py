@@ -1,0 +1,131 @@
+"""The walk that the published codebases share, for a Llama: one window at a time.
+
+Hooks on every `nn.Linear` of a decoder layer gather statistics for each apart while the windows
+pass; its weights are pruned; the windows pass again, and what comes out is the next layer's input.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baseline.choice import Choice
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method as the walk needs it."""
+
+    statistics: Callable[[int, torch.device], Any] | None
+    """Makes what is gathered of a linear layer's input, by `update`; None takes no data."""
+
+    choose: Callable[[str, Tensor, Any, float, tuple[int, int] | None], Choice]
+    """From the linear layer's name in its decoder layer, its weight, its statistics, the sparsity
+    and the pattern (kept, group) to what is zeroed."""
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    windows: Tensor,
+    method: Method,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+) -> None:
+    """Prune a Llama in place, by windows `[nsamples, seqlen]`."""
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    if method.statistics is None:
+        for layer in layers:
+            prune_layer(layer, dict.fromkeys(linears(layer)), method, sparsity, pattern)
+        return
+    states, keywords = first_states(model, windows)
+    for layer in layers:
+        statistics = gather(layer, states, keywords, method)
+        prune_layer(layer, statistics, method, sparsity, pattern)
+        states = forward(layer, states, keywords)
+
+
+def linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """A decoder layer's linear layers by name."""
+    return {name: part for name, part in layer.named_modules() if type(part) is nn.Linear}
+
+
+def first_states(model: Any, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """What the first decoder layer is given: hidden states `[nsamples, seqlen, hidden]`, and all
+    else of the last window, which serves for every one."""
+    layers = model.model.layers
+    states = torch.zeros(*windows.shape, model.config.hidden_size)
+    states = states.to(model.device, model.dtype)
+    catcher = _Catcher()
+    first, layers[0] = layers[0], catcher
+    for number, window in enumerate(windows):
+        try:
+            model(window[None].to(model.device), use_cache=False)
+        except _Caught:
+            states[number] = catcher.states
+    layers[0] = first
+    return states, catcher.keywords
+
+
+class _Caught(Exception):
+    """Ends a forward pass."""
+
+
+class _Catcher(nn.Module):
+    """Stands in for the first decoder layer and keeps what it is given."""
+
+    def forward(self, states: Tensor, **keywords: Any) -> Tensor:
+        self.states, self.keywords = states, keywords
+        raise _Caught
+
+
+def gather(
+    layer: nn.Module, states: Tensor, keywords: dict[str, Any], method: Method
+) -> dict[str, Any]:
+    """The statistics of each linear layer's input."""
+    assert method.statistics is not None
+    statistics = {
+        name: method.statistics(linear.in_features, states.device)
+        for name, linear in linears(layer).items()
+    }
+
+    def add(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        statistics[name].update(inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+    handles = [
+        linear.register_forward_hook(partial(add, name)) for name, linear in linears(layer).items()
+    ]
+    forward(layer, states, keywords)
+    for handle in handles:
+        handle.remove()
+    return statistics
+
+
+def prune_layer(
+    layer: nn.Module,
+    statistics: dict[str, Any],
+    method: Method,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+) -> dict[str, Choice]:
+    """Prune a decoder layer's linear layers in place."""
+    choices: dict[str, Choice] = {}
+    for name, linear in linears(layer).items():
+        weight = linear.weight.data
+        choice = method.choose(name, weight, statistics[name], sparsity, pattern)
+        if choice.weight is not None:
+            weight.copy_(choice.weight)
+        weight[choice.mask] = 0
+        choices[name] = choice
+    return choices
+
+
+def forward(layer: nn.Module, states: Tensor, keywords: dict[str, Any]) -> Tensor:
+    """What a decoder layer makes of every window, `[nsamples, seqlen, hidden]`."""
+    outputs = torch.zeros_like(states)
+    for number in range(len(states)):
+        outputs[number] = layer(states[number][None], **keywords)[0]
+    return outputs

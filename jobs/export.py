@@ -1,0 +1,82 @@
+"""Turn a pruned model of a store into a checkpoint that other programs load."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cluster.store import CorruptArtifactError, Manifest, Store
+from pipeline.corpora import fingerprint
+from pipeline.errors import InputError
+from pipeline.specs import LocalModel, Model, PruneSpec
+
+_AGAIN = "run its grid again, then export"
+
+
+def export(store: Store, key: str, folder: Path) -> None:
+    """Write the pruned model with that key to `folder`, as an ordinary checkpoint with tokenizer.
+
+    Raises:
+        InputError: if the store has no such model, if it or the model that its masks are for is
+            damaged, changed or gone, or if the folder is in use.
+    """
+    manifest = store.manifest(key)
+    if manifest is None or manifest.kind != "prune":
+        raise InputError(
+            "key",
+            key,
+            f"{store.url} has no pruned model with this key; the results table's column prune_key "
+            "names those that there are",
+        )
+    spec = _spec(manifest)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError("folder", str(folder), "is there already; name a new or an empty one")
+    _check_dense(spec)
+    try:
+        artifacts = {part.key: store.fetch(part.key) for part in (spec, *spec.rests_on())}
+    except CorruptArtifactError as error:
+        raise InputError("key", key, f"{error}; {_AGAIN}") from error
+    from pipeline.checkpoint import write_checkpoint  # takes seconds, and mistakes need it not
+
+    half_done = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(half_done, ignore_errors=True)
+    write_checkpoint(spec, artifacts, half_done)
+    half_done.replace(folder)
+
+
+def _spec(manifest: Manifest) -> PruneSpec:
+    """The spec that an artifact was made from."""
+    remedy = f"was made by another release of calprune; {_AGAIN}"
+    try:
+        spec = PruneSpec.model_validate(_without_versions(manifest.spec))
+    except ValidationError as error:
+        raise InputError("key", manifest.key, remedy) from error
+    if spec.key != manifest.key:
+        raise InputError("key", manifest.key, remedy)
+    return spec
+
+
+def _without_versions(lineage: Any) -> Any:
+    """A lineage as the specs' own fields, which the stages' versions are not."""
+    match lineage:
+        case {"kind": _, "version": int(), **fields}:
+            return _without_versions(fields | {"kind": lineage["kind"]})
+        case dict():
+            return {name: _without_versions(value) for name, value in lineage.items()}
+        case list():
+            return [_without_versions(item) for item in lineage]
+        case _:
+            return lineage
+
+
+def _check_dense(model: Model) -> None:
+    """See that masks are for a local model as it still is."""
+    match model:
+        case PruneSpec(stores_masks=True):
+            _check_dense(model.model)
+        case LocalModel(fingerprint=str()):
+            if fingerprint(model.path, whole_files=False) != model.fingerprint:
+                raise InputError(
+                    "model", model.path, f"has changed since it was pruned; restore it, or {_AGAIN}"
+                )

@@ -1,0 +1,80 @@
+"""Where hidden states live: on the device, in host memory or in files, as two budgets say."""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Kept:
+    """A tensor that is kept in one place, read on the device and overwritten in place."""
+
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
+        self._tensor = tensor
+        self._device = device
+
+    def read(self) -> Tensor:
+        """The tensor on the device; the kept one itself if that is where it lives."""
+        return self._tensor.to(self._device, non_blocking=True)
+
+    def write(self, value: Tensor) -> None:
+        """Put a tensor of the same shape and dtype in its place."""
+        self._tensor.copy_(value, non_blocking=True)
+
+
+class Shelf:
+    """Keeps tensors on the device up to a budget, then in host memory up to another, then in files.
+
+    Host memory is pinned where the device is a GPU, so that copies do not block. Files are mapped
+    to memory and lie in a folder of the system's temporary one, which leaving the context removes.
+    On the CPU device and host are one, and the budgets add up.
+    """
+
+    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int) -> None:
+        self.device = device
+        self._left_on_device = device_bytes
+        self._left_on_host = host_bytes
+        self._exit = ExitStack()
+        self._folder: Path | None = None
+        self._files = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def keep(self, value: Tensor) -> Kept:
+        """A copy of a tensor, contiguous wherever it lives: strides can move the last bit of what
+        is computed from it.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        size = value.numel() * value.dtype.itemsize
+        if size <= self._left_on_device:
+            self._left_on_device -= size
+            kept = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            kept.copy_(value)
+        elif size <= self._left_on_host:
+            self._left_on_host -= size
+            pinned = self.device.type == "cuda"
+            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+            kept.copy_(value)
+        else:
+            kept = self._mapped(value)
+        return Kept(kept, self.device)
+
+    def _mapped(self, value: Tensor) -> Tensor:
+        if self._folder is None:
+            folder = tempfile.TemporaryDirectory(prefix="calprune-")
+            self._folder = Path(self._exit.enter_context(folder))
+        path = self._folder / str(self._files)
+        self._files += 1
+        flat = value.cpu().reshape(-1)
+        flat.view(torch.uint8).numpy().tofile(path)
+        mapped = torch.from_file(str(path), shared=True, size=len(flat), dtype=value.dtype)
+        return mapped.view(value.shape)

@@ -1,0 +1,145 @@
+"""Statistics of what every matrix is given in a forward pass, seen in the products themselves."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.matrices import STARVED_TOKENS, Matrix
+from pipeline.statistics import STATISTICS, Statistic
+
+
+@contextlib.contextmanager
+def observed(found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> Iterator[None]:
+    """Gather statistics of all inputs, those of so many windows, while it is entered; the matrices
+    have them afterwards.
+
+    Matrices that read the same tensor share them. An expert to which fewer than
+    `pipeline.matrices.STARVED_TOKENS` tokens were routed gets uniform ones instead: those of an
+    input that has every feature once, so that every input counts the same.
+
+    Raises:
+        InputError: if a matrix is in none of the layer's products, or a tensor of experts in none.
+        NonFiniteError: if an input is NaN or infinite.
+    """
+    sums = _Sums(found, statistics, windows)
+    with _Products(found, sums.add):
+        yield
+    sums.hand_over()
+
+
+class _Sums:
+    """The statistics of each matrix's input, one for all that read the same tensor."""
+
+    def __init__(self, found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> None:
+        self._found = found
+        self._statistics = statistics
+        self._windows = windows
+        self._sums: list[dict[str, Statistic] | None] = [None] * len(found)
+        self._followers: set[int] = set()
+        self._inputs: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def add(self, place: int, inputs: Tensor) -> None:
+        """Add a product's input `[..., in_features]` to the sums of the matrix in that place."""
+        width = inputs.shape[-1]
+        self._found[place].tokens += inputs.numel() // width
+        if self._sums[place] is None:  # the first batch tells who shares with whom
+            reference, leader = self._inputs.get(id(inputs), (None, place))
+            if reference is not None and reference() is inputs:
+                self._sums[place] = self._sums[leader]
+                self._followers.add(place)
+            else:
+                self._sums[place] = self._new(width, inputs.device)
+                self._inputs[id(inputs)] = weakref.ref(inputs), place
+        if place not in self._followers:
+            exact = inputs.float()
+            for statistic in (self._sums[place] or {}).values():
+                statistic.update(exact)
+
+    def hand_over(self) -> None:
+        """Give the matrices their statistics; raises what `observed` does."""
+        self._see_that_all_took_part()
+        uniform: dict[int, dict[str, Tensor]] = {}
+        for matrix, sums in zip(self._found, self._sums, strict=True):
+            matrix.statistics = _totals(sums or {})
+            for name, total in matrix.statistics.items():
+                if not bool(total.isfinite().all()):
+                    raise NonFiniteError(f"{matrix.name}: its input has NaN or infinite {name}")
+            if matrix.is_expert and matrix.tokens < STARVED_TOKENS:
+                width = matrix.weight.shape[1]
+                if width not in uniform:
+                    uniform[width] = self._uniform(width, matrix.weight.device)
+                matrix.statistics = uniform[width]
+
+    def _see_that_all_took_part(self) -> None:
+        forms = {_form(each.name) for each in self._found if each.is_expert and each.tokens}
+        for matrix in self._found:
+            if matrix.is_expert and _form(matrix.name) not in forms:
+                remedy = "what its experts are given cannot be observed; it cannot be pruned"
+                raise InputError("model", matrix.name, remedy)
+            if not matrix.is_expert and not matrix.tokens:
+                raise InputError("model", matrix.name, "takes no part in the forward pass")
+
+    def _new(self, width: int, device: torch.device) -> dict[str, Statistic]:
+        return {name: STATISTICS[name](width, self._windows, device) for name in self._statistics}
+
+    def _uniform(self, width: int, device: torch.device) -> dict[str, Tensor]:
+        sums = self._new(width, device)
+        for statistic in sums.values():
+            statistic.update(torch.eye(width, device=device))
+        return _totals(sums)
+
+
+def _totals(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    return {name: statistic.value for name, statistic in sums.items()}
+
+
+def _form(name: str) -> str:
+    """A matrix's name without numbers: the same for all experts."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+# -------------------------------------------------------------------------------------- products
+
+
+class _Products(TorchFunctionMode):
+    """Tells of each product of activations with one of the matrices, however the model writes it:
+    experts are multiplied slice by slice and have no module to put a hook on."""
+
+    def __init__(self, found: Sequence[Matrix], tell: Callable[[int, Tensor], None]) -> None:
+        super().__init__()
+        self._places = {_identity(matrix.weight): place for place, matrix in enumerate(found)}
+        self._tell = tell
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _FACTORS:
+            inputs, weight = _FACTORS[function](*args, **kwargs)
+            place = self._places.get(_identity(weight))
+            if place is not None:
+                self._tell(place, inputs)
+        return function(*args, **kwargs)
+
+
+def _identity(view: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return view.data_ptr(), view.shape, view.stride()
+
+
+_FACTORS: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
+    functional.linear: lambda input, weight, bias=None: (input, weight),
+    torch.matmul: lambda input, other, **_: (input, other.mT),
+    Tensor.matmul: lambda input, other: (input, other.mT),
+    torch.mm: lambda input, mat2, **_: (input, mat2.mT),
+    Tensor.mm: lambda input, mat2: (input, mat2.mT),
+    torch.addmm: lambda input, mat1, mat2, **_: (mat1, mat2.mT),
+    Tensor.addmm: lambda input, mat1, mat2, **_: (mat1, mat2.mT),
+}
+"""By function, what is multiplied: an input and a weight `[out_features, in_features]`."""
