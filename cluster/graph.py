@@ -42,6 +42,8 @@ class Stage:
     pool: str | None = None
     """Stages of one pool run on the same actors, which keep their model loaded. An actor holds all
     its GPUs on one node."""
+    pool_share: float = 1.0
+    """How much of the cluster's room a pool without a maximum takes."""
 
 
 Graph = Mapping[str, Stage]

@@ -311,7 +311,7 @@ def _room_for(stage: Stage) -> int:
     rooms = [int(total.get("CPU", 1)) // stage.resources.cpus]
     if stage.resources.gpus:
         rooms.append(int(total.get("GPU", 0) / stage.resources.gpus))
-    return max(1, min(rooms))
+    return max(1, int(min(rooms) * stage.pool_share))
 
 
 def _options(stage: Stage) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pipeline.specs import (
     GenerateSpec,
     OutliersSpec,
     PruneSpec,
-    ScoreSpec,
     ShardSpec,
     StageSpec,
     Uniform,
@@ -42,6 +41,10 @@ ORDER = (
 
 POOLED = ("generate", "score")
 """Stages whose shards run on actors that keep their model loaded."""
+
+PRUNE_SHARE = 0.5
+"""Of the cluster's room: the other half evaluates meanwhile, so that results come as they are made
+and not when all is pruned."""
 
 
 @dataclass(frozen=True)
@@ -183,15 +186,23 @@ def _stage(grid: Grid, spec: StageSpec) -> Stage:
         payload=spec.model_dump_json(),
         inputs=tuple(before.key for before in spec.inputs()),
         resources=resources,
-        pool=_pool(spec.of) if isinstance(spec, ShardSpec) else None,
+        pool=_pool(spec),
+        pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
     )
 
 
-def _pool(spec: GenerateSpec | ScoreSpec) -> str:
+def _pool(spec: StageSpec) -> str | None:
     """What an actor keeps loaded: a model, or an engine made for its longest text and batch."""
-    if isinstance(spec, GenerateSpec) and isinstance(spec.backend, Vllm):
-        return f"{spec.kind} {spec.model} {spec.backend} {spec.seqlen} {spec.shard_size}"
-    return f"{spec.kind} {spec.model}"
+    match spec:
+        case ShardSpec(of=GenerateSpec(backend=Vllm()) as samples):
+            engine = f"{samples.backend} {samples.seqlen} {samples.shard_size}"
+            return f"{samples.kind} {samples.model} {engine}"
+        case ShardSpec():
+            return f"{spec.of.kind} {spec.of.model}"
+        case PruneSpec():
+            return f"{spec.kind} {spec.model}"
+        case _:
+            return None
 
 
 def _label(spec: StageSpec) -> str:

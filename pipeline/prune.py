@@ -16,12 +16,14 @@ from pipeline.allocation import Allocated, LayerTarget, allocate
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_layers import FinishedLayers, Keep
+from pipeline.first_layer import FirstLayer
 from pipeline.layer_files import Record
 from pipeline.matrices import Matrix, decoder_layers, matrices
-from pipeline.models import Artifacts, load_tokenizer, stream_model
+from pipeline.models import Artifacts, load_tokenizer
 from pipeline.outliers import read_outlier_ratios
 from pipeline.pruners import PRUNERS, PrunerEntry
 from pipeline.pruners.pruned import Pruned
+from pipeline.reuse import first_layer, streamed
 from pipeline.sparsity import MatrixSparsity, check, measure
 from pipeline.specs import (
     DEVICE_HIDDEN_BYTES,
@@ -74,6 +76,7 @@ def prune_model(
     device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
     host_hidden_bytes: int = HOST_HIDDEN_BYTES,
     finished: FinishedLayers | None = None,
+    first: FirstLayer | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -90,6 +93,7 @@ def prune_model(
         host_hidden_bytes: and beyond that in host memory, before they go to files.
         finished: takes every layer that is done, and gives back those of an earlier attempt at
             the same pruning.
+        first: the first layer's statistics, which an earlier pruning may have left there.
 
     Raises:
         InputError: if the windows are missing or too long for the model, a pattern does not fit a
@@ -158,6 +162,7 @@ def prune_model(
         device_hidden_bytes,
         host_hidden_bytes,
         restore,
+        first,
     )
     return PruneReport(measured, facts, allocated, numbers, permutations, len(resumed))
 
@@ -205,12 +210,15 @@ def run(
 ) -> dict[str, Any]:
     """Prune, measure, and leave masks, or the model with its tokenizer.
 
+    Prunings of one model that follow each other in a process load it once, and those with one
+    calibration set and the same statistics take those of the first layer once.
+
     Args:
         keep: keeps every decoder layer that is done; layers that it has already are not pruned
             again. None keeps none.
     """
     scratch = output / "scratch"
-    model = stream_model(spec.model, artifacts, scratch)
+    model = streamed(spec.model, artifacts)
     checkpoint = None
     if not spec.stores_masks:
         tokenizer = load_tokenizer(spec.model, artifacts)
@@ -221,9 +229,10 @@ def run(
         keep=keep,
         checkpoint=checkpoint,
     )
-    windows = None
+    windows = first = None
     if spec.calibration is not None and spec.pruner.calibrated:
         windows = read_windows(artifacts[spec.calibration.key])
+        first = first_layer(spec, PRUNERS[spec.pruner.name](spec.pruner).statistics, artifacts)
     outliers = spec.outliers
     report = prune_model(
         model,
@@ -236,6 +245,7 @@ def run(
         device_hidden_bytes=spec.device_hidden_bytes,
         host_hidden_bytes=spec.host_hidden_bytes,
         finished=finished,
+        first=first,
     )
     if checkpoint is not None:
         checkpoint.finish()

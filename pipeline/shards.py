@@ -35,6 +35,10 @@ class Latest(Generic[Value]):
             self._held[key] = make()
         return self._held[key]
 
+    def forget(self) -> None:
+        """Let go of the value without releasing it: whoever has it keeps it."""
+        self._held.clear()
+
 
 _models: Latest[tuple[Any, Any]] = Latest()
 

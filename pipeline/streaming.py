@@ -88,6 +88,11 @@ def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[N
             layer.to(home)
 
 
+def is_stored(layer: nn.Module) -> bool:
+    """Whether a decoder layer is in files, so that every reading of it is as good as the first."""
+    return _STORED in vars(layer)
+
+
 def change(layer: nn.Module, apply: Callable[[], None]) -> None:
     """Change a decoder layer in place: now, or whenever it is read."""
     stored: StoredLayer | None = vars(layer).get(_STORED)

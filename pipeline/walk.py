@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.calls import capture
 from pipeline.errors import InputError
+from pipeline.first_layer import FirstLayer
 from pipeline.hidden import Shelf
 from pipeline.inputs import observed
 from pipeline.matrices import Matrix, decoder_layers, matrices
@@ -62,6 +63,7 @@ def walk(
     device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
     host_hidden_bytes: int = HOST_HIDDEN_BYTES,
     restore: Restore = lambda number, found: False,
+    first: FirstLayer | None = None,
 ) -> None:
     """Visit every decoder layer in order, with statistics of its matrices' inputs.
 
@@ -84,6 +86,7 @@ def walk(
             system's temporary folder. The statistics do not depend on it.
         restore: asked of every layer first; layers that it restores are passed through, but take
             no statistics and no visit.
+        first: the first layer's statistics, which an earlier walk may have left there.
 
     Raises:
         InputError: if the model does not call its decoder layers one after another, leaves a
@@ -107,9 +110,13 @@ def walk(
             with resident(layer, device):
                 found = matrices(f"{root}.{number}", layer)
                 if not restore(number, found):
-                    with observed(found, statistics, len(windows)):
-                        for batch in batches:
-                            batch.forward(number, layer)
+                    known = first if number == 0 else None
+                    if known is None or not known.recall(found):
+                        with observed(found, statistics, len(windows)):
+                            for batch in batches:
+                                batch.forward(number, layer)
+                        if known is not None:
+                            known.remember(found)
                     visit(number, found)
                 if number + 1 < len(layers):
                     for batch in batches:  # what the pruned layer passes on
