@@ -1,5 +1,6 @@
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import pytest
 from rich.console import Console
 
 from cluster.store import Store
+from jobs.check import check
 from jobs.cost import estimate, parameters
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
+from pipeline.pruners import PRUNERS
 from pipeline.specs import (
     OWL,
     EvaluateSpec,
@@ -124,6 +127,16 @@ def test_the_paper_grids_are_there() -> None:
     assert {path.stem for path in PAPER_GRIDS} == {
         f"paper-{name}" for name in ("main", "sparsity", "amount", "prefix", "filter")
     }
+
+
+def test_one_grid_has_every_pruner_with_every_allocation_and_pattern() -> None:
+    plan = make_plan(load_grid(Path("jobs/grids/pruners.yaml")))
+    assert check(plan) == []
+    prunings = [spec for spec in plan.specs.values() if isinstance(spec, PruneSpec)]
+    found = {(spec.pruner.name, spec.allocation.name, spec.pattern) for spec in prunings}
+    allocations = ("uniform", "owl", "arithmetic-progression")
+    assert found >= set(product(PRUNERS, allocations, (None, "2:4", "4:8")))
+    assert "by-hand" in {spec.allocation.name for spec in prunings}
 
 
 def test_checkpoints_are_asked_for_where_masks_would_be_stored(
