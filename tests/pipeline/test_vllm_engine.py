@@ -12,12 +12,20 @@ import scipy.stats
 import torch
 from transformers import GenerationConfig
 
-from pipeline import generate, vllm_engine
+from pipeline import generate, prune, vllm_engine
 from pipeline.errors import EngineDiedError, InputError
 from pipeline.generate import Sample, generate_samples, loaded_engine, read_prefixes
 from pipeline.models import load_configs, load_model, load_tokenizer
 from pipeline.sampling import Sampling, request_seed
-from pipeline.specs import GenerateSpec, HubModel, LocalModel, TestbedCorpus, Vllm
+from pipeline.specs import (
+    GenerateSpec,
+    HubModel,
+    LocalModel,
+    Magnitude,
+    PruneSpec,
+    TestbedCorpus,
+    Vllm,
+)
 from pipeline.transformers_engine import TransformersEngine
 from pipeline.vllm_engine import CPU_BLOCK_TOKENS, VllmEngine, cpu_cache, vllm_version
 
@@ -245,6 +253,29 @@ def test_a_second_engine_writes_the_same_bytes_in_any_order_of_shards(
     rows = pq.read_table(tmp_path / "1-1" / "samples.parquet").to_pylist()
     assert [row["sample_id"] for row in rows] == list(range(16, 32))
     assert first[0][1]["engines"][0]["backend"] == "vllm"
+
+
+@needs_vllm
+def test_a_model_that_is_stored_as_masks_writes_as_it_does_with_transformers(
+    spec: GenerateSpec,
+    model: Any,
+    tokenizer: Any,
+    prefixes: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    pruned = PruneSpec(model=spec.model, pruner=Magnitude(), sparsity=0.6)
+    prune.run(pruned, {}, tmp_path)
+    artifacts = {pruned.key: tmp_path}
+    sparse = VllmEngine(spec.model_copy(update={"model": pruned}), artifacts)
+    greedy = Sampling(temperature=0.0, repetition_penalty=1.2)
+    ours = generated(sparse, tokenizer, prefixes, greedy)
+    sparse.close()
+    theirs = generated(
+        TransformersEngine(load_model(pruned, artifacts)), tokenizer, prefixes, greedy
+    )
+    dense = generated(TransformersEngine(model), tokenizer, prefixes, greedy)
+    assert sum(one == other for one, other in zip(ours, theirs, strict=True)) >= 30  # of 32
+    assert sum(one == other for one, other in zip(ours, dense, strict=True)) < 16
 
 
 # ------------------------------------------------------------------------------ without the engine
