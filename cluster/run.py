@@ -136,7 +136,8 @@ class _Run:
         return self.progress
 
     def _submit_ready(self) -> None:
-        for name, keys in self.ready.items():
+        # Pools first: where few stages may be at work, their actors would be ended and made again.
+        for name, keys in sorted(self.ready.items(), key=lambda pool: pool[0] is None):
             for key in list(keys)[: self.bound - len(self.in_flight)]:
                 reference = self._submit(self.graph[key])
                 if reference is None:
@@ -155,9 +156,11 @@ class _Run:
         return self.pools[stage.pool].submit(stage, self.maker)
 
     def _release_idle_replicas(self) -> None:
-        """Free what nothing is ready for: other stages may be waiting for its place."""
+        """Free what nothing is ready for, or may be given to it: other stages may be waiting for
+        its place."""
+        full = len(self.in_flight) >= self.bound
         for name, pool in list(self.pools.items()):
-            if not self.ready[name]:
+            if full or not self.ready[name]:
                 pool.shrink()
             if not pool.size:
                 del self.pools[name]

@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -299,3 +300,28 @@ def test_a_dead_engine_is_made_again_in_another_process_or_recorded(
     else:
         assert outcome.failed["s"].error == "WorkerLostError: out of memory"
         assert "raise WorkerLostError" in outcome.failed["s"].traceback
+
+
+def test_idle_actors_make_way_for_a_stage_that_only_few_may_be_at_work_with(
+    tmp_path: Path,
+) -> None:
+    """Two pools hold both CPUs, with stages still ready, when a stage comes that needs a CPU."""
+    store = Store(str(tmp_path / "store"))
+    plan = graph(
+        stage("first", "1"),
+        stage("q-0", "1", pool="q"),
+        stage("p-0", "1", pool="p"),
+        stage("p-1", "sleep 4", pool="p"),  # q's actor starts meanwhile
+        stage("p-2", "1", pool="p"),
+        stage("q-1", "1", "p-0", pool="q"),
+        stage("q-2", "1", "p-0", pool="q"),
+        stage("reader", "1", "q-1"),
+    )
+    done: list[str] = []
+    runner = threading.Thread(
+        target=lambda: done.extend(run(plan, list(plan), add, store, VERSIONS, workers=1).made),
+        daemon=True,
+    )
+    runner.start()
+    runner.join(timeout=120)
+    assert sorted(done) == sorted(plan)
