@@ -106,11 +106,10 @@ def inverse_factor(
     Dead columns are tied to no other, so what stands on their diagonal only has to be positive.
     """
     key = hessian._version, damping
-    known = _latest[hessian] if hessian in _latest else None
-    if known is None or known[0] != key:
+    if hessian not in _latest or _latest[hessian][0] != key:
         _latest.clear()  # one factor is as large as the Hessian itself
-        known = _latest[hessian] = key, _inverse_factor(hessian, dead, damping)
-    upper, facts = known[1]
+        _latest[hessian] = key, _inverse_factor(hessian, dead, damping)
+    upper, facts = _latest[hessian][1]
     return upper, dict(facts)
 
 
