@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ def observed(found: Sequence[Matrix], statistics: Sequence[str], windows: int) -
     """Gather statistics of all inputs, those of so many windows, of each batch that is observed
     while it is entered; the matrices have them afterwards.
 
-    From the second batch on, a layer without experts is run only up to the input of the last
-    matrix: the first batch tells how many products there are.
+    From the second batch on, a layer without experts is run only until each matrix was multiplied
+    as often as in the first batch: of the last product no more than the input is needed.
 
     Matrices that read the same tensor share them. An expert to which fewer than
     `pipeline.matrices.STARVED_TOKENS` tokens were routed gets uniform ones instead: those of an
@@ -126,16 +127,16 @@ class _Products(TorchFunctionMode):
         self._places = {_identity(matrix.weight): place for place, matrix in enumerate(found)}
         self._tell = tell
         self._routed = any(matrix.is_expert for matrix in found)
-        self._seen = 0
-        self._last: int | None = None  # how many there are in a batch, once it is known
+        self._seen: Counter[int] = Counter()
+        self._whole: Counter[int] | None = None  # what is seen in a batch, once it is known
 
     def observe(self, run: Callable[[], object]) -> None:
         """Tell of the products in a run of the layer on a batch."""
-        self._seen = 0
+        self._seen = Counter()
         with self, contextlib.suppress(_LastProduct):
             run()
-        if not self._routed:
-            self._last = self._seen
+        if self._whole is None and not self._routed:
+            self._whole = self._seen
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -146,8 +147,8 @@ class _Products(TorchFunctionMode):
             place = self._places.get(_identity(weight))
             if place is not None:
                 self._tell(place, inputs)
-                self._seen += 1
-                if self._seen == self._last:
+                self._seen[place] += 1
+                if self._seen == self._whole:
                     raise _LastProduct
         return function(*args, **kwargs)
 
