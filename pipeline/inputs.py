@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,17 @@ from pipeline.errors import InputError, NonFiniteError
 from pipeline.matrices import STARVED_TOKENS, Matrix
 from pipeline.statistics import STATISTICS, Statistic
 
+Observe = Callable[[Callable[[], object]], None]
+"""Runs the layer on one batch, and adds its inputs to the statistics."""
+
 
 @contextlib.contextmanager
-def observed(found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> Iterator[None]:
-    """Gather statistics of all inputs, those of so many windows, while it is entered; the matrices
-    have them afterwards.
+def observed(found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> Iterator[Observe]:
+    """Gather statistics of all inputs, those of so many windows, of each batch that is observed
+    while it is entered; the matrices have them afterwards.
+
+    From the second batch on, a layer without experts is run only until each matrix was multiplied
+    as often as in the first batch: of the last product no more than the input is needed.
 
     Matrices that read the same tensor share them. An expert to which fewer than
     `pipeline.matrices.STARVED_TOKENS` tokens were routed gets uniform ones instead: those of an
@@ -29,8 +36,7 @@ def observed(found: Sequence[Matrix], statistics: Sequence[str], windows: int) -
         NonFiniteError: if an input is NaN or infinite.
     """
     sums = _Sums(found, statistics, windows)
-    with _Products(found, sums.add):
-        yield
+    yield _Products(found, sums.add).observe
     sums.hand_over()
 
 
@@ -108,6 +114,10 @@ def _form(name: str) -> str:
 # -------------------------------------------------------------------------------------- products
 
 
+class _LastProduct(Exception):
+    """Ends a forward pass of which nothing more is to be seen."""
+
+
 class _Products(TorchFunctionMode):
     """Tells of each product of activations with one of the matrices, however the model writes it:
     experts are multiplied slice by slice and have no module to put a hook on."""
@@ -116,6 +126,17 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self._places = {_identity(matrix.weight): place for place, matrix in enumerate(found)}
         self._tell = tell
+        self._routed = any(matrix.is_expert for matrix in found)
+        self._seen: Counter[int] = Counter()
+        self._whole: Counter[int] | None = None  # what is seen in a batch, once it is known
+
+    def observe(self, run: Callable[[], object]) -> None:
+        """Tell of the products in a run of the layer on a batch."""
+        self._seen = Counter()
+        with self, contextlib.suppress(_LastProduct):
+            run()
+        if self._whole is None and not self._routed:
+            self._whole = self._seen
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -126,6 +147,9 @@ class _Products(TorchFunctionMode):
             place = self._places.get(_identity(weight))
             if place is not None:
                 self._tell(place, inputs)
+                self._seen[place] += 1
+                if self._seen == self._whole:
+                    raise _LastProduct
         return function(*args, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """The walk through a decoder, layer by layer, each seeing the pruned layers below it."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +17,12 @@ from pipeline.matrices import Matrix, decoder_layers, matrices
 from pipeline.specs import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.streaming import resident
 
-BATCH_TOKENS = 16_384
-"""Tokens of a batch unless its size is given: fixed, since sums depend on how they are split."""
+BATCH_TOKENS = 2_048
+"""Tokens of a batch on a CPU unless its size is given: activations of so many stay in its cache.
+Fixed, since sums depend on how they are split."""
+
+ACCELERATOR_BATCH_TOKENS = 16_384
+"""The same on any other device, which more tokens keep busy."""
 
 Visit = Callable[[int, list[Matrix]], None]
 """Prunes the matrices of the decoder layer with that number, in place."""
@@ -77,7 +82,8 @@ def walk(
         windows: token ids `[nsamples, seqlen]`; None visits without any forward pass.
         statistics: names from `pipeline.statistics.STATISTICS`; none visits without any forward
             pass too.
-        batch_size: windows of a forward pass, by default as many as have `BATCH_TOKENS` tokens.
+        batch_size: windows of a forward pass, by default as many as have `BATCH_TOKENS` tokens, or
+            `ACCELERATOR_BATCH_TOKENS` where the device is no CPU, one at the least.
         device: where layers are run and visited, by default where the model is. A layer that is
             elsewhere is moved there for its turn, and back; one that is still in the checkpoint's
             files is read for its turn, and let go with what was done to it.
@@ -103,7 +109,8 @@ def walk(
                 if not restore(number, found):
                     visit(number, found)
         return
-    size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
+    tokens = BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
+    size = batch_size or max(1, tokens // windows.shape[1])
     with Shelf(device, device_hidden_bytes, host_hidden_bytes) as shelf, _eager_experts(model):
         batches = capture(model, layers, torch.split(windows.to(home), size), shelf)
         for number, layer in enumerate(layers):
@@ -112,9 +119,9 @@ def walk(
                 if not restore(number, found):
                     known = first if number == 0 else None
                     if known is None or not known.recall(found):
-                        with observed(found, statistics, len(windows)):
+                        with observed(found, statistics, len(windows)) as observe:
                             for batch in batches:
-                                batch.forward(number, layer)
+                                observe(functools.partial(batch.forward, number, layer))
                         if known is not None:
                             known.remember(found)
                     visit(number, found)

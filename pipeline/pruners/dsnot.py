@@ -100,7 +100,9 @@ def prune_by_dsnot(
     claims = contributions / _relative(statistics[_variances(options)], options.variance_power)
     returning = _both_signs(-claims.abs(), contributions, mask, options.max_cycles)
     if pattern is None:
-        leaving = _from_list(_both_signs(wanda, -contributions, ~mask, options.max_cycles))
+        listed = _both_signs(wanda, -contributions, ~mask, options.max_cycles)
+        returning.masked_fill_(listed < 0, -1)  # none comes back for which none is left to go
+        leaving = _from_list(listed)
     else:
         leaving = _from_group(initial.masked_fill(mask, torch.inf), pattern[1])
     same_sign = options.same_sign or pattern is not None
@@ -135,9 +137,9 @@ def _relative(variances: Tensor, power: float) -> Tensor:
 _BEHIND = 1e37
 """Beyond all keys, and far from float32's largest number."""
 
-_Leaving = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From the sign of each row's error (0 positive, 1 negative), how many swaps it has had with that
-sign, and the column that comes back, to the column that goes, -1 if there is none; all `[rows]`."""
+_Leaving = Callable[[Tensor, Tensor], Tensor]
+"""From where each row is in the flattened `[2, rows, count + 1]` list of what comes back, and the
+column there, to the column that goes, -1 if there is none; all `[rows]`."""
 
 
 def _both_signs(keys: Tensor, signs: Tensor, candidates: Tensor, count: int) -> Tensor:
@@ -163,9 +165,8 @@ def _ordered(keys: Tensor, candidates: Tensor, count: int) -> Tensor:
 
 
 def _from_list(columns: Tensor) -> _Leaving:
-    """The next column `[2, rows, count]` of the list for the error's sign."""
-    rows = torch.arange(columns.shape[1], device=columns.device)
-    return lambda side, place, back: columns[side, rows, place]
+    """The one in the same place of another list `[2, rows, count + 1]`."""
+    return lambda place, back: columns.take(place)
 
 
 def _from_group(scores: Tensor, group: int) -> _Leaving:
@@ -177,7 +178,7 @@ def _from_group(scores: Tensor, group: int) -> _Leaving:
     rows = torch.arange(len(scores), device=scores.device)
     places = torch.arange(group, device=scores.device)
 
-    def leaving(side: Tensor, place: Tensor, back: Tensor) -> Tensor:
+    def leaving(place: Tensor, back: Tensor) -> Tensor:
         start = back.clamp(min=0) // group * group
         column = start + scores.gather(1, start[:, None] + places).argmin(dim=1)
         found = scores[rows, column].isfinite()
@@ -197,37 +198,48 @@ def _swap(
 ) -> dict[str, float]:
     """Change the mask `[rows, columns]` in place: one swap of every row at a time, of which each
     row keeps those up to its smallest error, or all."""
-    rows = torch.arange(len(mask), device=mask.device)
+    starts = torch.arange(len(mask), device=mask.device) * mask.shape[1]
+    flat, flat_mask = contributions.view(-1), mask.view(-1)
+    # where each row is in the lists of those that come back while its error is of a sign
+    count = returning.shape[2]
+    positive = torch.arange(len(mask), device=mask.device) * count
+    negative = positive + len(mask) * count
     first = (contributions * mask).sum(dim=1, dtype=torch.float64)
-    error = first.clone()
-    taken = torch.zeros(2, len(mask), dtype=torch.int64, device=mask.device)
-    active = torch.ones_like(rows, dtype=torch.bool)
-    smallest, kept = first.abs(), torch.zeros_like(rows)
+    error, size = first, first.abs()
+    active = torch.ones_like(starts, dtype=torch.bool)
+    smallest, kept = size, torch.zeros_like(starts)
     swaps: list[tuple[Tensor, Tensor, Tensor]] = []
     for cycle in range(1, options.max_cycles + 1):
-        side = (error < 0).long()
-        place = taken[side, rows]
-        back = returning[side, rows, place]
-        active = active & (error.abs() > options.update_threshold) & (back >= 0)
+        below = error < 0
+        place = torch.where(below, negative, positive)
+        back = returning.take(place)
+        active = active & (size > options.update_threshold) & (back >= 0)
         if not bool(active.any()):
             break
-        gone = leaving(side, place, back)
-        after = error + contributions[rows, gone] - contributions[rows, back]
+        gone = leaving(place, back)
         swapped = active & (gone >= 0)
+        back, gone = (starts + back).clamp_(min=0), (starts + gone).clamp_(min=0)
+        after = error + flat.take(gone) - flat.take(back)
         if same_sign:
-            swapped &= after.sign() == first.sign()
-            active &= swapped | (gone < 0)
+            unturned = after.sign() == first.sign()
+            active &= unturned | ~swapped
+            swapped &= unturned
         error = torch.where(swapped, after, error)
-        taken[side, rows] += active
+        size = error.abs()
+        below &= active
+        negative = negative + below
+        positive = positive + (active ^ below)
         swaps.append((back, gone, swapped))
-        better = swapped if options.keep == "all" else error.abs() < smallest
-        smallest = torch.where(better, error.abs(), smallest)
-        kept = torch.where(better, cycle, kept)
+        better = swapped if options.keep == "all" else size < smallest
+        smallest = torch.where(better, size, smallest)
+        kept.masked_fill_(better, cycle)
     total = 0
-    for cycle, (back, gone, swapped) in enumerate(swaps, start=1):
-        row = (swapped & (cycle <= kept)).nonzero().flatten()
-        mask[row, back[row]] = False
-        mask[row, gone[row]] = True
-        total += len(row)
+    if swaps:
+        backs, gones, swapped_at = (torch.stack(each) for each in zip(*swaps, strict=True))
+        cycles = torch.arange(1, len(swaps) + 1, device=mask.device)[:, None]
+        lasting = swapped_at & (cycles <= kept)  # no weight is moved twice
+        flat_mask[backs[lasting]] = False
+        flat_mask[gones[lasting]] = True
+        total = int(lasting.sum())
     unsettled = (smallest > options.update_threshold).sum()
     return {"swaps": float(total), "rows_unsettled": float(unsettled)}

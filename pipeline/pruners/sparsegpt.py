@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.pruners.masks import smallest, smallest_in_groups, zeros_in
 from pipeline.pruners.pruned import Pruned
@@ -11,6 +12,10 @@ from pipeline.specs import SparseGPT
 
 DAMPING_RAISES = 5
 """How often the damping is raised tenfold before a Hessian counts as not invertible."""
+
+INNER_COLUMNS = 32
+"""Columns of a block whose errors are taken out of each other one by one, and out of the block's
+later ones together."""
 
 
 def prune_by_sparsegpt(
@@ -45,13 +50,14 @@ def prune_by_sparsegpt(
     rows, columns = weight.shape
     dead = statistics["hessian"].diagonal() == 0
     upper, facts = inverse_factor(statistics["hessian"], dead, options.damping)
-    scale = upper.diagonal().square()
-    diagonal = upper.diagonal().tolist()
+    diagonal = upper.diagonal()
+    scale = diagonal.square()
 
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # [columns, rows]
     mask = torch.zeros_like(remaining, dtype=torch.bool)
     group = 1 if pattern is None else pattern[1]
     width = max(group, options.block_size // group * group)  # cuts no group
+    inner_width = max(group, INNER_COLUMNS // group * group)
     chosen = 0
     for start in range(0, columns, width):
         end = min(start + width, columns)
@@ -62,16 +68,24 @@ def prune_by_sparsegpt(
             scores = sparsegpt_scores(block.T, scale[start:end], dead[start:end])
             mask[start:end] = smallest(scores, wanted).T
             chosen += wanted
-        factor = upper[start:end, start:end]
-        # views are taken once: on small matrices they would cost more than the arithmetic
-        taken = zip(block, mask[start:end], errors, factor, diagonal[start:end], strict=True)
-        for place, (column, masked, lost, later, pivot) in enumerate(taken):
-            if pattern is not None and place % group == 0:
-                part = slice(start + place, start + place + group)
-                scores = sparsegpt_scores(remaining[part].T, scale[part], dead[part])
-                mask[part] = smallest_in_groups(scores, *pattern).T
-            torch.mul(column, masked, out=lost).div_(pivot)
-            block[place + 1 :].addr_(later[place + 1 :], lost, alpha=-1)
+        for first in range(start, end, inner_width):  # few columns, which a CPU's cache holds
+            last = min(first + inner_width, end)
+            inner = remaining[first:last]
+            inner_errors = errors[first - start : last - start]
+            if pattern is None:
+                inner_errors.copy_(mask[first:last]).div_(diagonal[first:last, None])
+            # views are taken once: on small matrices they would cost more than the arithmetic
+            taken = zip(inner, inner_errors, upper[first:last, first:last], strict=True)
+            for place, (column, error, later) in enumerate(taken):
+                if pattern is not None and place % group == 0:
+                    part = slice(first + place, first + place + group)
+                    scores = sparsegpt_scores(remaining[part].T, scale[part], dead[part])
+                    mask[part] = smallest_in_groups(scores, *pattern).T
+                    chosen_errors = inner_errors[place : place + group]
+                    chosen_errors.copy_(mask[part]).div_(diagonal[part, None])
+                error.mul_(column)  # it was 1 / U_jj where masked, and 0 elsewhere
+                inner[place + 1 :].addr_(later[place + 1 :], error, alpha=-1)
+            remaining[last:end].addmm_(upper[first:last, last:end].T, inner_errors, alpha=-1)
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     mask = mask.T.contiguous()
     updated = remaining.T.contiguous().masked_fill_(mask, 0.0)
@@ -86,10 +100,26 @@ def sparsegpt_scores(weight: Tensor, scale: Tensor, dead: Tensor) -> Tensor:
 def inverse_factor(
     hessian: Tensor, dead: Tensor, damping: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Upper Cholesky factor of the inverse, and the damping that it took.
+    """Upper Cholesky factor of the inverse, and the damping that it took; for matrices that share
+    one tensor and come one after another it is computed once, and must not be written to.
 
     Dead columns are tied to no other, so what stands on their diagonal only has to be positive.
     """
+    key = hessian._version, damping
+    if hessian not in _latest or _latest[hessian][0] != key:
+        _latest.clear()  # one factor is as large as the Hessian itself
+        _latest[hessian] = key, _inverse_factor(hessian, dead, damping)
+    upper, facts = _latest[hessian][1]
+    return upper, dict(facts)
+
+
+_latest = WeakTensorKeyDictionary()
+"""The last Hessian, while it lives: its version and damping, and what came of it."""
+
+
+def _inverse_factor(
+    hessian: Tensor, dead: Tensor, damping: float
+) -> tuple[Tensor, dict[str, float]]:
     mean = hessian.diagonal().mean()
     for raises in range(DAMPING_RAISES + 1):
         share = damping * 10**raises

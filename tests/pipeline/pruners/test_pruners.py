@@ -12,6 +12,7 @@ from torch import Tensor
 from jobs.cost import PRUNE_PASSES
 from pipeline.pruners import PRUNERS
 from pipeline.pruners.pruned import Pruned
+from pipeline.pruners.sparsegpt import inverse_factor
 from pipeline.specs import ALPS, Magnitude, Pruner, SparseGPT, Wanda
 from pipeline.statistics import STATISTICS
 
@@ -465,3 +466,26 @@ def test_a_hessian_that_cannot_be_inverted_is_an_error() -> None:
     broken = {"hessian": -torch.eye(8) * torch.arange(1, 9)}
     with pytest.raises(ValueError, match="cannot be inverted"):
         PRUNERS["sparsegpt"](SparseGPT()).prune(weights(2, 8, 1), broken, 0.5, None, SparseGPT())
+
+
+def test_a_hessians_factor_is_computed_once_while_it_is_unchanged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = torch.randn(64, 12, generator=torch.Generator().manual_seed(5))
+    hessian, dead = inputs.T @ inputs, torch.zeros(12, dtype=torch.bool)
+    calls: list[Tensor] = []
+    factorize = torch.linalg.cholesky_ex
+
+    def counted(matrix: Tensor, upper: bool = False) -> Any:
+        calls.append(matrix)
+        return factorize(matrix, upper=upper)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counted)
+    first = inverse_factor(hessian, dead, 0.01)[0]
+    assert len(calls) == 2
+    assert inverse_factor(hessian, dead, 0.01)[0] is first
+    assert len(calls) == 2
+    assert not inverse_factor(hessian, dead, 0.1)[0].equal(first)
+    hessian.mul_(4.0)  # in place: the same tensor, another Hessian
+    torch.testing.assert_close(inverse_factor(hessian, dead, 0.01)[0], first / 2)
+    assert inverse_factor(inputs.T @ inputs, dead, 0.01)[0].equal(first)
