@@ -111,6 +111,10 @@ class GeneratedCalibration(Spec):
     """Share of the samples with the highest perplexity that is dropped; 0 drops only those that
     have no finite score."""
 
+    scorer: str | None = None
+    """Name of the grid's model by whose perplexity samples are dropped; the one that writes if
+    unset. Both must have the same tokenizer."""
+
     include_prefix: bool = False
     """Whether the given tokens count in the perplexity."""
 

@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.models import Artifacts
+from pipeline.score import Score
 from pipeline.specs import FilterSpec
 
 
 def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Write the samples that are kept to `samples.parquet`, with their scores.
+    """Write the samples that are kept to `samples.parquet` and the others to `rejected.parquet`,
+    both with their scores.
 
     Raises:
         InputError: if none is left.
@@ -24,10 +26,13 @@ def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     scores = _read(artifacts[spec.scores.key] / "scores.parquet")
     perplexities = scores["perplexity"].to_numpy()
     kept = keep(perplexities, scores["sample_id"].to_numpy(), spec.drop_fraction)
-    for column in ("perplexity", "min_k"):
+    for column in Score._fields:
         samples = samples.append_column(column, scores[column])
     pq.write_table(samples.filter(pa.array(kept)), output / "samples.parquet")
     finite = int(np.isfinite(perplexities).sum())
+    reasons = np.where(np.isfinite(perplexities), "perplexity", "invalid")
+    rejected = samples.append_column("reason", pa.array(reasons)).filter(pa.array(~kept))
+    pq.write_table(rejected, output / "rejected.parquet")
     return {
         "kept": int(kept.sum()),
         "dropped": finite - int(kept.sum()),

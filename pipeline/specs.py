@@ -300,10 +300,14 @@ class ShardSpec(StageSpec):
     """Its number, from 0."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
-        """The model, and for a score just the one shard of samples that it scores."""
+        """The model, and for a score just the one shard of samples that it scores, with the
+        generator if that is another model: its tokenizer is compared."""
         if isinstance(self.of, ScoreSpec):
+            generator = self.of.samples.model
             samples = ShardSpec(of=self.of.samples, index=self.index)
-            return (samples, *_nearest_stages((self.of.model,)))
+            models = (self.of.model,) if generator == self.of.model else (self.of.model, generator)
+            stages = {stage.key: stage for stage in _nearest_stages(models)}
+            return (samples, *stages.values())
         return tuple(_nearest_stages(self.of))
 
 
@@ -437,23 +441,24 @@ class GenerateSpec(StageSpec):
 class ScoreSpec(StageSpec):
     """Score samples under a model.
 
-    Leaves `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k.
+    Leaves `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k,
+    min_k_plus_plus, loss_1 to loss_4 (mean loss in each quarter), distinct_1 to distinct_3.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["score"] = "score"
 
     samples: GenerateSpec
     """What is scored."""
 
     model: Model
-    """The scorer, as a rule the generator."""
+    """The scorer, as a rule the generator; another one needs the same vocabulary."""
 
     include_prefix: bool = False
     """Score the given tokens too, as the paper's script does; else the generated ones only."""
 
     min_k_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
-    """Share of the least likely tokens that Min-K%++ averages over."""
+    """Share of the least likely tokens that Min-K% and Min-K%++ average over."""
 
     batch_tokens: int = Field(default=8192, ge=1)
     """Tokens of a batch at the most, padding included."""
@@ -470,10 +475,11 @@ class ScoreSpec(StageSpec):
 class FilterSpec(StageSpec):
     """Drop the samples of highest perplexity.
 
-    Leaves `samples.parquet` as generate does, with perplexity and min_k.
+    Leaves `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the same
+    of the others, and reason (`perplexity`, or `invalid` for want of a finite one).
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["filter"] = "filter"
 
     scores: ScoreSpec

@@ -195,6 +195,15 @@ def test_shards_cover_all_samples_and_read_only_their_own_part() -> None:
     }
 
 
+def test_a_scorer_that_is_not_the_generator_reads_both_models() -> None:
+    scores = examples()["score"]
+    assert isinstance(scores, ScoreSpec)
+    other = PretrainSpec(mixture={"facts": 1.0}, seed=7)
+    part = ScoreSpec(samples=scores.samples, model=other).shards()[0]
+    expected = {scores.samples.shards()[0].key, other.key, scores.samples.model.key}  # type: ignore[union-attr]
+    assert {spec.key for spec in part.inputs()} == expected
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
