@@ -147,6 +147,9 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             top_k=calibration.top_k,
             top_p=calibration.top_p,
             temperature=calibration.temperature if cell.temperature is None else cell.temperature,
+            temperature_end=calibration.temperature_end,
+            temperature_tokens=calibration.temperature_tokens,
+            min_new_tokens=calibration.min_new_tokens,
             repetition_penalty=calibration.repetition_penalty,
             seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
             shard_size=calibration.shard_size,
@@ -161,6 +164,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             drop_fraction=calibration.drop_fraction
             if cell.drop_fraction is None
             else cell.drop_fraction,
+            drop_duplicates=calibration.drop_duplicates,
         )
     return WindowsSpec(
         source=source,

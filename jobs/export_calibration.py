@@ -100,8 +100,8 @@ def card(manifest: Manifest, engines: list[dict[str, Any]]) -> str:
 # Calibration set {manifest.key}
 
 Texts that a language model wrote from short prefixes of real texts, scored and filtered by
-calprune: {report["kept"]} were kept, {report["dropped"]} dropped for their perplexity and \
-{report["invalid"]} for want of a score.
+calprune: {report["kept"]} were kept, {report["dropped"]} dropped for their perplexity, \
+{report["duplicates"]} as duplicates and {report["invalid"]} for want of a score.
 
 The licence is unknown: it depends on the terms of the generating model and of the corpus that the
 prefixes come from, both named below.

@@ -405,6 +405,16 @@ class GenerateSpec(StageSpec):
     temperature: float = Field(default=0.6, ge=0.0)
     """Divides the logits; 0 takes the likeliest token."""
 
+    temperature_end: float | None = Field(default=None, gt=0.0)
+    """Where the temperature goes from `temperature` in a straight line; unset, it stays. Not with
+    vLLM."""
+
+    temperature_tokens: int | None = Field(default=None, ge=1)
+    """New tokens after which it is at `temperature_end`; unset, with the sample's last."""
+
+    min_new_tokens: int = Field(default=0, ge=0)
+    """New tokens before which EOS is not drawn."""
+
     repetition_penalty: float = Field(default=1.2, gt=0.0)
     """Divides (multiplies, if negative) the logits of tokens that are already there."""
 
@@ -425,6 +435,30 @@ class GenerateSpec(StageSpec):
             raise ValueError(
                 f"vLLM takes no temperature between 0 and {VLLM_LOWEST_TEMPERATURE}, "
                 f"and {self.temperature} is: raise it, set it to 0, or take backend: transformers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _least_length_fits(self) -> "GenerateSpec":
+        if self.min_new_tokens and self.prefix_tokens + self.min_new_tokens > self.seqlen:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} after prefix_tokens {self.prefix_tokens} "
+                f"are more than seqlen {self.seqlen}: lower one of them or raise seqlen"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _temperature_can_go_to_its_end(self) -> "GenerateSpec":
+        if self.temperature_end is None:
+            if self.temperature_tokens is not None:
+                raise ValueError("temperature_tokens needs a temperature_end: set it too")
+            return self
+        if self.temperature == 0:
+            raise ValueError("temperature_end needs a temperature above 0: raise it")
+        if isinstance(self.backend, Vllm):
+            raise ValueError(
+                "vLLM keeps one temperature for all of a sample: leave temperature_end out, or "
+                "take backend: transformers"
             )
         return self
 
@@ -476,7 +510,8 @@ class FilterSpec(StageSpec):
     """Drop the samples of highest perplexity.
 
     Leaves `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the same
-    of the others, and reason (`perplexity`, or `invalid` for want of a finite one).
+    of the others, and reason (`perplexity`, `duplicate`, or `invalid` for want of a finite
+    perplexity).
     """
 
     version: ClassVar[int] = 2
@@ -487,7 +522,10 @@ class FilterSpec(StageSpec):
 
     drop_fraction: Fraction = 0.2
     """Share to drop: exactly round(fraction * samples) go, besides those that have no finite
-    score."""
+    score and duplicates."""
+
+    drop_duplicates: bool = False
+    """Of samples with the same token ids keep only the first."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
         """The scores and the samples they belong to."""

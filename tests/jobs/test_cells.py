@@ -164,6 +164,20 @@ def test_another_model_of_the_grid_can_score(content: Content, load: Load) -> No
         expand(load(content))
 
 
+def test_options_of_a_calibration_reach_its_stages(content: Content, load: Load) -> None:
+    options = {"min_new_tokens": 9, "temperature_end": 0.2, "temperature_tokens": 5}
+    content["calibrations"]["own"] |= {**options, "drop_duplicates": True}
+    grid = load(content)
+    cell = next(cell for cell in expand(grid) if cell.calibration == "own")
+    pruned = prune_spec(grid, cell)
+    assert pruned is not None
+    assert pruned.calibration is not None
+    source = pruned.calibration.source
+    assert isinstance(source, FilterSpec)
+    assert source.drop_duplicates
+    assert {name: getattr(source.scores.samples, name) for name in options} == options
+
+
 def test_one_generation_seed_shares_the_texts_between_seeds(content: Content, load: Load) -> None:
     content["calibrations"]["own"]["generation_seed"] = 7
     grid = load(content)

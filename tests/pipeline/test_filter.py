@@ -63,6 +63,40 @@ def test_samples_that_are_all_invalid_are_refused() -> None:
         kept([math.nan, math.inf], 0.0)
 
 
+def test_of_equal_samples_the_first_is_kept_and_they_do_not_count_in_the_share(
+    tmp_path: Path,
+) -> None:
+    model = LocalModel(path="model")
+    samples = GenerateSpec(model=model, prefixes=FileCorpus(path="texts.txt"), num_samples=7)
+    scores = ScoreSpec(samples=samples, model=model)
+    ids = [[1, 2], [1], [1, 2], [3], [4], [4], [1, 2]]
+    columns = {
+        "sample_id": range(7),
+        "prefix_tokens": [1] * 7,
+        "token_ids": ids,
+        "text": [""] * 7,
+    }
+    pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
+    perplexities = [2.0, 9.0, 2.0, 3.0, math.nan, math.nan, 2.0]
+    marks: dict[str, Any] = {"sample_id": range(7), **dict.fromkeys(Score._fields, [1.0] * 7)}
+    pq.write_table(pa.table({**marks, "perplexity": perplexities}), tmp_path / "scores.parquet")
+    artifacts = dict.fromkeys((samples.key, scores.key), tmp_path)
+    spec = FilterSpec(scores=scores, drop_fraction=0.4, drop_duplicates=True)
+    output = tmp_path / "output"
+    output.mkdir()
+    report = filtering.run(spec, artifacts, output)
+    assert report == {"kept": 2, "dropped": 1, "invalid": 2, "duplicates": 2}
+    rejected = pq.read_table(output / "rejected.parquet")
+    assert rejected["sample_id"].to_pylist() == [1, 2, 4, 5, 6]
+    assert rejected["reason"].to_pylist() == [
+        "perplexity",
+        "duplicate",
+        "invalid",
+        "invalid",
+        "duplicate",
+    ]
+
+
 def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> None:
     model = LocalModel(path="model")
     samples = GenerateSpec(model=model, prefixes=FileCorpus(path="texts.txt"), num_samples=5)
@@ -89,7 +123,7 @@ def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> 
 
     report = filtering.run(FilterSpec(scores=scores, drop_fraction=0.25), artifacts, output)
 
-    assert report == {"kept": 3, "dropped": 1, "invalid": 1}
+    assert report == {"kept": 3, "dropped": 1, "invalid": 1, "duplicates": 0}
     table = pq.read_table(output / "samples.parquet")
     rejected = pq.read_table(output / "rejected.parquet")
     reasons = rejected["reason"].to_pylist()

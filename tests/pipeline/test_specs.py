@@ -228,6 +228,21 @@ def test_contradictory_prunings_are_refused(fields: dict[str, object], words: st
         PruneSpec(model=HubModel(name="m"), **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"min_new_tokens": 31, "prefix_tokens": 2, "seqlen": 32}, "min_new_tokens 31 after"),
+        ({"temperature_tokens": 4}, "needs a temperature_end"),
+        ({"temperature_end": 0.5, "temperature": 0.0}, "needs a temperature above 0"),
+        ({"temperature_end": 0.5, "backend": "vllm"}, "leave temperature_end out"),
+        ({"temperature_end": 0.0}, "temperature_end"),
+    ],
+)
+def test_contradictory_generations_are_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        GenerateSpec(model=HubModel(name="m"), prefixes=HubCorpus(path="c"), **fields)  # type: ignore[arg-type]
+
+
 def test_data_for_a_pruner_that_takes_none_is_refused() -> None:
     model = HubModel(name="m")
     windows = WindowsSpec(source=HubCorpus(path="c"), model=model)
