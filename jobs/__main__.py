@@ -1,4 +1,7 @@
-"""The command line: `python -m jobs plan|run|gather|show|export`, installed as `calprune`."""
+"""The command line: `python -m jobs plan|run|gather|show|export|export-calibration`.
+
+Installed as `calprune`.
+"""
 
 import logging
 import os
@@ -14,6 +17,7 @@ from cluster.session import ResourceError
 from cluster.store import Store, StoreError
 from jobs.check import check
 from jobs.export import export
+from jobs.export_calibration import export_calibration
 from jobs.gather import gather, write_table
 from jobs.grid import load_grid
 from jobs.plan import Plan, make_plan, print_plan
@@ -102,6 +106,23 @@ def export_model(
     """Write a pruned model as an ordinary checkpoint with its tokenizer."""
     export(Store(store), key, folder)
     console.print(f"checkpoint: {folder}", soft_wrap=True)
+
+
+@app.command(name="export-calibration")
+def export_calibration_set(
+    key: Annotated[
+        str,
+        typer.Argument(
+            help="A pruned model's prune_key in the results, or the key of filtered samples.",
+            show_default=False,
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    store: StoreUrl = ".calprune",
+) -> None:
+    """Write a generated calibration set as a data set folder with its card."""
+    samples = export_calibration(Store(store), key, folder)
+    console.print(f"{samples} samples: {folder}", soft_wrap=True)
 
 
 def _checked_plan(grid: Path) -> Plan:

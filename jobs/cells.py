@@ -147,6 +147,9 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             top_k=calibration.top_k,
             top_p=calibration.top_p,
             temperature=calibration.temperature if cell.temperature is None else cell.temperature,
+            temperature_end=calibration.temperature_end,
+            temperature_tokens=calibration.temperature_tokens,
+            min_new_tokens=calibration.min_new_tokens,
             repetition_penalty=calibration.repetition_penalty,
             seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
             shard_size=calibration.shard_size,
@@ -154,11 +157,14 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         )
         source = FilterSpec(
             scores=ScoreSpec(
-                samples=samples, model=generator, include_prefix=calibration.include_prefix
+                samples=samples,
+                model=grid.models[calibration.scorer] if calibration.scorer else generator,
+                include_prefix=calibration.include_prefix,
             ),
             drop_fraction=calibration.drop_fraction
             if cell.drop_fraction is None
             else cell.drop_fraction,
+            drop_duplicates=calibration.drop_duplicates,
         )
     return WindowsSpec(
         source=source,
@@ -222,8 +228,10 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
         _get(grid.corpora, calibration.corpus, f"calibrations.{cell.calibration}.corpus")
         return cell.model_copy(update={**defaults, **dict.fromkeys(GENERATED_FIELDS)})
     _get(grid.corpora, calibration.prefixes, f"calibrations.{cell.calibration}.prefixes")
-    if calibration.generator is not None:
-        _get(grid.models, calibration.generator, f"calibrations.{cell.calibration}.generator")
+    for role in ("generator", "scorer"):
+        name = getattr(calibration, role)
+        if name is not None:
+            _get(grid.models, name, f"calibrations.{cell.calibration}.{role}")
     for field in GENERATED_FIELDS:
         chosen = getattr(cell, field)
         defaults[field] = getattr(calibration, field) if chosen is None else chosen

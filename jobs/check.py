@@ -18,6 +18,7 @@ from pipeline.specs import (
     Model,
     PretrainSpec,
     PruneSpec,
+    ScoreSpec,
     StageSpec,
     Uniform,
     Vllm,
@@ -190,6 +191,8 @@ def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:
     match spec:
         case WindowsSpec() | GenerateSpec():
             yield spec.model, spec.seqlen
+        case ScoreSpec():
+            yield spec.model, spec.samples.seqlen
         case EvaluateSpec():
             yield from ((spec.model, entry.seqlen) for entry in spec.perplexity)
 

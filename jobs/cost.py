@@ -173,7 +173,7 @@ def _bytes(spec: StageSpec, size: float) -> float:
         case WindowsSpec():
             return spec.nsamples * spec.seqlen * TOKEN_BYTES / 2
         case ScoreSpec():
-            return spec.samples.num_samples * 4 * TOKEN_BYTES
+            return spec.samples.num_samples * 12 * TOKEN_BYTES
         case _:
             return 0.0
 

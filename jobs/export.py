@@ -1,17 +1,21 @@
 """Turn a pruned model of a store into a checkpoint that other programs load."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from cluster.store import CorruptArtifactError, Manifest, Store
 from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
-from pipeline.specs import LocalModel, Model, PruneSpec
+from pipeline.specs import LocalModel, Model, PruneSpec, StageSpec
 
 _AGAIN = "run its grid again, then export"
+
+AnyStage = TypeVar("AnyStage", bound=StageSpec)
 
 
 def export(store: Store, key: str, folder: Path) -> None:
@@ -29,27 +33,56 @@ def export(store: Store, key: str, folder: Path) -> None:
             f"{store.url} has no pruned model with this key; the results table's column prune_key "
             "names those that there are",
         )
-    spec = _spec(manifest)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError("folder", str(folder), "is there already; name a new or an empty one")
+    spec = stored_spec(manifest, PruneSpec)
+    check_unused(folder)
     _check_dense(spec)
-    try:
-        artifacts = {part.key: store.fetch(part.key) for part in (spec, *spec.rests_on())}
-    except CorruptArtifactError as error:
-        raise InputError("key", key, f"{error}; {_AGAIN}") from error
+    artifacts = fetched(store, key, (spec, *spec.rests_on()))
     from pipeline.checkpoint import write_checkpoint  # takes seconds, and mistakes need it not
 
+    with whole_folder(folder) as half_done:
+        write_checkpoint(spec, artifacts, half_done)
+
+
+def check_unused(folder: Path) -> None:
+    """See that an export overwrites nothing.
+
+    Raises:
+        InputError: if the folder is in use.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError("folder", str(folder), "is there already; name a new or an empty one")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Where to write, beside the folder, which is there once all is written."""
     half_done = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(half_done, ignore_errors=True)
-    write_checkpoint(spec, artifacts, half_done)
+    yield half_done
     half_done.replace(folder)
 
 
-def _spec(manifest: Manifest) -> PruneSpec:
-    """The spec that an artifact was made from."""
+def fetched(store: Store, key: str, specs: tuple[StageSpec, ...]) -> dict[str, Path]:
+    """Key to folder of the artifacts that the export of `key` reads.
+
+    Raises:
+        InputError: if one is damaged or gone.
+    """
+    try:
+        return {part.key: store.fetch(part.key) for part in specs}
+    except CorruptArtifactError as error:
+        raise InputError("key", key, f"{error}; {_AGAIN}") from error
+
+
+def stored_spec(manifest: Manifest, kind: type[AnyStage]) -> AnyStage:
+    """The spec that an artifact was made from.
+
+    Raises:
+        InputError: if this release makes other artifacts from it.
+    """
     remedy = f"was made by another release of calprune; {_AGAIN}"
     try:
-        spec = PruneSpec.model_validate(_without_versions(manifest.spec))
+        spec = kind.model_validate(_without_versions(manifest.spec))
     except ValidationError as error:
         raise InputError("key", manifest.key, remedy) from error
     if spec.key != manifest.key:

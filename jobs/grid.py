@@ -96,6 +96,9 @@ class GeneratedCalibration(Spec):
     top_k: int = Field(default=50, ge=0)
     top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     temperature: float = Field(default=0.6, ge=0.0)
+    temperature_end: float | None = Field(default=None, gt=0.0)
+    temperature_tokens: int | None = Field(default=None, ge=1)
+    min_new_tokens: int = Field(default=0, ge=0)
     repetition_penalty: float = Field(default=1.2, gt=0.0)
     shard_size: int = Field(default=64, ge=1)
 
@@ -110,6 +113,13 @@ class GeneratedCalibration(Spec):
     drop_fraction: Fraction = 0.2
     """Share of the samples with the highest perplexity that is dropped; 0 drops only those that
     have no finite score."""
+
+    drop_duplicates: bool = False
+    """Whether only the first of samples with the same token ids is kept."""
+
+    scorer: str | None = None
+    """Name of the grid's model by whose perplexity samples are dropped; the one that writes if
+    unset. Both must have the same tokenizer."""
 
     include_prefix: bool = False
     """Whether the given tokens count in the perplexity."""

@@ -1,6 +1,7 @@
 """Drop the samples of highest perplexity, exactly as many as were asked for."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.models import Artifacts
+from pipeline.score import Score
 from pipeline.specs import FilterSpec
 
 
 def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Write the samples that are kept to `samples.parquet`, with their scores.
+    """Write the samples that are kept to `samples.parquet` and the others to `rejected.parquet`,
+    both with their scores.
 
     Raises:
         InputError: if none is left.
@@ -23,16 +26,32 @@ def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     samples = _read(artifacts[spec.scores.samples.key] / "samples.parquet")
     scores = _read(artifacts[spec.scores.key] / "scores.parquet")
     perplexities = scores["perplexity"].to_numpy()
-    kept = keep(perplexities, scores["sample_id"].to_numpy(), spec.drop_fraction)
-    for column in ("perplexity", "min_k"):
+    invalid = ~np.isfinite(perplexities)
+    twice = duplicates(samples["token_ids"].to_pylist()) & ~invalid & spec.drop_duplicates
+    once = np.where(twice, np.nan, perplexities)
+    kept = keep(once, scores["sample_id"].to_numpy(), spec.drop_fraction)
+    for column in Score._fields:
         samples = samples.append_column(column, scores[column])
     pq.write_table(samples.filter(pa.array(kept)), output / "samples.parquet")
-    finite = int(np.isfinite(perplexities).sum())
+    reasons = np.select([invalid, twice], ["invalid", "duplicate"], "perplexity")
+    rejected = samples.append_column("reason", pa.array(reasons)).filter(pa.array(~kept))
+    pq.write_table(rejected, output / "rejected.parquet")
     return {
         "kept": int(kept.sum()),
-        "dropped": finite - int(kept.sum()),
-        "invalid": len(kept) - finite,
+        "dropped": int((~kept & ~invalid & ~twice).sum()),
+        "invalid": int(invalid.sum()),
+        "duplicates": int(twice.sum()),
     }
+
+
+def duplicates(token_ids: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
+    """Which samples have the ids of an earlier one, [samples]."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for ids in map(tuple, token_ids):
+        found.append(ids in seen)
+        seen.add(ids)
+    return np.array(found, dtype=np.bool_)
 
 
 def _read(path: Path) -> pa.Table:

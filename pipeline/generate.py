@@ -68,7 +68,7 @@ def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path
         tokenizer,
         [prefixes[number] for number in numbers],
         numbers,
-        sampling=Sampling(spec.temperature, spec.top_k, spec.top_p, spec.repetition_penalty),
+        sampling=Sampling(**{name: getattr(spec, name) for name in Sampling._fields}),
         seqlen=spec.seqlen,
         seed=spec.seed,
     )
@@ -226,12 +226,15 @@ def generate_samples(
         seqlen: tokens at the most, the prefix included.
 
     Raises:
-        InputError: if a prefix leaves no room in `seqlen`.
+        InputError: if a prefix leaves no room in `seqlen`, or less than the least to write.
     """
     longest = max(len(prefix) for prefix in prefixes)
     if longest >= seqlen:
         remedy = f"a prefix already has {longest} tokens: raise seqlen or lower prefix_tokens"
         raise InputError("seqlen", seqlen, remedy)
+    if longest + sampling.min_new_tokens > seqlen:
+        remedy = f"of {seqlen} tokens a prefix already has {longest}: lower it or raise seqlen"
+        raise InputError("min_new_tokens", sampling.min_new_tokens, remedy)
     ends = eos_ids(engine.generation_config, tokenizer)
     written = engine.write(prefixes, sample_ids, ends, sampling=sampling, seqlen=seqlen, seed=seed)
     samples = []

@@ -1,9 +1,11 @@
-"""How the next token is drawn: repetition penalty, temperature, top-k, top-p, inverse CDF.
+"""How the next token is drawn: minimum length, repetition penalty, temperature, top-k, top-p,
+inverse CDF.
 
 Every sample has uniform numbers of its own, so what is drawn for it does not depend on the samples
 that happen to share its batch.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,9 @@ class Sampling(NamedTuple):
     top_k: int = 50
     top_p: float = 0.95
     repetition_penalty: float = 1.2
+    min_new_tokens: int = 0
+    temperature_end: float | None = None
+    temperature_tokens: int | None = None
 
 
 class RepetitionPenalty:
@@ -48,6 +53,48 @@ class RepetitionPenalty:
         logits = scores.gather(1, present)
         penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
         return scores.scatter(1, present, penalised)
+
+
+class NoEnd:
+    """Make a text go on: none of `ends` before it has `min_new_tokens` new ids.
+
+    Args:
+        prompt_length: ids of each row before the first step, padding included.
+    """
+
+    def __init__(self, ends: Sequence[int], min_new_tokens: int, prompt_length: int) -> None:
+        self.ends = list(ends)
+        self.length = prompt_length + min_new_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Set the ends of `scores` [samples, vocabulary] to -inf while `input_ids` are few."""
+        if input_ids.shape[1] >= self.length:
+            return scores
+        ends = torch.tensor(self.ends, dtype=torch.int64, device=scores.device)
+        return scores.index_fill(1, ends, -torch.inf)
+
+
+class TemperatureSchedule:
+    """Divide by a temperature that goes from one value to another in a straight line.
+
+    Of new token i, from 0, it is start + (end - start) * min(1, i / steps) (arXiv 2410.17170).
+
+    Args:
+        steps: [samples], tokens after which a row is at the end value.
+        prompt_length: ids of each row before the first step, padding included.
+    """
+
+    def __init__(self, start: float, end: float, steps: torch.Tensor, prompt_length: int) -> None:
+        self.start = start
+        self.end = end
+        self.steps = steps
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Divide each row of `scores` [samples, vocabulary]."""
+        step = input_ids.shape[1] - self.prompt_length
+        share = (step / self.steps.clamp(min=1)).clamp(max=1.0)
+        return scores / (self.start + (self.end - self.start) * share)[:, None]
 
 
 class InverseCdf:
@@ -91,16 +138,30 @@ def _stream(seed: int, sample_id: int) -> np.random.SeedSequence:
 
 
 def logits_processors(
-    sampling: Sampling, padding: torch.Tensor, uniforms: torch.Tensor, prompt_length: int
+    sampling: Sampling,
+    padding: torch.Tensor,
+    uniforms: torch.Tensor,
+    prompt_length: int,
+    ends: Sequence[int],
+    seqlen: int,
 ) -> LogitsProcessorList:
     """The processors in the order in which they work; without the draws at temperature 0.
 
     `padding` is [samples], `uniforms` [samples, steps], both on the model's device.
     """
     processors = LogitsProcessorList([RepetitionPenalty(sampling.repetition_penalty, padding)])
+    if sampling.min_new_tokens > 0:
+        processors.append(NoEnd(ends, sampling.min_new_tokens, prompt_length))
     if sampling.temperature == 0:
         return processors
-    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.temperature_end is None:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    else:
+        last = seqlen - (prompt_length - padding) - 1  # the number of a row's last new token
+        tokens = sampling.temperature_tokens
+        steps = last if tokens is None else torch.full_like(last, tokens)
+        schedule = (sampling.temperature, sampling.temperature_end, steps, prompt_length)
+        processors.append(TemperatureSchedule(*schedule))
     if sampling.top_k > 0:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:

@@ -1,5 +1,6 @@
-"""Scores of samples under a model: perplexity and Min-K%++ of the generated tokens."""
+"""Scores of samples: how likely a model finds the generated tokens, and how often they repeat."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.models import Artifacts
+from pipeline.errors import InputError
+from pipeline.models import Artifacts, checkpoint_location, load_tokenizer
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import ScoreSpec, ShardSpec
 
@@ -23,25 +25,51 @@ PROBE_TOKENS = 16
 LEAST_DEVIATION = 1e-4
 """Floor of sigma: below it log-probabilities differ by no more than their float32 rounding."""
 
-SCHEMA = pa.schema(
-    {
-        "sample_id": pa.int64(),
-        "tokens": pa.int64(),
-        "perplexity": pa.float64(),
-        "min_k": pa.float64(),
-    }
-)
+QUARTERS = 4
+"""Parts of a sample whose mean loss is told apart."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Hidden states [positions, hidden] to logits [positions, vocabulary]."""
 
 
 class Score(NamedTuple):
-    """How many tokens were scored, their perplexity and Min-K%++; NaN if there were none."""
+    """What is known of a sample's scored tokens; NaN where they are too few for it."""
 
     tokens: int
-    perplexity: float
-    min_k: float
+    """How many there are."""
+
+    perplexity: float = math.nan
+    """exp(-mean log p)."""
+
+    min_k: float = math.nan
+    """Min-K%, mean of the lowest floor(k * n) log p, or of one (arXiv 2310.16789)."""
+
+    min_k_plus_plus: float = math.nan
+    """The same of z = (log p - mu) / sigma (arXiv 2404.02936). Of both, higher means likelier to
+    have been seen in training."""
+
+    loss_1: float = math.nan
+    """Mean of -log p in the first quarter: tokens floor(n / 4 * (i - 1)) up to floor(n / 4 * i)."""
+
+    loss_2: float = math.nan
+    loss_3: float = math.nan
+    loss_4: float = math.nan
+
+    distinct_1: float = math.nan
+    """Different tokens, as a share of all (arXiv 1510.03055); 1 minus it is repetition."""
+
+    distinct_2: float = math.nan
+    """The same of runs of two tokens."""
+
+    distinct_3: float = math.nan
+
+
+SCHEMA = pa.schema(
+    {
+        "sample_id": pa.int64(),
+        **{name: pa.int64() if name == "tokens" else pa.float64() for name in Score._fields},
+    }
+)
 
 
 class TokenScores(NamedTuple):
@@ -52,8 +80,14 @@ class TokenScores(NamedTuple):
 
 
 def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Score one shard of samples and write `scores.parquet`."""
-    model, _ = loaded(spec.model, artifacts)
+    """Score one shard of samples and write `scores.parquet`.
+
+    Raises:
+        InputError: if the scorer's tokenizer gives the ids another meaning than the generator's.
+    """
+    model, tokenizer = loaded(spec.model, artifacts)
+    if spec.model != spec.samples.model:
+        check_vocabulary(spec, tokenizer, artifacts)
     shard = artifacts[ShardSpec(of=spec.samples, index=index).key]
     samples = pq.read_table(
         shard / "samples.parquet", columns=["sample_id", "prefix_tokens", "token_ids"]
@@ -82,6 +116,22 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
 def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """Join the shards into one `scores.parquet`, sorted by sample_id."""
     return _report(join_shards(spec.shards(), artifacts, output, "scores.parquet"))
+
+
+def check_vocabulary(spec: ScoreSpec, tokenizer: Any, artifacts: Artifacts) -> None:
+    """See that the scorer's tokenizer has the vocabulary of the generator's.
+
+    Raises:
+        InputError: if it has not.
+    """
+    if tokenizer.get_vocab() != load_tokenizer(spec.samples.model, artifacts).get_vocab():
+        scorer, _ = checkpoint_location(spec.model, artifacts)
+        generator, _ = checkpoint_location(spec.samples.model, artifacts)
+        remedy = (
+            f"its tokenizer has another vocabulary than that of the generator {generator}, whose "
+            "token ids it would score: name a model with the same tokenizer"
+        )
+        raise InputError("scorer", scorer, remedy)
 
 
 def _report(table: pa.Table) -> dict[str, Any]:
@@ -115,7 +165,7 @@ def score_samples(
         token_ids: the ids of each sample, prefix first.
         prefix_lengths: how many leading ids of each were given.
         include_prefix: score the given ones too.
-        min_k_fraction: share of the least likely tokens that Min-K%++ averages over.
+        min_k_fraction: share of the least likely tokens that Min-K% and Min-K%++ average over.
         batch_tokens: tokens of a forward pass at the most, padding included; one sample at least.
         chunked: take logits a few positions at a time from hidden states; found out if not given.
     """
@@ -124,7 +174,7 @@ def score_samples(
     firsts = [1 if include_prefix else max(1, prefix) for prefix in prefix_lengths]
     lengths = [len(ids) for ids in token_ids]
     scored = [place for place, first in enumerate(firsts) if lengths[place] > first]
-    scores = [Score(0, math.nan, math.nan)] * len(token_ids)
+    scores = [Score(0)] * len(token_ids)
     for batch in length_batches(scored, lengths, batch_tokens):
         tokens = token_scores(
             model,
@@ -133,20 +183,31 @@ def score_samples(
             chunked,
         )
         for place, own in zip(batch, tokens, strict=True):
-            scores[place] = summary(own, min_k_fraction)
+            scores[place] = summary(own, token_ids[place][firsts[place] :], min_k_fraction)
     return scores
 
 
-def summary(tokens: TokenScores, min_k_fraction: float) -> Score:
-    """Perplexity, exp(-mean log p), and Min-K%++: the mean of the lowest floor(k * n) z, or one.
-
-    Min-K%++ is that of arXiv 2404.02936; higher means likelier to have been seen in training.
-    """
-    count = len(tokens.log_probability)
+def summary(tokens: TokenScores, token_ids: Sequence[int], min_k_fraction: float) -> Score:
+    """The score of a sample by the scores of its tokens, at least one, and their ids."""
+    log_probability = tokens.log_probability.double()
+    count = len(log_probability)
     lowest = max(1, math.floor(min_k_fraction * count))
-    perplexity = (-tokens.log_probability.double().mean()).exp()
-    min_k = tokens.normalised.double().sort().values[:lowest].mean()
-    return Score(count, float(perplexity), float(min_k))
+    edges = [part * count // QUARTERS for part in range(QUARTERS + 1)]
+    losses = [-log_probability[start:end].mean() for start, end in itertools.pairwise(edges)]
+    return Score(
+        count,
+        float((-log_probability.mean()).exp()),
+        float(log_probability.sort().values[:lowest].mean()),
+        float(tokens.normalised.double().sort().values[:lowest].mean()),
+        *map(float, losses),
+        *(distinct(token_ids, length) for length in (1, 2, 3)),
+    )
+
+
+def distinct(token_ids: Sequence[int], length: int) -> float:
+    """Different runs of `length` tokens as a share of all such runs; NaN if there is none."""
+    runs = [tuple(token_ids[at : at + length]) for at in range(len(token_ids) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else math.nan
 
 
 def length_batches(

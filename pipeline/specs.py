@@ -300,10 +300,14 @@ class ShardSpec(StageSpec):
     """Its number, from 0."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
-        """The model, and for a score just the one shard of samples that it scores."""
+        """The model, and for a score just the one shard of samples that it scores, with the
+        generator if that is another model: its tokenizer is compared."""
         if isinstance(self.of, ScoreSpec):
+            generator = self.of.samples.model
             samples = ShardSpec(of=self.of.samples, index=self.index)
-            return (samples, *_nearest_stages((self.of.model,)))
+            models = (self.of.model,) if generator == self.of.model else (self.of.model, generator)
+            stages = {stage.key: stage for stage in _nearest_stages(models)}
+            return (samples, *stages.values())
         return tuple(_nearest_stages(self.of))
 
 
@@ -401,6 +405,16 @@ class GenerateSpec(StageSpec):
     temperature: float = Field(default=0.6, ge=0.0)
     """Divides the logits; 0 takes the likeliest token."""
 
+    temperature_end: float | None = Field(default=None, gt=0.0)
+    """Where the temperature goes from `temperature` in a straight line; unset, it stays. Not with
+    vLLM."""
+
+    temperature_tokens: int | None = Field(default=None, ge=1)
+    """New tokens after which it is at `temperature_end`; unset, with the sample's last."""
+
+    min_new_tokens: int = Field(default=0, ge=0)
+    """New tokens before which EOS is not drawn."""
+
     repetition_penalty: float = Field(default=1.2, gt=0.0)
     """Divides (multiplies, if negative) the logits of tokens that are already there."""
 
@@ -424,6 +438,30 @@ class GenerateSpec(StageSpec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _least_length_fits(self) -> "GenerateSpec":
+        if self.min_new_tokens and self.prefix_tokens + self.min_new_tokens > self.seqlen:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} after prefix_tokens {self.prefix_tokens} "
+                f"are more than seqlen {self.seqlen}: lower one of them or raise seqlen"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _temperature_can_go_to_its_end(self) -> "GenerateSpec":
+        if self.temperature_end is None:
+            if self.temperature_tokens is not None:
+                raise ValueError("temperature_tokens needs a temperature_end: set it too")
+            return self
+        if self.temperature == 0:
+            raise ValueError("temperature_end needs a temperature above 0: raise it")
+        if isinstance(self.backend, Vllm):
+            raise ValueError(
+                "vLLM keeps one temperature for all of a sample: leave temperature_end out, or "
+                "take backend: transformers"
+            )
+        return self
+
     def shards(self) -> tuple[ShardSpec, ...]:
         """The parts in order."""
         count = math.ceil(self.num_samples / self.shard_size)
@@ -437,23 +475,24 @@ class GenerateSpec(StageSpec):
 class ScoreSpec(StageSpec):
     """Score samples under a model.
 
-    Leaves `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k.
+    Leaves `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k,
+    min_k_plus_plus, loss_1 to loss_4 (mean loss in each quarter), distinct_1 to distinct_3.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["score"] = "score"
 
     samples: GenerateSpec
     """What is scored."""
 
     model: Model
-    """The scorer, as a rule the generator."""
+    """The scorer, as a rule the generator; another one needs the same vocabulary."""
 
     include_prefix: bool = False
     """Score the given tokens too, as the paper's script does; else the generated ones only."""
 
     min_k_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
-    """Share of the least likely tokens that Min-K%++ averages over."""
+    """Share of the least likely tokens that Min-K% and Min-K%++ average over."""
 
     batch_tokens: int = Field(default=8192, ge=1)
     """Tokens of a batch at the most, padding included."""
@@ -470,10 +509,12 @@ class ScoreSpec(StageSpec):
 class FilterSpec(StageSpec):
     """Drop the samples of highest perplexity.
 
-    Leaves `samples.parquet` as generate does, with perplexity and min_k.
+    Leaves `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the same
+    of the others, and reason (`perplexity`, `duplicate`, or `invalid` for want of a finite
+    perplexity).
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["filter"] = "filter"
 
     scores: ScoreSpec
@@ -481,7 +522,10 @@ class FilterSpec(StageSpec):
 
     drop_fraction: Fraction = 0.2
     """Share to drop: exactly round(fraction * samples) go, besides those that have no finite
-    score."""
+    score and duplicates."""
+
+    drop_duplicates: bool = False
+    """Of samples with the same token ids keep only the first."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
         """The scores and the samples they belong to."""

@@ -64,7 +64,7 @@ class TransformersEngine:
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 logits_processor=logits_processors(
-                    sampling, padding.to(device), uniforms.to(device), longest
+                    sampling, padding.to(device), uniforms.to(device), longest, ends, seqlen
                 ),
             )
         return [row[longest:] for row in generated.tolist()]

@@ -103,6 +103,7 @@ class VllmEngine:
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 repetition_penalty=sampling.repetition_penalty,
+                min_tokens=sampling.min_new_tokens,
                 max_tokens=seqlen - len(prefix),
                 stop_token_ids=list(ends),
                 ignore_eos=True,  # `ends` are all that count

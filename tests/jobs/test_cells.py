@@ -147,6 +147,37 @@ def test_a_generated_cell_comes_down_to_the_papers_recipe(content: Content, load
     assert samples.seqlen == pruned.calibration.seqlen == 64
 
 
+def test_another_model_of_the_grid_can_score(content: Content, load: Load) -> None:
+    content["models"]["judge"] = {"preset": "testbed-tiny", "seed": 5}
+    content["calibrations"]["own"]["scorer"] = "judge"
+    grid = load(content)
+    cell = next(cell for cell in expand(grid) if cell.calibration == "own")
+    pruned = prune_spec(grid, cell)
+    assert pruned is not None
+    assert pruned.calibration is not None
+    source = pruned.calibration.source
+    assert isinstance(source, FilterSpec)
+    assert source.scores.model == grid.models["judge"]
+    assert source.scores.samples.model == grid.models["testbed"]
+    content["calibrations"]["own"]["scorer"] = "jugde"
+    with pytest.raises(InputError, match=r"calibrations\.own\.scorer: 'jugde'.*'judge'"):
+        expand(load(content))
+
+
+def test_options_of_a_calibration_reach_its_stages(content: Content, load: Load) -> None:
+    options = {"min_new_tokens": 9, "temperature_end": 0.2, "temperature_tokens": 5}
+    content["calibrations"]["own"] |= {**options, "drop_duplicates": True}
+    grid = load(content)
+    cell = next(cell for cell in expand(grid) if cell.calibration == "own")
+    pruned = prune_spec(grid, cell)
+    assert pruned is not None
+    assert pruned.calibration is not None
+    source = pruned.calibration.source
+    assert isinstance(source, FilterSpec)
+    assert source.drop_duplicates
+    assert {name: getattr(source.scores.samples, name) for name in options} == options
+
+
 def test_one_generation_seed_shares_the_texts_between_seeds(content: Content, load: Load) -> None:
     content["calibrations"]["own"]["generation_seed"] = 7
     grid = load(content)

@@ -48,6 +48,13 @@ def test_cells_share_stages(content: Content, load: Load) -> None:
     assert counts["evaluate"] == 11
 
 
+def test_other_drop_fractions_need_no_new_scores(content: Content, load: Load) -> None:
+    content["cells"] |= {"calibration": "own", "seed": 0, "drop_fraction": [0.1, 0.2, 0.4]}
+    counts = kinds(make_plan(load(content)))
+    assert counts["generate"] == counts["score"] == 1
+    assert counts["filter"] == counts["windows"] == 3
+
+
 def test_outliers_are_counted_once_for_all_pruners_and_sparsities(
     content: Content, load: Load
 ) -> None:

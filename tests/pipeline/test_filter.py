@@ -14,6 +14,7 @@ from pipeline import filter as filtering
 from pipeline.errors import InputError
 from pipeline.filter import keep
 from pipeline.generate import SCHEMA
+from pipeline.score import Score
 from pipeline.specs import FileCorpus, FilterSpec, GenerateSpec, LocalModel, ScoreSpec
 
 PERPLEXITY = st.one_of(
@@ -62,6 +63,40 @@ def test_samples_that_are_all_invalid_are_refused() -> None:
         kept([math.nan, math.inf], 0.0)
 
 
+def test_of_equal_samples_the_first_is_kept_and_they_do_not_count_in_the_share(
+    tmp_path: Path,
+) -> None:
+    model = LocalModel(path="model")
+    samples = GenerateSpec(model=model, prefixes=FileCorpus(path="texts.txt"), num_samples=7)
+    scores = ScoreSpec(samples=samples, model=model)
+    ids = [[1, 2], [1], [1, 2], [3], [4], [4], [1, 2]]
+    columns = {
+        "sample_id": range(7),
+        "prefix_tokens": [1] * 7,
+        "token_ids": ids,
+        "text": [""] * 7,
+    }
+    pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
+    perplexities = [2.0, 9.0, 2.0, 3.0, math.nan, math.nan, 2.0]
+    marks: dict[str, Any] = {"sample_id": range(7), **dict.fromkeys(Score._fields, [1.0] * 7)}
+    pq.write_table(pa.table({**marks, "perplexity": perplexities}), tmp_path / "scores.parquet")
+    artifacts = dict.fromkeys((samples.key, scores.key), tmp_path)
+    spec = FilterSpec(scores=scores, drop_fraction=0.4, drop_duplicates=True)
+    output = tmp_path / "output"
+    output.mkdir()
+    report = filtering.run(spec, artifacts, output)
+    assert report == {"kept": 2, "dropped": 1, "invalid": 2, "duplicates": 2}
+    rejected = pq.read_table(output / "rejected.parquet")
+    assert rejected["sample_id"].to_pylist() == [1, 2, 4, 5, 6]
+    assert rejected["reason"].to_pylist() == [
+        "perplexity",
+        "duplicate",
+        "invalid",
+        "invalid",
+        "duplicate",
+    ]
+
+
 def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> None:
     model = LocalModel(path="model")
     samples = GenerateSpec(model=model, prefixes=FileCorpus(path="texts.txt"), num_samples=5)
@@ -78,26 +113,35 @@ def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> 
         "text": [f"text {number}" for number in numbers],
     }
     pq.write_table(pa.table(columns, schema=SCHEMA), artifacts[samples.key] / "samples.parquet")
-    marks = {
+    marks: dict[str, Any] = {
         "sample_id": range(5),
         "tokens": [1] * 5,
         "perplexity": [9.0, 2.0, math.nan, 7.0, 8.0],
-        "min_k": [-0.5, -1.0, math.nan, -1.5, -2.0],
+        **{name: [0.5 * row for row in range(5)] for name in Score._fields[2:]},
     }
     pq.write_table(pa.table(marks), artifacts[scores.key] / "scores.parquet")
 
     report = filtering.run(FilterSpec(scores=scores, drop_fraction=0.25), artifacts, output)
 
-    assert report == {"kept": 3, "dropped": 1, "invalid": 1}
+    assert report == {"kept": 3, "dropped": 1, "invalid": 1, "duplicates": 0}
     table = pq.read_table(output / "samples.parquet")
-    assert table.to_pylist() == [
-        {
+    rejected = pq.read_table(output / "rejected.parquet")
+    reasons = rejected["reason"].to_pylist()
+    assert dict(zip(rejected["sample_id"].to_pylist(), reasons, strict=True)) == {
+        0: "perplexity",
+        2: "invalid",
+    }
+    rows = {row["sample_id"]: row for row in table.to_pylist()}
+    rest = rejected.drop_columns("reason").to_pylist()
+    assert list(rows) == [1, 3, 4]
+    for row in [*rows.values(), *rest]:
+        number = row["sample_id"]
+        assert row.pop("perplexity") == pytest.approx(marks["perplexity"][number], nan_ok=True)
+        assert row == {
             "sample_id": number,
             "prefix_tokens": number % 3,
             "token_ids": [number] * (number + 1),
             "text": f"text {number}",
-            "perplexity": perplexity,
-            "min_k": min_k,
+            "tokens": 1,
+            **dict.fromkeys(Score._fields[2:], 0.5 * number),
         }
-        for number, perplexity, min_k in [(1, 2.0, -1.0), (3, 7.0, -1.5), (4, 8.0, -2.0)]
-    ]

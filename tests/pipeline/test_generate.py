@@ -33,7 +33,13 @@ from pipeline.generate import (
     read_prefixes,
     text_prefixes,
 )
-from pipeline.sampling import InverseCdf, RepetitionPenalty, Sampling, uniform_numbers
+from pipeline.sampling import (
+    InverseCdf,
+    RepetitionPenalty,
+    Sampling,
+    logits_processors,
+    uniform_numbers,
+)
 from pipeline.score import score_samples
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, TestbedCorpus
@@ -281,6 +287,52 @@ def test_a_sample_that_eos_ends_at_once_has_no_generated_token(model: Any) -> No
     assert [sample.token_ids for sample in samples] == RAGGED
     scores = score_samples(ending, RAGGED, [sample.prefix_tokens for sample in samples])
     assert all(score.tokens == 0 and np.isnan(score.perplexity) for score in scores)
+
+
+def test_no_sample_ends_before_its_least_length(model: Any) -> None:
+    ending = copy.deepcopy(model)
+    ending.generation_config.eos_token_id = list(range(2, 200))
+    free = generated(ending, RAGGED, GREEDY)
+    assert all(len(sample.token_ids) - sample.prefix_tokens < 5 for sample in free)
+    held = generated(ending, RAGGED, GREEDY._replace(min_new_tokens=5))
+    for sample in held:
+        ids, first = sample.token_ids, sample.prefix_tokens
+        assert len(ids) - first > 5 or len(ids) == 24
+        for place in range(first, first + 5):
+            scores = penalised(next_logits(ending, ids[:place]), ids[:place], 1.2)
+            scores[2:200] = -np.inf
+            assert ids[place] == scores.argmax()
+    with pytest.raises(InputError, match="min_new_tokens: 19: of 24 tokens a prefix already has 6"):
+        generated(ending, RAGGED, GREEDY._replace(min_new_tokens=19))
+
+
+@pytest.mark.parametrize("tokens", [None, 4])
+def test_the_temperature_goes_to_its_end_in_a_straight_line(tokens: int | None) -> None:
+    padding = torch.tensor([0, 2])
+    sampling = Sampling(2.0, 0, 1.0, 1.0, temperature_end=0.5, temperature_tokens=tokens)
+    processors = logits_processors(sampling, padding, torch.zeros(2, 9), 4, [], 12)
+    schedule = processors[1]
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 6)))
+    for step in range(10):
+        found = schedule(torch.zeros(2, 4 + step, dtype=torch.int64), logits)
+        for row, room in enumerate((12 - 4, 12 - 2)):  # new tokens that fit after the prefix
+            share = min(1.0, step / (room - 1 if tokens is None else tokens))
+            expected = logits[row].numpy() / (2.0 + (0.5 - 2.0) * share)
+            assert found[row].numpy() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_falling_temperature_is_that_of_each_draw(model: Any) -> None:
+    same = Sampling(1.0, temperature_end=1.0)
+    assert generated(model, RAGGED, same) == generated(model, RAGGED, Sampling(1.0))
+    cold = Sampling(3.0, 0, 1.0, 1.0, temperature_end=1e-3, temperature_tokens=1)
+    samples = generated(model, RAGGED, cold)
+    for sample in samples:  # after the first draw the likeliest token is taken
+        for place in range(sample.prefix_tokens + 1, len(sample.token_ids)):
+            logits = next_logits(model, sample.token_ids[:place])
+            assert logits[sample.token_ids[place]] > logits.max() - 1e-2
+    firsts = [sample.token_ids[sample.prefix_tokens :][:1] for sample in samples]
+    greedy = generated(model, RAGGED, Sampling(0.0, repetition_penalty=1.0))
+    assert firsts != [sample.token_ids[sample.prefix_tokens :][:1] for sample in greedy]
 
 
 def test_drawing_neither_reads_nor_moves_the_global_random_state(model: Any) -> None:

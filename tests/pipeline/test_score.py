@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from pipeline import score
+from pipeline.errors import InputError
 from pipeline.generate import SCHEMA
-from pipeline.score import Score, head_is_linear, length_batches, score_samples
+from pipeline.score import Score, distinct, head_is_linear, length_batches, score_samples
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, ScoreSpec
 
 VOCABULARY = 96
@@ -63,7 +64,7 @@ def token_ids() -> list[list[int]]:
 
 
 def in_float64(model: Any, ids: list[int], first: int, fraction: float) -> Score:
-    """Perplexity and Min-K%++ of one sample by their definitions, a token at a time."""
+    """All scores of one sample by their definitions, a token at a time."""
     with torch.no_grad():
         logits = copy.deepcopy(model).double()(torch.tensor([ids])).logits[0].numpy()
     losses, normalised = [], []
@@ -74,15 +75,28 @@ def in_float64(model: Any, ids: list[int], first: int, fraction: float) -> Score
         deviation = math.sqrt(float(np.exp(log_p) @ (log_p - mean) ** 2))
         losses.append(-log_p[ids[place]])
         normalised.append((log_p[ids[place]] - mean) / deviation)
-    lowest = sorted(normalised)[: max(1, math.floor(fraction * len(normalised)))]
-    return Score(len(losses), math.exp(np.mean(losses)), float(np.mean(lowest)))
+    count = len(losses)
+    lowest = max(1, math.floor(fraction * count))
+    ends = [math.floor(count / 4 * quarter) for quarter in range(5)]
+    quarters = [losses[ends[part] : ends[part + 1]] for part in range(4)]
+    written = ids[max(1, first) :]
+    runs = [list(zip(*(written[at:] for at in range(n)), strict=False)) for n in (1, 2, 3)]
+    return Score(
+        count,
+        math.exp(np.mean(losses)),
+        -float(np.mean(sorted(losses, reverse=True)[:lowest])),
+        float(np.mean(sorted(normalised)[:lowest])),
+        *(float(np.mean(part)) if part else math.nan for part in quarters),
+        *(len(set(own)) / len(own) if own else math.nan for own in runs),
+    )
 
 
 def agree(found: list[Score], expected: list[Score], rel: float = 1e-4) -> None:
     assert [one.tokens for one in found] == [one.tokens for one in expected]
-    for name in ("perplexity", "min_k"):
+    for name in Score._fields:
         values = [getattr(one, name) for one in expected]
-        assert [getattr(one, name) for one in found] == pytest.approx(values, rel=rel)
+        own = [getattr(one, name) for one in found]
+        assert own == pytest.approx(values, rel=rel, abs=1e-6, nan_ok=True), name
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 1.0])
@@ -148,11 +162,22 @@ def test_capped_logits_are_noticed_and_taken_from_the_whole_forward_pass(
 def test_a_sample_without_a_token_to_score_has_no_score(model: Any) -> None:
     found = score_samples(model, [[1, 2, 3], [5], [4, 5, 6]], [3, 0, 2])
     assert [one.tokens for one in found] == [0, 0, 1]
-    assert [math.isnan(one.perplexity) and math.isnan(one.min_k) for one in found] == [
-        True,
-        True,
-        False,
+    assert [[math.isnan(value) for value in one] for one in found[:2]] == [
+        [False] + [True] * 10
+    ] * 2
+    assert math.isfinite(found[2].perplexity)
+    assert found[2].min_k == pytest.approx(-found[2].loss_4)  # the only token is the last quarter
+    assert math.isnan(found[2].loss_1)
+
+
+def test_repetition_lowers_the_share_of_different_runs() -> None:
+    assert [distinct([5, 6, 5, 6, 5, 6, 5], length) for length in (1, 2, 3)] == [
+        2 / 7,
+        2 / 6,
+        2 / 5,
     ]
+    assert [distinct([1, 2, 3, 4], length) for length in (1, 2, 3)] == [1.0, 1.0, 1.0]
+    assert math.isnan(distinct([1, 2], 3))
 
 
 def test_a_model_without_an_opinion_finds_nothing_unlikely(
@@ -162,7 +187,8 @@ def test_a_model_without_an_opinion_finds_nothing_unlikely(
     torch.nn.init.zeros_(blank.lm_head.weight)
     found = score_samples(blank, token_ids, PREFIXES)
     assert [one.perplexity for one in found] == pytest.approx([VOCABULARY] * 8, rel=1e-5)
-    assert [one.min_k for one in found] == pytest.approx([0.0] * 8, abs=0.05)
+    assert [one.min_k for one in found] == pytest.approx([-math.log(VOCABULARY)] * 8, rel=1e-5)
+    assert [one.min_k_plus_plus for one in found] == pytest.approx([0.0] * 8, abs=0.05)
 
 
 def test_a_model_that_is_certain_and_wrong_gives_numbers_and_not_nan(
@@ -171,7 +197,8 @@ def test_a_model_that_is_certain_and_wrong_gives_numbers_and_not_nan(
     certain = copy.deepcopy(model)
     certain.lm_head.weight.data.mul_(1e3)
     found = score_samples(certain, token_ids, PREFIXES)
-    assert all(math.isfinite(one.min_k) and one.min_k < -100 for one in found)
+    assert all(math.isfinite(one.min_k_plus_plus) for one in found)
+    assert all(one.min_k_plus_plus < -100 for one in found)
     assert all(one.perplexity > 1e6 for one in found)
 
 
@@ -186,7 +213,7 @@ def test_a_token_that_the_model_rules_out_does_not_spoil_the_score(
         ruling.lm_head.bias.data.zero_()[0] = bias  # no sample has token 0
         found.append(score_samples(ruling, token_ids, PREFIXES))
     agree(found[1], found[0])
-    assert all(math.isfinite(one.min_k) for one in found[1])
+    assert all(math.isfinite(one.min_k_plus_plus) for one in found[1])
 
 
 def test_batches_hold_every_sample_once_and_keep_to_the_tokens_allowed() -> None:
@@ -197,11 +224,11 @@ def test_batches_hold_every_sample_once_and_keep_to_the_tokens_allowed() -> None
     assert list(length_batches(range(8), LENGTHS, 1)) == [[3], [7], [1], [5], [2], [4], [0], [6]]
 
 
-def saved(model: Any, folder: Path) -> LocalModel:
+def saved(model: Any, folder: Path, word: str = "w") -> LocalModel:
     model.save_pretrained(folder)
-    words = {f"w{number}": number for number in range(VOCABULARY)}
+    words = {f"{word}{number}": number for number in range(VOCABULARY)}
     PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0"))
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token=f"{word}0"))
     ).save_pretrained(folder)
     return LocalModel(path=str(folder), dtype="float32")
 
@@ -222,6 +249,30 @@ def test_the_report_says_that_logits_could_not_be_chunked(
         score.run(spec, {spec.shards()[0].key: scored}, joined),
     ]
     assert [one["logits"] for one in reports] == ["full"] * 2
+
+
+def test_another_model_scores_only_what_its_tokenizer_reads_alike(
+    model: Any, token_ids: list[list[int]], tmp_path: Path
+) -> None:
+    generator = saved(model, tmp_path / "generator")
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data.mul_(0.5)
+    alike = saved(other, tmp_path / "alike")
+    unlike = saved(other, tmp_path / "unlike", word="v")
+    samples = GenerateSpec(model=generator, prefixes=FileCorpus(path="texts.txt"), num_samples=8)
+    columns = {
+        "sample_id": range(8),
+        "prefix_tokens": PREFIXES,
+        "token_ids": token_ids,
+        "text": [""] * 8,
+    }
+    pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
+    artifacts = {samples.shards()[0].key: tmp_path}
+    score.run_shard(ScoreSpec(samples=samples, model=alike), 0, artifacts, tmp_path)
+    rows = pq.read_table(tmp_path / "scores.parquet").drop_columns("sample_id").to_pylist()
+    agree([Score(**row) for row in rows], score_samples(other, token_ids, PREFIXES))
+    with pytest.raises(InputError, match=r"scorer: '.*unlike'.*that of the generator .*generator"):
+        score.run_shard(ScoreSpec(samples=samples, model=unlike), 0, artifacts, tmp_path)
 
 
 def test_the_stage_scores_each_shard_from_its_own_samples_and_joins_them_in_order(

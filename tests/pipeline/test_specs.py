@@ -195,6 +195,15 @@ def test_shards_cover_all_samples_and_read_only_their_own_part() -> None:
     }
 
 
+def test_a_scorer_that_is_not_the_generator_reads_both_models() -> None:
+    scores = examples()["score"]
+    assert isinstance(scores, ScoreSpec)
+    other = PretrainSpec(mixture={"facts": 1.0}, seed=7)
+    part = ScoreSpec(samples=scores.samples, model=other).shards()[0]
+    expected = {scores.samples.shards()[0].key, other.key, scores.samples.model.key}  # type: ignore[union-attr]
+    assert {spec.key for spec in part.inputs()} == expected
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -217,6 +226,21 @@ def test_shards_cover_all_samples_and_read_only_their_own_part() -> None:
 def test_contradictory_prunings_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         PruneSpec(model=HubModel(name="m"), **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"min_new_tokens": 31, "prefix_tokens": 2, "seqlen": 32}, "min_new_tokens 31 after"),
+        ({"temperature_tokens": 4}, "needs a temperature_end"),
+        ({"temperature_end": 0.5, "temperature": 0.0}, "needs a temperature above 0"),
+        ({"temperature_end": 0.5, "backend": "vllm"}, "leave temperature_end out"),
+        ({"temperature_end": 0.0}, "temperature_end"),
+    ],
+)
+def test_contradictory_generations_are_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        GenerateSpec(model=HubModel(name="m"), prefixes=HubCorpus(path="c"), **fields)  # type: ignore[arg-type]
 
 
 def test_data_for_a_pruner_that_takes_none_is_refused() -> None:

@@ -208,6 +208,21 @@ def test_a_text_that_eos_ends_at_once_has_no_generated_token(
 
 
 @needs_vllm
+def test_no_sample_ends_before_its_least_length(
+    engine: VllmEngine, tokenizer: Any, prefixes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = GenerationConfig(eos_token_id=list(range(0, len(tokenizer), 2)))
+    monkeypatch.setattr(engine, "generation_config", many)
+    for least in (0, 6):
+        samples = generated(engine, tokenizer, prefixes, Sampling(1.0, min_new_tokens=least))
+        lengths = [len(sample.token_ids) - sample.prefix_tokens for sample in samples]
+        assert (min(lengths) > 6) == (least == 6)
+        for sample in samples:
+            written = sample.token_ids[sample.prefix_tokens :]
+            assert all(token % 2 for token in written[:least])
+
+
+@needs_vllm
 def test_the_engine_leaves_threads_and_random_numbers_as_they_were(engine: VllmEngine) -> None:
     threads = torch.get_num_threads()
     try:

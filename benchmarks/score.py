@@ -1,0 +1,133 @@
+"""Measure how fast samples are scored: `python -m benchmarks.score`.
+
+Two ways score the same samples of mixed lengths with the same model: ours, batches of like length
+whose logits are taken a few positions at a time, and one text at a time with all of its logits,
+as published scripts do. Each runs in a process of its own, so that its peak memory is its own. The
+model has the shape of the testbed's `small` and random weights.
+"""
+
+import json
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.models import default_device
+from pipeline.score import score_samples
+from pipeline.testbed.presets import PRETRAIN_PRESETS
+
+TARGET = 4.0
+"""Times the speed of one text at a time."""
+
+WAYS = ("batches", "one at a time")
+
+
+def small_model(tokens: int, vocab_size: int) -> LlamaForCausalLM:
+    """The testbed's `small` shape with random weights and a vocabulary of `vocab_size`."""
+    shape = PRETRAIN_PRESETS["small"]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.hidden_size // shape.head_dim,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=tokens,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).eval().to(default_device())
+
+
+@torch.inference_mode()
+def one_at_a_time(model: LlamaForCausalLM, token_ids: list[list[int]]) -> list[float]:
+    """Perplexity of each text, and its Min-K%++ with all logits of the text held at once."""
+    found = []
+    for ids in token_ids:
+        inputs = torch.tensor([ids], device=model.device)
+        output = model(inputs, labels=inputs, use_cache=False)
+        log_probability = output.logits[0, :-1].float().log_softmax(dim=-1)
+        probability = log_probability.exp()
+        mean = (probability * log_probability).sum(dim=-1)
+        variance = (probability * log_probability.square()).sum(dim=-1) - mean.square()
+        own = log_probability.gather(1, inputs[0, 1:, None]).squeeze(1)
+        ((own - mean) / variance.sqrt()).sort().values[: max(1, len(own) // 5)].mean().item()
+        found.append(float(output.loss.exp()))
+    return found
+
+
+def measure(way: str, samples: int, tokens: int, vocab_size: int, rounds: int) -> dict[str, float]:
+    """Tokens per second of the fastest round, peak bytes beyond the model's, mean perplexity."""
+    model = small_model(tokens, vocab_size)
+    random = np.random.default_rng(0)
+    lengths = random.integers(max(2, tokens // 8), tokens + 1, samples)
+    token_ids = [random.integers(0, vocab_size, length).tolist() for length in lengths]
+
+    def score(texts: list[list[int]]) -> list[float]:
+        if way == "one at a time":
+            return one_at_a_time(model, texts)
+        scores = score_samples(model, texts, [1] * len(texts))
+        return [one.perplexity for one in scores]
+
+    score(token_ids[:2])  # first calls allocate
+    before = _peak_bytes()
+    seconds, perplexities = float("inf"), [0.0]
+    for _ in range(rounds):
+        started = time.perf_counter()
+        perplexities = score(token_ids)
+        seconds = min(seconds, time.perf_counter() - started)
+    return {
+        "tokens_per_second": float((lengths - 1).sum()) / seconds,
+        "peak_bytes": _peak_bytes() - before,
+        "perplexity": float(np.mean(perplexities)),
+    }
+
+
+def _peak_bytes() -> float:
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def main(
+    samples: Annotated[int, typer.Option(min=1)] = 512,
+    tokens: Annotated[int, typer.Option(min=16, help="Of the longest sample.")] = 128,
+    vocab_size: Annotated[int, typer.Option(min=64)] = 1024,
+    rounds: Annotated[int, typer.Option(min=1, help="The best counts.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="JSON file of what was measured.")] = None,
+) -> None:
+    """Compare scoring with one text at a time, by tokens per second and peak memory."""
+    context = multiprocessing.get_context("spawn")
+    results = {}
+    for way in WAYS:
+        with context.Pool(1) as pool:
+            results[way] = pool.apply(measure, (way, samples, tokens, vocab_size, rounds))
+    values = [result["perplexity"] for result in results.values()]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-4)  # both did the same work
+    base = results["one at a time"]["tokens_per_second"]
+    table = Table("way", "tokens/s", "times one at a time", "peak MiB beyond the model")
+    for way, result in results.items():
+        rate, peak = result["tokens_per_second"], result["peak_bytes"] / 2**20
+        table.add_row(way, f"{rate:,.0f}", f"{rate / base:.2f}", f"{peak:,.0f}")
+    console = Console(width=100)
+    console.print(table)
+    ratio = results["batches"]["tokens_per_second"] / base
+    console.print(f"target {TARGET:g}: {'met' if ratio >= TARGET else 'missed'}")
+    if output is not None:
+        threads = torch.get_num_threads()
+        machine = {"threads": threads, "torch": torch.__version__, "vocab_size": vocab_size}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({**machine, "ways": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
