@@ -6,8 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -230,24 +228,19 @@ def ray_head(tmp_path: Path) -> Iterator[str]:
     )
     try:
         deadline = time.monotonic() + 120
-        while not _answers(f"{address}/api/version"):
+        while not _takes_jobs(ray, address):  # its server answers before there is who runs a job
             assert head.poll() is None, "the cluster did not start"
-            assert time.monotonic() < deadline, "the cluster's job server does not answer"
-            time.sleep(0.2)
+            assert time.monotonic() < deadline, "the cluster takes no job"
+            time.sleep(0.5)
         yield address
     finally:
         head.terminate()
         head.wait(timeout=60)
 
 
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=5).close()
-    except urllib.error.HTTPError:
-        return True  # it asks for the token
-    except OSError:
-        return False
-    return True
+def _takes_jobs(ray: Path, address: str) -> bool:
+    words = [ray, "job", "submit", "--address", address, "--", "true"]
+    return subprocess.run(words, env=environment(), capture_output=True).returncode == 0
 
 
 def _free_port() -> int:
