@@ -212,9 +212,9 @@ def test_a_store_that_cannot_be_written_is_refused(grid: Path, tmp_path: Path) -
 def ray_head(tmp_path: Path) -> Iterator[str]:
     """A cluster of one node, as `ray start --head` makes it; its job server's address."""
     ray = Path(sys.executable).with_name("ray")
-    ports = {
-        name: str(_free_port()) for name in ("port", "dashboard-port", "ray-client-server-port")
-    }
+    # Each of its own: where another cluster of the machine has a default one, nothing here starts.
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    ports = {name: str(_free_port()) for name in names}
     options = [f"--{name}={port}" for name, port in ports.items()]
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     make_token = [ray, "get-auth-token", "--generate"]
