@@ -6,10 +6,19 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from jobs.grid import CorpusCalibration, Grid, explained, named, suggestion
+from jobs.grid import (
+    CorpusCalibration,
+    GeneratedCalibration,
+    Grid,
+    explained,
+    named,
+    suggestion,
+)
 from pipeline.errors import InputError
 from pipeline.specs import (
     Allocation,
+    Corpus,
+    CorpusMixture,
     EvaluateSpec,
     FilterSpec,
     Fraction,
@@ -20,6 +29,7 @@ from pipeline.specs import (
     ScoreSpec,
     Spec,
     Uniform,
+    WeightedCorpus,
     WindowsSpec,
     data_taker,
     parse_pattern,
@@ -138,11 +148,12 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         generator = grid.models[calibration.generator or cell.model]
         samples = GenerateSpec(
             model=generator,
-            prefixes=grid.corpora[calibration.prefixes],
+            prefixes=_prefixes(grid, calibration),
             num_samples=calibration.num_samples if cell.num_samples is None else cell.num_samples,
             prefix_tokens=calibration.prefix_tokens
             if cell.prefix_tokens is None
             else cell.prefix_tokens,
+            prompt=calibration.prompt,
             seqlen=cell.seqlen,
             top_k=calibration.top_k,
             top_p=calibration.top_p,
@@ -151,6 +162,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             temperature_tokens=calibration.temperature_tokens,
             min_new_tokens=calibration.min_new_tokens,
             repetition_penalty=calibration.repetition_penalty,
+            redraws=calibration.redraws,
             seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
             shard_size=calibration.shard_size,
             backend=calibration.backend,
@@ -164,7 +176,9 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             drop_fraction=calibration.drop_fraction
             if cell.drop_fraction is None
             else cell.drop_fraction,
+            banned_words=calibration.banned_words,
             drop_duplicates=calibration.drop_duplicates,
+            near_duplicate_similarity=calibration.near_duplicate_similarity,
         )
     return WindowsSpec(
         source=source,
@@ -173,6 +187,17 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         seqlen=cell.seqlen,
         packing=calibration.packing,
         seed=cell.seed,
+    )
+
+
+def _prefixes(grid: Grid, calibration: GeneratedCalibration) -> Corpus | CorpusMixture:
+    if isinstance(calibration.prefixes, str):
+        return grid.corpora[calibration.prefixes]
+    return CorpusMixture(
+        parts={
+            name: WeightedCorpus(corpus=grid.corpora[name], weight=weight)
+            for name, weight in calibration.prefixes.items()
+        }
     )
 
 
@@ -227,7 +252,8 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
     if isinstance(calibration, CorpusCalibration):
         _get(grid.corpora, calibration.corpus, f"calibrations.{cell.calibration}.corpus")
         return cell.model_copy(update={**defaults, **dict.fromkeys(GENERATED_FIELDS)})
-    _get(grid.corpora, calibration.prefixes, f"calibrations.{cell.calibration}.prefixes")
+    for name in calibration.corpora:
+        _get(grid.corpora, name, f"calibrations.{cell.calibration}.prefixes")
     for role in ("generator", "scorer"):
         name = getattr(calibration, role)
         if name is not None:

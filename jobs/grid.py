@@ -29,10 +29,12 @@ from pipeline.specs import (
     HubModel,
     LocalModel,
     LocalTasks,
+    Mixture,
     PretrainSpec,
     Spec,
     TaskSpec,
     TestbedTasksSpec,
+    WordList,
 )
 from pipeline.testbed.presets import PRETRAIN_PRESETS
 
@@ -65,6 +67,11 @@ def named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _at_path(value: object) -> object:
+    """`"words.txt"` as `{path: words.txt}`."""
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _here(value: object) -> object:
     """`auto` as the engine that is installed where the grid is read."""
     if value != "auto":
@@ -85,14 +92,20 @@ class CorpusCalibration(Spec):
 class GeneratedCalibration(Spec):
     """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
 
-    prefixes: str
-    """Name of the grid's corpus that prefixes are cut from."""
+    prefixes: Annotated[
+        Annotated[str, Tag("one-corpus")]
+        | Annotated[Mixture, Field(min_length=2), Tag("corpus-mixture")],
+        Discriminator(lambda value: "one-corpus" if isinstance(value, str) else "corpus-mixture"),
+    ]
+    """Name of the grid's corpus that prefixes are cut from, or the names of several and their
+    weights."""
 
     generator: str | None = None
     """Name of the grid's model that writes; the model to be pruned if unset."""
 
     num_samples: int = Field(default=5000, ge=1)
     prefix_tokens: int = Field(default=2, ge=0)
+    prompt: Literal["raw", "chat"] = "raw"
     top_k: int = Field(default=50, ge=0)
     top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     temperature: float = Field(default=0.6, ge=0.0)
@@ -100,6 +113,7 @@ class GeneratedCalibration(Spec):
     temperature_tokens: int | None = Field(default=None, ge=1)
     min_new_tokens: int = Field(default=0, ge=0)
     repetition_penalty: float = Field(default=1.2, gt=0.0)
+    redraws: int = Field(default=0, ge=0)
     shard_size: int = Field(default=64, ge=1)
 
     backend: Annotated[Backend, BeforeValidator(_here)] = "transformers"
@@ -114,8 +128,14 @@ class GeneratedCalibration(Spec):
     """Share of the samples with the highest perplexity that is dropped; 0 drops only those that
     have no finite score."""
 
+    banned_words: Annotated[WordList, BeforeValidator(_at_path)] | None = None
+    """Path of a text file with a word or phrase a line, of which no sample may hold one."""
+
     drop_duplicates: bool = False
     """Whether only the first of samples with the same token ids is kept."""
+
+    near_duplicate_similarity: float | None = Field(default=None, ge=0.1, le=1.0)
+    """Jaccard similarity from which on a sample is dropped for an earlier one like it."""
 
     scorer: str | None = None
     """Name of the grid's model by whose perplexity samples are dropped; the one that writes if
@@ -126,6 +146,11 @@ class GeneratedCalibration(Spec):
 
     packing: Literal["sample", "concat"] = "concat"
     """How windows are cut."""
+
+    @property
+    def corpora(self) -> list[str]:
+        """Names of the corpora that prefixes are cut from."""
+        return [self.prefixes] if isinstance(self.prefixes, str) else list(self.prefixes)
 
 
 def _calibration_tag(value: object) -> str | None:
@@ -305,6 +330,7 @@ def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
     details = error.errors(include_url=False)
     first = details[0]
     tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
+    tags |= {"one-corpus", "corpus-mixture"}
     tags |= {"vllm-engine", "transformers-engine", "CorpusCalibration", "GeneratedCalibration"}
     path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
     field = ".".join(path) or "grid"
@@ -332,9 +358,19 @@ def _with_fingerprints(grid: Grid) -> Grid:
         else model
         for name, model in grid.models.items()
     }
+    calibrations = {name: _with_words(entry) for name, entry in grid.calibrations.items()}
     evaluate = grid.evaluate
     if isinstance(evaluate.task_folder, LocalTasks):
         folder = evaluate.task_folder
         tasks = folder.model_copy(update={"fingerprint": fingerprint(folder.path)})
         evaluate = evaluate.model_copy(update={"task_folder": tasks})
-    return grid.model_copy(update={"corpora": corpora, "models": models, "evaluate": evaluate})
+    named = {"corpora": corpora, "models": models, "calibrations": calibrations}
+    return grid.model_copy(update={**named, "evaluate": evaluate})
+
+
+def _with_words(calibration: GridCalibration) -> GridCalibration:
+    if not isinstance(calibration, GeneratedCalibration) or calibration.banned_words is None:
+        return calibration
+    words = calibration.banned_words
+    words = words.model_copy(update={"fingerprint": fingerprint(words.path)})
+    return calibration.model_copy(update={"banned_words": words})
