@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -239,6 +240,14 @@ class StageResources(Spec):
     memory_bytes: int | None = Field(default=None, ge=1)
     replicas: Replicas = Replicas()
     retries: int = Field(default=2, ge=0)
+    time_limit_seconds: float | None = Field(default=None, gt=0.0)
+
+    @field_validator("gpus")
+    @classmethod
+    def _shares_one_or_takes_whole_ones(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("a stage takes a fraction of one GPU, or whole ones: round it")
+        return gpus
 
     def resources(self) -> Resources:
         """The same, as the cluster takes it."""
