@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.graph import needed
-from cluster.run import Replica, run
+from cluster.run import Maker, Replica, run
 from cluster.store import Partial, Store
 from jobs.check import check
 from jobs.gather import gather, write_table
@@ -134,8 +134,9 @@ def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_and_
     assert len(set(caches)) == len(caches)
 
     alone = Store(str(tmp_path / "alone"))
+    maker = Maker(execute, alone.url, versions={}, run="alone")
     for key in needed(plan.graph, list(plan.cells), ()):
-        Replica().make(plan.graph[key], (execute, alone.url, {}))
+        Replica().make(plan.graph[key], maker, frozenset())
     assert files(together) == files(alone)
     assert table_bytes(plan, together) == table_bytes(plan, alone)
     assert b",missing," not in table_bytes(plan, alone)
