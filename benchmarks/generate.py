@@ -98,9 +98,9 @@ def ways(spec: GenerateSpec, model: Any) -> Iterator[tuple[str, Generate]]:
 
 
 def main(
-    samples: Annotated[int, typer.Option(min=1)] = 256,
+    samples: Annotated[int, typer.Option(min=1)] = 128,
     tokens: Annotated[int, typer.Option(min=8, help="Of a sample, the prefix included.")] = 512,
-    shard_size: Annotated[int, typer.Option(min=1)] = 256,
+    shard_size: Annotated[int, typer.Option(min=1)] = 128,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for all ways.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="Turns; the best counts.")] = 1,
     output: Annotated[Path | None, typer.Option(help="JSON file of what was measured.")] = None,
