@@ -30,6 +30,7 @@ from pipeline.specs import (
     LocalModel,
     LocalTasks,
     PretrainSpec,
+    Pruner,
     Spec,
     TaskSpec,
     TestbedTasksSpec,
@@ -82,14 +83,33 @@ class CorpusCalibration(Spec):
     """How windows are cut."""
 
 
+class PrunedGenerator(Spec):
+    """A pruned version of the model that is to be pruned."""
+
+    pruner: Annotated[Pruner, BeforeValidator(named)]
+    sparsity: Fraction
+
+    calibration: str | None = None
+    """Name of the grid's calibration that it is pruned with, with the cell's seed, nsamples and
+    seqlen; None exactly where its pruner takes no data."""
+
+    @model_validator(mode="after")
+    def _data_where_needed(self) -> "PrunedGenerator":
+        if self.pruner.calibrated != (self.calibration is not None):
+            remedy = "needs a calibration" if self.pruner.calibrated else "takes no calibration"
+            raise ValueError(f"generator's pruner {self.pruner.name} {remedy}")
+        return self
+
+
 class GeneratedCalibration(Spec):
     """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
 
     prefixes: str
     """Name of the grid's corpus that prefixes are cut from."""
 
-    generator: str | None = None
-    """Name of the grid's model that writes; the model to be pruned if unset."""
+    generator: str | PrunedGenerator | None = None
+    """What writes: one of the grid's models by name, or `{pruner: magnitude, sparsity: 0.5}` for a
+    pruned version of the model to be pruned; that model itself if unset."""
 
     num_samples: int = Field(default=5000, ge=1)
     prefix_tokens: int = Field(default=2, ge=0)
@@ -174,6 +194,16 @@ class Evaluation(Spec):
         return self
 
 
+class Description(Spec):
+    """That every calibration set is described: its scores stand in the results table."""
+
+    reference: str | None = None
+    """Name of the grid's corpus from which each set's divergence is measured."""
+
+    reference_windows: int = Field(default=512, ge=1)
+    """Windows of it."""
+
+
 class Cost(Spec):
     """What the estimate of a plan rests on."""
 
@@ -231,6 +261,7 @@ StageName = Literal[
     "score",
     "filter",
     "windows",
+    "describe",
     "outliers",
     "prune",
     "evaluate",
@@ -257,6 +288,9 @@ class Grid(Spec):
     """Cells that agree with all fields of an entry are left out."""
 
     evaluate: Evaluation
+
+    describe: Description | None = None
+    """Score every calibration set; None leaves that out."""
 
     checkpoints: bool = False
     """Store every pruned model as an ordinary checkpoint, also where masks would do: sixteen times
