@@ -6,7 +6,7 @@ their end, so that no legend has to be matched by colour and a grey print can be
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -48,13 +48,14 @@ def line_figure(
     panels: dict[str, list[Line]],
     x_label: str,
     y_label: str,
-    ticks: Sequence[str] | None = None,
+    ticks: Mapping[float, str] | None = None,
     note: str = "Bands: 95 % intervals over seeds.",
 ) -> Figure:
     """A panel for each name, effects as lines with bands.
 
     Args:
-        ticks: names of the places 0, 1, … across; numbers as they are if not given.
+        ticks: names of the places across, where a whole place left out breaks the line; numbers
+            as they are if not given.
     """
     with rc_context(STYLE):
         figure = _figure(title, len(panels), note)
@@ -65,9 +66,9 @@ def line_figure(
             for line, colour, marker, dash in zip(
                 lines, cycle(COLOURS), cycle(MARKERS), cycle(DASHES), strict=False
             ):
-                _line(panel, line, colour, marker, dash)
+                _line(panel, line, colour, marker, dash, broken=ticks is not None)
             if ticks is not None:
-                panel.set_xticks(range(len(ticks)), ticks)
+                panel.set_xticks(list(ticks), list(ticks.values()))
             panel.set_xlabel(x_label)
             panel.grid(axis="y", color="#e6e6e6", linewidth=0.7)
             panel.margins(x=0.04)
@@ -77,11 +78,14 @@ def line_figure(
     return figure
 
 
-def _line(panel: Axes, line: Line, colour: str, marker: str, dash: Any) -> None:
+def _line(
+    panel: Axes, line: Line, colour: str, marker: str, dash: Any, broken: bool = False
+) -> None:
     x = np.asarray(line.x, dtype=np.float64)
-    effects = np.array([each.effect for each in line.estimates])
-    low = np.array([each.low for each in line.estimates])
-    high = np.array([each.high for each in line.estimates])
+    values = np.array([[each.effect, each.low, each.high] for each in line.estimates])
+    gaps = np.flatnonzero(np.diff(x) > 1) + 1 if broken else []
+    x, values = np.insert(x, gaps, np.nan), np.insert(values, gaps, np.nan, axis=0)
+    effects, low, high = values.T
     panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     panel.plot(x, effects, color=colour, marker=marker, linestyle=dash, markersize=4.5, lw=1.4)
 
@@ -118,9 +122,14 @@ def interval_figure(
     title: str,
     panels: dict[str, dict[str, Estimate]],
     x_label: str,
-    note: str = "Bars: 95 % intervals over seeds. Filled: shown by the data; hollow: not.",
+    note: str = "Bars: 95 % intervals over seeds. Filled: shown (p by Holm); hollow: not.",
+    directed: bool = True,
 ) -> Figure:
-    """A panel for each name, effects with their intervals one below the other."""
+    """A panel for each name, effects with their intervals one below the other.
+
+    Args:
+        directed: whether one side of zero is the better one; circles help, squares harm.
+    """
     rows = max(len(panel) for panel in panels.values())
     height = max(PANEL[1], 0.28 * rows + 1.6)
     with rc_context(STYLE):
@@ -131,12 +140,13 @@ def interval_figure(
             panel.axvline(0, color=GREY, linewidth=1, zorder=1)
             places = range(len(estimates) - 1, -1, -1)
             for place, estimate in zip(places, estimates.values(), strict=True):
-                colour = COLOURS[0] if estimate.helps else COLOURS[1]
+                good = estimate.helps or not directed
+                colour = COLOURS[0] if good else COLOURS[1]
                 panel.plot([estimate.low, estimate.high], [place, place], color=colour, lw=1.6)
                 panel.plot(
                     estimate.effect,
                     place,
-                    marker="o" if estimate.helps else "s",
+                    marker="o" if good else "s",
                     markersize=6,
                     color=colour,
                     markerfacecolor=colour if estimate.shown else "white",

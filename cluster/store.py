@@ -248,6 +248,10 @@ class Store:
             self.fs.pipe_file(path, content)
         return path
 
+    def read(self, name: str) -> bytes | None:
+        """One file that `write` wrote; None if there is none."""
+        return self._read(name)
+
     # ----------------------------------------------------------------------------------- inside
 
     def _sweep_partial(self) -> None:

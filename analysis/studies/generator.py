@@ -37,14 +37,16 @@ def answer(table: pd.DataFrame) -> Answer:
         }
     )
     pruners = {
-        f"pruned with {method}": {
-            name: paired(
-                pruned[(pruned["calibration"] == name) & (pruned["method"] == method)],
-                dense,
-                across,
-            )
-            for name in by_generator
-        }
+        f"pruned with {method}": corrected(
+            {
+                name: paired(
+                    pruned[(pruned["calibration"] == name) & (pruned["method"] == method)],
+                    dense,
+                    across,
+                )
+                for name in by_generator
+            }
+        )
         for method in in_order(rows["method"])
     }
     if main.shown:

@@ -60,15 +60,15 @@ def answer(table: pd.DataFrame) -> Answer:
     panels = {}
     for language in languages:
         reference = chosen(language)
-        panels[f"perplexity of {language}"] = {
-            name: paired(part, reference, SOURCE)
-            for name, part in {
-                f"{languages[1 - languages.index(language)]} text": chosen(language, other=True),
-                "text of both": mixed[mixed["language"] == language],
-                f"self-generated from {language}": chosen(language, GENERATED),
-                "self-generated from the other": chosen(language, GENERATED, other=True),
-            }.items()
+        parts = {
+            f"{languages[1 - languages.index(language)]} text": chosen(language, other=True),
+            "text of both": mixed[mixed["language"] == language],
+            f"self-generated from {language}": chosen(language, GENERATED),
+            "self-generated from the other": chosen(language, GENERATED, other=True),
         }
+        panels[f"perplexity of {language}"] = corrected(
+            {name: paired(part, reference, SOURCE) for name, part in parts.items()}
+        )
     if main.shown:
         better = "better" if main.helps else "worse"
         what = f"A language is kept {better} by calibration in it than in the other."

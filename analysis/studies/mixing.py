@@ -72,8 +72,12 @@ def answer(table: pd.DataFrame) -> Answer:
         "mixture leaves out would be on the other side of this comparison."
     )
     panels = {
-        "against its own source": {name: each["its own"] for name, each in by_measure.items()},
-        "against the other sources": {name: each["others"] for name, each in by_measure.items()},
+        "against its own source": corrected(
+            {name: each["its own"] for name, each in by_measure.items()}
+        ),
+        "against the other sources": corrected(
+            {name: each["others"] for name, each in by_measure.items()}
+        ),
     }
     figure = interval_figure(
         "Perplexity of each capability after pruning with mixed data, against single sources",

@@ -128,6 +128,7 @@ def answer(table: pd.DataFrame) -> Answer:
         },
         "1 is perfect",
         "Bars: 95 % intervals over sources. Filled: zero lies outside; hollow: inside.",
+        directed=False,
     )
     for axes in figure.axes:
         axes.set_xlim(-1.1, 1.1)
@@ -257,7 +258,8 @@ def _resampled(statistic: Any, everyone: Any) -> Estimate:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.effect:+.2f}, 95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}"
+    told = f"{estimate.effect:+.2f}, 95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}"
+    return told.replace("-", "−")
 
 
 def _random_regret(sources: Sources) -> float:

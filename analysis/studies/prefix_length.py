@@ -72,7 +72,7 @@ def answer(table: pd.DataFrame) -> Answer:
         {"each model": lines},
         "tokens of a prefix",
         f"change against {PAPER} tokens (%)",
-        [str(length) for length in lengths],
+        {place: str(length) for place, length in enumerate(lengths)},
     )
     certainty = (
         _interaction(rows) if len(models) > 1 else "With one model nothing is said of shapes."

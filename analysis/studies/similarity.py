@@ -31,6 +31,13 @@ def answer(table: pd.DataFrame) -> Answer:
     by_share = corrected(
         {share: paired(rows[rows["share"] == share], true, across) for share in shares if share > 0}
     )
+    unseen = rows[rows["share"] == shares[-1]]
+    extremes = corrected(
+        {
+            method: paired(unseen[unseen["method"] == method], true, across)
+            for method in in_order(rows["method"])
+        }
+    )
     panels, effects = {}, {"trend, by 10 points": main}
     effects |= {f"{share:g} % unseen": each for share, each in by_share.items()}
     for method in in_order(rows["method"]):
@@ -48,7 +55,9 @@ def answer(table: pd.DataFrame) -> Answer:
         what = "That calibration data prunes worse with more unseen text in it is not shown."
     size = (
         f"By 10 points of unseen text: {main.text}; all of it against none: "
-        f"{by_share[shares[-1]].text}."
+        f"{by_share[shares[-1]].text}; by pruner "
+        + listed([f"{method} {each.text}" for method, each in extremes.items()])
+        + "."
     )
     told = [share for share, each in by_share.items() if each.shown]
     certainty = (

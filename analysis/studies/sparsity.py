@@ -25,6 +25,10 @@ def answer(table: pd.DataFrame) -> Answer:
     rows = calibrated(scored(table))
     corpus, generated = of_calibration(rows, CORPUS), of_calibration(rows, GENERATED)
     targets = targets_in_order(rows)
+    unstructured = [target for target in targets if ":" not in target]
+    places = [
+        place + (1 if target not in unstructured else 0) for place, target in enumerate(targets)
+    ]
 
     def curve(chosen: pd.DataFrame) -> dict[str, Estimate]:
         return {
@@ -39,17 +43,17 @@ def answer(table: pd.DataFrame) -> Answer:
             chosen = rows[(rows["calibration"] == name) & (rows["method"] == method)]
             if not chosen.empty:
                 estimates = curve(chosen)
-                lines.append(Line(name, range(len(targets)), list(estimates.values())))
+                lines.append(Line(name, places, list(estimates.values())))
                 effects |= {f"{target}, {method}, {name}": e for target, e in estimates.items()}
         panels[method] = lines
     helped = [target for target, each in by_target.items() if each.shown and each.helps]
     harmed = [target for target, each in by_target.items() if each.shown and not each.helps]
-    unstructured = [target for target in helped if ":" not in target]
+    started = [target for target in helped if target in unstructured]
     patterns = [target for target in helped if ":" in target]
-    if unstructured:
-        what = f"Self-generated data beat the {CORPUS} corpus from {unstructured[0]} on"
-        gaps = [t for t in targets[targets.index(unstructured[0]) :] if ":" not in t]
-        gaps = [target for target in gaps if target not in helped]
+    if started:
+        what = f"Self-generated data beat the {CORPUS} corpus from {started[0]} on"
+        after = unstructured[unstructured.index(started[0]) :]
+        gaps = [target for target in after if target not in helped]
         what += f", though at {listed(gaps)} it is not shown." if gaps else "."
     else:
         what = f"At no sparsity is it shown that self-generated data beat the {CORPUS} corpus."
@@ -68,7 +72,7 @@ def answer(table: pd.DataFrame) -> Answer:
         panels,
         "sparsity or pattern",
         f"change against the {CORPUS} corpus (%)",
-        targets,
+        dict(zip(places, targets, strict=True)),
     )
     return Answer(what, size, certainty, caveat, figure, estimate_rows(effects))
 
