@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from pipeline.specs import (
     OWL,
     RIA,
+    DescribeSpec,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -70,6 +71,7 @@ def examples() -> dict[str, StageSpec]:
             sparsity=0.6,
             calibration=WindowsSpec(source=c4, model=llama),
         ),
+        "describe": DescribeSpec(calibration=windows, model=testbed, reference=windows),
         "outliers": owl.outliers,
         "prune by magnitude with OWL": owl,
         "testbed tasks": TestbedTasksSpec(),
