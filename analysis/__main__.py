@@ -16,7 +16,7 @@ from analysis.metrics import heading
 from analysis.report import chosen_reference, status_counts, write_report
 from analysis.statistics import with_mean_accuracy
 from analysis.studies import STUDIES
-from analysis.study import run_study, write_answer
+from analysis.study import Answer, Study, run_study, write_answer, write_page
 from analysis.tables import TextTable, best_table, headline_metrics, level_table
 
 LOG_COLUMNS = 160
@@ -95,20 +95,24 @@ def study(
     if name == "all" and grid is not None:
         raise TableError("--grid goes with one study, not with all")
     folder = _output_folder(store) / "studies" if output is None else output
-    lost = 0
+    sections: list[tuple[Study, Answer | None]] = []
     for each in STUDIES.values() if name == "all" else [STUDIES[name]]:
         console.print(Text(f"{each.name}: {each.question}", "bold"))
         try:
             answer = run_study(each, store, grid)
         except TableError as error:
-            lost += 1
+            sections.append((each, None))
             console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         else:
+            sections.append((each, answer))
             console.print(answer.finding, markup=False, highlight=False)
             figure = write_answer(each, answer, folder)
             console.print(f"figure: {figure}", markup=False, highlight=False, soft_wrap=True)
         console.print()
-    if lost:
+    if name == "all":
+        page = write_page(sections, folder)
+        console.print(f"findings: {page}", markup=False, highlight=False, soft_wrap=True)
+    if any(answer is None for _, answer in sections):
         raise typer.Exit(1)
 
 

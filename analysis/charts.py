@@ -82,7 +82,9 @@ def _line(
     panel: Axes, line: Line, colour: str, marker: str, dash: Any, broken: bool = False
 ) -> None:
     x = np.asarray(line.x, dtype=np.float64)
-    values = np.array([[each.effect, each.low, each.high] for each in line.estimates])
+    values = np.array(
+        [[each.effect, each.low, each.high] for each in line.estimates], dtype=np.float64
+    )
     gaps = np.flatnonzero(np.diff(x) > 1) + 1 if broken else []
     x, values = np.insert(x, gaps, np.nan), np.insert(values, gaps, np.nan, axis=0)
     effects, low, high = values.T

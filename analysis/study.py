@@ -1,8 +1,7 @@
 """A study: one question, the grid that answers it, and what the numbers say."""
 
-import posixpath
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,27 +94,54 @@ def _left_out(table: pd.DataFrame) -> str:
 
 
 def write_answer(study: Study, answer: Answer, folder: Path) -> Path:
-    """Write `<name>.svg`, `<name>.png`, `<name>.csv` and `<name>.md`; returns the figure's path."""
+    """Write `<name>.svg`, `<name>.png` and `<name>.csv`; returns the first one's path."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = folder / f"{study.name}.svg"
     figure.write_bytes(svg_bytes(answer.figure))
     figure.with_suffix(".png").write_bytes(png_bytes(answer.figure))
     answer.numbers.to_csv(figure.with_suffix(".csv"), index=False, lineterminator="\n")
-    figure.with_suffix(".md").write_text(markdown(study, answer), encoding="utf-8")
     return figure
 
 
-def markdown(study: Study, answer: Answer) -> str:
-    """The finding as a section of a page."""
-    return "\n".join(
-        [
-            f"## {study.name}",
-            "",
-            f"*{study.question}* Main contrast: {study.contrast}.",
-            "",
-            textwrap.fill(answer.finding, 110, break_long_words=False, break_on_hyphens=False),
-            "",
-            f"![{study.question}](figures/{posixpath.basename(study.name)}.svg)",
-            "",
-        ]
-    )
+def write_page(sections: Sequence[tuple[Study, Answer | None]], folder: Path) -> Path:
+    """Write all findings beside the folder of their figures, as `<folder>.md`; returns its path.
+
+    Args:
+        sections: each study, with None where its results are not there.
+    """
+    page = folder.parent / f"{folder.name}.md"
+    told = [text for section in sections for text in _section(*section, folder.name)]
+    page.write_text("\n".join([*HEAD, *told]), encoding="utf-8")
+    return page
+
+
+HEAD = (
+    "# Findings",
+    "",
+    "What the studies' grids gave, as `python -m analysis study all` tells it. Each is made again",
+    "by the two commands below it. `docs/studies.md` says how a finding is made.",
+    "",
+)
+
+
+def _section(study: Study, answer: Answer | None, folder: str) -> list[str]:
+    grid = f"analysis/studies/{study.name}.yaml"
+    head = [f"## {study.name}", "", f"**{study.question}** Main contrast: {study.contrast}.", ""]
+    commands = [
+        "```",
+        f"python -m jobs run {grid} --store .calprune",
+        f"python -m analysis study {study.name} --store .calprune",
+        "```",
+        "",
+    ]
+    if answer is None:
+        return [*head, "Not run.", "", *commands]
+    figure = f"![{study.question}]({folder}/{study.name}.svg)"
+    return [
+        *head,
+        textwrap.fill(answer.finding, 110, break_long_words=False),
+        "",
+        figure,
+        "",
+        *commands,
+    ]

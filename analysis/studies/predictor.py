@@ -16,7 +16,7 @@ from scipy import stats
 from analysis.charts import interval_figure
 from analysis.evidence import Estimate, bootstrap, calibrated, listed, scored
 from analysis.load import TableError
-from analysis.metrics import Metric, Values, metric_named
+from analysis.metrics import Metric, Values, effect_text, metric_named
 from analysis.study import Answer, Study
 
 SCORES = {
@@ -88,24 +88,23 @@ def answer(table: pd.DataFrame) -> Answer:
             f"{_interval(main.rank)})."
         )
     foretold = [
-        f"{SCORES[name]} {predictions[name].explained.effect:.0f} % "
-        f"({predictions[name].explained.low:.0f} to {predictions[name].explained.high:.0f})"
-        for name in ranked
+        effect_text(each.effect, each.low, each.high, "%")
+        for each in (predictions[name].explained for name in ranked)
     ]
+    named = [f"{SCORES[name]} {told}" for name, told in zip(ranked, foretold, strict=True)]
     size = (
         "Of the differences between sources that the fit has not seen, the scores explain: "
-        f"{'; '.join(foretold)}. One standard deviation of Min-K%++ goes with "
-        f"{main.effect.effect:+.1f} {sources.kind.unit} "
-        f"({main.effect.low:+.1f} to {main.effect.high:+.1f}; mixed model with sources, pruners "
-        "and sparsities as random effects)."
+        f"{'; '.join(named)}. One standard deviation of Min-K%++ goes with "
+        + effect_text(*main.effect[:3], sources.kind.unit)
+        + " harm (mixed model, with sources, pruners and sparsities as random effects)."
     )
     if good:
         best = good[0]
         certainty = (
-            f"Better than no score at all are {listed([SCORES[name] for name in good])}. Choosing "
-            f"the source by {SCORES[best]} loses {predictions[best].regret:.1f} "
-            f"{sources.kind.unit} against the best one, on average over settings; a random choice "
-            f"{_random_regret(sources):.1f}."
+            f"Better than no score (intervals not corrected for {len(ranked)} scores): "
+            f"{listed([SCORES[name] for name in good])}. Choosing the source by {SCORES[best]} "
+            f"loses {predictions[best].regret:.1f} {sources.kind.unit} against the best one, on "
+            f"average over settings; a random choice {_random_regret(sources):.1f}."
         )
     else:
         certainty = "No score is shown to foretell unseen sources better than their mean does."
@@ -113,6 +112,8 @@ def answer(table: pd.DataFrame) -> Answer:
         f"All rests on {len(sources.names)} sources, and the intervals on resampling them: other "
         "sources, above all real corpora that differ less, can change order and size."
     )
+    if "divergence" in sources.scores:
+        caveat += " The divergence needs the pretraining text, which most models keep secret."
     figure = interval_figure(
         "How well cheap scores of a calibration set foretell its pruning",
         {
