@@ -85,7 +85,7 @@ def _line(
     values = np.array(
         [[each.effect, each.low, each.high] for each in line.estimates], dtype=np.float64
     )
-    gaps = np.flatnonzero(np.diff(x) > 1) + 1 if broken else []
+    gaps = np.flatnonzero((np.diff(x) > 1) & broken) + 1
     x, values = np.insert(x, gaps, np.nan), np.insert(values, gaps, np.nan, axis=0)
     effects, low, high = values.T
     panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

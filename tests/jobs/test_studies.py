@@ -26,7 +26,7 @@ def core_seconds(spec: StageSpec) -> float:
     of a million weights spends most of it on what does not grow with the data."""
     match spec:
         case PretrainSpec():
-            return 200 if spec.num_layers < 8 else 300
+            return 200 if spec.steps * spec.batch_size > 5000 else 60
         case ShardSpec(of=GenerateSpec() as samples):
             return 0.1 * min(samples.num_samples, samples.shard_size)
         case PruneSpec(calibration=None):
@@ -59,7 +59,7 @@ def test_studies_share_model_and_calibration_sets(plans: dict[str, Plan]) -> Non
         for key, spec in plan.specs.items()
         if spec.kind == "pretrain"
     }
-    assert len(models) == 4  # three more shapes for the prefix length
+    assert len(models) == 5  # four more shapes for the prefix length
     alone = sum(len(plan.specs) for plan in plans.values())
     together = len({key for plan in plans.values() for key in plan.specs})
     assert together < 0.95 * alone
