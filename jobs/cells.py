@@ -10,6 +10,7 @@ from jobs.grid import (
     CorpusCalibration,
     GeneratedCalibration,
     Grid,
+    PrunedGenerator,
     explained,
     named,
     suggestion,
@@ -19,10 +20,12 @@ from pipeline.specs import (
     Allocation,
     Corpus,
     CorpusMixture,
+    DescribeSpec,
     EvaluateSpec,
     FilterSpec,
     Fraction,
     GenerateSpec,
+    Model,
     PerplexitySpec,
     Pruner,
     PruneSpec,
@@ -128,6 +131,24 @@ def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
     )
 
 
+def describe_spec(grid: Grid, cell: Cell) -> DescribeSpec | None:
+    """What tells of a cell's calibration set; None if nothing does, or it has none."""
+    asked = grid.describe
+    pruned = prune_spec(grid, cell)
+    if asked is None or pruned is None or pruned.calibration is None:
+        return None
+    reference = None
+    if asked.reference is not None:
+        reference = WindowsSpec(
+            source=_get(grid.corpora, asked.reference, "describe.reference"),
+            model=pruned.model,
+            nsamples=asked.reference_windows,
+            seqlen=pruned.calibration.seqlen,
+            packing="concat",
+        )
+    return DescribeSpec(calibration=pruned.calibration, model=pruned.model, reference=reference)
+
+
 def _calibration_set(grid: Grid, cell: Cell) -> WindowsSpec:
     try:
         return _windows_spec(grid, cell)
@@ -145,7 +166,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
     if isinstance(calibration, CorpusCalibration):
         source = grid.corpora[calibration.corpus]
     else:
-        generator = grid.models[calibration.generator or cell.model]
+        generator = _generator(grid, cell, calibration)
         samples = GenerateSpec(
             model=generator,
             prefixes=_prefixes(grid, calibration),
@@ -198,6 +219,28 @@ def _prefixes(grid: Grid, calibration: GeneratedCalibration) -> Corpus | CorpusM
             name: WeightedCorpus(corpus=grid.corpora[name], weight=weight)
             for name, weight in calibration.prefixes.items()
         }
+    )
+
+
+def _generator(grid: Grid, cell: Cell, calibration: GeneratedCalibration) -> Model:
+    chosen = calibration.generator
+    if not isinstance(chosen, PrunedGenerator):
+        return grid.models[chosen or cell.model]
+    pruned = prune_spec(grid, _pruned_by(cell, chosen))
+    assert pruned is not None
+    return pruned
+
+
+def _pruned_by(cell: Cell, generator: PrunedGenerator) -> Cell:
+    """The cell whose pruned model is a generator; its generated data have their own settings."""
+    return Cell(
+        model=cell.model,
+        calibration=generator.calibration or NO_CALIBRATION,
+        pruner=generator.pruner,
+        sparsity=generator.sparsity,
+        seed=cell.seed,
+        nsamples=cell.nsamples,
+        seqlen=cell.seqlen,
     )
 
 
@@ -255,13 +298,36 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
     for name in calibration.corpora:
         _get(grid.corpora, name, f"calibrations.{cell.calibration}.prefixes")
     for role in ("generator", "scorer"):
-        name = getattr(calibration, role)
-        if name is not None:
-            _get(grid.models, name, f"calibrations.{cell.calibration}.{role}")
+        chosen = getattr(calibration, role)
+        where = f"calibrations.{cell.calibration}.{role}"
+        if isinstance(chosen, str):
+            _get(grid.models, chosen, where)
+        elif isinstance(chosen, PrunedGenerator) and chosen.calibration is not None:
+            _check_generator(grid, cell, chosen, f"{where}.calibration")
     for field in GENERATED_FIELDS:
         chosen = getattr(cell, field)
         defaults[field] = getattr(calibration, field) if chosen is None else chosen
     return cell.model_copy(update=defaults)
+
+
+def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: str) -> None:
+    """See that the calibrations of pruned generators do not go round in a circle."""
+    seen = [cell.calibration]
+    while generator.calibration is not None:
+        name = generator.calibration
+        if name in seen:
+            remedy = f"needs itself, by {' and '.join(seen)}: name a calibration that does not"
+            raise InputError(where, name, remedy)
+        seen.append(name)
+        calibration = _get(grid.calibrations, name, where)
+        if not isinstance(calibration, GeneratedCalibration):
+            _get(grid.corpora, calibration.corpus, f"calibrations.{name}.corpus")
+            return
+        for corpus in calibration.corpora:
+            _get(grid.corpora, corpus, f"calibrations.{name}.prefixes")
+        if not isinstance(calibration.generator, PrunedGenerator):
+            return
+        generator = calibration.generator
 
 
 def _get(known: Mapping[str, Any], name: str, field: str) -> Any:

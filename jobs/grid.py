@@ -32,6 +32,7 @@ from pipeline.specs import (
     LocalTasks,
     Mixture,
     PretrainSpec,
+    Pruner,
     Spec,
     TaskSpec,
     TestbedTasksSpec,
@@ -90,6 +91,24 @@ class CorpusCalibration(Spec):
     """How windows are cut."""
 
 
+class PrunedGenerator(Spec):
+    """A pruned version of the model that is to be pruned."""
+
+    pruner: Annotated[Pruner, BeforeValidator(named)]
+    sparsity: Fraction
+
+    calibration: str | None = None
+    """Name of the grid's calibration that it is pruned with, with the cell's seed, nsamples and
+    seqlen; None exactly where its pruner takes no data."""
+
+    @model_validator(mode="after")
+    def _data_where_needed(self) -> "PrunedGenerator":
+        if self.pruner.calibrated != (self.calibration is not None):
+            remedy = "needs a calibration" if self.pruner.calibrated else "takes no calibration"
+            raise ValueError(f"generator's pruner {self.pruner.name} {remedy}")
+        return self
+
+
 class GeneratedCalibration(Spec):
     """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
 
@@ -101,8 +120,15 @@ class GeneratedCalibration(Spec):
     """Name of the grid's corpus that prefixes are cut from, or the names of several and their
     weights."""
 
-    generator: str | None = None
-    """Name of the grid's model that writes; the model to be pruned if unset."""
+    generator: (
+        Annotated[
+            Annotated[str, Tag("one-model")] | Annotated[PrunedGenerator, Tag("pruned-model")],
+            Discriminator(lambda value: "one-model" if isinstance(value, str) else "pruned-model"),
+        ]
+        | None
+    ) = None
+    """What writes: one of the grid's models by name, or `{pruner: magnitude, sparsity: 0.5}` for a
+    pruned version of the model to be pruned; that model itself if unset."""
 
     num_samples: int = Field(default=5000, ge=1)
     prefix_tokens: int = Field(default=2, ge=0)
@@ -200,6 +226,16 @@ class Evaluation(Spec):
         return self
 
 
+class Description(Spec):
+    """That every calibration set is described: its scores stand in the results table."""
+
+    reference: str | None = None
+    """Name of the grid's corpus from which each set's divergence is measured."""
+
+    reference_windows: int = Field(default=512, ge=1)
+    """Windows of it."""
+
+
 class Cost(Spec):
     """What the estimate of a plan rests on."""
 
@@ -265,6 +301,7 @@ StageName = Literal[
     "score",
     "filter",
     "windows",
+    "describe",
     "outliers",
     "prune",
     "evaluate",
@@ -291,6 +328,9 @@ class Grid(Spec):
     """Cells that agree with all fields of an entry are left out."""
 
     evaluate: Evaluation
+
+    describe: Description | None = None
+    """Score every calibration set; None leaves that out."""
 
     checkpoints: bool = False
     """Store every pruned model as an ordinary checkpoint, also where masks would do: sixteen times
@@ -339,7 +379,7 @@ def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
     details = error.errors(include_url=False)
     first = details[0]
     tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
-    tags |= {"one-corpus", "corpus-mixture"}
+    tags |= {"one-corpus", "corpus-mixture", "one-model", "pruned-model"}
     tags |= {"vllm-engine", "transformers-engine", "CorpusCalibration", "GeneratedCalibration"}
     path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
     field = ".".join(path) or "grid"

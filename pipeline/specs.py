@@ -628,6 +628,29 @@ class WindowsSpec(StageSpec):
     """Draws the texts and the offsets."""
 
 
+class DescribeSpec(StageSpec):
+    """Say what a calibration set is like, for much less than pruning with it costs.
+
+    Leaves `scores.parquet`: window, and the scores of `score` over all its tokens but the first.
+    The report has the mean of each and its standard error over windows.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["describe"] = "describe"
+
+    calibration: WindowsSpec
+    """The calibration set."""
+
+    model: Model
+    """The scorer: the model to be pruned, as it is before pruning."""
+
+    reference: WindowsSpec | None = None
+    """Text from which the set's divergence is measured, such as the true pretraining text."""
+
+    min_k_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Share of the least likely tokens that Min-K% and Min-K%++ average over."""
+
+
 # ---------------------------------------------------------------------------------------- pruning
 
 
@@ -1056,6 +1079,7 @@ for _spec in (
     ScoreSpec,
     FilterSpec,
     WindowsSpec,
+    DescribeSpec,
     OutliersSpec,
     PruneSpec,
     EvaluateSpec,

@@ -170,9 +170,15 @@ def test_a_dead_runs_stage_is_made_once_its_lease_has_expired(store: Store, tmp_
 
 @pytest.mark.usefixtures("quick")
 def test_garbage_is_what_no_grid_reaches_and_no_living_run_uses(store: Store) -> None:
-    facts: dict[str, Any] = dict(
-        kind="k", spec={}, report={}, seconds=0.0, peak_memory_bytes=None, versions={}, host=""
-    )
+    facts: dict[str, Any] = {
+        "kind": "k",
+        "spec": {},
+        "report": {},
+        "seconds": 0.0,
+        "peak_memory_bytes": None,
+        "versions": {},
+        "host": "",
+    }
     for key in ("reached", "used", "unused", "of-the-dead"):
         with store.attempt(key) as attempt:
             (attempt.folder / "file").write_bytes(bytes(1000))
