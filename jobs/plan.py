@@ -222,7 +222,7 @@ def _pool(spec: StageSpec) -> str | None:
 def _label(spec: StageSpec) -> str:
     match spec:
         case ShardSpec():
-            return f"{spec.of.kind} shard {spec.index + 1} of {len(spec.of.shards())}"
+            return f"{spec.of.kind} shard {spec.index + 1} of {spec.of.shard_count}"
         case EvaluateSpec(model=PruneSpec() as pruned):
             return f"evaluate {_label(pruned).removeprefix('prune ')}"
         case EvaluateSpec():

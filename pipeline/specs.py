@@ -508,10 +508,14 @@ class GenerateSpec(StageSpec):
             )
         return self
 
+    @property
+    def shard_count(self) -> int:
+        """How many parts there are."""
+        return math.ceil(self.num_samples / self.shard_size)
+
     def shards(self) -> tuple[ShardSpec, ...]:
         """The parts in order."""
-        count = math.ceil(self.num_samples / self.shard_size)
-        return tuple(ShardSpec(of=self, index=index) for index in range(count))
+        return tuple(ShardSpec(of=self, index=index) for index in range(self.shard_count))
 
     def inputs(self) -> tuple[StageSpec, ...]:
         """The shards: the stage itself only joins them."""
@@ -543,9 +547,14 @@ class ScoreSpec(StageSpec):
     batch_tokens: int = Field(default=8192, ge=1)
     """Tokens of a batch at the most, padding included."""
 
+    @property
+    def shard_count(self) -> int:
+        """How many parts there are: one for each shard of samples."""
+        return self.samples.shard_count
+
     def shards(self) -> tuple[ShardSpec, ...]:
-        """The parts in order, one for each shard of samples."""
-        return tuple(ShardSpec(of=self, index=part.index) for part in self.samples.shards())
+        """The parts in order."""
+        return tuple(ShardSpec(of=self, index=index) for index in range(self.shard_count))
 
     def inputs(self) -> tuple[StageSpec, ...]:
         """The shards: the stage itself only joins them."""

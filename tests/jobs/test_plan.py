@@ -16,11 +16,13 @@ from pipeline.pruners import PRUNERS
 from pipeline.specs import (
     OWL,
     EvaluateSpec,
+    GenerateSpec,
     HubCorpus,
     HubModel,
     Magnitude,
     PretrainSpec,
     PruneSpec,
+    ScoreSpec,
     ShardSpec,
     TaskSpec,
     Wanda,
@@ -226,3 +228,26 @@ def test_the_testbeds_size_is_counted_from_its_spec() -> None:
                         head_dim=32, num_key_value_heads=1, vocab_size=512)  # fmt: skip
     query, key_value, output = 64 * 64, 2 * 64 * 32, 64 * 64
     assert parameters(spec, {}) == query + key_value + output + 3 * 64 * 96 + 512 * 64
+
+
+def test_planning_lists_the_shards_of_a_stage_as_often_for_many_as_for_few(
+    content: Content, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it takes time in proportion to their number."""
+    listed: list[str] = []
+    for kind in (GenerateSpec, ScoreSpec):
+        whole = kind.shards
+
+        def shards(spec: Any, whole: Any = whole) -> Any:
+            listed.append(spec.kind)
+            return whole(spec)
+
+        monkeypatch.setattr(kind, "shards", shards)
+    counts = []
+    for samples in (10, 40):
+        content["calibrations"]["own"] |= {"num_samples": samples, "shard_size": 1}
+        listed.clear()
+        labels = {stage.label for stage in make_plan(load(content)).graph.values()}
+        counts.append(len(listed))
+        assert {f"generate shard {samples} of {samples}", f"score shard 1 of {samples}"} <= labels
+    assert 0 < counts[0] == counts[1]
