@@ -22,6 +22,7 @@ from pipeline.specs import (
     StageSpec,
     Uniform,
     Vllm,
+    WindowsSpec,
 )
 
 ORDER = (
@@ -65,11 +66,15 @@ def make_plan(grid: Grid) -> Plan:
     Raises:
         InputError: naming field, value and remedy.
     """
-    cells = {evaluate_spec(grid, cell).key: cell for cell in expand(grid)}
+    cells: dict[str, Cell] = {}
     specs: dict[str, StageSpec] = {}
-    for cell in cells.values():
-        _collect(evaluate_spec(grid, cell), specs)
-    graph = {key: _stage(grid, spec) for key, spec in specs.items()}
+    inputs: dict[str, tuple[str, ...]] = {}
+    sets: dict[Cell, WindowsSpec] = {}
+    for cell in expand(grid):
+        last = evaluate_spec(grid, cell, sets)
+        cells[last.key] = cell
+        _collect(last, specs, inputs)
+    graph = {key: _stage(grid, spec, inputs[key]) for key, spec in specs.items()}
     return Plan(grid=grid, cells=cells, specs=specs, graph=graph)
 
 
@@ -156,12 +161,16 @@ def _engine(backend: Literal["transformers"] | Vllm) -> str:
     return " ".join(["vllm", *(f"{field}={value}" for field, value in set_fields.items())])
 
 
-def _collect(spec: StageSpec, into: dict[str, StageSpec]) -> None:
+def _collect(
+    spec: StageSpec, into: dict[str, StageSpec], inputs: dict[str, tuple[str, ...]]
+) -> None:
     """Add a stage and all before it, each after its inputs."""
     if spec.key not in into:
-        for before in spec.inputs():
-            _collect(before, into)
+        all_before = spec.inputs()
+        for before in all_before:
+            _collect(before, into, inputs)
         into[spec.key] = spec
+        inputs[spec.key] = tuple(before.key for before in all_before)
 
 
 def _line(spec: StageSpec) -> str:
@@ -173,7 +182,7 @@ def _sizes(grid: Grid) -> dict[str, float]:
     return {model_name(model): given[name] for name, model in grid.models.items() if name in given}
 
 
-def _stage(grid: Grid, spec: StageSpec) -> Stage:
+def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...]) -> Stage:
     name = stage_name(spec)
     asked = grid.resources.get(cast(StageName, name))
     joins = name in POOLED and not isinstance(spec, ShardSpec)  # and so needs no device
@@ -184,7 +193,7 @@ def _stage(grid: Grid, spec: StageSpec) -> Stage:
         label=_label(spec),
         spec=spec.lineage,
         payload=spec.model_dump_json(),
-        inputs=tuple(before.key for before in spec.inputs()),
+        inputs=inputs,
         resources=resources,
         pool=_pool(spec),
         pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
