@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs plan|run|gather|show|export|export-calibration`.
+"""The command line: `python -m jobs plan|run|gather|show|recommend|export|...`.
 
 Installed as `calprune`.
 """
@@ -22,6 +22,7 @@ from jobs.export_calibration import export_calibration
 from jobs.gather import gather, write_table
 from jobs.grid import load_grid
 from jobs.plan import Plan, make_plan, print_plan
+from jobs.recommend import print_ranking, scores_only, scoring_plan
 from jobs.run import run_grid
 from jobs.show import print_results
 from pipeline.errors import InputError
@@ -96,6 +97,33 @@ def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
 def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Print a grid's results as far as they have come."""
     print_results(gather(make_plan(load_grid(grid)), Store(store)), console)
+
+
+@app.command()
+def recommend(
+    grid: GridFile,
+    store: StoreUrl = ".calprune",
+    record: Annotated[
+        str, typer.Option(help="Grid whose results say how well scores have foretold pruning.")
+    ] = "predictor",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster; unset, the one of `ray job submit`, else a local one."),
+    ] = None,
+) -> None:
+    """Rank a grid's calibrations for each of its models by cheap scores; prune nothing.
+
+    Exits with 1 if a calibration could not be scored.
+    """
+    planned = scoring_plan(load_grid(grid))
+    for note in check(planned):
+        logger.warning("%s", note)
+    kept = _writable_store(store)
+    outcome = run_grid(scores_only(planned), kept, address, None)
+    print_ranking(planned, kept, record, console)
+    if outcome.failed:
+        logger.error("%d stages failed; the same command tries them again", len(outcome.failed))
+        raise typer.Exit(1)
 
 
 @app.command(name="export")

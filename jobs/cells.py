@@ -6,20 +6,33 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from jobs.grid import CorpusCalibration, Grid, explained, named, suggestion
+from jobs.grid import (
+    CorpusCalibration,
+    GeneratedCalibration,
+    Grid,
+    PrunedGenerator,
+    explained,
+    named,
+    suggestion,
+)
 from pipeline.errors import InputError
 from pipeline.specs import (
     Allocation,
+    Corpus,
+    CorpusMixture,
+    DescribeSpec,
     EvaluateSpec,
     FilterSpec,
     Fraction,
     GenerateSpec,
+    Model,
     PerplexitySpec,
     Pruner,
     PruneSpec,
     ScoreSpec,
     Spec,
     Uniform,
+    WeightedCorpus,
     WindowsSpec,
     data_taker,
     parse_pattern,
@@ -133,6 +146,27 @@ def prune_spec(
     )
 
 
+def describe_spec(
+    grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
+) -> DescribeSpec | None:
+    """What tells of a cell's calibration set; None if nothing does, or it has none. `sets` is that
+    of `evaluate_spec`."""
+    asked = grid.describe
+    pruned = prune_spec(grid, cell, sets)
+    if asked is None or pruned is None or pruned.calibration is None:
+        return None
+    reference = None
+    if asked.reference is not None:
+        reference = WindowsSpec(
+            source=_get(grid.corpora, asked.reference, "describe.reference"),
+            model=pruned.model,
+            nsamples=asked.reference_windows,
+            seqlen=pruned.calibration.seqlen,
+            packing="concat",
+        )
+    return DescribeSpec(calibration=pruned.calibration, model=pruned.model, reference=reference)
+
+
 def _calibration_set(grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec]) -> WindowsSpec:
     same = cell.model_copy(update=_NOT_OF_THE_CALIBRATION)
     if same not in sets:
@@ -153,14 +187,15 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
     if isinstance(calibration, CorpusCalibration):
         source = grid.corpora[calibration.corpus]
     else:
-        generator = grid.models[calibration.generator or cell.model]
+        generator = _generator(grid, cell, calibration)
         samples = GenerateSpec(
             model=generator,
-            prefixes=grid.corpora[calibration.prefixes],
+            prefixes=_prefixes(grid, calibration),
             num_samples=calibration.num_samples if cell.num_samples is None else cell.num_samples,
             prefix_tokens=calibration.prefix_tokens
             if cell.prefix_tokens is None
             else cell.prefix_tokens,
+            prompt=calibration.prompt,
             seqlen=cell.seqlen,
             top_k=calibration.top_k,
             top_p=calibration.top_p,
@@ -169,6 +204,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             temperature_tokens=calibration.temperature_tokens,
             min_new_tokens=calibration.min_new_tokens,
             repetition_penalty=calibration.repetition_penalty,
+            redraws=calibration.redraws,
             seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
             shard_size=calibration.shard_size,
             backend=calibration.backend,
@@ -182,7 +218,9 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             drop_fraction=calibration.drop_fraction
             if cell.drop_fraction is None
             else cell.drop_fraction,
+            banned_words=calibration.banned_words,
             drop_duplicates=calibration.drop_duplicates,
+            near_duplicate_similarity=calibration.near_duplicate_similarity,
         )
     return WindowsSpec(
         source=source,
@@ -191,6 +229,39 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         seqlen=cell.seqlen,
         packing=calibration.packing,
         seed=cell.seed,
+    )
+
+
+def _prefixes(grid: Grid, calibration: GeneratedCalibration) -> Corpus | CorpusMixture:
+    if isinstance(calibration.prefixes, str):
+        return grid.corpora[calibration.prefixes]
+    return CorpusMixture(
+        parts={
+            name: WeightedCorpus(corpus=grid.corpora[name], weight=weight)
+            for name, weight in calibration.prefixes.items()
+        }
+    )
+
+
+def _generator(grid: Grid, cell: Cell, calibration: GeneratedCalibration) -> Model:
+    chosen = calibration.generator
+    if not isinstance(chosen, PrunedGenerator):
+        return grid.models[chosen or cell.model]
+    pruned = prune_spec(grid, _pruned_by(cell, chosen))
+    assert pruned is not None
+    return pruned
+
+
+def _pruned_by(cell: Cell, generator: PrunedGenerator) -> Cell:
+    """The cell whose pruned model is a generator; its generated data have their own settings."""
+    return Cell(
+        model=cell.model,
+        calibration=generator.calibration or NO_CALIBRATION,
+        pruner=generator.pruner,
+        sparsity=generator.sparsity,
+        seed=cell.seed,
+        nsamples=cell.nsamples,
+        seqlen=cell.seqlen,
     )
 
 
@@ -245,15 +316,39 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
     if isinstance(calibration, CorpusCalibration):
         _get(grid.corpora, calibration.corpus, f"calibrations.{cell.calibration}.corpus")
         return cell.model_copy(update={**defaults, **dict.fromkeys(GENERATED_FIELDS)})
-    _get(grid.corpora, calibration.prefixes, f"calibrations.{cell.calibration}.prefixes")
+    for name in calibration.corpora:
+        _get(grid.corpora, name, f"calibrations.{cell.calibration}.prefixes")
     for role in ("generator", "scorer"):
-        name = getattr(calibration, role)
-        if name is not None:
-            _get(grid.models, name, f"calibrations.{cell.calibration}.{role}")
+        chosen = getattr(calibration, role)
+        where = f"calibrations.{cell.calibration}.{role}"
+        if isinstance(chosen, str):
+            _get(grid.models, chosen, where)
+        elif isinstance(chosen, PrunedGenerator) and chosen.calibration is not None:
+            _check_generator(grid, cell, chosen, f"{where}.calibration")
     for field in GENERATED_FIELDS:
         chosen = getattr(cell, field)
         defaults[field] = getattr(calibration, field) if chosen is None else chosen
     return cell.model_copy(update=defaults)
+
+
+def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: str) -> None:
+    """See that the calibrations of pruned generators do not go round in a circle."""
+    seen = [cell.calibration]
+    while generator.calibration is not None:
+        name = generator.calibration
+        if name in seen:
+            remedy = f"needs itself, by {' and '.join(seen)}: name a calibration that does not"
+            raise InputError(where, name, remedy)
+        seen.append(name)
+        calibration = _get(grid.calibrations, name, where)
+        if not isinstance(calibration, GeneratedCalibration):
+            _get(grid.corpora, calibration.corpus, f"calibrations.{name}.corpus")
+            return
+        for corpus in calibration.corpora:
+            _get(grid.corpora, corpus, f"calibrations.{name}.prefixes")
+        if not isinstance(calibration.generator, PrunedGenerator):
+            return
+        generator = calibration.generator
 
 
 def _get(known: Mapping[str, Any], name: str, field: str) -> Any:

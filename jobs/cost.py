@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from jobs.grid import Cost
 from pipeline.specs import (
+    DescribeSpec,
     EvaluateSpec,
     FilterSpec,
     GenerateSpec,
@@ -27,13 +28,21 @@ UTILISATION = {
     "pretrain": 0.3,
     "generate": 0.1,
     "score": 0.5,
+    "describe": 0.5,
     "outliers": 0.5,
     "prune": 0.5,
     "evaluate": 0.4,
 }
 """Share of the device's matrix rate. Generation reads every weight for one token a sample."""
 
-PASSES = {"pretrain": 3.0, "generate": 1.0, "score": 1.0, "outliers": 2.0, "evaluate": 1.0}
+PASSES = {
+    "pretrain": 3.0,
+    "generate": 1.0,
+    "score": 1.0,
+    "describe": 1.0,
+    "outliers": 2.0,
+    "evaluate": 1.0,
+}
 """Passes of a token through the model; training's backward pass counts two, and outliers take the
 statistics and the outputs of every layer."""
 
@@ -123,7 +132,7 @@ def _model(spec: StageSpec) -> Model | None:
             return spec.of.model
         case PretrainSpec():
             return spec
-        case OutliersSpec() | PruneSpec() | EvaluateSpec():
+        case DescribeSpec() | OutliersSpec() | PruneSpec() | EvaluateSpec():
             return spec.model
         case _:
             return None  # joins and cuts, no forward pass
@@ -143,7 +152,11 @@ def _tokens(spec: StageSpec) -> float:
             samples = spec.of if isinstance(spec.of, GenerateSpec) else spec.of.samples
             rest = samples.num_samples - spec.index * samples.shard_size
             return min(rest, samples.shard_size) * samples.seqlen
-        case PruneSpec(calibration=WindowsSpec() as windows) | OutliersSpec(calibration=windows):
+        case (
+            PruneSpec(calibration=WindowsSpec() as windows)
+            | OutliersSpec(calibration=windows)
+            | DescribeSpec(calibration=windows)
+        ):
             return windows.nsamples * windows.seqlen
         case EvaluateSpec():
             texts = sum(entry.max_windows * entry.seqlen for entry in spec.perplexity)

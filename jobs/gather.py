@@ -13,7 +13,14 @@ from cluster.graph import descendants, readers
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store
 from jobs.cells import Cell
 from jobs.plan import Plan
-from pipeline.specs import Allocation, EvaluateSpec, Pruner, PruneSpec, canonical_json
+from pipeline.specs import (
+    Allocation,
+    EvaluateSpec,
+    FilterSpec,
+    Pruner,
+    PruneSpec,
+    canonical_json,
+)
 
 CELL_COLUMNS: dict[str, pa.DataType] = {
     "grid": pa.string(),
@@ -49,6 +56,8 @@ METRIC_COLUMNS: dict[str, pa.DataType] = {
 
 RUN_COLUMNS: dict[str, pa.DataType] = {
     "traceback": pa.string(),
+    "seconds_generate": pa.float64(),
+    "seconds_score": pa.float64(),
     "seconds_prune": pa.float64(),
     "seconds_evaluate": pa.float64(),
     "peak_memory_bytes": pa.int64(),
@@ -56,6 +65,7 @@ RUN_COLUMNS: dict[str, pa.DataType] = {
     "host": pa.string(),
     "prune_key": pa.string(),
     "prune_report": pa.string(),
+    "calibration_report": pa.string(),
     "evaluate_key": pa.string(),
     "lineage": pa.string(),
 }
@@ -118,6 +128,7 @@ def _rows(
         told = {"error": f"{failure.kind}: {failure.error}", "traceback": failure.traceback}
         return [{**row, "status": "failed", **told}]
     row |= _run_fields(evaluation, None if pruned is None else store.manifest(pruned.key))
+    row |= _calibration_fields(plan, store, key, pruned)
     return [{**row, **metric} for metric in metrics]
 
 
@@ -161,6 +172,32 @@ def _run_fields(evaluation: Manifest, pruning: Manifest | None) -> dict[str, Any
         "measured_sparsity": pruning.report.get("sparsity"),
         "prune_report": json.dumps(pruning.report, sort_keys=True),
     }
+
+
+def _calibration_fields(
+    plan: Plan, store: Store, key: str, pruned: PruneSpec | None
+) -> dict[str, Any]:
+    """What the calibration set took to make, and what it is like if the grid describes it.
+
+    The seconds are those of all shards together, on however many devices they were made.
+    """
+    calibration = None if pruned is None else pruned.calibration
+    if calibration is None:
+        return {}
+    fields: dict[str, Any] = {}
+    if isinstance(calibration.source, FilterSpec):
+        scores = calibration.source.scores
+        for name, stage in (("generate", scores.samples), ("score", scores)):
+            shards = [store.manifest(shard.key) for shard in stage.shards()]
+            known = [shard.seconds for shard in shards if shard is not None]
+            fields[f"seconds_{name}"] = sum(known) if len(known) == len(shards) else None
+    else:
+        fields |= {"seconds_generate": 0.0, "seconds_score": 0.0}
+    described = plan.descriptions.get(key)
+    description = None if described is None else store.manifest(described)
+    if description is not None:
+        fields["calibration_report"] = json.dumps(description.report, sort_keys=True)
+    return fields
 
 
 def _metrics(store: Store, key: str) -> list[dict[str, Any]]:

@@ -9,11 +9,12 @@ from rich.table import Table
 
 from cluster.graph import Graph, Resources, Stage, needed
 from cluster.store import Store
-from jobs.cells import Cell, evaluate_spec, expand
+from jobs.cells import Cell, describe_spec, evaluate_spec, expand
 from jobs.cost import estimate, model_name, parameters
 from jobs.grid import GeneratedCalibration, Grid, StageName
 from jobs.stages import stage_name
 from pipeline.specs import (
+    DescribeSpec,
     EvaluateSpec,
     GenerateSpec,
     OutliersSpec,
@@ -34,6 +35,7 @@ ORDER = (
     "score",
     "filter",
     "windows",
+    "describe",
     "outliers",
     "prune",
     "evaluate",
@@ -55,9 +57,16 @@ class Plan:
     grid: Grid
     cells: dict[str, Cell]
     """Key of each cell's last stage to the cell."""
+    descriptions: dict[str, str]
+    """Key of each cell's last stage to that of its calibration set's description, if it has one."""
     specs: dict[str, StageSpec]
     """Every unique stage, each after its inputs."""
     graph: Graph
+
+    @property
+    def targets(self) -> list[str]:
+        """Keys of all that the grid is for."""
+        return list(dict.fromkeys([*self.cells, *self.descriptions.values()]))
 
 
 def make_plan(grid: Grid) -> Plan:
@@ -69,13 +78,18 @@ def make_plan(grid: Grid) -> Plan:
     cells: dict[str, Cell] = {}
     specs: dict[str, StageSpec] = {}
     inputs: dict[str, tuple[str, ...]] = {}
+    descriptions: dict[str, str] = {}
     sets: dict[Cell, WindowsSpec] = {}
     for cell in expand(grid):
         last = evaluate_spec(grid, cell, sets)
         cells[last.key] = cell
         _collect(last, specs, inputs)
+        description = describe_spec(grid, cell, sets)
+        if description is not None:
+            _collect(description, specs, inputs)
+            descriptions[last.key] = description.key
     graph = {key: _stage(grid, spec, inputs[key]) for key, spec in specs.items()}
-    return Plan(grid=grid, cells=cells, specs=specs, graph=graph)
+    return Plan(grid=grid, cells=cells, descriptions=descriptions, specs=specs, graph=graph)
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
     Args:
         stored: keys that the store holds.
     """
-    missing = set(needed(plan.graph, list(plan.cells), stored))
+    missing = set(needed(plan.graph, plan.targets, stored))
     sizes = _sizes(plan.grid)
     lines = []
     for stage in ORDER:
@@ -227,7 +241,7 @@ def _label(spec: StageSpec) -> str:
             target = spec.pattern or f"{spec.sparsity:.0%}"
             allocation = "" if spec.allocation == Uniform() else f" {spec.allocation.name}"
             return f"prune {spec.pruner.name} {target}{allocation}{seed}"
-        case OutliersSpec():
-            return f"outliers seed {spec.calibration.seed}"
+        case OutliersSpec() | DescribeSpec():
+            return f"{spec.kind} seed {spec.calibration.seed}"
         case _:
             return spec.kind

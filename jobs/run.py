@@ -45,7 +45,7 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
         logger.warning("artifact %s is damaged: %s; it is made again", key, problem)
         store.discard(key)
     remade = present - store.keys()
-    targets = list(dict.fromkeys([*plan.cells, *sorted(remade)]))
+    targets = list(dict.fromkeys([*plan.targets, *sorted(remade)]))
     missing = needed(plan.graph, targets, store.keys())
     logger.info(
         "%s: %d cells, %d stages, %d to make",

@@ -11,6 +11,7 @@ from cluster.run import WorkerLostError
 from cluster.store import Partial
 from pipeline.errors import EngineDiedError
 from pipeline.specs import (
+    DescribeSpec,
     EvaluateSpec,
     FilterSpec,
     GenerateSpec,
@@ -31,6 +32,7 @@ MODULES: dict[str, str] = {
     "score": "pipeline.score",
     "filter": "pipeline.filter",
     "windows": "pipeline.windows",
+    "describe": "pipeline.describe",
     "outliers": "pipeline.outliers",
     "prune": "pipeline.prune",
     "evaluate": "pipeline.evaluate",
@@ -46,6 +48,7 @@ _ANY_STAGE: TypeAdapter[StageSpec] = TypeAdapter(
         | ScoreSpec
         | FilterSpec
         | WindowsSpec
+        | DescribeSpec
         | OutliersSpec
         | PruneSpec
         | EvaluateSpec,

@@ -189,8 +189,15 @@ def test_a_run_whose_clock_is_days_ahead_sweeps_nothing_that_is_being_made(
 
 @pytest.mark.usefixtures("quick")
 def test_garbage_is_what_no_grid_reaches_and_no_living_run_uses(store: Store) -> None:
-    facts: dict[str, Any] = {"kind": "k", "spec": {}, "report": {}, "seconds": 0.0}
-    facts |= {"peak_memory_bytes": None, "versions": {}, "host": ""}
+    facts: dict[str, Any] = {
+        "kind": "k",
+        "spec": {},
+        "report": {},
+        "seconds": 0.0,
+        "peak_memory_bytes": None,
+        "versions": {},
+        "host": "",
+    }
     for key in ("reached", "used", "unused", "of-the-dead"):
         with store.attempt(key) as attempt:
             (attempt.folder / "file").write_bytes(bytes(1000))

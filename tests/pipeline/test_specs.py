@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from pipeline.specs import (
     OWL,
     RIA,
+    DescribeSpec,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -70,6 +71,7 @@ def examples() -> dict[str, StageSpec]:
             sparsity=0.6,
             calibration=WindowsSpec(source=c4, model=llama),
         ),
+        "describe": DescribeSpec(calibration=windows, model=testbed, reference=windows),
         "outliers": owl.outliers,
         "prune by magnitude with OWL": owl,
         "testbed tasks": TestbedTasksSpec(),
@@ -108,6 +110,7 @@ def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {
         "filter",
+        "describe",
         "outliers",
         "prune by magnitude with OWL",
         "prune by Wanda",
@@ -236,11 +239,16 @@ def test_contradictory_prunings_are_refused(fields: dict[str, object], words: st
         ({"temperature_end": 0.5, "temperature": 0.0}, "needs a temperature above 0"),
         ({"temperature_end": 0.5, "backend": "vllm"}, "leave temperature_end out"),
         ({"temperature_end": 0.0}, "temperature_end"),
+        ({"prompt": "chat", "prefix_tokens": 0}, "chat needs a message: raise prefix_tokens"),
+        ({"redraws": 2, "temperature": 0.0}, "redraws at temperature 0 give the same text"),
+        ({"redraws": -1}, "redraws"),
+        ({"prompt": "cooked"}, "prompt"),
+        ({"prefixes": {"kind": "corpus-mixture", "parts": {}}}, "parts"),
     ],
 )
 def test_contradictory_generations_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
-        GenerateSpec(model=HubModel(name="m"), prefixes=HubCorpus(path="c"), **fields)  # type: ignore[arg-type]
+        GenerateSpec(**{"model": HubModel(name="m"), "prefixes": HubCorpus(path="c"), **fields})  # type: ignore[arg-type]
 
 
 def test_data_for_a_pruner_that_takes_none_is_refused() -> None:
