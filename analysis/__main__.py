@@ -45,7 +45,9 @@ def report(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Calibration to compare with; unset, the first by name."),
+        typer.Option(
+            help="Calibration to compare with; unset, the first, a corpus if there is one."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -61,7 +63,7 @@ def report(
     label = chosen_reference(table, reference)
     note = None
     if reference is None and label is not None:
-        note = f"It is the first by name; --reference names another than {label}."
+        note = f"It is the first of the table; --reference names another than {label}."
     _print(console, name, table, label, note)
     folder = _default_output(location, name) if output is None else output
     page = write_report(table, folder, label, note)

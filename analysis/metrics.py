@@ -1,12 +1,14 @@
 """What a metric's numbers mean: which way is better, how they compare, how they print."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
+
+Number = TypeVar("Number", float, Values)
 
 
 class Metric(NamedTuple):
@@ -27,11 +29,12 @@ class Metric(NamedTuple):
         """The values on the scale on which they are compared."""
         return np.log(values) if self.is_perplexity else values
 
-    def effect(self, difference: float) -> float:
+    def effect(self, difference: Number) -> Number:
         """A difference of scaled values in `unit`."""
         if self.is_perplexity:
             with np.errstate(over="ignore"):
-                return float(100 * np.expm1(difference))
+                ratio: Number = 100 * np.expm1(difference)
+            return ratio
         return 100 * difference if self.is_share else difference
 
 
