@@ -30,8 +30,12 @@ check: $(STAMP)  ## format, lint, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## time the pruners, print the tables, leave them in $(STORE)/benchmark.json
+bench: $(VLLM_STAMP)  ## time pruning, generation, scoring, scheduling; leaves $(STORE)/benchmark*.json
 	$(BIN)/python -m benchmarks.prune --output $(STORE)/benchmark.json
+	$(BIN)/python -m benchmarks.generate --output $(STORE)/benchmark-generate.json
+	$(BIN)/python -m benchmarks.replicas --output $(STORE)/benchmark-replicas.json
+	$(BIN)/python -m benchmarks.score --output $(STORE)/benchmark-score.json
+	$(BIN)/python -m benchmarks.schedule --output $(STORE)/benchmark-schedule.json
 
 setup: $(STAMP)  ## the environment in .venv
 

@@ -98,7 +98,7 @@ def ways(spec: GenerateSpec, model: Any) -> Iterator[tuple[str, Generate]]:
 
 
 def main(
-    samples: Annotated[int, typer.Option(min=1)] = 512,
+    samples: Annotated[int, typer.Option(min=1)] = 256,
     tokens: Annotated[int, typer.Option(min=8, help="Of a sample, the prefix included.")] = 512,
     shard_size: Annotated[int, typer.Option(min=1)] = 256,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for all ways.")] = "float32",

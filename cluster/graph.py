@@ -1,6 +1,6 @@
 """The deduplicated graph of stages that a grid comes down to."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
@@ -21,7 +21,9 @@ class Resources:
     max_replicas: int | None = None
     """Actors of a pooled stage at the most; None takes as many as the cluster has room for."""
     retries: int = 2
-    """How often a stage is tried again after its worker or node was lost."""
+    """How often a stage is tried again after its worker or node was lost, or its time was over."""
+    time_limit_seconds: float | None = None
+    """How long one try may take; None never ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +66,43 @@ def needed(graph: Graph, targets: Iterable[str], present: Collection[str]) -> li
     return list(TopologicalSorter(ordered).static_order())
 
 
-def descendants(graph: Graph, key: str) -> set[str]:
-    """Every stage that cannot be made without this one."""
-    readers: dict[str, list[str]] = {}
+def readers(graph: Graph) -> dict[str, list[str]]:
+    """Of each stage, the stages that read it."""
+    found: dict[str, list[str]] = {key: [] for key in graph}
     for stage in graph.values():
-        for name in stage.inputs:
-            readers.setdefault(name, []).append(stage.key)
-    return _reachable(key, lambda name: readers.get(name, []))
+        for name in dict.fromkeys(stage.inputs):
+            found[name].append(stage.key)
+    return found
 
 
-def _reachable(start: str, following: Callable[[str], Iterable[str]]) -> set[str]:
+def descendants(read_by: Mapping[str, Iterable[str]], key: str) -> set[str]:
+    """Every stage that cannot be made without this one.
+
+    Args:
+        read_by: what `readers` returns.
+    """
     found: set[str] = set()
-    waiting = [start]
+    waiting = [key]
     while waiting:
-        fresh = set(following(waiting.pop())) - found
+        fresh = set(read_by[waiting.pop()]) - found
         found |= fresh
         waiting.extend(fresh)
     return found
+
+
+def unlocked(graph: Graph, keys: Iterable[str]) -> dict[str, int]:
+    """How many of these stages each of them leads to, over however many others.
+
+    Args:
+        keys: each after its inputs.
+    """
+    order = list(keys)
+    below = dict.fromkeys(order, 0)  # sets of positions, as the bits of an integer
+    counts: dict[str, int] = {}
+    for position in reversed(range(len(order))):
+        key = order[position]
+        reached = below.pop(key)
+        counts[key] = reached.bit_count()
+        for name in set(graph[key].inputs) & below.keys():
+            below[name] |= reached | 1 << position
+    return counts

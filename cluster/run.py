@@ -1,21 +1,25 @@
 """Running a graph of stages on Ray: tasks, actor pools, retries, bounded work in flight."""
 
+import heapq
 import logging
 import platform
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from cluster.graph import Graph, Stage, descendants, needed
+from cluster import leases
+from cluster.graph import Graph, Stage, descendants, needed, readers, unlocked
+from cluster.limits import TimeLimitError, time_limit
 from cluster.memory import PeakMemory
-from cluster.store import CorruptArtifactError, Failure, Manifest, Partial, Store
+from cluster.remedies import lacks_device_memory, one_line
+from cluster.store import CorruptArtifactError, Failure, Manifest, Partial, Store, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,10 @@ MAX_REMAKES = 3
 """How often one artifact that turns out damaged is made again before the stage counts as failed."""
 
 MIN_IN_FLIGHT = 64
-"""Stages handed to Ray at one time, at the least, so that an autoscaler sees work waiting."""
+"""Tasks handed to Ray at one time, at the least, so that an autoscaler sees work waiting."""
+
+POLL_SECONDS = 2.0
+"""How often one looks whether another run is done with a stage."""
 
 _TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -53,10 +60,30 @@ Observe = Callable[[Stage, Manifest | Failure], None]
 class Progress:
     """What became of a run."""
 
-    made: dict[str, Manifest] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+    """Stages that were made, here or meanwhile by another run on the same store."""
     failed: dict[str, Failure] = field(default_factory=dict)
     blocked: dict[str, str] = field(default_factory=dict)
     """Stages that were not tried, and the failed stage that each waits for."""
+    repeated: Counter[str] = field(default_factory=Counter)
+    """How often a stage was tried again."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Says that another run is making the stage."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What is the same for all stages of a run."""
+
+    execute: Execute
+    store: str
+    versions: dict[str, str]
+    run: str
 
 
 def run(
@@ -75,7 +102,9 @@ def run(
         workers: stages at work at one time, at the most; None leaves that to the cluster's size.
         observe: told of every stage that ends.
     """
-    return _Run(graph, targets, execute, store, versions, workers, observe).to_the_end()
+    with leases.Claim(store, graph.keys()) as claim:
+        maker = Maker(execute, store.url, dict(versions), claim.run)
+        return _Run(graph, targets, maker, store, workers, observe).to_the_end()
 
 
 class _Run:
@@ -83,9 +112,8 @@ class _Run:
         self,
         graph: Graph,
         targets: list[str],
-        execute: Execute,
+        maker: Maker,
         store: Store,
-        versions: Mapping[str, str],
         workers: int | None,
         observe: Observe,
     ) -> None:
@@ -93,74 +121,111 @@ class _Run:
         self.store = store
         self.observe = observe
         self.workers = workers
-        self.maker = ray.put((execute, store.url, dict(versions)))
+        self.maker = ray.put(maker)
         self.pools: dict[str | None, _Pool] = {}
         self.remakes: Counter[str] = Counter()
-        self.losses: Counter[str] = Counter()
         self.progress = Progress()
+        self.others = leases.Observer(store)
+        self.held: dict[str, str] = {}
+        self.dead: frozenset[str] = frozenset()
+        self.polled = time.monotonic()
         self.present = store.keys() & graph.keys()
+        self.places = {key: place for place, key in enumerate(needed(graph, graph, ()))}
+        self.read_by = readers(graph)
         self.waiting = dict.fromkeys(needed(graph, targets, self.present))
         self._sort_waiting()
         self.in_flight: dict[ray.ObjectRef, str] = {}
-        self.bound = workers or max(MIN_IN_FLIGHT, 4 * int(ray.cluster_resources().get("CPU", 1)))
+        self.tasks = 0
+        self.bound = max(MIN_IN_FLIGHT, 4 * int(ray.cluster_resources().get("CPU", 1)))
 
     def _sort_waiting(self) -> None:
         """Find what is ready among the waiting, and how many inputs each of the others lacks."""
-        self.ready: dict[str | None, dict[str, None]] = defaultdict(dict)
+        self.ready: dict[str | None, _Queue] = defaultdict(_Queue)
         self.lacking: dict[str, int] = {}
-        self.readers: dict[str, list[str]] = defaultdict(list)
+        ahead = unlocked(self.graph, self.waiting)
+        places = enumerate(self.waiting)
+        self.urgency = {key: (-ahead[key], place) for place, key in places}
         for key in self.waiting:
-            missing = set(self.graph[key].inputs) - self.present
-            self.lacking[key] = len(missing)
-            for name in missing:
-                self.readers[name].append(key)
-            if not missing:
-                self.ready[self.graph[key].pool][key] = None
+            self.lacking[key] = len(set(self.graph[key].inputs) - self.present)
+            if not self.lacking[key]:
+                self._make_ready(key)
+
+    def _make_ready(self, key: str) -> None:
+        self.waiting[key] = None
+        self.ready[self.graph[key].pool].push(key, self.urgency[key])
 
     def to_the_end(self) -> Progress:
-        while self.waiting or self.in_flight:
-            self._submit_ready()
-            self._release_idle_replicas()
-            joining = {
-                reference: pool for pool in self.pools.values() for reference in pool.joining
-            }
-            assert self.in_flight or joining, "stages wait for inputs that nobody makes"
-            done, _ = ray.wait([*self.in_flight, *joining], num_returns=1)
-            for reference in done:
-                if reference in self.in_flight:
-                    self._receive(reference)
-                else:
-                    self._admit(joining[reference], reference)
-        for pool in self.pools.values():
-            pool.release()
+        try:
+            while self.waiting or self.in_flight or self.held:
+                self._submit_ready()
+                self._release_idle_replicas()
+                self._wait()
+        finally:
+            for pool in self.pools.values():
+                pool.release()
         return self.progress
+
+    def _wait(self) -> None:
+        """Take up what ends next, or look again for what other runs are making."""
+        joining = {reference: pool for pool in self.pools.values() for reference in pool.joining}
+        assert self.in_flight or joining or self.held, "stages wait for inputs that nobody makes"
+        if self.in_flight or joining:
+            timeout = POLL_SECONDS if self.held else None
+            done, _ = ray.wait([*self.in_flight, *joining], num_returns=1, timeout=timeout)
+        else:
+            done = []
+            time.sleep(POLL_SECONDS)
+        for reference in done:
+            if reference in self.in_flight:
+                self._receive(reference)
+            else:
+                self._admit(joining[reference], reference)
+        if self.held and time.monotonic() - self.polled >= POLL_SECONDS:
+            self._poll_held()
+            self.polled = time.monotonic()
+
+    def _poll_held(self) -> None:
+        """Take up the stages that the run which had them is done with, or died over."""
+        for key, run in list(self.held.items()):
+            if not self.others.alive(run):
+                self.dead |= {run}
+            elif leases.holding(self.store, key) == run:
+                continue
+            del self.held[key]
+            self._make_ready(key)
 
     def _submit_ready(self) -> None:
         # Pools first: where few stages may be at work, their actors would be ended and made again.
-        for name, keys in sorted(self.ready.items(), key=lambda pool: pool[0] is None):
-            for key in list(keys)[: self.bound - len(self.in_flight)]:
+        for name, queue in sorted(self.ready.items(), key=lambda pool: pool[0] is None):
+            while not self._full() and (name is not None or self.tasks < self.bound):
+                key = queue.first(self.waiting)
+                if key is None:
+                    break
                 reference = self._submit(self.graph[key])
                 if reference is None:
-                    self.pools[name].grow(len(keys))
+                    self.pools[name].grow(len(queue))
                     break
-                del keys[key], self.waiting[key]
+                queue.pop()
+                del self.waiting[key]
                 self.in_flight[reference] = key
+                self.tasks += name is None
+
+    def _full(self) -> bool:
+        return self.workers is not None and len(self.in_flight) >= self.workers
 
     def _submit(self, stage: Stage) -> ray.ObjectRef | None:
         if stage.pool is None:
-            options = _options(stage)
-            retries = stage.resources.retries
-            return _remote_make.options(**options, max_retries=retries).remote(stage, self.maker)
+            task = _remote_make.options(**_options(stage), max_retries=0)
+            return task.remote(stage, self.maker, self.dead)
         if stage.pool not in self.pools:
             self.pools[stage.pool] = _Pool(stage, self.workers)
-        return self.pools[stage.pool].submit(stage, self.maker)
+        return self.pools[stage.pool].submit(stage, self.maker, self.dead)
 
     def _release_idle_replicas(self) -> None:
         """Free what nothing is ready for, or may be given to it: other stages may be waiting for
         its place."""
-        full = len(self.in_flight) >= self.bound
         for name, pool in list(self.pools.items()):
-            if full or not self.ready[name]:
+            if self._full() or self.ready[name].first(self.waiting) is None:
                 pool.shrink()
             if not pool.size:
                 del self.pools[name]
@@ -170,79 +235,110 @@ class _Run:
         try:
             pool.admit(reference)
         except RayError as error:
-            first = next(iter(self.ready[pool.name]), None)
+            first = self.ready[pool.name].first(self.waiting)
             if first is not None and not self._tried_again(self.graph[first], error):
-                del self.ready[pool.name][first], self.waiting[first]
+                del self.waiting[first]
                 self._fail(self.graph[first], error, error)
 
     def _tried_again(self, stage: Stage, error: BaseException) -> bool:
-        """Whether a stage whose replica was lost has a try left."""
-        self.losses[stage.key] += 1
-        if self.losses[stage.key] > stage.resources.retries:
+        """Whether a stage that was lost has a try left."""
+        if self.progress.repeated[stage.key] >= stage.resources.retries:
             return False
+        self.progress.repeated[stage.key] += 1
         reason = str(error).strip().splitlines()[-1]
-        logger.warning("%s: a replica was lost: %s; it is tried again", stage.label, reason)
+        logger.warning("%s: lost: %s; it is tried again", stage.label, reason)
         return True
 
     def _receive(self, reference: ray.ObjectRef) -> None:
         key = self.in_flight.pop(reference)
         stage = self.graph[key]
         pool = None if stage.pool is None else self.pools[stage.pool]
+        self.tasks -= pool is None
         try:
-            manifest: Manifest = ray.get(reference)
+            result: Manifest | Held = ray.get(reference)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-            if pool is not None and isinstance(cause, RayActorError | WorkerLostError):
+            # What Ray itself raises is the loss of a process or a node.
+            lost = isinstance(cause, RayError | WorkerLostError)
+            if pool is not None and (lost or lacks_device_memory(cause)):
                 pool.drop(reference)
-                if self._tried_again(stage, cause):
-                    self.waiting[key] = None
-                    self.ready[stage.pool] = {key: None, **self.ready[stage.pool]}
-                    return
             elif pool is not None:
                 pool.free(reference)
             if isinstance(cause, CorruptArtifactError) and self._remake(cause, key):
+                return
+            if (lost or isinstance(cause, TimeLimitError)) and self._tried_again(stage, cause):
+                self._make_ready(key)
                 return
             self._fail(stage, error, cause)
             return
         if pool is not None:
             pool.free(reference)
+        if isinstance(result, Held):
+            self.held[key] = result.run
+            return
         self.present.add(key)
-        for reader in self.readers.pop(key, ()):
-            self.lacking[reader] -= 1
-            if not self.lacking[reader] and reader in self.waiting:
-                self.ready[self.graph[reader].pool][reader] = None
-        self.progress.made[key] = manifest
-        self.observe(stage, manifest)
+        for reader in self.read_by[key]:
+            if reader in self.waiting and self.lacking[reader]:
+                self.lacking[reader] -= 1
+                if not self.lacking[reader]:
+                    self._make_ready(reader)
+        self.progress.made.add(key)
+        self.observe(stage, result)
 
     def _remake(self, damage: CorruptArtifactError, reader: str) -> bool:
         self.remakes[damage.key] += 1
         if damage.key in self.progress.failed or self.remakes[damage.key] > MAX_REMAKES:
             return False
-        again: list[str] = []
+        self.waiting[reader] = None
         # Another reader may have found the damage first, and a new artifact may be there by now.
         if damage.key in self.present and self.store.damaged([damage.key]):
             logger.warning("%s; it is made again", damage)
             self.store.discard(damage.key)
             self.present.discard(damage.key)
+            under_way = {*self.in_flight.values(), *self.held}
             again = needed(self.graph, [damage.key], self.present)
-        self.waiting = dict.fromkeys([*again, reader, *self.waiting])
+            self.waiting |= dict.fromkeys(key for key in again if key not in under_way)
         self._sort_waiting()
         return True
 
     def _fail(self, stage: Stage, error: RayError, cause: BaseException) -> None:
-        trace = _TERMINAL_COLOUR.sub("", str(error))
-        lines = [line for line in str(cause).splitlines() if line.strip()]
-        summary = f"{type(cause).__name__}: {lines[0] if lines else ''}"
         failure = Failure(
-            key=stage.key, kind=stage.kind, error=summary, traceback=trace, finished=time.time()
+            key=stage.key,
+            kind=stage.kind,
+            error=one_line(cause, stage),
+            traceback=_TERMINAL_COLOUR.sub("", str(error)),
+            finished=time.time(),
         )
-        self.store.record_failure(failure)
+        try:
+            self.store.record_failure(failure)
+        except StoreError as unwritable:  # the run's own table still tells it
+            logger.error("%s: its failure cannot be kept: %s", stage.label, unwritable)
         self.progress.failed[stage.key] = failure
-        for key in descendants(self.graph, stage.key) & self.waiting.keys():
+        for key in descendants(self.read_by, stage.key) & self.waiting.keys():
             del self.waiting[key]
-            self.ready[self.graph[key].pool].pop(key, None)
             self.progress.blocked[key] = stage.key
         self.observe(stage, failure)
+
+
+class _Queue:
+    """Stages that are ready, the most urgent first; what is no longer waiting is passed over."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], str]] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def push(self, key: str, urgency: tuple[int, int]) -> None:
+        heapq.heappush(self._heap, (urgency, key))
+
+    def first(self, waiting: Container[str]) -> str | None:
+        while self._heap and self._heap[0][1] not in waiting:
+            heapq.heappop(self._heap)
+        return self._heap[0][1] if self._heap else None
+
+    def pop(self) -> None:
+        heapq.heappop(self._heap)
 
 
 class _Pool:
@@ -280,12 +376,14 @@ class _Pool:
         ray.get(reference)
         self.idle.append(actor)
 
-    def submit(self, stage: Stage, maker: ray.ObjectRef) -> ray.ObjectRef | None:
+    def submit(
+        self, stage: Stage, maker: ray.ObjectRef, dead: frozenset[str]
+    ) -> ray.ObjectRef | None:
         """Hand the stage to an idle actor; None if there is none."""
         if not self.idle:
             return None
         actor = self.idle.pop(0)
-        reference = actor.make.remote(stage, maker)
+        reference = actor.make.remote(stage, maker, dead)
         self.serving[reference] = actor
         return reference
 
@@ -325,13 +423,24 @@ def _options(stage: Stage) -> dict[str, Any]:
     return options
 
 
-def _make_artifact(stage: Stage, maker: tuple[Execute, str, dict[str, str]]) -> Manifest:
-    execute, url, versions = maker
-    store = Store(url)
+def _make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest | Held:
+    """Make a stage, unless another run is making it or has made it meanwhile."""
+    store = Store(maker.store)
+    holder = leases.take(store, stage.key, maker.run, dead)
+    if holder is not None:
+        return Held(holder)
+    try:
+        with time_limit(stage.resources.time_limit_seconds):
+            return store.manifest(stage.key) or _made(stage, maker, store)
+    finally:
+        leases.give_back(store, stage.key, maker.run)
+
+
+def _made(stage: Stage, maker: Maker, store: Store) -> Manifest:
     started = time.monotonic()
     artifacts = {key: store.fetch(key) for key in stage.inputs}
     with store.attempt(stage.key) as attempt, PeakMemory() as memory:
-        report = execute(
+        report = maker.execute(
             stage.payload, artifacts, attempt.folder, stage.resources.cpus, attempt.partial
         )
         return attempt.commit(
@@ -340,7 +449,7 @@ def _make_artifact(stage: Stage, maker: tuple[Execute, str, dict[str, str]]) -> 
             report=report,
             seconds=time.monotonic() - started,
             peak_memory_bytes=memory.peak(),
-            versions=versions,
+            versions=maker.versions,
             host=platform.node(),
         )
 
@@ -351,9 +460,9 @@ class Replica:
     def start(self) -> None:
         """Answer, once the process is there."""
 
-    def make(self, stage: Stage, maker: tuple[Execute, str, dict[str, str]]) -> Manifest:
+    def make(self, stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest | Held:
         """Make one stage."""
-        return _make_artifact(stage, maker)
+        return _make_artifact(stage, maker, dead)
 
 
 _remote_make = ray.remote(_make_artifact)

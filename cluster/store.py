@@ -3,13 +3,14 @@
 An artifact's files are written to `data/<key>/<attempt>/`, a name nobody reads. Its manifest
 `manifests/<key>.json` is written last, in one step, and is what makes the artifact exist: a writer
 that dies leaves nothing that could be read, and two writers of one key end with one of two
-equally whole artifacts.
+equally whole artifacts. `docs/storage.md` says what that rests on for each kind of file system.
 
 A stage that takes hours may keep finished files as `partial/<key>/<time>-<SHA-256>-<name>`, each
 written in one step, for the attempt that follows if this one dies.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -18,11 +19,13 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,6 +35,14 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 22
 ORPHAN_SECONDS = 24 * 3600.0
 FULL_CHECK_BYTES = 1 << 28
+
+LOCAL = LocalFileSystem()
+
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "memory"}
+"""Protocols without folders: none need be made, and trying to costs a request."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a file system that takes no more."""
 
 
 class StoreError(RuntimeError):
@@ -105,8 +116,14 @@ class Store:
     """Artifacts, failures and results tables under one fsspec URL."""
 
     def __init__(self, url: str) -> None:
-        self.fs, root = fsspec.core.url_to_fs(url)
+        # Others write to the store as well: what a listing once said must not be believed later.
+        cached = {"use_listings_cache": False} if "://" in url else {}
+        self.fs, root = fsspec.core.url_to_fs(url, **cached)
         self.local = isinstance(self.fs, LocalFileSystem)
+        protocols = self.fs.protocol
+        self._folders = OBJECT_STORES.isdisjoint(
+            {protocols} if isinstance(protocols, str) else protocols
+        )
         self.root = os.path.abspath(root) if self.local else root.rstrip("/")
         self.url = self.root if self.local else url
         self._verified: dict[str, Path] = {}
@@ -121,7 +138,7 @@ class Store:
         """
         probe = self._path(f"probe-{uuid.uuid4().hex}")
         try:
-            self.fs.makedirs(self.root, exist_ok=True)
+            self._make_folder(self.root)
             self.fs.pipe_file(probe, b"calprune")
             self.fs.rm_file(probe)
         except Exception as error:  # every file system has exceptions of its own
@@ -132,20 +149,37 @@ class Store:
 
     def keys(self) -> set[str]:
         """The keys of all artifacts."""
-        return self._names("manifests")
+        return self.names("manifests")
 
     def sweep(self) -> None:
-        """Remove what dead writers left behind more than a day ago."""
-        self._sweep_partial()
-        if not self.fs.isdir(self._path("data")):
-            return
-        for attempt in self.fs.glob(self._path("data/*/*")):
-            key, name = attempt.rstrip("/").rsplit("/", 2)[-2:]
-            age = time.time() - _attempt_time(name)
-            manifest = self.manifest(key) if age > ORPHAN_SECONDS else None
-            if age > ORPHAN_SECONDS and (manifest is None or not manifest.data.endswith(name)):
-                logger.info("removing %s, left by a writer that died", attempt)
-                self.fs.rm(attempt, recursive=True)
+        """Remove what dead writers left behind more than a day ago.
+
+        What a lease says is being made stays, whatever the writer's clock has put into its name.
+        """
+        leased = self.names("leases")
+        self._sweep_partial(leased)
+        keys = self.keys()
+        attempts: dict[str, list[str]] = defaultdict(list)
+        for path in self.attempts():
+            attempts[path.rsplit("/", 2)[-2]].append(path)
+        for key, paths in attempts.items():
+            aged = [path for path in paths if _age(path) > ORPHAN_SECONDS]
+            if key in leased or not aged or (key in keys and len(paths) == 1):
+                continue
+            manifest = self.manifest(key)
+            for path in aged:
+                if manifest is None or not path.endswith(manifest.data):
+                    logger.info("removing %s, left by a writer that died", path)
+                    self.remove_folder(path)
+
+    def attempts(self) -> list[str]:
+        """The folders of all attempts at artifacts, whole or not: full paths."""
+        return [path.rstrip("/") for path in self.fs.glob(self._path("data/*/*"))]
+
+    def kept(self) -> list[str]:
+        """The files that unfinished attempts have kept: full paths."""
+        paths: list[str] = self.fs.glob(self._path("partial/*/*"))
+        return paths
 
     # -------------------------------------------------------------------------------- artifacts
 
@@ -155,7 +189,7 @@ class Store:
         Raises:
             CorruptArtifactError: if the manifest itself cannot be read.
         """
-        text = self._read(f"manifests/{key}.json")
+        text = self.read(f"manifests/{key}.json")
         if text is None:
             return None
         try:
@@ -177,7 +211,7 @@ class Store:
         if manifest is None:
             raise CorruptArtifactError(key, "it is not in the store")
         folder = Path(self._path(manifest.data)) if self.local else self._download(manifest)
-        problem = _first_damage(folder, manifest)
+        problem = _first_damage(LOCAL, str(folder), manifest)
         if problem is not None:
             if not self.local:
                 shutil.rmtree(folder)
@@ -185,14 +219,15 @@ class Store:
         self._verified[key] = folder
         return folder
 
-    def damaged(self, keys: Iterable[str]) -> dict[str, str]:
+    def damaged(self, keys: Iterable[str], *, whole: bool = False) -> dict[str, str]:
         """Which of these artifacts are damaged, and how.
 
-        Sizes are compared for all. Checksums only for a local store and up to 256 MiB an artifact:
-        the rest is checked when it is read.
+        Args:
+            whole: compare all checksums. Else sizes are compared for all, and checksums only in a
+                local store and up to 256 MiB an artifact: the rest is checked when it is read.
         """
         with ThreadPoolExecutor(8) as pool:
-            problems = pool.map(lambda key: (key, self._damage(key)), sorted(keys))
+            problems = pool.map(lambda key: (key, self._damage(key, whole)), sorted(keys))
             return {key: problem for key, problem in problems if problem is not None}
 
     @contextlib.contextmanager
@@ -216,10 +251,10 @@ class Store:
         self._verified.pop(key, None)
         with contextlib.suppress(CorruptArtifactError):
             manifest = self.manifest(key)
-            self._remove(f"manifests/{key}.json")
-            if manifest is not None and self.fs.isdir(self._path(manifest.data)):
-                self.fs.rm(self._path(manifest.data), recursive=True)
-        self._remove(f"manifests/{key}.json")
+            self.remove(f"manifests/{key}.json")
+            if manifest is not None:
+                self.remove_folder(self._path(manifest.data))
+        self.remove(f"manifests/{key}.json")
 
     # --------------------------------------------------------------------- failures and results
 
@@ -229,92 +264,128 @@ class Store:
 
     def failure(self, key: str) -> Failure | None:
         """Why a stage failed the last time, or None."""
-        text = self._read(f"failures/{key}.json")
+        text = self.read(f"failures/{key}.json")
         return None if text is None else Failure.model_validate_json(text)
 
     def clear_failure(self, key: str) -> None:
         """Forget a failure."""
-        self._remove(f"failures/{key}.json")
+        self.remove(f"failures/{key}.json")
+
+    # ------------------------------------------------------------------------------ single files
 
     def write(self, name: str, content: bytes) -> str:
-        """Write one file in one step; returns its full path."""
+        """Write one file in one step; returns its full path.
+
+        Raises:
+            StoreError: if that fails.
+        """
         path = self._path(name)
-        self.fs.makedirs(self.fs._parent(path), exist_ok=True)
-        if self.local:
-            temporary = f"{path}.{uuid.uuid4().hex}"
-            Path(temporary).write_bytes(content)
-            os.replace(temporary, path)
-        else:
-            self.fs.pipe_file(path, content)
+        temporary = f"{path}.{uuid.uuid4().hex}"
+        try:
+            self._make_folder(self.fs._parent(path))
+            if self.local:
+                Path(temporary).write_bytes(content)
+                os.replace(temporary, path)
+            else:
+                self.fs.pipe_file(path, content)
+        except OSError as error:
+            if self.local:
+                Path(temporary).unlink(missing_ok=True)
+            raise _unwritable(self.url, name, error) from error
         return path
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Write one file unless there is one of that name; returns whether it was written.
+
+        Of several that try at one time one succeeds, on local and shared folders, S3 and GCS.
+
+        Raises:
+            StoreError: if it cannot be written for another reason.
+        """
+        path = self._path(name)
+        try:
+            self._make_folder(self.fs._parent(path))
+            if self.local:
+                with open(path, "xb") as file:
+                    file.write(content)
+            else:
+                self.fs.pipe_file(path, content, mode="create")
+        except OSError as error:
+            if _exists_already(error):
+                return False
+            raise _unwritable(self.url, name, error) from error
+        return True
+
     def read(self, name: str) -> bytes | None:
-        """One file that `write` wrote; None if there is none."""
-        return self._read(name)
-
-    # ----------------------------------------------------------------------------------- inside
-
-    def _sweep_partial(self) -> None:
-        newest: dict[str, float] = {}
-        for path in self.fs.glob(self._path("partial/*/*")):
-            key, name = path.rsplit("/", 2)[-2:]
-            newest[key] = max(newest.get(key, 0.0), _attempt_time(name))
-        for key, written in newest.items():
-            if time.time() - written > ORPHAN_SECONDS:
-                logger.info("removing what was kept of %s, which nobody finished", key)
-                self.fs.rm(self._path(f"partial/{key}"), recursive=True)
-
-    def _path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def _names(self, folder: str) -> set[str]:
-        self.fs.invalidate_cache()
-        if not self.fs.isdir(self._path(folder)):
-            return set()
-        paths = self.fs.ls(self._path(folder), detail=False)
-        return {name[:-5] for path in paths if (name := path.rsplit("/", 1)[-1]).endswith(".json")}
-
-    def _read(self, name: str) -> bytes | None:
+        """The content of one file; None if there is none."""
         try:
             content: bytes = self.fs.cat_file(self._path(name))
         except FileNotFoundError:
             return None
         return content
 
-    def _remove(self, name: str) -> None:
+    def remove(self, name: str) -> None:
+        """Remove one file, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._path(name))
 
-    def _damage(self, key: str) -> str | None:
+    def remove_folder(self, path: str) -> None:
+        """Remove a folder, by its full path, with all that it holds, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(path, recursive=True)
+
+    def names(self, folder: str) -> set[str]:
+        """The JSON files of a folder, without `.json`."""
+        try:
+            paths = self.fs.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return set()
+        return {name[:-5] for path in paths if (name := path.rsplit("/", 1)[-1]).endswith(".json")}
+
+    # ----------------------------------------------------------------------------------- inside
+
+    def _make_folder(self, path: str) -> None:
+        if self._folders:
+            self.fs.makedirs(path, exist_ok=True)
+
+    def _sweep_partial(self, leased: Collection[str]) -> None:
+        newest: dict[str, float] = {}
+        for path in self.kept():
+            key, name = path.rsplit("/", 2)[-2:]
+            newest[key] = max(newest.get(key, 0.0), _attempt_time(name))
+        for key, written in newest.items():
+            if key not in leased and time.time() - written > ORPHAN_SECONDS:
+                logger.info("removing what was kept of %s, which nobody finished", key)
+                self.remove_folder(self._path(f"partial/{key}"))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _damage(self, key: str, whole: bool) -> str | None:
         try:
             manifest = self.manifest(key)
         except CorruptArtifactError as error:
             return error.problem
         if manifest is None:
             return "it is not in the store"
-        if self.local and manifest.bytes <= FULL_CHECK_BYTES:
-            return _first_damage(Path(self._path(manifest.data)), manifest)
-        for name, record in manifest.files.items():
-            path = self._path(f"{manifest.data}/{name}")
-            if not self.fs.exists(path):
-                return f"{name} is missing"
-            if self.fs.size(path) != record.bytes:
-                return f"{name} has {self.fs.size(path)} bytes, not {record.bytes}"
-        return None
+        whole = whole or (self.local and manifest.bytes <= FULL_CHECK_BYTES)
+        return _first_damage(self.fs, self._path(manifest.data), manifest, whole=whole)
 
     def _download(self, manifest: Manifest) -> Path:
+        """Copy an artifact into the node's cache: the first process does, others wait for it."""
         cache = Path(tempfile.gettempdir()) / f"calprune-cache-{os.getuid()}"
         folder = cache / manifest.data
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=cache))
-            for name in manifest.files:
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):  # found by the check that follows
-                    source = self._path(f"{manifest.data}/{name}")
-                    self.fs.get_file(source, str(temporary / name))
-            with contextlib.suppress(OSError):  # another process was quicker
-                temporary.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                return folder
+            with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temporary:
+                for name in manifest.files:
+                    target = Path(temporary, "files", name)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with contextlib.suppress(FileNotFoundError):  # found by the check that follows
+                        self.fs.get_file(self._path(f"{manifest.data}/{name}"), str(target))
+                Path(temporary, "files").rename(folder)
         return folder
 
 
@@ -355,19 +426,26 @@ class Attempt:
             finished=time.time(),
         )
         if not self.store.local:
-            for name in manifest.files:
-                self.store.fs.makedirs(
-                    self.store.fs._parent(self.store._path(f"{self.name}/{name}")), exist_ok=True
-                )
-                self.store.fs.put_file(
-                    str(self.folder / name), self.store._path(f"{self.name}/{name}")
-                )
+            self._upload(manifest)
         content = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1)
         self.store.write(f"manifests/{self.key}.json", content.encode())
         self.store.clear_failure(self.key)
         self.committed = True
         self.partial.clear()
         return manifest
+
+    def _upload(self, manifest: Manifest) -> None:
+        try:
+            for name in manifest.files:
+                target = self.store._path(f"{self.name}/{name}")
+                self.store._make_folder(self.store.fs._parent(target))
+                self.store.fs.put_file(str(self.folder / name), target)
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self.store.remove_folder(self.store._path(self.name))
+            if isinstance(error, OSError):
+                raise _unwritable(self.store.url, self.name, error) from error
+            raise
 
 
 class Partial:
@@ -381,7 +459,7 @@ class Partial:
         """Keep a file under its name; it must not change any more."""
         name = f"{self.folder}/{time.time():.0f}-{_sha256(path)}-{path.name}"
         target = self.store._path(name)
-        self.store.fs.makedirs(self.store._path(self.folder), exist_ok=True)
+        self.store._make_folder(self.store._path(self.folder))
         if self.store.local:
             temporary = f"{target}.{uuid.uuid4().hex}"
             _link_or_copy(str(path), temporary)
@@ -425,10 +503,10 @@ class Partial:
 
     def _paths(self) -> list[str]:
         folder = self.store._path(self.folder)
-        self.store.fs.invalidate_cache()
-        if not self.store.fs.isdir(folder):
+        try:
+            return sorted(self.store.fs.ls(folder, detail=False))
+        except FileNotFoundError:
             return []
-        return sorted(self.store.fs.ls(folder, detail=False))
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -448,24 +526,52 @@ def _records(folder: Path) -> dict[str, FileRecord]:
     }
 
 
-def _first_damage(folder: Path, manifest: Manifest) -> str | None:
+def _first_damage(
+    fs: fsspec.AbstractFileSystem, folder: str, manifest: Manifest, *, whole: bool = True
+) -> str | None:
     for name, record in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
+        try:
+            size = fs.size(f"{folder}/{name}")
+            if size != record.bytes:
+                return f"{name} has {size} bytes, not {record.bytes}"
+            if not whole:
+                continue
+            with fs.open(f"{folder}/{name}", "rb") as file:
+                if _digest(file) != record.sha256:
+                    return f"the checksum of {name} is not the one recorded"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != record.bytes:
-            return f"{name} has {path.stat().st_size} bytes, not {record.bytes}"
-        if _sha256(path) != record.sha256:
-            return f"the checksum of {name} is not the one recorded"
     return None
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+        return _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def _unwritable(url: str, name: str, error: OSError) -> StoreError:
+    remedy = "free space there" if error.errno in FULL else "see that it can be written"
+    return StoreError(f"store: {url!r}: {name} cannot be written ({error}); {remedy} and run again")
+
+
+def _exists_already(error: OSError) -> bool:
+    """Whether an exclusive write found a file there; S3 says so in the response it caused."""
+    response = getattr(error.__cause__, "response", {})
+    return isinstance(error, FileExistsError) or response.get("Error", {}).get("Code") in (
+        "PreconditionFailed",
+        "ConditionalRequestConflict",
+    )
+
+
+def _age(path: str) -> float:
+    return time.time() - _attempt_time(path.rsplit("/", 1)[-1])
 
 
 def _attempt_time(name: str) -> float:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cluster.session import ResourceError
 from cluster.store import Store, StoreError
+from jobs import store_commands
 from jobs.check import check
 from jobs.export import export
 from jobs.export_calibration import export_calibration
@@ -38,6 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find out which calibration data prunes a language model best.",
 )
+
+app.add_typer(store_commands.app, name="store")
 
 GridFile = Annotated[Path, typer.Argument(help="Grid file in YAML.", show_default=False)]
 StoreUrl = Annotated[

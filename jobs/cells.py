@@ -18,6 +18,8 @@ from jobs.grid import (
 from pipeline.errors import InputError
 from pipeline.specs import (
     Allocation,
+    Corpus,
+    CorpusMixture,
     DescribeSpec,
     EvaluateSpec,
     FilterSpec,
@@ -30,6 +32,7 @@ from pipeline.specs import (
     ScoreSpec,
     Spec,
     Uniform,
+    WeightedCorpus,
     WindowsSpec,
     data_taker,
     parse_pattern,
@@ -166,11 +169,12 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         generator = _generator(grid, cell, calibration)
         samples = GenerateSpec(
             model=generator,
-            prefixes=grid.corpora[calibration.prefixes],
+            prefixes=_prefixes(grid, calibration),
             num_samples=calibration.num_samples if cell.num_samples is None else cell.num_samples,
             prefix_tokens=calibration.prefix_tokens
             if cell.prefix_tokens is None
             else cell.prefix_tokens,
+            prompt=calibration.prompt,
             seqlen=cell.seqlen,
             top_k=calibration.top_k,
             top_p=calibration.top_p,
@@ -179,6 +183,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             temperature_tokens=calibration.temperature_tokens,
             min_new_tokens=calibration.min_new_tokens,
             repetition_penalty=calibration.repetition_penalty,
+            redraws=calibration.redraws,
             seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
             shard_size=calibration.shard_size,
             backend=calibration.backend,
@@ -192,7 +197,9 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             drop_fraction=calibration.drop_fraction
             if cell.drop_fraction is None
             else cell.drop_fraction,
+            banned_words=calibration.banned_words,
             drop_duplicates=calibration.drop_duplicates,
+            near_duplicate_similarity=calibration.near_duplicate_similarity,
         )
     return WindowsSpec(
         source=source,
@@ -223,6 +230,17 @@ def _pruned_by(cell: Cell, generator: PrunedGenerator) -> Cell:
         seed=cell.seed,
         nsamples=cell.nsamples,
         seqlen=cell.seqlen,
+    )
+
+
+def _prefixes(grid: Grid, calibration: GeneratedCalibration) -> Corpus | CorpusMixture:
+    if isinstance(calibration.prefixes, str):
+        return grid.corpora[calibration.prefixes]
+    return CorpusMixture(
+        parts={
+            name: WeightedCorpus(corpus=grid.corpora[name], weight=weight)
+            for name, weight in calibration.prefixes.items()
+        }
     )
 
 
@@ -277,7 +295,8 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
     if isinstance(calibration, CorpusCalibration):
         _get(grid.corpora, calibration.corpus, f"calibrations.{cell.calibration}.corpus")
         return cell.model_copy(update={**defaults, **dict.fromkeys(GENERATED_FIELDS)})
-    _get(grid.corpora, calibration.prefixes, f"calibrations.{cell.calibration}.prefixes")
+    for name in calibration.corpora:
+        _get(grid.corpora, name, f"calibrations.{cell.calibration}.prefixes")
     for role in ("generator", "scorer"):
         chosen = getattr(calibration, role)
         where = f"calibrations.{cell.calibration}.{role}"
@@ -304,7 +323,8 @@ def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: 
         if not isinstance(calibration, GeneratedCalibration):
             _get(grid.corpora, calibration.corpus, f"calibrations.{name}.corpus")
             return
-        _get(grid.corpora, calibration.prefixes, f"calibrations.{name}.prefixes")
+        for corpus in calibration.corpora:
+            _get(grid.corpora, corpus, f"calibrations.{name}.prefixes")
         if not isinstance(calibration.generator, PrunedGenerator):
             return
         generator = calibration.generator

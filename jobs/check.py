@@ -2,17 +2,22 @@
 
 import contextlib
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jobs.grid import StageResources
 from jobs.plan import Plan
 from pipeline.allocation import allocate
+from pipeline.banned_words import read_words
 from pipeline.corpora import check_corpus
 from pipeline.errors import InputError
+from pipeline.prefixes import check_chat_template, sources
+from pipeline.prefixes import corpora as prefix_corpora
 from pipeline.specs import (
     Corpus,
     EvaluateSpec,
+    FilterSpec,
     GenerateSpec,
     HubModel,
     Model,
@@ -44,6 +49,8 @@ def check(plan: Plan) -> list[str]:
 
     sizes: dict[str, Sequence[int]] = {}
     demands: dict[tuple[str, int, int, bool], Corpus] = {}
+    chats: set[str] = set()
+    lists: set[str] = set()
     for spec in plan.specs.values():
         for model, seqlen in _lengths(spec):
             name = names[_identity(_dense(model))]
@@ -51,6 +58,10 @@ def check(plan: Plan) -> list[str]:
         if isinstance(spec, GenerateSpec) and isinstance(spec.backend, Vllm):
             name = names[_identity(_dense(spec.model))]
             _check_vllm(plan, name, configs[name], spec.backend)
+        if isinstance(spec, GenerateSpec) and spec.prompt == "chat":
+            chats.add(names[_identity(_dense(spec.model))])
+        if isinstance(spec, FilterSpec) and spec.banned_words is not None:
+            lists.add(spec.banned_words.path)
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
             name = names[_identity(_dense(spec.model))]
             _check_pattern(name, configs[name], spec.pattern)
@@ -66,6 +77,10 @@ def check(plan: Plan) -> list[str]:
             note = check_corpus(corpus, nsamples, seqlen, joined=joined)
         if note is not None:
             notes[f"corpora.{name}: {note}"] = None
+    for name in sorted(chats):
+        _check_chat(name, plan.grid.models[name], configs[name])
+    for path in sorted(lists):
+        read_words(path)
     _check_tasks(plan)
     return list(notes)
 
@@ -157,6 +172,20 @@ def _check_vllm(plan: Plan, name: str, config: Any, engine: Vllm) -> None:
         raise InputError("backend.gpu_memory_utilization", engine.gpu_memory_utilization, remedy)
 
 
+def _check_chat(name: str, model: Model, config: Any) -> None:
+    if config is None:  # out of reach
+        return
+    if isinstance(model, PretrainSpec):
+        remedy = f"model {name} is no chat model: take prompt: raw, or another model"
+        raise InputError("prompt", "chat", remedy)
+    from pipeline.models import load_tokenizer
+
+    try:
+        check_chat_template(load_tokenizer(model, {}))
+    except InputError as error:
+        raise InputError(error.field, error.value, f"model {name}: {error.remedy}") from error
+
+
 def _heads(config: Any) -> int | None:
     if isinstance(config, PretrainSpec):
         return config.hidden_size // config.head_dim
@@ -206,8 +235,9 @@ def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
         case WindowsSpec(source=source) if not isinstance(source, StageSpec):
             joined = spec.packing == "concat"
             yield source, spec.nsamples, spec.seqlen, joined
-        case GenerateSpec():
-            yield spec.prefixes, spec.num_samples, max(1, spec.prefix_tokens), False
+        case GenerateSpec(prefix_tokens=tokens) if tokens > 0:
+            for name, count in Counter(sources(spec)).items():
+                yield prefix_corpora(spec)[name], count, tokens, False
         case EvaluateSpec():
             for entry in spec.perplexity:
                 yield entry.corpus, 1, entry.seqlen, True

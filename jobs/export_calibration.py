@@ -13,6 +13,7 @@ from pipeline.specs import FilterSpec, PruneSpec
 
 COLUMNS = {
     "sample_id": "number of the sample",
+    "source": "of mixed corpora, the name of the one that the prefix is from",
     "text": "the text, without special tokens",
     "input_ids": "its token ids as they were generated, the given ones first",
     "prefix_tokens": "how many leading ids were given and not generated, BOS included",
@@ -101,7 +102,8 @@ def card(manifest: Manifest, engines: list[dict[str, Any]]) -> str:
 
 Texts that a language model wrote from short prefixes of real texts, scored and filtered by
 calprune: {report["kept"]} were kept, {report["dropped"]} dropped for their perplexity, \
-{report["duplicates"]} as duplicates and {report["invalid"]} for want of a score.
+{report["duplicates"]} as duplicates, {report["near_duplicates"]} as near duplicates, \
+{report["banned"]} for a banned word and {report["invalid"]} for want of a score.
 
 The licence is unknown: it depends on the terms of the generating model and of the corpus that the
 prefixes come from, both named below.

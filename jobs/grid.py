@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -29,11 +30,13 @@ from pipeline.specs import (
     HubModel,
     LocalModel,
     LocalTasks,
+    Mixture,
     PretrainSpec,
     Pruner,
     Spec,
     TaskSpec,
     TestbedTasksSpec,
+    WordList,
 )
 from pipeline.testbed.presets import PRETRAIN_PRESETS
 
@@ -64,6 +67,11 @@ GridModel = Annotated[
 def named(value: object) -> object:
     """`"wanda"` as `{name: wanda}`: a name alone stands for all defaults."""
     return {"name": value} if isinstance(value, str) else value
+
+
+def _at_path(value: object) -> object:
+    """`"words.txt"` as `{path: words.txt}`."""
+    return {"path": value} if isinstance(value, str) else value
 
 
 def _here(value: object) -> object:
@@ -104,8 +112,13 @@ class PrunedGenerator(Spec):
 class GeneratedCalibration(Spec):
     """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
 
-    prefixes: str
-    """Name of the grid's corpus that prefixes are cut from."""
+    prefixes: Annotated[
+        Annotated[str, Tag("one-corpus")]
+        | Annotated[Mixture, Field(min_length=2), Tag("corpus-mixture")],
+        Discriminator(lambda value: "one-corpus" if isinstance(value, str) else "corpus-mixture"),
+    ]
+    """Name of the grid's corpus that prefixes are cut from, or the names of several and their
+    weights."""
 
     generator: str | PrunedGenerator | None = None
     """What writes: one of the grid's models by name, or `{pruner: magnitude, sparsity: 0.5}` for a
@@ -113,6 +126,7 @@ class GeneratedCalibration(Spec):
 
     num_samples: int = Field(default=5000, ge=1)
     prefix_tokens: int = Field(default=2, ge=0)
+    prompt: Literal["raw", "chat"] = "raw"
     top_k: int = Field(default=50, ge=0)
     top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     temperature: float = Field(default=0.6, ge=0.0)
@@ -120,6 +134,7 @@ class GeneratedCalibration(Spec):
     temperature_tokens: int | None = Field(default=None, ge=1)
     min_new_tokens: int = Field(default=0, ge=0)
     repetition_penalty: float = Field(default=1.2, gt=0.0)
+    redraws: int = Field(default=0, ge=0)
     shard_size: int = Field(default=64, ge=1)
 
     backend: Annotated[Backend, BeforeValidator(_here)] = "transformers"
@@ -134,8 +149,14 @@ class GeneratedCalibration(Spec):
     """Share of the samples with the highest perplexity that is dropped; 0 drops only those that
     have no finite score."""
 
+    banned_words: Annotated[WordList, BeforeValidator(_at_path)] | None = None
+    """Path of a text file with a word or phrase a line, of which no sample may hold one."""
+
     drop_duplicates: bool = False
     """Whether only the first of samples with the same token ids is kept."""
+
+    near_duplicate_similarity: float | None = Field(default=None, ge=0.1, le=1.0)
+    """Jaccard similarity from which on a sample is dropped for an earlier one like it."""
 
     scorer: str | None = None
     """Name of the grid's model by whose perplexity samples are dropped; the one that writes if
@@ -146,6 +167,11 @@ class GeneratedCalibration(Spec):
 
     packing: Literal["sample", "concat"] = "concat"
     """How windows are cut."""
+
+    @property
+    def corpora(self) -> list[str]:
+        """Names of the corpora that prefixes are cut from."""
+        return [self.prefixes] if isinstance(self.prefixes, str) else list(self.prefixes)
 
 
 def _calibration_tag(value: object) -> str | None:
@@ -244,6 +270,14 @@ class StageResources(Spec):
     memory_bytes: int | None = Field(default=None, ge=1)
     replicas: Replicas = Replicas()
     retries: int = Field(default=2, ge=0)
+    time_limit_seconds: float | None = Field(default=None, gt=0.0)
+
+    @field_validator("gpus")
+    @classmethod
+    def _shares_one_or_takes_whole_ones(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("a stage takes a fraction of one GPU, or whole ones: round it")
+        return gpus
 
     def resources(self) -> Resources:
         """The same, as the cluster takes it."""
@@ -339,6 +373,7 @@ def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
     details = error.errors(include_url=False)
     first = details[0]
     tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
+    tags |= {"one-corpus", "corpus-mixture"}
     tags |= {"vllm-engine", "transformers-engine", "CorpusCalibration", "GeneratedCalibration"}
     path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
     field = ".".join(path) or "grid"
@@ -366,9 +401,19 @@ def _with_fingerprints(grid: Grid) -> Grid:
         else model
         for name, model in grid.models.items()
     }
+    calibrations = {name: _with_words(entry) for name, entry in grid.calibrations.items()}
     evaluate = grid.evaluate
     if isinstance(evaluate.task_folder, LocalTasks):
         folder = evaluate.task_folder
         tasks = folder.model_copy(update={"fingerprint": fingerprint(folder.path)})
         evaluate = evaluate.model_copy(update={"task_folder": tasks})
-    return grid.model_copy(update={"corpora": corpora, "models": models, "evaluate": evaluate})
+    named = {"corpora": corpora, "models": models, "calibrations": calibrations}
+    return grid.model_copy(update={**named, "evaluate": evaluate})
+
+
+def _with_words(calibration: GridCalibration) -> GridCalibration:
+    if not isinstance(calibration, GeneratedCalibration) or calibration.banned_words is None:
+        return calibration
+    words = calibration.banned_words
+    words = words.model_copy(update={"fingerprint": fingerprint(words.path)})
+    return calibration.model_copy(update={"banned_words": words})

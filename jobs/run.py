@@ -18,6 +18,7 @@ from rich.progress import (
 import cluster
 import jobs
 import pipeline
+from cluster import leases
 from cluster.graph import Stage, needed
 from cluster.run import Progress as Outcome
 from cluster.run import run
@@ -37,6 +38,7 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
 
     Damaged artifacts are found first, reported, and made again.
     """
+    leases.sweep(store, leases.Observer(store))
     store.sweep()
     present = store.keys() & plan.graph.keys()
     for key, problem in store.damaged(present).items():

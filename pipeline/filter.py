@@ -1,7 +1,7 @@
-"""Drop the samples of highest perplexity, exactly as many as were asked for."""
+"""Drop samples that are of no use, then those of highest perplexity, as many as were asked for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.banned_words import holding, read_words
+from pipeline.duplicates import duplicates, near_duplicates
 from pipeline.errors import InputError
 from pipeline.models import Artifacts
 from pipeline.score import Score
 from pipeline.specs import FilterSpec
+
+Flags = npt.NDArray[np.bool_]
+"""One a sample."""
 
 
 def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
@@ -21,37 +26,56 @@ def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     both with their scores.
 
     Raises:
-        InputError: if none is left.
+        InputError: if none is left, or if the list of banned words cannot be read.
     """
     samples = _read(artifacts[spec.scores.samples.key] / "samples.parquet")
     scores = _read(artifacts[spec.scores.key] / "scores.parquet")
     perplexities = scores["perplexity"].to_numpy()
-    invalid = ~np.isfinite(perplexities)
-    twice = duplicates(samples["token_ids"].to_pylist()) & ~invalid & spec.drop_duplicates
-    once = np.where(twice, np.nan, perplexities)
-    kept = keep(once, scores["sample_id"].to_numpy(), spec.drop_fraction)
+    reasons = np.where(np.isfinite(perplexities), "", "invalid").astype(object)
+    for reason, rejected in _rules(spec):
+        left = np.flatnonzero(reasons == "")
+        reasons[left[rejected(samples.take(left))]] = reason
+    left = reasons == ""
+    kept = keep(
+        np.where(left, perplexities, np.nan), scores["sample_id"].to_numpy(), spec.drop_fraction
+    )
+    reasons[left & ~kept] = "perplexity"
     for column in Score._fields:
         samples = samples.append_column(column, scores[column])
     pq.write_table(samples.filter(pa.array(kept)), output / "samples.parquet")
-    reasons = np.select([invalid, twice], ["invalid", "duplicate"], "perplexity")
-    rejected = samples.append_column("reason", pa.array(reasons)).filter(pa.array(~kept))
-    pq.write_table(rejected, output / "rejected.parquet")
+    told = samples.append_column("reason", pa.array(reasons, pa.string()))
+    pq.write_table(told.filter(pa.array(~kept)), output / "rejected.parquet")
+
+    def count(reason: str) -> int:
+        return int((reasons == reason).sum())
+
     return {
         "kept": int(kept.sum()),
-        "dropped": int((~kept & ~invalid & ~twice).sum()),
-        "invalid": int(invalid.sum()),
-        "duplicates": int(twice.sum()),
+        "dropped": count("perplexity"),
+        "invalid": count("invalid"),
+        "banned": count("banned word"),
+        "duplicates": count("duplicate"),
+        "near_duplicates": count("near duplicate"),
     }
 
 
-def duplicates(token_ids: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
-    """Which samples have the ids of an earlier one, [samples]."""
-    seen: set[tuple[int, ...]] = set()
-    found = []
-    for ids in map(tuple, token_ids):
-        found.append(ids in seen)
-        seen.add(ids)
-    return np.array(found, dtype=np.bool_)
+def _rules(spec: FilterSpec) -> list[tuple[str, Callable[[pa.Table], Flags]]]:
+    """Reasons to reject a sample whatever its perplexity, each tried on what those before left."""
+    rules: list[tuple[str, Callable[[pa.Table], Flags]]] = []
+    if spec.banned_words is not None:
+        words = read_words(spec.banned_words.path)
+        rules.append(("banned word", lambda rows: holding(rows["text"].to_pylist(), words)))
+    if spec.drop_duplicates:
+        rules.append(("duplicate", lambda rows: duplicates(rows["token_ids"].to_pylist())))
+    similarity = spec.near_duplicate_similarity
+    if similarity is not None:
+        rules.append(
+            (
+                "near duplicate",
+                lambda rows: near_duplicates(rows["token_ids"].to_pylist(), similarity),
+            )
+        )
+    return rules
 
 
 def _read(path: Path) -> pa.Table:
@@ -62,7 +86,7 @@ def keep(
     perplexities: npt.NDArray[np.float64],
     sample_ids: npt.NDArray[np.int64],
     drop_fraction: float,
-) -> npt.NDArray[np.bool_]:
+) -> Flags:
     """Which samples stay, [samples].
 
     NaN and infinite perplexities go in any case. Of the n finite ones exactly

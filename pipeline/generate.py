@@ -1,8 +1,7 @@
 """Self-generation: a model goes on from the first few tokens of real texts."""
 
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,27 +10,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import GenerationConfig
 
-from pipeline.corpora import documents
 from pipeline.errors import InputError
 from pipeline.models import Artifacts, load_tokenizer
-from pipeline.sampling import Sampling
+from pipeline.prefixes import read_prefixes, sources
+from pipeline.sampling import Sampling, redraw_seed
 from pipeline.shards import Latest, join_shards, loaded, shard_samples
-from pipeline.specs import GenerateSpec, StageSpec, TestbedCorpus, Vllm, canonical_json
+from pipeline.specs import GenerateSpec, StageSpec, Vllm, canonical_json
 from pipeline.transformers_engine import TransformersEngine
 from pipeline.vllm_engine import VllmEngine
-
-TESTBED_TEXTS_PER_PREFIX = 1000
-"""Where the endless testbed is given up as too short."""
-
-PIECE_CHARACTERS = 32
-"""Characters of a text that are tokenised at first, for each token needed."""
-
-EDGE_TOKENS = 16
-"""Tokens at the end of a cut text that may differ from those of the whole text."""
 
 SCHEMA = pa.schema(
     {
         "sample_id": pa.int64(),
+        "source": pa.string(),
         "prefix_tokens": pa.int32(),
         "token_ids": pa.list_(pa.int32()),
         "text": pa.string(),
@@ -71,11 +62,14 @@ def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path
         sampling=Sampling(**{name: getattr(spec, name) for name in Sampling._fields}),
         seqlen=spec.seqlen,
         seed=spec.seed,
+        redraws=spec.redraws,
     )
-    table = pa.table(
-        {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names},
-        schema=SCHEMA,
-    )
+    columns: dict[str, list[Any]] = {
+        name: [getattr(sample, name) for sample in samples] for name in Sample._fields
+    }
+    origins = sources(spec)
+    columns["source"] = [origins[number] for number in numbers]
+    table = pa.table(columns, schema=SCHEMA)
     facts = canonical_json(engine.facts)
     pq.write_table(table.replace_schema_metadata({"engine": facts}), output / "samples.parquet")
     return _report(table, spec.seqlen, {facts})
@@ -107,75 +101,6 @@ def _report(table: pa.Table, seqlen: int, facts: set[bytes]) -> dict[str, Any]:
         "samples_of_full_length": pc.sum(pc.equal(lengths, seqlen)).as_py(),
         "engines": [json.loads(each) for each in sorted(facts)],
     }
-
-
-# --------------------------------------------------------------------------------------- prefixes
-
-
-def read_prefixes(spec: GenerateSpec, tokenizer: Any) -> list[list[int]]:
-    """The given ids of every sample: BOS if the tokenizer adds it, then `prefix_tokens` of a text.
-
-    Raises:
-        InputError: if the source has too few texts of that many tokens.
-    """
-    if spec.prefix_tokens == 0:
-        return [[start_id(tokenizer)]] * spec.num_samples
-    rows = documents(spec.prefixes, spec.seed)
-    if isinstance(spec.prefixes, TestbedCorpus):
-        rows = itertools.islice(rows, TESTBED_TEXTS_PER_PREFIX * spec.num_samples)
-    texts = (row.text for row in rows)
-    found = list(
-        itertools.islice(text_prefixes(texts, tokenizer, spec.prefix_tokens), spec.num_samples)
-    )
-    if len(found) < spec.num_samples:
-        remedy = (
-            f"{spec.num_samples} texts of at least {spec.prefix_tokens} tokens are needed, "
-            f"{len(found)} were found: lower num_samples or prefix_tokens, or give more text"
-        )
-        raise InputError("prefixes", spec.prefixes.model_dump(exclude_none=True), remedy)
-    return found
-
-
-def text_prefixes(texts: Iterable[str], tokenizer: Any, prefix_tokens: int) -> Iterator[list[int]]:
-    """BOS, if the tokenizer adds it, and the first ids of each text that has enough of them."""
-    leading = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    for text in texts:
-        ids = first_ids(text, tokenizer, prefix_tokens)
-        if len(ids) == prefix_tokens:
-            yield leading + ids
-
-
-def first_ids(text: str, tokenizer: Any, count: int) -> list[int]:
-    """The first `count` ids of a text, fewer if it has fewer, without tokenising all of it."""
-    needed = count + EDGE_TOKENS
-    characters = PIECE_CHARACTERS * needed
-    while True:
-        ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        if len(ids) >= needed or characters >= len(text):
-            return ids[:count]
-        characters *= 2
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself begins a text with BOS."""
-    return tokenizer.bos_token_id is not None and (
-        tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    )
-
-
-def start_id(tokenizer: Any) -> int:
-    """The id that a text without a prefix begins with: BOS, or EOS for want of it.
-
-    Raises:
-        InputError: if the tokenizer has neither.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    remedy = "the tokenizer has neither BOS nor EOS to begin with: give at least one token"
-    raise InputError("prefix_tokens", 0, remedy)
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -217,6 +142,7 @@ def generate_samples(
     sampling: Sampling,
     seqlen: int,
     seed: int = 0,
+    redraws: int = 0,
 ) -> list[Sample]:
     """Go on from each prefix until EOS or `seqlen` tokens, all in one batch.
 
@@ -224,6 +150,8 @@ def generate_samples(
         prefixes: the ids given, at least one of each sample; lengths may differ.
         sample_ids: their numbers.
         seqlen: tokens at the most, the prefix included.
+        redraws: how often those that are shorter are drawn again, as one batch each time; of all
+            draws the longest is kept, of equal ones the first.
 
     Raises:
         InputError: if a prefix leaves no room in `seqlen`, or less than the least to write.
@@ -236,10 +164,25 @@ def generate_samples(
         remedy = f"of {seqlen} tokens a prefix already has {longest}: lower it or raise seqlen"
         raise InputError("min_new_tokens", sampling.min_new_tokens, remedy)
     ends = eos_ids(engine.generation_config, tokenizer)
-    written = engine.write(prefixes, sample_ids, ends, sampling=sampling, seqlen=seqlen, seed=seed)
+    found: list[list[int]] = [[] for _ in prefixes]
+    short = list(range(len(prefixes)))
+    for draw in range(1 + redraws):
+        written = engine.write(
+            [prefixes[place] for place in short],
+            [sample_ids[place] for place in short],
+            ends,
+            sampling=sampling,
+            seqlen=seqlen,
+            seed=redraw_seed(seed, draw) if draw else seed,
+        )
+        for place, row in zip(short, written, strict=True):
+            ids = [*prefixes[place], *until_end(row, ends)[: seqlen - len(prefixes[place])]]
+            found[place] = max(found[place], ids, key=len)
+        short = [place for place in short if len(found[place]) < seqlen]
+        if not short:
+            break
     samples = []
-    for number, prefix, row in zip(sample_ids, prefixes, written, strict=True):
-        ids = [*prefix, *until_end(row, ends)[: seqlen - len(prefix)]]
+    for number, prefix, ids in zip(sample_ids, prefixes, found, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         samples.append(Sample(number, len(prefix), ids, text))
     return samples

@@ -132,6 +132,13 @@ def request_seed(seed: int, sample_id: int) -> int:
     return int(_stream(seed, sample_id).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def redraw_seed(seed: int, draw: int) -> int:
+    """The seed in [0, 2^63) of a later draw of samples, numbered from 1."""
+    # Two numbers in the spawn key: the stream of no sample, which has one.
+    stream = np.random.SeedSequence(seed, spawn_key=(0, draw))
+    return int(stream.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def _stream(seed: int, sample_id: int) -> np.random.SeedSequence:
     # A spawn key, since the entropy [seed, 0] would repeat the stream that orders the documents.
     return np.random.SeedSequence(seed, spawn_key=(sample_id,))

@@ -182,6 +182,26 @@ class TestbedCorpus(Spec):
 
 Corpus = Annotated[HubCorpus | FileCorpus | TestbedCorpus, Field(discriminator="kind")]
 
+
+class WeightedCorpus(Spec):
+    """A corpus and its share of a mixture."""
+
+    corpus: Corpus
+    """The text."""
+
+    weight: float = Field(gt=0.0)
+    """Relative to the other parts' weights; they need not sum to one."""
+
+
+class CorpusMixture(Spec):
+    """Several corpora that prefixes are taken from in turn, as often as their weights say."""
+
+    kind: Literal["corpus-mixture"] = "corpus-mixture"
+
+    parts: dict[str, WeightedCorpus] = Field(min_length=2)
+    """Each under the name that the samples' column `source` gives it."""
+
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -373,17 +393,20 @@ Backend = Annotated[
 class GenerateSpec(StageSpec):
     """Let a model go on from short prefixes of real texts.
 
-    Leaves `samples.parquet`: sample_id, prefix_tokens (how many leading ids were given and not
-    generated, BOS included), token_ids (those first), text.
+    Leaves `samples.parquet`: sample_id, source (of a mixture, the name of the corpus that the
+    prefix is from), prefix_tokens (how many leading ids were given and not generated, BOS
+    included), token_ids (those first), text.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["generate"] = "generate"
 
     model: Model
     """The generator, as a rule the dense model that is to be pruned."""
 
-    prefixes: Corpus
+    prefixes: Annotated[
+        HubCorpus | FileCorpus | TestbedCorpus | CorpusMixture, Field(discriminator="kind")
+    ]
     """Where the prefixes are cut from, one a text."""
 
     num_samples: int = Field(default=5000, ge=1)
@@ -392,6 +415,10 @@ class GenerateSpec(StageSpec):
     prefix_tokens: int = Field(default=2, ge=0)
     """Leading tokens of the source text that are given, BOS not counted; 0 starts from BOS alone,
     or from EOS where there is no BOS."""
+
+    prompt: Literal["raw", "chat"] = "raw"
+    """`raw` goes on from the prefix itself. `chat` makes it a user's message in the tokenizer's
+    chat template, which the model answers; all ids up to the answer are the given ones."""
 
     seqlen: int = Field(default=2048, ge=8)
     """Tokens of a sample at the most, prefix and BOS included; EOS may end it earlier."""
@@ -418,6 +445,10 @@ class GenerateSpec(StageSpec):
     repetition_penalty: float = Field(default=1.2, gt=0.0)
     """Divides (multiplies, if negative) the logits of tokens that are already there."""
 
+    redraws: int = Field(default=0, ge=0)
+    """How often, at the most, a sample that EOS ends before `seqlen` is drawn again, each time with
+    a seed of its own. The longest draw is kept, of equal ones the first."""
+
     seed: int = Field(default=0, ge=0)
     """Draws the texts that prefixes come from and, with the sample's number, every token."""
 
@@ -435,6 +466,21 @@ class GenerateSpec(StageSpec):
             raise ValueError(
                 f"vLLM takes no temperature between 0 and {VLLM_LOWEST_TEMPERATURE}, "
                 f"and {self.temperature} is: raise it, set it to 0, or take backend: transformers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_has_a_message(self) -> "GenerateSpec":
+        if self.prompt == "chat" and self.prefix_tokens == 0:
+            raise ValueError("prompt: chat needs a message: raise prefix_tokens, or take raw")
+        return self
+
+    @model_validator(mode="after")
+    def _another_draw_differs(self) -> "GenerateSpec":
+        if self.redraws and self.temperature == 0:
+            raise ValueError(
+                "redraws at temperature 0 give the same text again: raise temperature, or leave "
+                "them out"
             )
         return self
 
@@ -506,26 +552,43 @@ class ScoreSpec(StageSpec):
         return self.shards()
 
 
+class WordList(Spec):
+    """A UTF-8 text file with a word or phrase a line."""
+
+    path: str = Field(min_length=1)
+    """The file, on any fsspec file system."""
+
+    fingerprint: str | None = None
+    """SHA-256 of the file, filled in when a grid is planned: other words, other key."""
+
+
 class FilterSpec(StageSpec):
     """Drop the samples of highest perplexity.
 
     Leaves `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the same
-    of the others, and reason (`perplexity`, `duplicate`, or `invalid` for want of a finite
-    perplexity).
+    of the others, and reason (`invalid` for want of a finite perplexity, `banned word`,
+    `duplicate`, `near duplicate` or `perplexity`: the first of them that holds).
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     kind: Literal["filter"] = "filter"
 
     scores: ScoreSpec
     """The scores, which name the samples."""
 
     drop_fraction: Fraction = 0.2
-    """Share to drop: exactly round(fraction * samples) go, besides those that have no finite
-    score and duplicates."""
+    """Share to drop: exactly round(fraction * samples) go, besides those that go for another
+    reason."""
+
+    banned_words: WordList | None = None
+    """Words and phrases, of which a sample must hold none, in whatever letter case."""
 
     drop_duplicates: bool = False
     """Of samples with the same token ids keep only the first."""
+
+    near_duplicate_similarity: float | None = Field(default=None, ge=0.1, le=1.0)
+    """Drop a sample that has at least this Jaccard similarity, of sets of runs of five tokens, with
+    an earlier one that is not dropped as a duplicate itself. Unset, none is looked for."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
         """The scores and the samples they belong to."""

@@ -13,8 +13,10 @@ from torch import Tensor
 _ROUNDING = 1e-12
 """Sparsities are decimal: 0.29 * 100 must be 29, not 28.999..., and no other product may change."""
 
-_CACHED = 2**18
+_CACHED = 2**16
 """Scores that are ranked at a time on a CPU, so that they stay in its cache."""
+
+_NAN = "a score is NaN: the weight or its statistics are not finite"
 
 
 def zeros_in(sparsity: float, count: int) -> int:
@@ -62,7 +64,6 @@ def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
         raise ValueError(f"{columns} columns are no multiple of the pattern's {group}")
     grouped = scores.reshape(-1, group)
     if scores.is_cpu:
-        refuse_nan(scores)
         mask = torch.from_numpy(_smallest_of_few(grouped.numpy(), group - kept))
     else:
         mask = smallest_in_rows(grouped, group - kept)
@@ -74,7 +75,7 @@ def refuse_nan(scores: Tensor) -> None:
     ValueError: if a score is NaN.
     """
     if bool(scores.sum().isnan()):  # no score is -inf, so one of them is NaN
-        raise ValueError("a score is NaN: the weight or its statistics are not finite")
+        raise ValueError(_NAN)
 
 
 def _kth_smallest(scores: Tensor, k: int) -> Tensor:
@@ -94,11 +95,14 @@ def _smallest_of_few(
     rank_type = np.min_scalar_type(-group)
     for start in range(0, len(scores), step):
         part = np.ascontiguousarray(scores[start : start + step].T)  # [group, rows]
+        if np.isnan(part.max(initial=0.0)):  # here, where the part is in the cache
+            raise ValueError(_NAN)
         ranks = np.zeros(part.shape, dtype=rank_type)
         for place in range(1, group):
             before = (part[:place] <= part[place]).view(np.int8)  # of equal ones the first
             ranks[place] += np.add.reduce(before, axis=0, dtype=rank_type)
             ranks[:place] -= before
         for place in range(group):
-            mask[start : start + step, place] = ranks[place] < zeros - (group - 1 - place)
+            limit = zeros - (group - 1 - place)
+            np.less(ranks[place], limit, out=mask[start : start + step, place])
     return mask

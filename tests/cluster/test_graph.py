@@ -1,4 +1,4 @@
-from cluster.graph import Stage, descendants, needed
+from cluster.graph import Stage, descendants, needed, readers, unlocked
 
 
 def stage(key: str, *inputs: str) -> Stage:
@@ -31,5 +31,12 @@ def test_what_is_there_is_not_made_and_neither_is_what_only_it_needed() -> None:
 
 
 def test_descendants_are_all_that_reads_a_stage_however_far() -> None:
-    assert descendants(GRAPH, "windows") == {"prune", "evaluate"}
-    assert descendants(GRAPH, "evaluate") == set()
+    assert descendants(readers(GRAPH), "windows") == {"prune", "evaluate"}
+    assert descendants(readers(GRAPH), "evaluate") == set()
+
+
+def test_a_stage_unlocks_as_many_others_as_descend_from_it() -> None:
+    counts = unlocked(GRAPH, needed(GRAPH, ["evaluate", "dense"], ()))
+    assert counts == {key: len(descendants(readers(GRAPH), key)) for key in GRAPH}
+    assert counts == {"pretrain": 4, "windows": 2, "prune": 1, "evaluate": 0, "dense": 0}
+    assert unlocked(GRAPH, ["windows", "evaluate"]) == {"windows": 0, "evaluate": 0}

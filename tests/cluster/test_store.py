@@ -1,13 +1,19 @@
+import contextlib
 import hashlib
 import os
+import shutil
+import subprocess
 import time
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store, StoreError
+from tests.s3 import BUCKET, S3Server
 
 FACTS: dict[str, Any] = {
     "kind": "windows",
@@ -28,10 +34,19 @@ def put(store: Store, key: str, **files: bytes) -> Manifest:
         return attempt.commit(**FACTS)
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    url = str(tmp_path / "store") if request.param == "folder" else f"memory://{uuid.uuid4().hex}"
-    return Store(url)
+    name = uuid.uuid4().hex
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return Store(f"s3://{BUCKET}/{name}")
+    return Store(str(tmp_path / "store") if request.param == "folder" else f"memory://{name}")
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    """All files of a store, by their path in it."""
+    paths = store.fs.find(store.root)
+    return {path.removeprefix(f"{store.root}/"): store.fs.cat_file(path) for path in paths}
 
 
 def test_an_artifact_comes_back_as_it_was_written(store: Store) -> None:
@@ -45,9 +60,7 @@ def test_an_artifact_comes_back_as_it_was_written(store: Store) -> None:
     assert store.damaged(["windows-1"]) == {}
 
 
-def test_an_attempt_that_raises_leaves_no_artifact_and_no_files(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-
+def test_an_attempt_that_raises_leaves_no_artifact_and_no_files(store: Store) -> None:
     def break_off() -> None:
         with store.attempt("windows-1") as attempt:
             (attempt.folder / "half").write_bytes(b"half")
@@ -56,7 +69,7 @@ def test_an_attempt_that_raises_leaves_no_artifact_and_no_files(tmp_path: Path) 
     with pytest.raises(ZeroDivisionError):
         break_off()
     assert store.keys() == set()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert contents(store) == {}
 
 
 def test_files_without_a_manifest_are_no_artifact(store: Store) -> None:
@@ -75,8 +88,7 @@ def test_a_flipped_byte_is_found_and_never_read(tmp_path: Path) -> None:
         Store(str(tmp_path)).fetch("windows-1")
 
 
-def test_a_flipped_byte_in_a_remote_store_is_found_when_it_is_read(tmp_path: Path) -> None:
-    store = Store(f"memory://{uuid.uuid4().hex}")
+def test_a_flipped_byte_is_found_when_it_is_read(store: Store) -> None:
     manifest = put(store, "windows-1", a=b"alpha")
     store.write(f"{manifest.data}/deep/a", b"alphb")
     with pytest.raises(CorruptArtifactError, match="checksum of deep/a"):
@@ -114,14 +126,43 @@ def test_a_discarded_artifact_can_be_made_again(store: Store) -> None:
     assert (store.fetch("windows-1") / "deep/a").read_bytes() == b"beta"
 
 
-def test_of_two_writers_of_one_key_one_whole_artifact_stays(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+def test_of_two_writers_of_one_key_one_whole_artifact_stays(store: Store) -> None:
     with store.attempt("windows-1") as first, store.attempt("windows-1") as second:
         (first.folder / "a").write_bytes(b"first")
         (second.folder / "a").write_bytes(b"second")
         second.commit(**FACTS)
         first.commit(**FACTS)
-    assert (Store(str(tmp_path)).fetch("windows-1") / "a").read_bytes() == b"first"
+    assert (Store(store.url).fetch("windows-1") / "a").read_bytes() == b"first"
+
+
+def test_writers_of_one_key_at_one_time_leave_one_whole_artifact(store: Store) -> None:
+    def write(number: int) -> Manifest:
+        return put(Store(store.url), "windows-1", a=bytes([number]) * 5000, b=bytes([number]))
+
+    with ThreadPoolExecutor(4) as pool:
+        written = list(pool.map(write, range(8)))
+    assert store.manifest("windows-1") in written
+    folder = store.fetch("windows-1")
+    assert (folder / "deep/a").read_bytes() == (folder / "deep/b").read_bytes() * 5000
+
+
+def test_of_several_that_create_one_file_one_does(store: Store) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda word: store.create("leases/k.json", word), [b"a", b"b"] * 4))
+    assert done.count(True) == 1
+    assert store.read("leases/k.json") in (b"a", b"b")
+    assert store.names("leases") == {"k"}
+
+
+def test_those_of_a_node_that_want_one_remote_artifact_fetch_it_once(s3: S3Server) -> None:
+    store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    manifest = put(store, "windows-1", a=b"alpha" * 1000, b=b"beta")
+    before = len(s3.requests)
+    with ThreadPoolExecutor(4) as pool:  # the lock is a file's, so threads stand for processes
+        folders = set(pool.map(lambda _: Store(store.url).fetch("windows-1"), range(4)))
+    assert len(folders) == 1
+    fetched = [each for each in s3.requests[before:] if manifest.data in each and "GET" in each]
+    assert len(fetched) == 2
 
 
 def test_success_clears_a_failure(store: Store) -> None:
@@ -213,6 +254,85 @@ def test_the_sweep_takes_what_was_kept_only_if_nothing_was_added_for_a_day(tmp_p
     store.sweep()
     left = sorted(path.name for path in (tmp_path / "store/partial").rglob("*-layer-*"))
     assert left == sorted(["7-aa-layer-0", f"{now}-bb-layer-1"])
+
+
+def test_the_sweep_leaves_what_a_lease_says_is_being_made(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for name in ("data/windows-1/7-old/a", "partial/windows-1/7-aa-layer-0"):
+        store.write(name, b"")
+    store.create("leases/windows-1.json", b"run")
+    store.sweep()
+    assert sorted(contents(store)) == [
+        "data/windows-1/7-old/a",
+        "leases/windows-1.json",
+        "partial/windows-1/7-aa-layer-0",
+    ]
+    store.remove("leases/windows-1.json")
+    store.sweep()
+    assert contents(store) == {}
+
+
+def test_throttling_and_server_errors_are_waited_out(s3: S3Server) -> None:
+    store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    s3.every, s3.refused = 3, 0
+    try:
+        for number in range(2):
+            put(store, f"windows-{number}", a=bytes([number]) * 1000)
+        assert len(store.keys()) == 2
+        for number in range(2):
+            assert store.create(f"leases/{number}.json", b"")
+            folder = Store(store.url).fetch(f"windows-{number}")
+            assert (folder / "deep/a").read_bytes() == bytes([number]) * 1000
+    finally:
+        s3.every = 0
+    assert s3.refused > 3
+
+
+def test_a_server_that_only_fails_ends_in_an_error_and_nothing_readable(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    put(store, "windows-1", a=b"alpha")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    impatient = Store(store.url)
+    impatient.fs = type(store.fs)(skip_instance_cache=True)
+    s3.every = 1
+    try:
+        with pytest.raises(StoreError, match=r"store: .*cannot be written.*run again"):
+            put(impatient, "windows-2", a=b"beta")
+    finally:
+        s3.every = 0
+    assert store.keys() == {"windows-1"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_in_an_error_that_says_so_and_nothing_readable(small_disk: Path) -> None:
+    store = Store(str(small_disk))
+    put(store, "windows-1", a=b"alpha")
+    with pytest.raises(OSError, match="No space left"):
+        put(store, "windows-2", a=bytes(2 << 20))
+    assert store.keys() == {"windows-1"}
+    assert not list(small_disk.glob("data/windows-2/*"))
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    with pytest.raises(StoreError, match=r"cannot be written.*No space.*free space there"):
+        store.write("results/small.csv", bytes(8192))
+    assert not list(small_disk.glob("results/*"))
+    assert store.damaged(["windows-1"]) == {}
 
 
 def test_a_store_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:

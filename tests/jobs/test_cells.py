@@ -1,14 +1,17 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.cells import Cell, describe_spec, evaluate_spec, expand, prune_spec
 from jobs.grid import Grid
+from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
 from pipeline.specs import (
     OWL,
     ArithmeticProgression,
+    CorpusMixture,
     FilterSpec,
     Magnitude,
     PruneSpec,
@@ -165,9 +168,20 @@ def test_another_model_of_the_grid_can_score(content: Content, load: Load) -> No
         expand(load(content))
 
 
-def test_options_of_a_calibration_reach_its_stages(content: Content, load: Load) -> None:
-    options = {"min_new_tokens": 9, "temperature_end": 0.2, "temperature_tokens": 5}
-    content["calibrations"]["own"] |= {**options, "drop_duplicates": True}
+def test_options_of_a_calibration_reach_its_stages(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    options = {
+        "min_new_tokens": 9,
+        "temperature_end": 0.2,
+        "temperature_tokens": 5,
+        "prompt": "chat",
+        "redraws": 3,
+    }
+    filtering = {"drop_duplicates": True, "near_duplicate_similarity": 0.7}
+    words = tmp_path / "words.txt"
+    words.write_text("bad")
+    content["calibrations"]["own"] |= {**options, **filtering, "banned_words": str(words)}
     grid = load(content)
     cell = next(cell for cell in expand(grid) if cell.calibration == "own")
     pruned = prune_spec(grid, cell)
@@ -175,8 +189,30 @@ def test_options_of_a_calibration_reach_its_stages(content: Content, load: Load)
     assert pruned.calibration is not None
     source = pruned.calibration.source
     assert isinstance(source, FilterSpec)
-    assert source.drop_duplicates
+    assert {name: getattr(source, name) for name in filtering} == filtering
+    assert source.banned_words is not None
+    assert source.banned_words.fingerprint == fingerprint(str(words))
     assert {name: getattr(source.scores.samples, name) for name in options} == options
+
+
+def test_prefixes_of_several_corpora_are_mixed_by_weight(content: Content, load: Load) -> None:
+    content["calibrations"]["own"]["prefixes"] = {"other": 3, "true": 1}
+    grid = load(content)
+    cell = next(cell for cell in expand(grid) if cell.calibration == "own")
+    pruned = prune_spec(grid, cell)
+    assert pruned is not None
+    assert pruned.calibration is not None
+    source = pruned.calibration.source
+    assert isinstance(source, FilterSpec)
+    mixture = source.scores.samples.prefixes
+    assert isinstance(mixture, CorpusMixture)
+    assert {name: part.weight for name, part in mixture.parts.items()} == {"other": 3, "true": 1}
+    assert {name: part.corpus for name, part in mixture.parts.items()} == {
+        name: grid.corpora[name] for name in ("other", "true")
+    }
+    content["calibrations"]["own"]["prefixes"] = {"other": 3, "ture": 1}
+    with pytest.raises(InputError, match=r"calibrations\.own\.prefixes: 'ture'.*'true'"):
+        expand(load(content))
 
 
 def test_one_generation_seed_shares_the_texts_between_seeds(content: Content, load: Load) -> None:

@@ -83,3 +83,47 @@ def test_layers_count_by_the_sizes_that_a_models_configuration_gives(
         checked(content, load, hand(0.4, 0.6, 0.4, 0.6))
     with pytest.raises(InputError, match="has 3 entries, but the model has 4 decoder layers"):
         checked(content, load, hand(0.4, 0.5, 0.6))
+
+
+def test_a_chat_needs_a_model_with_a_template(
+    content: Content, load: Load, uneven: dict[str, str]
+) -> None:
+    own = content["calibrations"]["own"] | {"prompt": "chat"}
+    content["calibrations"]["own"] = own
+    content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
+    with pytest.raises(InputError, match="prompt: 'chat': model testbed is no chat model"):
+        check(make_plan(load(content)))
+    content["models"]["writer"] = uneven
+    own["generator"] = "writer"
+    with pytest.raises(InputError, match="prompt: 'chat': model writer: the tokenizer has no chat"):
+        check(make_plan(load(content)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(uneven["path"])
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(uneven["path"])
+    assert check(make_plan(load(content))) == []
+
+
+def test_every_part_of_a_mixture_must_have_texts_for_its_share(
+    content: Content, load: Load
+) -> None:
+    """The file has 90 texts."""
+    content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
+    own = content["calibrations"]["own"]
+    own |= {"num_samples": 120, "prefixes": {"notes": 3, "other": 1}}
+    assert check(make_plan(load(content))) == []
+    own["num_samples"] = 124
+    with pytest.raises(InputError, match=r"corpora\.notes: .*93 texts of at least 2 tokens"):
+        check(make_plan(load(content)))
+    own["prefix_tokens"] = 0  # nothing is read
+    assert check(make_plan(load(content))) == []
+
+
+def test_a_list_without_words_is_found_before_anything_runs(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("\n")
+    content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
+    content["calibrations"]["own"]["banned_words"] = str(path)
+    with pytest.raises(InputError, match=r"banned_words: .*holds no word"):
+        check(make_plan(load(content)))

@@ -49,6 +49,20 @@ def test_other_text_under_the_same_path_is_another_corpus(content: Content, load
         ({"corpora": {"c": {"kind": "file-corpus", "path": "none*.txt"}}}, r"none\*\.txt"),
         ({"calibrations": {"c": {"corpsu": "x"}}}, r"calibrations\.c: .*give corpus"),
         ({"calibrations": {"c": {"prefixes": "x", "topk": 1}}}, r"calibrations\.c\.topk: 1: there"),
+        ({"calibrations": {"c": {"prefixes": {"x": 1}}}}, r"c\.prefixes: .*at least 2 items"),
+        (
+            {"calibrations": {"c": {"prefixes": {"x": 1, "y": 0}}}},
+            r"c\.prefixes\.y: 0: .*greater than 0",
+        ),
+        ({"calibrations": {"c": {"prefixes": ["x"]}}}, r"c\.prefixes: .*valid dictionary"),
+        (
+            {"calibrations": {"c": {"prefixes": "x", "banned_words": "no-list.txt"}}},
+            r"no-list\.txt.*no file is there",
+        ),
+        (
+            {"calibrations": {"c": {"prefixes": "x", "near_duplicate_similarity": 80}}},
+            r"c\.near_duplicate_similarity: 80: .*less than or equal to 1",
+        ),
         ({"evaluate": {"tasks": ["a", "b", "a"]}}, r"evaluate: .*'a' is measured twice"),
         ({"evaluate": {}}, r"evaluate: .*measures nothing"),
         (
@@ -67,6 +81,18 @@ def test_a_wrong_grid_is_named_with_its_field_and_value(
     with pytest.raises(InputError, match=message) as caught:
         load(content)
     assert len(str(caught.value)) < 300
+
+
+def test_other_banned_words_under_the_same_path_are_another_calibration(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    words = tmp_path / "words.txt"
+    content["calibrations"]["own"]["banned_words"] = str(words)
+    found = []
+    for text in ("bad", "worse", "bad"):
+        words.write_text(text)
+        found.append(load(content).calibrations["own"])
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,31 @@
-"""Two replicas of the real engine on Ray, one of which is killed."""
+"""A grid whose text the real engine writes: on two replicas, of which one is killed in the middle
+of a shard, and in this process alone."""
 
 import functools
+import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from cluster.graph import Resources, Stage
-from cluster.run import run
+from cluster.graph import needed
+from cluster.run import Maker, Replica, run
 from cluster.store import Partial, Store
+from jobs.check import check
+from jobs.gather import gather, write_table
+from jobs.grid import Grid
+from jobs.plan import Plan, make_plan
 from jobs.stages import execute
-from pipeline import generate
-from pipeline.specs import GenerateSpec, LocalModel, StageSpec, TestbedCorpus, Vllm
+from pipeline.specs import GenerateSpec, ShardSpec
 from pipeline.vllm_engine import vllm_version
 
+Content = dict[str, Any]
+
 STEPS_BEFORE_DEATH = 10
-
-
-def stage(spec: StageSpec, pool: str | None) -> Stage:
-    return Stage(
-        key=spec.key,
-        kind=spec.kind,
-        label=spec.key,
-        spec={},
-        payload=spec.model_dump_json(),
-        inputs=tuple(before.key for before in spec.inputs()),
-        resources=Resources(min_replicas=2, max_replicas=2),
-        pool=pool,
-    )
 
 
 def execute_or_die(
@@ -66,42 +61,82 @@ def execute_or_die(
     return report
 
 
+@pytest.fixture
+def plan(content: Content, load: Callable[[Content], Grid], tiny_model_folder: Path) -> Plan:
+    model = {"kind": "local-model", "path": str(tiny_model_folder / "model"), "dtype": "float32"}
+    content["models"] = {"testbed": model}
+    content["calibrations"]["own"] = {
+        "prefixes": {"true": 2, "other": 1},
+        "num_samples": 48,
+        "shard_size": 12,
+        "backend": {"name": "vllm", "enforce_eager": True},
+        "drop_duplicates": True,
+    }
+    content["cells"] = {
+        "model": "testbed",
+        "calibration": "own",
+        "pruner": "wanda",
+        "sparsity": [0.5, "2:4"],
+        "nsamples": 8,
+        "seqlen": 48,
+    }
+    del content["evaluate"]["tasks"], content["evaluate"]["task_folder"]
+    content["resources"] = {"generate": {"replicas": 2}}
+    plan = make_plan(load(content))
+    assert check(plan) == []
+    return plan
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """What making stages in this process changes in it is put back."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(strict)
+
+
+def table_bytes(plan: Plan, store: Store) -> bytes:
+    write_table(gather(plan, store), plan.grid.name, store)
+    return Path(store.url, f"results/{plan.grid.name}.csv").read_bytes()
+
+
+def files(store: Store) -> dict[str, Any]:
+    paths = Path(store.url, "manifests").glob("*.json")
+    return {path.stem: json.loads(path.read_text())["files"] for path in paths}
+
+
 @pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed; see the Makefile")
-@pytest.mark.usefixtures("local_ray")
-def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_only(
-    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("local_ray", "as_before")
+def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_and_no_byte(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    spec = GenerateSpec(
-        model=LocalModel(path=str(tiny_model_folder / "model"), dtype="float32"),
-        prefixes=TestbedCorpus(mixture={"facts": 1.0, "code": 1.0}),
-        num_samples=48,
-        seqlen=48,
-        shard_size=12,
-        backend=Vllm(enforce_eager=True),
-    )
-    shards = spec.shards()
-    plan = {each.key: stage(each, "replicas") for each in shards}
-    plan[spec.key] = stage(spec, None)
+    shards = [
+        key
+        for key, spec in plan.specs.items()
+        if isinstance(spec, ShardSpec) and isinstance(spec.of, GenerateSpec)
+    ]
+    assert len(shards) == 4
     notes = tmp_path / "notes"
     notes.mkdir()
-    victim = plan[shards[1].key].payload
-    store = Store(str(tmp_path / "store"))
-    dying = functools.partial(execute_or_die, victim=victim, notes=notes)
-    outcome = run(plan, [spec.key], dying, store, {})
+    dying = functools.partial(execute_or_die, victim=plan.graph[shards[1]].payload, notes=notes)
+    together = Store(str(tmp_path / "together"))
+    outcome = run(plan.graph, list(plan.cells), dying, together, {})
     assert outcome.failed == {}
     assert (notes / "died").exists()
 
     attempts = [line.split() for line in (notes / "attempts").read_text().splitlines()]
     assert sum(is_victim == "True" for _, is_victim, _ in attempts) == 2
-    assert len(attempts) == len(shards) + 1 + 1  # the join, and the victim once more
+    assert len(attempts) == len(outcome.made) + 1  # the victim once more, and nothing else
     assert all(visible == str(None) for _, _, visible in attempts)  # not blanked
     caches = [path.read_text() for path in notes.glob("cache-*")]
     assert len(set(caches)) == len(caches)
 
-    for shard in shards:  # the same bytes as from one engine in one process
-        folder = tmp_path / shard.key
-        folder.mkdir()
-        generate.run_shard(spec, shard.index, {}, folder)
-        alone = (folder / "samples.parquet").read_bytes()
-        assert (store.fetch(shard.key) / "samples.parquet").read_bytes() == alone
+    alone = Store(str(tmp_path / "alone"))
+    maker = Maker(execute, alone.url, versions={}, run="alone")
+    for key in needed(plan.graph, list(plan.cells), ()):
+        Replica().make(plan.graph[key], maker, frozenset())
+    assert files(together) == files(alone)
+    assert table_bytes(plan, together) == table_bytes(plan, alone)
+    assert b",missing," not in table_bytes(plan, alone)

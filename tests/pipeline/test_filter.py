@@ -15,11 +15,13 @@ from pipeline.errors import InputError
 from pipeline.filter import keep
 from pipeline.generate import SCHEMA
 from pipeline.score import Score
-from pipeline.specs import FileCorpus, FilterSpec, GenerateSpec, LocalModel, ScoreSpec
+from pipeline.specs import FileCorpus, FilterSpec, GenerateSpec, LocalModel, ScoreSpec, WordList
 
 PERPLEXITY = st.one_of(
     st.floats(1.0, 100.0), st.sampled_from([2.0, 3.0, math.inf, math.nan, -math.inf])
 )
+
+NO_OTHERS = {"banned": 0, "near_duplicates": 0}
 
 
 def kept(perplexities: list[float], fraction: float, ids: list[int] | None = None) -> list[int]:
@@ -72,6 +74,7 @@ def test_of_equal_samples_the_first_is_kept_and_they_do_not_count_in_the_share(
     ids = [[1, 2], [1], [1, 2], [3], [4], [4], [1, 2]]
     columns = {
         "sample_id": range(7),
+        "source": [None] * 7,
         "prefix_tokens": [1] * 7,
         "token_ids": ids,
         "text": [""] * 7,
@@ -85,7 +88,7 @@ def test_of_equal_samples_the_first_is_kept_and_they_do_not_count_in_the_share(
     output = tmp_path / "output"
     output.mkdir()
     report = filtering.run(spec, artifacts, output)
-    assert report == {"kept": 2, "dropped": 1, "invalid": 2, "duplicates": 2}
+    assert report == {"kept": 2, "dropped": 1, "invalid": 2, "duplicates": 2, **NO_OTHERS}
     rejected = pq.read_table(output / "rejected.parquet")
     assert rejected["sample_id"].to_pylist() == [1, 2, 4, 5, 6]
     assert rejected["reason"].to_pylist() == [
@@ -95,6 +98,58 @@ def test_of_equal_samples_the_first_is_kept_and_they_do_not_count_in_the_share(
         "invalid",
         "duplicate",
     ]
+
+
+def test_a_sample_has_the_first_reason_that_holds_and_the_share_is_of_the_rest(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "words.txt").write_text("Bad\n\n")
+    model = LocalModel(path="model")
+    samples = GenerateSpec(model=model, prefixes=FileCorpus(path="texts.txt"), num_samples=8)
+    scores = ScoreSpec(samples=samples, model=model)
+    long = list(range(60))
+    like = [*long[:-1], 99]
+    columns = {
+        "sample_id": range(8),
+        "source": [None] * 8,
+        "prefix_tokens": [1] * 8,
+        # The second is like the first, which does not count, since it holds the word.
+        "token_ids": [long, like, like, [*long[:-2], 98, 99], [1], [2], [3], [4]],
+        "text": ["a bad one", "good", "good", "good", "bad", "", "badly", ""],
+    }
+    pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
+    perplexities = [1.0, 2.0, 2.0, 3.0, math.nan, 9.0, 4.0, 5.0]
+    marks: dict[str, Any] = {"sample_id": range(8), **dict.fromkeys(Score._fields, [1.0] * 8)}
+    pq.write_table(pa.table({**marks, "perplexity": perplexities}), tmp_path / "scores.parquet")
+    spec = FilterSpec(
+        scores=scores,
+        drop_fraction=0.25,
+        banned_words=WordList(path=str(tmp_path / "words.txt")),
+        drop_duplicates=True,
+        near_duplicate_similarity=0.8,
+    )
+    output = tmp_path / "output"
+    output.mkdir()
+    report = filtering.run(spec, dict.fromkeys((samples.key, scores.key), tmp_path), output)
+    rejected = pq.read_table(output / "rejected.parquet")
+    reasons = dict(
+        zip(rejected["sample_id"].to_pylist(), rejected["reason"].to_pylist(), strict=True)
+    )
+    assert reasons == {
+        0: "banned word",
+        2: "duplicate",
+        3: "near duplicate",
+        4: "invalid",
+        5: "perplexity",
+    }
+    assert report == {
+        "kept": 3,
+        "dropped": 1,
+        "invalid": 1,
+        "banned": 1,
+        "duplicates": 1,
+        "near_duplicates": 1,
+    }
 
 
 def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> None:
@@ -108,6 +163,7 @@ def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> 
     numbers = [4, 2, 0, 1, 3]
     columns = {
         "sample_id": numbers,
+        "source": [f"source {number}" for number in numbers],
         "prefix_tokens": [number % 3 for number in numbers],
         "token_ids": [[number] * (number + 1) for number in numbers],
         "text": [f"text {number}" for number in numbers],
@@ -123,7 +179,7 @@ def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> 
 
     report = filtering.run(FilterSpec(scores=scores, drop_fraction=0.25), artifacts, output)
 
-    assert report == {"kept": 3, "dropped": 1, "invalid": 1, "duplicates": 0}
+    assert report == {"kept": 3, "dropped": 1, "invalid": 1, "duplicates": 0, **NO_OTHERS}
     table = pq.read_table(output / "samples.parquet")
     rejected = pq.read_table(output / "rejected.parquet")
     reasons = rejected["reason"].to_pylist()
@@ -139,6 +195,7 @@ def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> 
         assert row.pop("perplexity") == pytest.approx(marks["perplexity"][number], nan_ok=True)
         assert row == {
             "sample_id": number,
+            "source": f"source {number}",
             "prefix_tokens": number % 3,
             "token_ids": [number] * (number + 1),
             "text": f"text {number}",

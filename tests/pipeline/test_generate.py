@@ -1,7 +1,7 @@
 import copy
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +25,15 @@ from transformers import (
 
 from pipeline import generate
 from pipeline.errors import InputError
-from pipeline.generate import (
-    Sample,
-    adds_bos,
-    first_ids,
-    generate_samples,
-    read_prefixes,
-    text_prefixes,
-)
+from pipeline.generate import Sample, generate_samples
+from pipeline.prefixes import adds_bos, first_ids, read_prefixes, text_prefixes
 from pipeline.sampling import (
     InverseCdf,
     RepetitionPenalty,
     Sampling,
     logits_processors,
+    redraw_seed,
+    request_seed,
     uniform_numbers,
 )
 from pipeline.score import score_samples
@@ -228,7 +224,7 @@ def test_too_few_texts_are_refused_with_both_counts(spec: GenerateSpec) -> None:
 def test_the_endless_testbed_is_given_up_when_its_texts_are_too_short(
     spec: GenerateSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "TESTBED_TEXTS_PER_PREFIX", 3)
+    monkeypatch.setattr("pipeline.prefixes.TESTBED_TEXTS_PER_PREFIX", 3)
     corpus = TestbedCorpus(mixture={"facts": 1.0})
     endless = changed(spec, prefixes=corpus, prefix_tokens=100_000)
     with pytest.raises(InputError, match="0 were found"):
@@ -304,6 +300,66 @@ def test_no_sample_ends_before_its_least_length(model: Any) -> None:
             assert ids[place] == scores.argmax()
     with pytest.raises(InputError, match="min_new_tokens: 19: of 24 tokens a prefix already has 6"):
         generated(ending, RAGGED, GREEDY._replace(min_new_tokens=19))
+
+
+def test_a_sample_that_ends_early_is_drawn_again_and_the_longest_draw_kept(model: Any) -> None:
+    ending = copy.deepcopy(model)
+    ending.generation_config.eos_token_id = list(range(2, 40))
+    hot = Sampling(1.5, 0, 1.0, 1.0)
+    engine, numbers = TransformersEngine(ending), range(len(RAGGED))
+
+    def drawn(seed: int, redraws: int = 0) -> list[Sample]:
+        return generate_samples(
+            engine,
+            WITH_BOS,
+            RAGGED,
+            numbers,
+            sampling=hot,
+            seqlen=24,
+            seed=seed,
+            redraws=redraws,
+        )
+
+    draws = [drawn(3), *(drawn(redraw_seed(3, draw)) for draw in (1, 2, 3))]
+    for redraws in (0, 1, 3):
+        for place, sample in enumerate(drawn(3, redraws)):
+            own = [draw[place] for draw in draws[: redraws + 1]]
+            assert sample == next(one for one in own if len(one.token_ids) == longest(own))
+    assert sum(longest([draw[place] for draw in draws]) < 24 for place in numbers) > 0
+    assert drawn(3, 3) != drawn(3)
+
+
+def longest(samples: list[Sample]) -> int:
+    return max(len(sample.token_ids) for sample in samples)
+
+
+def test_a_sample_that_is_full_is_not_drawn_again(model: Any) -> None:
+    class Counting(TransformersEngine):
+        rows: ClassVar[list[list[int]]] = []
+
+        def write(self, prefixes: Any, sample_ids: Any, *rest: Any, **named: Any) -> Any:
+            self.rows.append(list(sample_ids))
+            return super().write(prefixes, sample_ids, *rest, **named)
+
+    ending = copy.deepcopy(model)
+    ending.generation_config.eos_token_id = list(range(2, 10))
+    engine = Counting(ending)
+    hot = Sampling(1.5, 0, 1.0, 1.0)
+    samples = generate_samples(
+        engine, WITH_BOS, RAGGED, range(5), sampling=hot, seqlen=24, redraws=9
+    )
+    assert engine.rows[0] == [0, 1, 2, 3, 4]
+    assert 2 <= len(engine.rows) <= 10
+    for before, after in itertools.pairwise(engine.rows):
+        assert set(after) <= set(before)
+    assert len(engine.rows) == 10 or all(len(sample.token_ids) == 24 for sample in samples)
+
+
+def test_later_draws_have_seeds_of_their_own() -> None:
+    seeds = [redraw_seed(seed, draw) for seed in range(20) for draw in range(1, 20)]
+    taken = [request_seed(seed, sample) for seed in range(20) for sample in range(50)]
+    assert len({*seeds, *taken}) == len(seeds) + len(taken)
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize("tokens", [None, 4])
@@ -517,9 +573,9 @@ def test_another_seed_gives_other_prefixes_in_order_and_other_tokens(
 def test_the_columns_have_the_promised_types(spec: GenerateSpec, tmp_path: Path) -> None:
     made(spec, tmp_path)
     schema = pq.read_schema(tmp_path / "joined" / "samples.parquet")
-    assert schema.names == ["sample_id", "prefix_tokens", "token_ids", "text"]
+    assert schema.names == ["sample_id", "source", "prefix_tokens", "token_ids", "text"]
     types = [str(field.type).split("<")[0] for field in schema]
-    assert types == ["int64", "int32", "list", "string"]
+    assert types == ["int64", "string", "int32", "list", "string"]
     assert str(schema.field("token_ids").type.value_type) == "int32"
 
 

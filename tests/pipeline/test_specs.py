@@ -238,11 +238,16 @@ def test_contradictory_prunings_are_refused(fields: dict[str, object], words: st
         ({"temperature_end": 0.5, "temperature": 0.0}, "needs a temperature above 0"),
         ({"temperature_end": 0.5, "backend": "vllm"}, "leave temperature_end out"),
         ({"temperature_end": 0.0}, "temperature_end"),
+        ({"prompt": "chat", "prefix_tokens": 0}, "chat needs a message: raise prefix_tokens"),
+        ({"redraws": 2, "temperature": 0.0}, "redraws at temperature 0 give the same text"),
+        ({"redraws": -1}, "redraws"),
+        ({"prompt": "cooked"}, "prompt"),
+        ({"prefixes": {"kind": "corpus-mixture", "parts": {}}}, "parts"),
     ],
 )
 def test_contradictory_generations_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
-        GenerateSpec(model=HubModel(name="m"), prefixes=HubCorpus(path="c"), **fields)  # type: ignore[arg-type]
+        GenerateSpec(**{"model": HubModel(name="m"), "prefixes": HubCorpus(path="c"), **fields})  # type: ignore[arg-type]
 
 
 def test_data_for_a_pruner_that_takes_none_is_refused() -> None:

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 
 from pipeline import generate, prune, vllm_engine
 from pipeline.errors import EngineDiedError, InputError
-from pipeline.generate import Sample, generate_samples, loaded_engine, read_prefixes
+from pipeline.generate import Sample, generate_samples, loaded_engine
 from pipeline.models import load_configs, load_model, load_tokenizer
+from pipeline.prefixes import read_prefixes
 from pipeline.sampling import Sampling, request_seed
 from pipeline.specs import (
     GenerateSpec,

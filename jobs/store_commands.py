@@ -1,0 +1,119 @@
+"""`python -m jobs store ls|verify|du|gc`: what a store holds, whether it is whole, what may go."""
+
+import logging
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from cluster import garbage
+from cluster.store import CorruptArtifactError, Manifest, Store
+from jobs.grid import load_grid
+from jobs.plan import ORDER, make_plan
+
+logger = logging.getLogger(__name__)
+console = Console()
+
+app = typer.Typer(no_args_is_help=True, help="Look at a store and tidy it.")
+
+StoreUrl = Annotated[
+    str,
+    typer.Option(
+        "--store", envvar="CALPRUNE_STORE", help="Folder or fsspec URL that keeps all artifacts."
+    ),
+]
+
+
+@app.command(name="ls")
+def list_artifacts(store: StoreUrl = ".calprune") -> None:
+    """List all artifacts: key, size, when it was made and where."""
+    table = Table()
+    for heading in ("key", "size", "seconds", "made", "host"):
+        table.add_column(heading, overflow="fold")
+    for manifest in _manifests(Store(store)):
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.finished))
+        size, seconds = decimal(manifest.bytes), f"{manifest.seconds:,.1f}"
+        table.add_row(manifest.key, size, seconds, made, manifest.host)
+    console.print(table)
+
+
+@app.command()
+def verify(store: StoreUrl = ".calprune") -> None:
+    """Read every file of every artifact and compare its checksum; exit with 1 if one differs."""
+    kept = Store(store)
+    keys = kept.keys()
+    damaged = kept.damaged(keys, whole=True)
+    for key, problem in damaged.items():
+        console.print(f"{key}: {problem}", markup=False, soft_wrap=True)
+    console.print(f"{len(keys)} artifacts, {len(damaged)} damaged; a run makes these again")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def du(store: StoreUrl = ".calprune") -> None:
+    """Print how much each kind of stage holds."""
+    kept = Store(store)
+    artifacts: dict[str, list[Manifest]] = defaultdict(list)
+    for manifest in _manifests(kept):
+        artifacts[manifest.kind].append(manifest)
+    table = Table(show_footer=True)
+    everything = [manifest for manifests in artifacts.values() for manifest in manifests]
+    table.add_column("stage", footer="all")
+    table.add_column("artifacts", footer=str(len(everything)), justify="right")
+    total = decimal(sum(manifest.bytes for manifest in everything))
+    table.add_column("size", footer=total, justify="right")
+    for kind in sorted(artifacts, key=lambda kind: (kind not in ORDER, ORDER.index(kind))):
+        manifests = artifacts[kind]
+        size = decimal(sum(manifest.bytes for manifest in manifests))
+        table.add_row(kind, str(len(manifests)), size)
+    console.print(table)
+    unfinished = sum(kept.fs.size(path) for path in kept.kept())
+    console.print(f"kept of stages that are not done: {decimal(unfinished)}")
+
+
+@app.command()
+def gc(
+    grids: Annotated[
+        list[Path], typer.Argument(help="Grid files whose artifacts stay.", show_default=False)
+    ],
+    store: StoreUrl = ".calprune",
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it; else only say so.")] = False,
+) -> None:
+    """Remove what no given grid reaches and no run that is under way uses.
+
+    Results tables stay.
+    """
+    kept = Store(store)
+    reached = {key for path in grids for key in make_plan(load_grid(path)).graph}
+    found = garbage.find(kept, reached)
+    for key in found.artifacts:
+        console.print(key, soft_wrap=True)
+    for path in (*found.attempts, *found.kept):
+        logger.info("unfinished: %s", path)
+    told = (
+        f"{len(found.artifacts)} artifacts, {len(found.attempts) + len(found.kept)} unfinished, "
+        f"{len(found.failures)} failures: {decimal(found.bytes)}"
+    )
+    if delete:
+        garbage.collect(kept, found)
+    console.print(f"{told} {'removed' if delete else 'to remove; --delete removes them'}")
+
+
+def _manifests(store: Store) -> list[Manifest]:
+    """Of all artifacts, by key; one that cannot be read is reported."""
+    found = []
+    for key in sorted(store.keys()):
+        try:
+            manifest = store.manifest(key)
+        except CorruptArtifactError as error:
+            logger.warning("%s", error)
+            continue
+        if manifest is not None:
+            found.append(manifest)
+    return found

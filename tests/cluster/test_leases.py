@@ -1,0 +1,196 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import leases, run
+from cluster.garbage import collect, find
+from cluster.graph import Graph, Stage
+from cluster.run import Progress
+from cluster.store import Partial, Store
+
+OWNER = """
+import sys, time
+from cluster import leases
+from cluster.store import Store
+store = Store(sys.argv[1])
+with leases.Claim(store, ["a"]) as claim:
+    assert leases.take(store, "a", claim.run, ()) is None
+    print(claim.run, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("PULSE_SECONDS", 0.05), ("LEASE_SECONDS", 0.8), ("SETTLE_SECONDS", 0.1)):
+        monkeypatch.setattr(leases, name, seconds)
+    monkeypatch.setattr(run, "POLL_SECONDS", 0.1)
+
+
+def stage(key: str, payload: str, *inputs: str) -> Stage:
+    return Stage(key=key, kind="k", label=key, spec={}, payload=payload, inputs=inputs)
+
+
+def note(
+    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+) -> dict[str, Any]:
+    """Takes a while, and leaves a line for having been at work."""
+    folder, _, seconds = payload.partition(" ")
+    with Path(folder).open("a") as file:
+        file.write(f"{output.parent.name}\n")
+    time.sleep(float(seconds))
+    (output / "n").write_text("1")
+    return {}
+
+
+def elsewhere(store: Store, name: str) -> None:
+    """A run on another machine, with the lease of `a`, of which no pulse is seen."""
+    record = leases.RunRecord(
+        run=name, host="far", machine="other", process=1, started="1", keys=("a",)
+    )
+    store.write(f"runs/{name}.json", record.model_dump_json().encode())
+    store.write(f"pulses/{name}.json", b"0")
+    store.create("leases/a.json", name.encode())
+
+
+def test_a_lease_is_one_runs_until_it_is_given_back(store: Store) -> None:
+    assert leases.take(store, "a", "first", ()) is None
+    assert leases.take(store, "a", "first", ()) is None  # after an attempt that was lost
+    assert leases.take(store, "a", "second", ()) == "first"
+    leases.give_back(store, "a", "second")
+    assert leases.holding(store, "a") == "first"
+    leases.give_back(store, "a", "first")
+    assert leases.take(store, "a", "second", ()) is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_several_that_take_over_a_dead_runs_lease_one_has_it(store: Store) -> None:
+    store.create("leases/a.json", b"dead")
+    taken: list[str | None] = []
+
+    def take(run: str) -> None:
+        taken.append(leases.take(store, "a", run, {"dead"}))
+
+    threads = [threading.Thread(target=take, args=(f"run-{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert taken.count(None) == 1
+    assert {holder for holder in taken if holder} == {leases.holding(store, "a")}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_is_alive_as_long_as_its_pulse_and_however_wrong_its_clock(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clock goes back by hours at each look, as no two machines' clocks would differ."""
+    clock = iter(range(1_900_000_000, 0, -10_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    observer = leases.Observer(store)
+    with leases.Claim(store, ["a"]) as claim:
+        for _ in range(12):  # longer than a lease
+            assert observer.alive(claim.run)
+            time.sleep(0.1)
+    assert not observer.alive(claim.run)
+    elsewhere(store, "silent")
+    assert observer.alive("silent")
+    time.sleep(1.0)
+    assert not observer.alive("silent")
+    assert store.names("runs") == set()
+
+
+def test_a_killed_run_of_this_machine_is_dead_at_once(store: Store) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, store.url], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    name = owner.stdout.readline().strip()
+    observer = leases.Observer(store)
+    assert observer.alive(name)
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    leases.sweep(store, observer)
+    assert leases.holding(store, "a") is None
+    assert not observer.alive(name)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_pulse_that_fails_is_tried_again_and_a_forgotten_record_comes_back(store: Store) -> None:
+    with leases.Claim(store, ["a"]) as claim:
+        leases.forget(store, claim.run)
+        time.sleep(0.3)
+        assert leases.Observer(store).alive(claim.run)
+
+
+@pytest.mark.usefixtures("quick", "local_ray")
+def test_two_runs_at_one_time_make_no_stage_twice(store: Store, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    shared = [stage(f"s-{number}", f"{notes} 0.2") for number in range(6)]
+    ends = [stage(f"end-{name}", f"{notes} 0", *(each.key for each in shared)) for name in "xy"]
+    outcomes: list[Progress] = []
+
+    def go(*stages: Stage) -> None:
+        graph: Graph = {each.key: each for each in stages}
+        outcomes.append(run.run(graph, [stages[-1].key], note, Store(store.url), {}))
+
+    threads = [threading.Thread(target=go, args=(*shared, end)) for end in ends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert [len(outcome.made) for outcome in outcomes] == [7, 7]
+    made = Counter(notes.read_text().split())
+    assert made == Counter([*(each.key for each in shared), "end-x", "end-y"])
+    assert store.names("leases") == store.names("runs") == store.names("pulses") == set()
+
+
+@pytest.mark.usefixtures("quick", "local_ray")
+def test_a_dead_runs_stage_is_made_once_its_lease_has_expired(store: Store, tmp_path: Path) -> None:
+    elsewhere(store, "silent")
+    started = time.monotonic()
+    graph = {"a": stage("a", f"{tmp_path / 'notes'} 0")}
+    assert run.run(graph, ["a"], note, store, {}).made == {"a"}
+    assert time.monotonic() - started > leases.LEASE_SECONDS
+    assert store.names("leases") == set()
+
+
+@pytest.mark.usefixtures("quick")
+def test_garbage_is_what_no_grid_reaches_and_no_living_run_uses(store: Store) -> None:
+    facts: dict[str, Any] = dict(
+        kind="k", spec={}, report={}, seconds=0.0, peak_memory_bytes=None, versions={}, host=""
+    )
+    for key in ("reached", "used", "unused", "of-the-dead"):
+        with store.attempt(key) as attempt:
+            (attempt.folder / "file").write_bytes(bytes(1000))
+            attempt.commit(**facts)
+    store.write("data/reached/5-dead/half", bytes(10))
+    store.write("partial/gone/5-aa-layer", bytes(10))
+    store.write("data/at-work/5-now/half", bytes(10))
+    elsewhere(store, "silent")
+    with leases.Claim(store, ["used", "at-work"]) as claim:
+        store.create("leases/at-work.json", claim.run.encode())
+        found = find(store, {"reached"})
+    assert found.artifacts == ["of-the-dead", "unused"]
+    assert found.attempts == [f"{store.root}/data/reached/5-dead"]
+    assert found.kept == ["gone"]
+    assert found.bytes >= 2020
+    assert store.keys() == {"reached", "used", "unused", "of-the-dead"}
+    collect(store, found)
+    assert store.keys() == {"reached", "used"}
+    assert store.damaged(["reached", "used"]) == {}
+    assert [path.rsplit("/", 2)[-2] for path in store.attempts()].count("at-work") == 1
+    assert not store.kept()

@@ -1,0 +1,135 @@
+import errno
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+
+from cluster import run
+from cluster.graph import Resources, Stage
+from cluster.limits import TimeLimitError, time_limit
+from cluster.remedies import one_line
+from cluster.store import Partial, Store
+
+STUCK = """
+import re
+from cluster import limits
+limits.GRACE_SECONDS = 0.5
+with limits.time_limit(0.2):
+    re.match("(a|aa)+$", "a" * 60 + "b")  # never comes back to the interpreter
+"""
+
+
+def stage(kind: str, payload: str, pool: str | None = None, **resources: Any) -> Stage:
+    asked = Resources(**resources)
+    return Stage(
+        key=kind, kind=kind, label=kind, spec={}, payload=payload, inputs=(), pool=pool,
+        resources=asked,
+    )  # fmt: skip
+
+
+def misbehave(
+    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+) -> dict[str, Any]:
+    word, _, path = payload.partition(" ")
+    with Path(path).open("a") as file:
+        file.write("x")
+    if word == "hang":
+        time.sleep(600)
+    if word == "device-memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if word == "memory":
+        bytearray(1 << 60)
+    return {}
+
+
+def test_a_block_that_takes_too_long_is_ended_and_others_are_not() -> None:
+    with time_limit(30.0), time_limit(None):
+        pass
+    with pytest.raises(TimeLimitError, match=r"longer than its time limit of 0\.1 s"):
+        with time_limit(0.1):
+            time.sleep(30)
+    time.sleep(0.2)  # nothing is left that could go off
+
+
+def test_a_process_that_never_comes_back_to_the_interpreter_is_ended() -> None:
+    stuck = subprocess.run(
+        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60
+    )
+    assert stuck.returncode == 1
+    assert "Timeout" in stuck.stderr
+    assert "<string>" in stuck.stderr  # where it hung
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("pool", [None, "pool"])
+def test_a_stage_that_hangs_is_ended_tried_again_and_then_a_failure(
+    tmp_path: Path, pool: str | None
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    tries = tmp_path / "tries"
+    hang = stage("prune", f"hang {tries}", pool, time_limit_seconds=0.5, retries=1)
+    fine = stage("evaluate", f"fine {tmp_path / 'fine'}", pool, time_limit_seconds=30.0)
+    graph = {each.key: each for each in (hang, fine)}
+    outcome = run.run(graph, list(graph), misbehave, store, {})
+    assert outcome.made == {"evaluate"}
+    assert tries.read_text() == "xx"
+    assert outcome.failed["prune"].error == (
+        "TimeLimitError: took longer than its time limit of 0.5 s; "
+        "raise resources.prune.time_limit_seconds if it does need longer"
+    )
+    assert not list((tmp_path / "store/data/prune").iterdir())
+    assert store.names("leases") == set()
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("device-memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.; the"),
+        ("memory", "MemoryError: ; the node's memory was full: set or raise resources.prune.mem"),
+    ],
+)
+def test_lack_of_memory_is_a_failure_with_a_remedy_and_the_pool_goes_on(
+    tmp_path: Path, word: str, told: str
+) -> None:
+    """Not tried again in this run: the same stage would ask for as much."""
+    store = Store(str(tmp_path / "store"))
+    tries = tmp_path / "tries"
+    graph = {
+        "prune": stage("prune", f"{word} {tries}", "pool", max_replicas=1),
+        "evaluate": stage("evaluate", f"fine {tmp_path / 'fine'}", "pool", max_replicas=1),
+    }
+    outcome = run.run(graph, list(graph), misbehave, store, {})
+    assert outcome.made == {"evaluate"}
+    assert outcome.failed["prune"].error.startswith(told)
+    failure = store.failure("prune")
+    assert failure is not None
+    assert "misbehave" in failure.traceback
+    assert tries.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (WorkerCrashedError(), "resources.prune.retries"),
+        (OutOfMemoryError("Task was killed due to the node running low"), "memory_bytes"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free some"),
+        (OSError(errno.EROFS, "Read-only file system"), "can be read and written"),
+    ],
+)
+def test_an_error_is_one_line_with_what_to_do(error: Exception, remedy: str) -> None:
+    told = one_line(error, stage("prune", ""))
+    assert told.startswith(f"{type(error).__name__}: ")
+    assert remedy in told
+    assert "\n" not in told
+
+
+def test_an_error_without_a_known_remedy_is_told_as_it_is() -> None:
+    assert (
+        one_line(ValueError("no such layer\nmore"), stage("k", "")) == "ValueError: no such layer"
+    )
