@@ -109,6 +109,16 @@ class PrunedGenerator(Spec):
         return self
 
 
+def _generator_tag(value: object) -> str:
+    return "ModelName" if isinstance(value, str) else PrunedGenerator.__name__
+
+
+Generator = Annotated[
+    Annotated[str, Tag("ModelName")] | Annotated[PrunedGenerator, Tag(PrunedGenerator.__name__)],
+    Discriminator(_generator_tag),
+]
+
+
 class GeneratedCalibration(Spec):
     """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
 
@@ -120,7 +130,7 @@ class GeneratedCalibration(Spec):
     """Name of the grid's corpus that prefixes are cut from, or the names of several and their
     weights."""
 
-    generator: str | PrunedGenerator | None = None
+    generator: Generator | None = None
     """What writes: one of the grid's models by name, or `{pruner: magnitude, sparsity: 0.5}` for a
     pruned version of the model to be pruned; that model itself if unset."""
 
@@ -375,6 +385,7 @@ def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
     tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
     tags |= {"one-corpus", "corpus-mixture"}
     tags |= {"vllm-engine", "transformers-engine", "CorpusCalibration", "GeneratedCalibration"}
+    tags |= {"ModelName", PrunedGenerator.__name__}
     path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
     field = ".".join(path) or "grid"
     remedy = first["msg"].removeprefix("Value error, ")

@@ -170,7 +170,7 @@ def read_record(store: Store, grid: str) -> Record | None:
     rows = rows[rows["task"] == rows["task"].iloc[0]]
     is_perplexity = bool(len(perplexities))
     values = rows["value"].to_numpy(dtype=np.float64)
-    source = rows[SOURCE].astype(str).agg("/".join, axis=1)
+    source = rows.groupby(SOURCE, dropna=False).ngroup()
     rows = rows.assign(harm=np.log(values) if is_perplexity else -values, source=source)
     harm = rows.pivot_table(index="source", columns=SETTING, values="harm").dropna()
     if len(harm) < LEAST_SOURCES:
