@@ -258,8 +258,7 @@ def _table(model: str, ranked: list[Ranked], score: str, record: Record | None) 
     for heading in ("", "calibration", score):
         table.add_column(heading)
     if record is not None:
-        unit = "%" if record.is_perplexity else "points"
-        table.add_column(f"expected harm against the first, {unit} (80 % interval)")
+        table.add_column(f"expected harm against the first, {_unit(record)} (80 % interval)")
         table.add_column("probability of being best")
     for place, each in enumerate(ranked, start=1):
         at, error = each.candidate.scores[score], each.candidate.errors[score]
@@ -287,7 +286,7 @@ def _told(
         f"record: {sources} sources of grid {grid}, each predicted from the others: {score} "
         f"explains {worth.explained:.0%} of the differences in harm, rank correlation "
         f"{worth.rank:.2f}; the source that it would have chosen lost "
-        f"{_effect(worth.regret, record)} against the best, a random one "
+        f"{_effect(worth.regret, record)} {_unit(record)} against the best, a random one "
         f"{_effect(worth.random_regret, record)}."
     ]
     if worth.explained <= 0:
@@ -303,3 +302,7 @@ def _told(
 
 def _effect(value: float, record: Record) -> str:
     return f"{100 * (np.expm1(value) if record.is_perplexity else value):+.1f}"
+
+
+def _unit(record: Record) -> str:
+    return "%" if record.is_perplexity else "points"
