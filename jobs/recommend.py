@@ -289,6 +289,7 @@ def _told(
         f"{_effect(worth.regret, record)} {_unit(record)} against the best, a random one "
         f"{_effect(worth.random_regret, record)}."
     ]
+    lines.append("It is the best of several scores by that record, which flatters it somewhat.")
     if worth.explained <= 0:
         lines.append("By that record the ranking is worth nothing: no score foretold unseen ones.")
     strange = sorted(set(plan.grid.models) - set(record.models))
