@@ -109,6 +109,16 @@ class PrunedGenerator(Spec):
         return self
 
 
+def _generator_tag(value: object) -> str:
+    return "ModelName" if isinstance(value, str) else PrunedGenerator.__name__
+
+
+Generator = Annotated[
+    Annotated[str, Tag("ModelName")] | Annotated[PrunedGenerator, Tag(PrunedGenerator.__name__)],
+    Discriminator(_generator_tag),
+]
+
+
 class GeneratedCalibration(Spec):
     """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
 
@@ -120,13 +130,7 @@ class GeneratedCalibration(Spec):
     """Name of the grid's corpus that prefixes are cut from, or the names of several and their
     weights."""
 
-    generator: (
-        Annotated[
-            Annotated[str, Tag("one-model")] | Annotated[PrunedGenerator, Tag("pruned-model")],
-            Discriminator(lambda value: "one-model" if isinstance(value, str) else "pruned-model"),
-        ]
-        | None
-    ) = None
+    generator: Generator | None = None
     """What writes: one of the grid's models by name, or `{pruner: magnitude, sparsity: 0.5}` for a
     pruned version of the model to be pruned; that model itself if unset."""
 
@@ -379,8 +383,9 @@ def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
     details = error.errors(include_url=False)
     first = details[0]
     tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
-    tags |= {"one-corpus", "corpus-mixture", "one-model", "pruned-model"}
+    tags |= {"one-corpus", "corpus-mixture"}
     tags |= {"vllm-engine", "transformers-engine", "CorpusCalibration", "GeneratedCalibration"}
+    tags |= {"ModelName", PrunedGenerator.__name__}
     path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
     field = ".".join(path) or "grid"
     remedy = first["msg"].removeprefix("Value error, ")

@@ -170,7 +170,7 @@ def read_record(store: Store, grid: str) -> Record | None:
     rows = rows[rows["task"] == rows["task"].iloc[0]]
     is_perplexity = bool(len(perplexities))
     values = rows["value"].to_numpy(dtype=np.float64)
-    source = rows[SOURCE].astype(str).agg("/".join, axis=1)
+    source = rows.groupby(SOURCE, dropna=False).ngroup()
     rows = rows.assign(harm=np.log(values) if is_perplexity else -values, source=source)
     harm = rows.pivot_table(index="source", columns=SETTING, values="harm").dropna()
     if len(harm) < LEAST_SOURCES:
@@ -258,8 +258,7 @@ def _table(model: str, ranked: list[Ranked], score: str, record: Record | None) 
     for heading in ("", "calibration", score):
         table.add_column(heading)
     if record is not None:
-        unit = "%" if record.is_perplexity else "points"
-        table.add_column(f"expected harm against the first, {unit} (80 % interval)")
+        table.add_column(f"expected harm against the first, {_unit(record)} (80 % interval)")
         table.add_column("probability of being best")
     for place, each in enumerate(ranked, start=1):
         at, error = each.candidate.scores[score], each.candidate.errors[score]
@@ -287,9 +286,10 @@ def _told(
         f"record: {sources} sources of grid {grid}, each predicted from the others: {score} "
         f"explains {worth.explained:.0%} of the differences in harm, rank correlation "
         f"{worth.rank:.2f}; the source that it would have chosen lost "
-        f"{_effect(worth.regret, record)} against the best, a random one "
+        f"{_effect(worth.regret, record)} {_unit(record)} against the best, a random one "
         f"{_effect(worth.random_regret, record)}."
     ]
+    lines.append("It is the best of several scores by that record, which flatters it somewhat.")
     if worth.explained <= 0:
         lines.append("By that record the ranking is worth nothing: no score foretold unseen ones.")
     strange = sorted(set(plan.grid.models) - set(record.models))
@@ -303,3 +303,7 @@ def _told(
 
 def _effect(value: float, record: Record) -> str:
     return f"{100 * (np.expm1(value) if record.is_perplexity else value):+.1f}"
+
+
+def _unit(record: Record) -> str:
+    return "%" if record.is_perplexity else "points"

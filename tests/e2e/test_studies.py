@@ -28,7 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("studies")
     for name, axes in SMALLER.items():
         content = yaml.safe_load(STUDIES[name].grid_file.read_text())
-        content["models"] = {"testbed": "testbed-tiny"}
+        content |= {"models": {"testbed": "testbed-tiny"}, "resources": {}}
         content["cells"] |= {"pruner": "wanda", "seed": [0, 1], "nsamples": 8, "seqlen": 64, **axes}
         content["evaluate"]["perplexity"][0] |= {"seqlen": 64, "max_windows": 16}
         for calibration in content["calibrations"].values():
