@@ -15,7 +15,14 @@ from analysis.figures import png_bytes, sparsity_figure, svg_bytes
 from analysis.labels import DENSE, NO_CALIBRATION, in_order
 from analysis.metrics import heading
 from analysis.statistics import measured, reference_label, with_mean_accuracy
-from analysis.tables import TextTable, all_metrics, best_table, headline_metrics, level_table
+from analysis.tables import (
+    TextTable,
+    all_metrics,
+    best_table,
+    headline_metrics,
+    level_table,
+    limit_of,
+)
 
 LONG_COLUMNS = ["traceback", "versions", "lineage", "prune_report"]
 """Left out of `table.csv`."""
@@ -85,7 +92,7 @@ def _section(
     drawable = (rows["pruner"] != DENSE) & np.isfinite(rows["value"])
     compared = reference is not None and reference in set(rows["source"])
     return Section(
-        title=heading(task, metric),
+        title=heading(task, metric, limit_of(table, task)),
         anchor=_file_name(task, metric),
         best=best_table(table, task, metric, reference) if compared and reference else None,
         pictures=[
@@ -103,7 +110,8 @@ def _picture(table: pd.DataFrame, model: str, task: str, metric: str, figures: P
     (figures / f"{name}.svg").write_bytes(vector)
     (figures / f"{name}.png").write_bytes(png_bytes(figure))
     uri = "data:image/svg+xml;base64," + base64.b64encode(vector).decode()
-    return Picture(uri, f"{model}: {heading(task, metric)}, against sparsity by calibration data")
+    what = heading(task, metric, limit_of(table, task))
+    return Picture(uri, f"{model}: {what}, against sparsity by calibration data")
 
 
 def _page(

@@ -98,7 +98,8 @@ class _Run:
         self.remakes: Counter[str] = Counter()
         self.losses: Counter[str] = Counter()
         self.progress = Progress()
-        self.present = store.keys() & graph.keys()
+        read = {name for stage in graph.values() for name in stage.inputs}
+        self.present = store.keys() & (graph.keys() | read)
         self.waiting = dict.fromkeys(needed(graph, targets, self.present))
         self._sort_waiting()
         self.in_flight: dict[ray.ObjectRef, str] = {}
@@ -216,6 +217,8 @@ class _Run:
 
     def _remake(self, damage: CorruptArtifactError, reader: str) -> bool:
         self.remakes[damage.key] += 1
+        if damage.key not in self.graph:  # a copy of what the hub holds
+            return False
         if damage.key in self.progress.failed or self.remakes[damage.key] > MAX_REMAKES:
             return False
         again: list[str] = []

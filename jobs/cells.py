@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from jobs.grid import CorpusCalibration, Grid, explained, named, suggestion
 from pipeline.errors import InputError
+from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Allocation,
     EvaluateSpec,
@@ -84,20 +85,22 @@ def evaluate_spec(grid: Grid, cell: Cell) -> EvaluateSpec:
     """The last stage of a cell, which holds all the others."""
     pruned = prune_spec(grid, cell)
     measured = grid.evaluate
+    known = {**CORPUS_PRESETS, **grid.corpora}
     return EvaluateSpec(
         model=pruned or grid.models[cell.model],
         perplexity=tuple(
             PerplexitySpec(
+                **entry.model_dump(exclude={"corpus"}),
                 name=entry.corpus,
-                corpus=_get(grid.corpora, entry.corpus, f"evaluate.perplexity.{number}.corpus"),
-                seqlen=entry.seqlen,
-                max_windows=entry.max_windows,
+                corpus=_get(known, entry.corpus, f"evaluate.perplexity.{number}.corpus"),
             )
-            for number, entry in enumerate(measured.perplexity)
+            for number, entry in enumerate(measured.all_perplexities())
         ),
-        tasks=measured.tasks,
-        task_folder=measured.task_folder,
-        batch_size=measured.batch_size,
+        tasks=measured.all_tasks(),
+        task_folder=measured.folder,
+        datasets=measured.datasets,
+        chat_template=measured.chat_template,
+        batch_tokens=measured.batch_tokens,
     )
 
 

@@ -119,3 +119,16 @@ def test_a_metric_that_the_reference_lacks_is_shown_uncompared(
     told = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
     assert "+10.0 points (one pair: no interval)" in told
     assert "tiny wanda 50 % 9.00 1" in told
+
+
+def test_a_task_of_which_not_all_was_asked_says_so(make_table: MakeTable, tmp_path: Path) -> None:
+    rows = [
+        {"task": task, "seed": seed, "value": 0.5, "limit": limit}
+        for task, limit in (("questions", 40), ("whole", None))
+        for seed in (0, 1)
+    ]
+    write_report(make_table(rows), tmp_path, None)
+    told = plain((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "questions: acc (%), higher is better, first 40 questions only" in told
+    assert "mean of 2 tasks: acc (%), higher is better, first 40 questions only" in told
+    assert "whole: acc (%), higher is better, first" not in told
