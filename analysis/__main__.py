@@ -1,4 +1,4 @@
-"""The command line: `python -m analysis report STORE`, installed as `calprune-analysis`."""
+"""The command line: `python -m analysis report|study`, installed as `calprune-analysis`."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,9 @@ from analysis.load import TableError, load
 from analysis.metrics import heading
 from analysis.report import chosen_reference, status_counts, write_report
 from analysis.statistics import with_mean_accuracy
-from analysis.tables import TextTable, best_table, headline_metrics, level_table
+from analysis.studies import STUDIES
+from analysis.study import Answer, Study, run_study, write_answer, write_page
+from analysis.tables import TextTable, best_table, headline_metrics, level_table, limit_of
 
 LOG_COLUMNS = 160
 """Width of tables in a file or a job's log."""
@@ -26,11 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From a grid's results table to answers.",
 )
-
-
-@app.callback()
-def analysis() -> None:
-    """Keep `report` a subcommand: typer would drop the name of a lone one."""
 
 
 @app.command()
@@ -48,7 +45,9 @@ def report(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Calibration to compare with; unset, the first by name."),
+        typer.Option(
+            help="Calibration to compare with; unset, the first, a corpus if there is one."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -64,11 +63,59 @@ def report(
     label = chosen_reference(table, reference)
     note = None
     if reference is None and label is not None:
-        note = f"It is the first by name; --reference names another than {label}."
+        note = f"It is the first of the table; --reference names another than {label}."
     _print(console, name, table, label, note)
     folder = _default_output(location, name) if output is None else output
     page = write_report(table, folder, label, note)
     console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def study(
+    name: Annotated[
+        str, typer.Argument(help="A study's name, or all of them: `all`.", show_default=False)
+    ],
+    store: Annotated[
+        str,
+        typer.Option(envvar="CALPRUNE_STORE", help="Store's folder or fsspec URL, or one Parquet."),
+    ] = ".calprune",
+    grid: Annotated[
+        str | None, typer.Option(help="Grid to read; unset, the one of the study's name.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; unset, studies in a local store, else in this folder."),
+    ] = None,
+) -> None:
+    """Answer a study's question from its grid's results: print the finding, draw its figure.
+
+    Exits with 1 if results are not there; the message says what makes them.
+    """
+    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
+    if name != "all" and name not in STUDIES:
+        raise TableError(f"there is no study {name}: there are {', '.join(STUDIES)}, and all")
+    if name == "all" and grid is not None:
+        raise TableError("--grid goes with one study, not with all")
+    folder = _output_folder(store) / "studies" if output is None else output
+    sections: list[tuple[Study, Answer | None]] = []
+    for each in STUDIES.values() if name == "all" else [STUDIES[name]]:
+        console.print(Text(f"{each.name}: {each.question}", "bold"))
+        try:
+            answer = run_study(each, store, grid)
+        except TableError as error:
+            sections.append((each, None))
+            console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            sections.append((each, answer))
+            console.print(answer.finding, markup=False, highlight=False)
+            figure = write_answer(each, answer, folder)
+            console.print(f"figure: {figure}", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+    if name == "all":
+        page = write_page(sections, folder)
+        console.print(f"findings: {page}", markup=False, highlight=False, soft_wrap=True)
+    if any(answer is None for _, answer in sections):
+        raise typer.Exit(1)
 
 
 def _only_grid(table: pd.DataFrame, location: str) -> str:
@@ -79,8 +126,13 @@ def _only_grid(table: pd.DataFrame, location: str) -> str:
 
 
 def _default_output(location: str, grid: str) -> Path:
+    return _output_folder(location) / "report" / grid
+
+
+def _output_folder(location: str) -> Path:
+    """A local store itself, else the working folder."""
     in_store = "://" not in location and Path(location).is_dir()
-    return (Path(location) if in_store else Path()) / "report" / grid
+    return Path(location) if in_store else Path()
 
 
 def _print(
@@ -95,11 +147,14 @@ def _print(
         console.print(told, markup=False, highlight=False)
     shown = with_mean_accuracy(table)
     metrics = headline_metrics(shown)
+    titles = {
+        (task, metric): heading(task, metric, limit_of(shown, task)) for task, metric in metrics
+    }
     for task, metric in metrics:
-        console.print(_rich(heading(task, metric), level_table(shown, task, metric, reference)))
+        console.print(_rich(titles[task, metric], level_table(shown, task, metric, reference)))
     for task, metric in metrics:
         if reference is not None:
-            console.print(_rich(heading(task, metric), best_table(shown, task, metric, reference)))
+            console.print(_rich(titles[task, metric], best_table(shown, task, metric, reference)))
 
 
 def _rich(subject: str, table: TextTable) -> Table:

@@ -1,7 +1,7 @@
-"""A metric against sparsity by calibration source: one figure a model and metric.
+"""A metric against sparsity by calibration source, and the sources' differences from one of them.
 
-Each pruner has a panel, each source a colour and a marker. Targets are categories: N:M patterns
-stand beside the unstructured sparsities, not on top of them.
+In the first, each pruner has a panel, each source a colour and a marker. Targets are categories:
+N:M patterns stand beside the unstructured sparsities, not on top of them.
 """
 
 import io
@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from analysis.labels import DENSE, NO_CALIBRATION, in_order, targets_in_order, with_labels
 from analysis.load import TableError
 from analysis.metrics import Metric, metric_named
-from analysis.statistics import summarize
+from analysis.statistics import compare, summarize
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#8c6d31")
 """Told apart with any colour vision, with the markers' help. After Okabe and Ito."""
@@ -128,6 +128,92 @@ def sparsity_figure(table: pd.DataFrame, model: str, task: str, metric: str) -> 
         names = _legend(figure, shown, without_data, not dense.empty)
         _place(figure, names, _caption(rows, levels, finite, width))
     return figure
+
+
+def difference_figure(
+    table: pd.DataFrame, model: str, task: str, metric: str, reference: str
+) -> Figure:
+    """Each calibration's difference from the reference with its 95 % interval, a panel a method.
+
+    Rows name pruning target and source beside the point; filled points are those whose interval
+    leaves out no difference, so that grey print tells them too.
+
+    Args:
+        table: one grid's results.
+        reference: a label in `source`.
+
+    Raises:
+        TableError: if nothing is there to compare.
+    """
+    rows = with_labels(table)
+    rows = rows[(rows["model"] == model) & (rows["task"] == task) & (rows["metric"] == metric)]
+    compared = compare(rows, reference)
+    compared = compared[np.isfinite(compared["effect"].to_numpy(dtype=np.float64))]
+    if compared.empty:
+        raise TableError(f"{model} has no {metric} of {task} to compare with {reference}")
+    styles = appearances(rows.loc[rows["calibration"] != NO_CALIBRATION, "source"])
+    methods = in_order(compared["method"])
+    kind = metric_named(metric)
+    most = max(int((compared["method"] == method).sum()) for method in methods)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2.2 + 3.6 * len(methods), 1.3 + 0.2 * most))
+        axes = figure.subplots(1, len(methods), sharex=True, squeeze=False)[0]
+        for panel, method in zip(axes, methods, strict=True):
+            panel.set_title(method, loc="left")
+            of_method = compared[compared["method"] == method].sort_values(["target", "source"])
+            _differences(panel, of_method, styles)
+        axes[0].set_xlim(*_reach(compared))
+        unit = "%" if kind.unit == "%" else f"{kind.unit or metric}"
+        better = "left" if kind.lower_is_better else "right"
+        figure.supxlabel(
+            f"difference from {reference} in {unit} of {metric}: {better} is better. "
+            "Bars: 95 % t interval over seeds,\ncut at the panel's edge; filled: it leaves out 0",
+            fontsize=8,
+        )
+        figure.suptitle(f"{model}: {task}", x=0.012, ha="left", fontsize=12, fontweight="bold")
+        figure.set_layout_engine("constrained")
+    return figure
+
+
+def _reach(compared: pd.DataFrame) -> Limits:
+    """All effects and no difference, and as much of their intervals as leaves these readable."""
+    effects = np.append(compared["effect"].to_numpy(dtype=np.float64), 0.0)
+    width = max(float(np.ptp(effects)), 1e-9)
+    ends = compared[["low", "high"]].to_numpy(dtype=np.float64)
+    ends = np.clip(ends[np.isfinite(ends)], effects.min() - width, effects.max() + width)
+    every = np.append(effects, ends)
+    margin = 0.06 * float(np.ptp(every))
+    return Limits(float(every.min()) - margin, float(every.max()) + margin)
+
+
+def _differences(panel: Axes, compared: pd.DataFrame, styles: dict[str, Appearance]) -> None:
+    panel.axvline(0, color=GREY, linewidth=1, linestyle="--", zorder=1)
+    labels = []
+    for place, row in enumerate(compared.to_dict("records")):
+        style = styles[str(row["source"])]
+        low, high = float(row["low"]), float(row["high"])
+        sure = low > 0 or high < 0
+        ends = [[0.0], [0.0]]
+        if np.isfinite([low, high]).all():
+            ends = [[row["effect"] - low], [high - row["effect"]]]
+        panel.errorbar(
+            [row["effect"]],
+            [place],
+            xerr=ends,
+            color=style.colour,
+            marker=style.marker,
+            markersize=6,
+            markerfacecolor=style.colour if sure else "white",
+            elinewidth=1.4,
+            capsize=2.5,
+            linestyle="none",
+        )
+        labels.append(f"{row['target']}  {textwrap.shorten(str(row['source']), 34)}")
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set_ylim(len(labels) - 0.4, -0.6)
+    panel.grid(axis="x", color="#e6e6e6", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.tick_params(axis="y", length=0)
 
 
 def png_bytes(figure: Figure) -> bytes:

@@ -4,12 +4,17 @@
 allocation and the amount of data, `target` the sparsity or the N:M pattern. A setting is named only
 where it varies within one calibration, pruner or allocation of the grid, so plain grids have plain
 labels.
+
+They and the columns they are made of are ordered categories: pruners from cheap to costly, corpora
+before generated data, sparsities before patterns. So tables and figures sort by meaning.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 DENSE = "dense"
@@ -19,6 +24,9 @@ NO_CALIBRATION = "none"
 """The calibration of pruners that take no data, and of the dense model."""
 
 UNSTRUCTURED = "unstructured"
+
+PRUNERS = (DENSE, "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps")
+"""From what changes nothing to what costs most; others follow by name."""
 
 SOURCE_AXES = {
     "prefix_tokens": "{} prefix tokens",
@@ -44,23 +52,44 @@ _NUMBER = re.compile(r"(\d+(?:\.\d+)?)")
 
 
 def with_labels(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the columns `source`, `method` and `target`; unchanged if it has them."""
+    """The table with the columns `source`, `method` and `target`; unchanged if it has them.
+
+    These and `calibration`, `pruner` and `pattern` are ordered categories.
+    """
     if {"source", "method", "target"} <= set(table.columns):
         return table
-    return table.assign(
+    names = ["pruner", "sparsity", "pattern"]
+    codes, settings = _distinct(table, names)
+    targets = [_target(*setting) for setting in settings[names].itertuples(index=False)]
+    labelled = table.assign(
         source=_with_varied(table, "calibration", SOURCE_AXES),
         method=_with_varied(table, "pruner", METHOD_AXES),
-        target=[
-            _target(pruner, sparsity, pattern)
-            for pruner, sparsity, pattern in zip(
-                table["pruner"], table["sparsity"], table["pattern"], strict=True
-            )
-        ],
+        target=np.asarray(targets, dtype=object)[codes],
+    )
+    calibrations = _calibrations(labelled)
+    pruners = [
+        *(pruner for pruner in PRUNERS if pruner in set(labelled["pruner"])),
+        *in_order(set(labelled["pruner"]) - set(PRUNERS)),
+    ]
+    orders = {
+        "calibration": calibrations,
+        "pruner": pruners,
+        "pattern": _patterns(labelled),
+        "source": _by_first(labelled, "source", "calibration", calibrations),
+        "method": _by_first(labelled, "method", "pruner", pruners),
+        "target": [*([DENSE] if DENSE in pruners else []), *targets_in_order(labelled)],
+    }
+    return labelled.astype(
+        {name: pd.CategoricalDtype(order, ordered=True) for name, order in orders.items()}
     )
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Distinct labels, numbers in them by size."""
+    """Distinct labels: in their own order if they are ordered categories, else numbers in them by
+    size."""
+    if isinstance(labels, pd.Series) and isinstance(labels.dtype, pd.CategoricalDtype):
+        there = set(labels.dropna())
+        return [label for label in labels.dtype.categories if label in there]
     return sorted(set(labels), key=natural)
 
 
@@ -81,20 +110,49 @@ def targets_in_order(table: pd.DataFrame) -> list[str]:
     return [row["target"] for row in ordered]
 
 
-def _with_varied(table: pd.DataFrame, name: str, axes: dict[str, str]) -> list[str]:
-    labels = [str(label) for label in table[name]]
-    for axis, wording in axes.items():
-        if axis not in table:
-            continue
+def _distinct(table: pd.DataFrame, names: Sequence[str]) -> tuple[Any, pd.DataFrame]:
+    """Of each row the place of its combination of values, and the first row of each."""
+    groups = table.groupby(list(names), dropna=False, sort=False, observed=True)
+    codes = groups.ngroup().to_numpy()
+    first = np.unique(codes, return_index=True)[1]
+    return codes, table.iloc[first]
+
+
+def _with_varied(table: pd.DataFrame, name: str, axes: dict[str, str]) -> Any:
+    present = [axis for axis in axes if axis in table]
+    codes, settings = _distinct(table, ["grid", name, *present])
+    labels = [str(label) for label in settings[name]]
+    for axis in present:
         within = ["grid", name]
         if axis in WITHIN_ALLOCATION and "allocation" in table:
             within.append("allocation")
-        groups = table.groupby(within, dropna=False)
+        groups = settings.groupby(within, dropna=False, observed=True)
         distinct = groups[axis].transform(lambda column: column.nunique(dropna=False))
-        for row, (value, count) in enumerate(zip(table[axis], distinct, strict=True)):
+        for row, (value, count) in enumerate(zip(settings[axis], distinct, strict=True)):
             if count > 1 and pd.notna(value):
-                labels[row] += ", " + wording.format(_setting(axis, value))
-    return labels
+                labels[row] += ", " + axes[axis].format(_setting(axis, value))
+    return np.asarray(labels, dtype=object)[codes]
+
+
+def _calibrations(table: pd.DataFrame) -> list[str]:
+    """None first, then corpora, then what a model wrote, each by name."""
+    generated = table.get("num_samples", pd.Series(pd.NA, table.index)).notna()
+    written = set(table.loc[generated, "calibration"])
+    rest = set(table["calibration"]) - written - {NO_CALIBRATION}
+    none = [NO_CALIBRATION] if NO_CALIBRATION in set(table["calibration"]) else []
+    return [*none, *in_order(rest), *in_order(written - {NO_CALIBRATION})]
+
+
+def _patterns(table: pd.DataFrame) -> list[str]:
+    there = set(table["pattern"].dropna())
+    return sorted(there, key=lambda pattern: (pattern != UNSTRUCTURED, natural(pattern)))
+
+
+def _by_first(table: pd.DataFrame, label: str, name: str, order: list[str]) -> list[str]:
+    """The labels by the order of the names they begin with, then by what varies."""
+    pairs = table[[name, label]].drop_duplicates().itertuples(index=False, name=None)
+    ranked = sorted(pairs, key=lambda pair: (order.index(pair[0]), natural(pair[1])))
+    return list(dict.fromkeys(told for _, told in ranked))
 
 
 def _setting(axis: str, value: object) -> str:

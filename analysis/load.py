@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.labels import with_labels
+from analysis.labels import in_order, with_labels
 
 ESSENTIAL: dict[str, str] = {
     "grid": "str",
@@ -29,7 +30,7 @@ ESSENTIAL: dict[str, str] = {
 
 OPTIONAL: dict[str, str] = {
     "error": "str",
-    "traceback": "str",
+    "traceback": "category",
     "pruner_options": "str",
     "allocation": "str",
     "allocation_options": "str",
@@ -41,17 +42,33 @@ OPTIONAL: dict[str, str] = {
     "temperature": "float64",
     "stderr": "float64",
     "samples": "Int64",
+    "limit": "Int64",
+    "num_fewshot": "Int64",
+    "task_version": "str",
+    "lm_eval": "str",
+    "dtype": "str",
+    "tokenizer": "str",
+    "chat_template": "str",
     "measured_sparsity": "float64",
     "seconds_prune": "float64",
     "seconds_evaluate": "float64",
     "peak_memory_bytes": "Int64",
-    "versions": "str",
-    "host": "str",
+    "versions": "category",
+    "host": "category",
     "evaluate_key": "str",
     "prune_key": "str",
-    "lineage": "str",
+    "prune_report": "category",
+    "lineage": "category",
 }
-"""Columns that are null throughout where a table lacks them."""
+"""Columns that are null throughout where a table lacks them. Categories are long texts that many
+rows share."""
+
+SHARED = [column for column, dtype in OPTIONAL.items() if dtype == "category"]
+
+INTEGERS = {pa.int64(): pd.Int64Dtype()}
+"""Read as they are: by way of floats a null would be a number."""
+
+STATUS = pd.CategoricalDtype(["ok", "failed", "missing"], ordered=True)
 
 REMEDY = "write it with `python -m jobs run GRID` or `python -m jobs gather GRID`"
 
@@ -63,8 +80,9 @@ class TableError(ValueError):
 def load(location: str | Path, grid: str | None = None) -> pd.DataFrame:
     """Read a results table: one row a cell, task and metric; failed cells are one row.
 
-    Columns are those of `docs/results.md`; further ones are kept as they are. `source`, `method`
+    Columns are those of `docs/analysis.md`; further ones are kept as they are. `source`, `method`
     and `target` name the calibration, the pruner and the sparsity with all that varies in the grid.
+    What has an order that is not the alphabet's is an ordered category.
 
     Args:
         location: a store's folder or fsspec URL, whose grids are read one below the other, or one
@@ -91,7 +109,7 @@ def load(location: str | Path, grid: str | None = None) -> pd.DataFrame:
         table = table[table["grid"] == grid].reset_index(drop=True)
         if table.empty:
             raise FileNotFoundError(f"{location}: has no row of grid {grid}: {REMEDY}")
-    return with_labels(table)
+    return with_labels(table.astype(dict.fromkeys(SHARED, "category")))
 
 
 def file_system(location: str | Path) -> tuple[Any, str]:
@@ -119,23 +137,29 @@ def _of_grid(grid: str, paths: list[str]) -> list[str]:
 def _read(files: Any, path: str) -> pd.DataFrame:
     with files.open(path, "rb") as file:
         try:
-            table: pd.DataFrame = pq.read_table(file).to_pandas()
+            read = pq.read_table(file, read_dictionary=SHARED)
+            table: pd.DataFrame = read.to_pandas(types_mapper=INTEGERS.get)
         except pa.ArrowInvalid as error:
             raise TableError(f"{path}: is no Parquet file ({error}): {REMEDY}") from error
     missing = [column for column in ESSENTIAL if column not in table]
     if missing:
         raise TableError(f"{path}: column {', '.join(missing)} is missing: {REMEDY}")
     typed = {column: _typed(table, column, path) for column in {**ESSENTIAL, **OPTIONAL}}
-    return table.assign(**typed)
+    unknown = in_order(set(typed["status"].dropna()) - set(STATUS.categories))
+    if unknown or typed["status"].isna().any():
+        raise TableError(f"{path}: status is {', '.join(unknown) or 'null'}: {REMEDY}")
+    return table.assign(**typed).astype({"status": STATUS})
 
 
 def _typed(table: pd.DataFrame, column: str, path: str) -> Any:
     dtype: Any = {**ESSENTIAL, **OPTIONAL}[column]
-    values = table[column] if column in table else pd.Series(pd.NA, table.index, dtype="object")
+    values = table[column] if column in table else pd.Series(np.nan, table.index)
     try:
-        if dtype == "str":
+        if dtype in ("str", "category"):
             return values.astype(dtype)
-        return pd.to_numeric(values, dtype_backend="numpy_nullable").astype(dtype)
+        if values.isna().all():
+            return pd.Series(np.nan, table.index).astype(dtype)
+        return pd.to_numeric(values).astype(dtype)
     except (TypeError, ValueError) as error:
         raise TableError(
             f"{path}: column {column} should be {dtype} but is {values.dtype} ({error}): {REMEDY}"

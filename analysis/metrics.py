@@ -1,12 +1,14 @@
 """What a metric's numbers mean: which way is better, how they compare, how they print."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
+
+Number = TypeVar("Number", float, Values)
 
 
 class Metric(NamedTuple):
@@ -27,11 +29,12 @@ class Metric(NamedTuple):
         """The values on the scale on which they are compared."""
         return np.log(values) if self.is_perplexity else values
 
-    def effect(self, difference: float) -> float:
+    def effect(self, difference: Number) -> Number:
         """A difference of scaled values in `unit`."""
         if self.is_perplexity:
             with np.errstate(over="ignore"):
-                return float(100 * np.expm1(difference))
+                ratio: Number = 100 * np.expm1(difference)
+            return ratio
         return 100 * difference if self.is_share else difference
 
 
@@ -46,11 +49,13 @@ def metric_named(name: str) -> Metric:
     )
 
 
-def heading(task: str, metric: str) -> str:
-    """A task's metric with its unit and which way is better."""
+def heading(task: str, metric: str, limit: int | None = None) -> str:
+    """A task's metric with its unit and which way is better, and if not all was asked."""
     kind = metric_named(metric)
     unit = " (%)" if kind.is_share else ""
-    return f"{task}: {metric}{unit}, {'lower' if kind.lower_is_better else 'higher'} is better"
+    limited = "" if limit is None else f", first {limit} questions only"
+    better = "lower" if kind.lower_is_better else "higher"
+    return f"{task}: {metric}{unit}, {better} is better{limited}"
 
 
 def value_text(value: float, metric: str) -> str:

@@ -10,15 +10,28 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from analysis.figures import png_bytes, sparsity_figure, svg_bytes
+from analysis.figures import difference_figure, png_bytes, sparsity_figure, svg_bytes
 from analysis.labels import DENSE, NO_CALIBRATION, in_order
-from analysis.metrics import heading
-from analysis.statistics import measured, reference_label, with_mean_accuracy
-from analysis.tables import TextTable, all_metrics, best_table, headline_metrics, level_table
+from analysis.lineage import lineage_document
+from analysis.metrics import effect_text, heading
+from analysis.statistics import compare, measured, reference_label, with_mean_accuracy
+from analysis.tables import (
+    TextTable,
+    all_metrics,
+    best_table,
+    headline_metrics,
+    level_table,
+    limit_of,
+    paper_layout,
+)
 
 LONG_COLUMNS = ["traceback", "versions", "lineage", "prune_report"]
 """Left out of `table.csv`."""
+
+SURE = 0.05
+"""A corrected p below this is called sure."""
 
 
 class Picture(NamedTuple):
@@ -33,13 +46,15 @@ class Section(NamedTuple):
 
     title: str
     anchor: str
+    name: str
+    findings: list[str]
     best: TextTable | None
     pictures: list[Picture]
     levels: TextTable
 
 
 def chosen_reference(table: pd.DataFrame, reference: str | None) -> str | None:
-    """The label of the calibration that others are compared with: by default the first by name,
+    """The label of the calibration that others are compared with: by default the first,
     None if no calibrated pruner has a result.
 
     Raises:
@@ -82,28 +97,57 @@ def _section(
     table: pd.DataFrame, task: str, metric: str, reference: str | None, figures: Path
 ) -> Section:
     rows = table[(table["task"] == task) & (table["metric"] == metric)]
-    drawable = (rows["pruner"] != DENSE) & np.isfinite(rows["value"])
-    compared = reference is not None and reference in set(rows["source"])
+    drawable = rows[(rows["pruner"] != DENSE) & np.isfinite(rows["value"])]
+    label = reference if reference in set(rows["source"]) else None
+    pictures = []
+    for model in in_order(drawable["model"]):
+        told = f"{model}: {heading(task, metric, limit_of(table, task))}"
+        sources = drawable.loc[drawable["model"] == model, ["calibration", "source"]]
+        others = sources[sources["calibration"] != NO_CALIBRATION]["source"].unique()
+        if label is not None and label in others and len(others) > 1:
+            figure = difference_figure(table, model, task, metric, label)
+            name = _file_name(model, task, metric, "difference")
+            pictures.append(_picture(figure, name, f"{told}, differences from {label}", figures))
+        figure = sparsity_figure(table, model, task, metric)
+        name = _file_name(model, task, metric)
+        pictures.append(
+            _picture(figure, name, f"{told}, against sparsity by calibration data", figures)
+        )
     return Section(
-        title=heading(task, metric),
+        title=heading(task, metric, limit_of(table, task)),
         anchor=_file_name(task, metric),
-        best=best_table(table, task, metric, reference) if compared and reference else None,
-        pictures=[
-            _picture(table, model, task, metric, figures)
-            for model in in_order(rows.loc[drawable, "model"])
-        ],
-        levels=level_table(table, task, metric, reference if compared else None),
+        name=f"{task}: {metric}",
+        findings=[] if label is None else _findings(rows, label),
+        best=None if label is None else best_table(table, task, metric, label),
+        pictures=pictures,
+        levels=level_table(table, task, metric, label),
     )
 
 
-def _picture(table: pd.DataFrame, model: str, task: str, metric: str, figures: Path) -> Picture:
-    figure = sparsity_figure(table, model, task, metric)
-    name = _file_name(model, task, metric)
+def _findings(rows: pd.DataFrame, reference: str) -> list[str]:
+    """Of each calibration, in how many settings it beats the reference, and in how many surely."""
+    compared = compare(rows, reference)
+    told = []
+    for source in in_order(compared["source"]):
+        mine = compared[compared["source"] == source]
+        ahead = mine["better"].astype(bool)
+        sure = (mine["p_holm"] < SURE).to_numpy()
+        better, worse = int((sure & ahead).sum()), int((sure & ~ahead).sum())
+        median = effect_text(float(mine["effect"].median()), np.nan, np.nan, mine["unit"].iloc[0])
+        holds = f"{better} surely better, {worse} surely worse" if better or worse else "none sure"
+        told.append(
+            f"{source} is ahead of {reference} in {int(ahead.sum())} of {len(mine)} settings, by "
+            f"{median} at the median; after Holm's correction at {100 * SURE:.0f} %: {holds}."
+        )
+    return told
+
+
+def _picture(figure: Figure, name: str, description: str, figures: Path) -> Picture:
     vector = svg_bytes(figure)
     (figures / f"{name}.svg").write_bytes(vector)
     (figures / f"{name}.png").write_bytes(png_bytes(figure))
     uri = "data:image/svg+xml;base64," + base64.b64encode(vector).decode()
-    return Picture(uri, f"{model}: {heading(task, metric)}, against sparsity by calibration data")
+    return Picture(uri, description)
 
 
 def _page(
@@ -123,11 +167,18 @@ def _page(
         reference=reference,
         note=note,
         sections=sections,
+        paper=paper_layout(table),
+        lineage=_embedded(lineage_document(table)),
         failed=cells[cells["status"] == "failed"].to_dict("records"),
         missing=cells[cells["status"] == "missing"].to_dict("records"),
         versions=_versions(table),
         is_null=pd.isna,
     )
+
+
+def _embedded(document: dict[str, Any]) -> str:
+    """JSON that may stand in a script element: it cannot close it."""
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def status_counts(table: pd.DataFrame) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from analysis.labels import NO_CALIBRATION, in_order, with_labels
 from analysis.load import TableError
@@ -40,20 +41,56 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Sequence[float] | Values) -> Interval:
-    """The mean's 95 % interval and p-value.
+    """The mean's 95 % interval and p-value; see `t_intervals`."""
+    array = pd.Series(np.asarray(values, dtype=np.float64))
+    row = t_intervals(array, [np.zeros(len(array), dtype=np.int64)]).iloc[0]
+    return Interval(row["mean"], row["low"], row["high"], row["p"])
 
-    One value has neither. Nor have values without spread, such as two seeds whose accuracies
-    differ by the same number of questions: no spread seen is not no spread.
+
+def t_intervals(values: "pd.Series[float]", by: Any) -> pd.DataFrame:
+    """Student's t interval of the mean of each group: `mean`, `sd`, `standard_error`, 95 % `low`
+    and `high`, two-sided `p` of the mean being 0, and `n`.
+
+    One value has a mean only. Values without spread, such as two seeds whose accuracies differ by
+    the same number of questions, have no interval: no spread seen is not no spread.
+
+    Args:
+        values: one number a row.
+        by: what names a row's group, as `pandas.Series.groupby` takes it; groups are sorted.
     """
-    array = np.asarray(values, dtype=np.float64)
-    mean = float(array.mean())
-    scale = float(np.abs(array).max())
-    if len(array) < 2 or not np.isfinite(scale) or np.ptp(array) <= ROUNDING * max(scale, 1.0):
-        return Interval(mean, np.nan, np.nan, np.nan)
-    error = float(array.std(ddof=1)) / np.sqrt(len(array))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, len(array) - 1))
-    return Interval(mean, mean - half, mean + half, p)
+    with np.errstate(invalid="ignore", divide="ignore"):  # infinite perplexities have no spread
+        groups = values.groupby(by, dropna=False, observed=True)
+        told = groups.agg(["mean", "std", "min", "max", "size"])
+        n = told["size"].to_numpy()
+        scale = told[["min", "max"]].abs().max(axis=1).to_numpy()
+        ptp = (told["max"] - told["min"]).to_numpy()
+        known = (n > 1) & np.isfinite(scale) & (ptp > ROUNDING * np.maximum(scale, 1.0))
+        mean, sd = told["mean"].to_numpy(), told["std"].to_numpy()
+        error = np.where(known, sd / np.sqrt(n), np.nan)
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, np.maximum(n - 1, 1)) * error
+        p = 2 * stats.t.sf(np.abs(mean) / error, np.maximum(n - 1, 1))
+        return pd.DataFrame(
+            {
+                "mean": mean,
+                "sd": sd,
+                "standard_error": sd / np.sqrt(n),
+                "low": mean - half,
+                "high": mean + half,
+                "p": p,
+                "n": n,
+            },
+            index=told.index,
+        )
+
+
+def has_spread(values: Values) -> bool:
+    """Whether there are two values or more, all finite, that differ by more than rounding."""
+    scale = float(np.abs(values).max(initial=0.0))
+    return bool(
+        len(values) > 1
+        and np.isfinite(scale)
+        and float(np.ptp(values)) > ROUNDING * max(scale, 1.0)
+    )
 
 
 def holm(p_values: Sequence[float] | Values) -> Values:
@@ -63,10 +100,9 @@ def holm(p_values: Sequence[float] | Values) -> Values:
     """
     p = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(p.shape, np.nan)
-    known = np.flatnonzero(~np.isnan(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    stepped = p[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1.0)
+    known = ~np.isnan(p)
+    if known.any():
+        adjusted[known] = multipletests(p[known], method="holm")[1]
     return adjusted
 
 
@@ -96,7 +132,9 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     Columns besides what names them: `mean`, `sd`, `standard_error`, `low` and `high` (95 % t
     interval of the mean) and `n`, the values behind it. With one value all but the mean are NaN.
     """
-    return _grouped(measured(table), _mean_row)
+    rows = measured(table)
+    keys = [rows[name] for name in [*SETTING, *CALIBRATION]]
+    return t_intervals(rows["value"], keys).drop(columns="p").reset_index()
 
 
 def compare(table: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -119,14 +157,67 @@ def compare(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     label = reference_label(rows, reference)
     by_reference = rows.loc[rows["source"] == label, [*SETTING, "seed", "value"]]
     pairs = rows[rows["source"] != label].merge(
-        by_reference, on=[*SETTING, "seed"], suffixes=("", "_reference")
+        by_reference, on=[*SETTING, "seed"], suffixes=("_a", "_b")
     )
-    compared = _grouped(pairs, _comparison_row)
-    if compared.empty:
-        columns = [*SETTING, *CALIBRATION, *_comparison_row(pairs, "perplexity"), "p_holm"]
-        return pd.DataFrame(columns=[*columns, "reference"])
-    families = compared.groupby(["grid", "model", "task", "metric"], dropna=False)["p"]
+    compared = paired_effects(pairs, [*SETTING, *CALIBRATION])
+    compared = compared.rename(columns={"mean_a": "mean", "mean_b": "reference_mean"})
+    families = compared.groupby(
+        ["grid", "model", "task", "metric"], dropna=False, observed=True, sort=False
+    )["p"]
     return compared.assign(p_holm=families.transform(lambda p: holm(p.to_numpy())), reference=label)
+
+
+def paired_effects(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """How `value_a` differs from `value_b` in each group of pairs, on the metric's own scale.
+
+    Columns after those of `by`: `pairs`; `mean_a` and `mean_b`; `difference` of the two; `effect`
+    with its 95 % t interval `low` to `high` in `unit`; `better`, whether the effect is for a; `p`.
+
+    Args:
+        pairs: `value_a` and `value_b`, one pair a row.
+        by: the columns that name a group, `metric` among them.
+    """
+    keys = [pairs[name] for name in by]
+    told = t_intervals(scaled_differences(pairs), keys)
+    means = pairs[["value_a", "value_b"]].groupby(keys, dropna=False, observed=True).mean()
+    metrics = told.index.get_level_values("metric").to_series(index=told.index)
+    with np.errstate(invalid="ignore"):
+        return pd.DataFrame(
+            {
+                "pairs": told["n"],
+                "mean_a": means["value_a"],
+                "mean_b": means["value_b"],
+                "difference": means["value_a"] - means["value_b"],
+                "effect": in_units(told["mean"], metrics),
+                "low": in_units(told["low"], metrics),
+                "high": in_units(told["high"], metrics),
+                "unit": metrics.map(lambda name: metric_named(name).unit),
+                "better": np.where(
+                    metrics.map(_lower_is_better).astype(bool), told["mean"] < 0, told["mean"] > 0
+                ),
+                "p": told["p"],
+            }
+        ).reset_index()
+
+
+def scaled_differences(pairs: pd.DataFrame) -> "pd.Series[float]":
+    """`value_a` less `value_b` of each row, on the scale on which its metric is compared."""
+    differences = pd.Series(np.nan, pairs.index, dtype=float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for name, rows in pairs.groupby("metric", observed=True):
+            kind = metric_named(str(name))
+            a, b = rows["value_a"].to_numpy(), rows["value_b"].to_numpy()
+            differences[rows.index] = kind.scaled(a) - kind.scaled(b)
+    return differences
+
+
+def in_units(scaled: "pd.Series[float]", metrics: "pd.Series[str]") -> "pd.Series[float]":
+    """Scaled differences in their metrics' units."""
+    told = pd.Series(np.nan, scaled.index, dtype=float)
+    for name in metrics.unique():
+        rows = (metrics == name).to_numpy()
+        told[rows] = metric_named(name).effect(scaled[rows].to_numpy())
+    return told
 
 
 def with_mean_accuracy(table: pd.DataFrame) -> pd.DataFrame:
@@ -140,8 +231,11 @@ def with_mean_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     tasks = rows["task"].nunique()
     if tasks < 2:
         return table
-    cells = rows.groupby(["grid", "cell"])["value"]
-    whole = rows.assign(value=cells.transform("mean"))[cells.transform("size") == tasks]
+    cells = rows.groupby(["grid", "cell"], observed=True)["value"]
+    limits = rows["limit"].astype("float64")
+    limits = limits.groupby([rows["grid"], rows["cell"]], observed=True).transform("min")
+    whole = rows.assign(value=cells.transform("mean"), limit=limits.astype("Int64"))
+    whole = whole[cells.transform("size") == tasks]
     averaged = whole.drop_duplicates(["grid", "cell"]).assign(task=f"mean of {tasks} tasks")
     averaged = averaged.drop(columns=["stderr", "samples"], errors="ignore")
     return pd.concat([with_labels(table), averaged], ignore_index=True)
@@ -171,7 +265,7 @@ def best_calibration(table: pd.DataFrame, task: str, metric: str, reference: str
     scaled = kind.scaled(rows["value"].to_numpy()) * (1 if kind.lower_is_better else -1)
     ranked = (
         rows.assign(rank=scaled, other=rows["source"] != label)
-        .groupby([*SETTING, "source", "other"], dropna=False)["rank"]
+        .groupby([*SETTING, "source", "other"], dropna=False, observed=True)["rank"]
         .mean()
         .reset_index()
         .sort_values([*SETTING, "rank", "other", "source"])
@@ -205,46 +299,5 @@ def reference_label(table: pd.DataFrame, reference: str) -> str:
     return named[0]
 
 
-def _grouped(rows: pd.DataFrame, row: Any) -> pd.DataFrame:
-    names = [*SETTING, *CALIBRATION]
-    at_metric = names.index("metric")
-    with np.errstate(invalid="ignore"):  # infinite perplexities have no spread
-        return pd.DataFrame(
-            [
-                {**dict(zip(names, key, strict=True)), **row(group, key[at_metric])}
-                for key, group in rows.groupby(names, dropna=False, sort=True)
-            ]
-        )
-
-
-def _mean_row(group: pd.DataFrame, metric: str) -> dict[str, Any]:
-    values = group["value"].to_numpy()
-    interval = t_interval(values)
-    sd = float(values.std(ddof=1)) if len(values) > 1 else np.nan
-    return {
-        "mean": interval.mean,
-        "sd": sd,
-        "standard_error": sd / np.sqrt(len(values)),
-        "low": interval.low,
-        "high": interval.high,
-        "n": len(values),
-    }
-
-
-def _comparison_row(group: pd.DataFrame, metric: str) -> dict[str, Any]:
-    kind = metric_named(metric)
-    values = group["value"].to_numpy()
-    against = group["value_reference"].to_numpy()
-    interval = t_interval(kind.scaled(values) - kind.scaled(against))
-    return {
-        "pairs": len(group),
-        "mean": float(values.mean()),
-        "reference_mean": float(against.mean()),
-        "difference": float(values.mean() - against.mean()),
-        "effect": kind.effect(interval.mean),
-        "low": kind.effect(interval.low),
-        "high": kind.effect(interval.high),
-        "unit": kind.unit,
-        "better": (interval.mean < 0) if kind.lower_is_better else (interval.mean > 0),
-        "p": interval.p,
-    }
+def _lower_is_better(metric: str) -> bool:
+    return metric_named(metric).lower_is_better

@@ -10,19 +10,23 @@ from jobs.grid import (
     CorpusCalibration,
     GeneratedCalibration,
     Grid,
+    PrunedGenerator,
     explained,
     named,
     suggestion,
 )
 from pipeline.errors import InputError
+from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Allocation,
     Corpus,
     CorpusMixture,
+    DescribeSpec,
     EvaluateSpec,
     FilterSpec,
     Fraction,
     GenerateSpec,
+    Model,
     PerplexitySpec,
     Pruner,
     PruneSpec,
@@ -72,6 +76,10 @@ GENERATED_FIELDS = ("prefix_tokens", "drop_fraction", "num_samples", "temperatur
 """Axes that override a generated calibration's own fields."""
 
 
+_NOT_OF_THE_CALIBRATION = {"pruner": None, "allocation": None, "sparsity": 0.0, "pattern": None}
+"""What makes two cells of one calibration set equal."""
+
+
 def expand(grid: Grid) -> list[Cell]:
     """The grid's cells in the order of its axes, the dense model of each first.
 
@@ -90,29 +98,40 @@ def expand(grid: Grid) -> list[Cell]:
     return list(dict.fromkeys([*dense, *cells]))
 
 
-def evaluate_spec(grid: Grid, cell: Cell) -> EvaluateSpec:
-    """The last stage of a cell, which holds all the others."""
-    pruned = prune_spec(grid, cell)
+def evaluate_spec(
+    grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
+) -> EvaluateSpec:
+    """The last stage of a cell, which holds all the others.
+
+    Args:
+        sets: calibration sets of the grid's other cells, which cells share and which are added to:
+            ten thousand cells may have a hundred.
+    """
+    pruned = prune_spec(grid, cell, sets)
     measured = grid.evaluate
+    known = {**CORPUS_PRESETS, **grid.corpora}
     return EvaluateSpec(
         model=pruned or grid.models[cell.model],
         perplexity=tuple(
             PerplexitySpec(
+                **entry.model_dump(exclude={"corpus"}),
                 name=entry.corpus,
-                corpus=_get(grid.corpora, entry.corpus, f"evaluate.perplexity.{number}.corpus"),
-                seqlen=entry.seqlen,
-                max_windows=entry.max_windows,
+                corpus=_get(known, entry.corpus, f"evaluate.perplexity.{number}.corpus"),
             )
-            for number, entry in enumerate(measured.perplexity)
+            for number, entry in enumerate(measured.all_perplexities())
         ),
-        tasks=measured.tasks,
-        task_folder=measured.task_folder,
-        batch_size=measured.batch_size,
+        tasks=measured.all_tasks(),
+        task_folder=measured.folder,
+        datasets=measured.datasets,
+        chat_template=measured.chat_template,
+        batch_tokens=measured.batch_tokens,
     )
 
 
-def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
-    """How a cell's model is pruned; None for the dense model."""
+def prune_spec(
+    grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
+) -> PruneSpec | None:
+    """How a cell's model is pruned; None for the dense model. `sets` is that of `evaluate_spec`."""
     if cell.pruner is None:
         return None
     allocation = cell.allocation or Uniform()
@@ -123,16 +142,42 @@ def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
         sparsity=cell.sparsity,
         pattern=cell.pattern,
         allocation=allocation,
-        calibration=_calibration_set(grid, cell) if calibrated else None,
+        calibration=_calibration_set(grid, cell, {} if sets is None else sets)
+        if calibrated
+        else None,
         checkpoint=grid.checkpoints and not cell.pruner.updates_weights,
     )
 
 
-def _calibration_set(grid: Grid, cell: Cell) -> WindowsSpec:
-    try:
-        return _windows_spec(grid, cell)
-    except ValidationError as error:
-        raise explained(error, ("calibrations", cell.calibration)) from error
+def describe_spec(
+    grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
+) -> DescribeSpec | None:
+    """What tells of a cell's calibration set; None if nothing does, or it has none. `sets` is that
+    of `evaluate_spec`."""
+    asked = grid.describe
+    pruned = prune_spec(grid, cell, sets)
+    if asked is None or pruned is None or pruned.calibration is None:
+        return None
+    reference = None
+    if asked.reference is not None:
+        reference = WindowsSpec(
+            source=_get(grid.corpora, asked.reference, "describe.reference"),
+            model=pruned.model,
+            nsamples=asked.reference_windows,
+            seqlen=pruned.calibration.seqlen,
+            packing="concat",
+        )
+    return DescribeSpec(calibration=pruned.calibration, model=pruned.model, reference=reference)
+
+
+def _calibration_set(grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec]) -> WindowsSpec:
+    same = cell.model_copy(update=_NOT_OF_THE_CALIBRATION)
+    if same not in sets:
+        try:
+            sets[same] = _windows_spec(grid, cell)
+        except ValidationError as error:
+            raise explained(error, ("calibrations", cell.calibration)) from error
+    return sets[same]
 
 
 def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
@@ -145,7 +190,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
     if isinstance(calibration, CorpusCalibration):
         source = grid.corpora[calibration.corpus]
     else:
-        generator = grid.models[calibration.generator or cell.model]
+        generator = _generator(grid, cell, calibration)
         samples = GenerateSpec(
             model=generator,
             prefixes=_prefixes(grid, calibration),
@@ -198,6 +243,28 @@ def _prefixes(grid: Grid, calibration: GeneratedCalibration) -> Corpus | CorpusM
             name: WeightedCorpus(corpus=grid.corpora[name], weight=weight)
             for name, weight in calibration.prefixes.items()
         }
+    )
+
+
+def _generator(grid: Grid, cell: Cell, calibration: GeneratedCalibration) -> Model:
+    chosen = calibration.generator
+    if not isinstance(chosen, PrunedGenerator):
+        return grid.models[chosen or cell.model]
+    pruned = prune_spec(grid, _pruned_by(cell, chosen))
+    assert pruned is not None
+    return pruned
+
+
+def _pruned_by(cell: Cell, generator: PrunedGenerator) -> Cell:
+    """The cell whose pruned model is a generator; its generated data have their own settings."""
+    return Cell(
+        model=cell.model,
+        calibration=generator.calibration or NO_CALIBRATION,
+        pruner=generator.pruner,
+        sparsity=generator.sparsity,
+        seed=cell.seed,
+        nsamples=cell.nsamples,
+        seqlen=cell.seqlen,
     )
 
 
@@ -255,13 +322,36 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
     for name in calibration.corpora:
         _get(grid.corpora, name, f"calibrations.{cell.calibration}.prefixes")
     for role in ("generator", "scorer"):
-        name = getattr(calibration, role)
-        if name is not None:
-            _get(grid.models, name, f"calibrations.{cell.calibration}.{role}")
+        chosen = getattr(calibration, role)
+        where = f"calibrations.{cell.calibration}.{role}"
+        if isinstance(chosen, str):
+            _get(grid.models, chosen, where)
+        elif isinstance(chosen, PrunedGenerator) and chosen.calibration is not None:
+            _check_generator(grid, cell, chosen, f"{where}.calibration")
     for field in GENERATED_FIELDS:
         chosen = getattr(cell, field)
         defaults[field] = getattr(calibration, field) if chosen is None else chosen
     return cell.model_copy(update=defaults)
+
+
+def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: str) -> None:
+    """See that the calibrations of pruned generators do not go round in a circle."""
+    seen = [cell.calibration]
+    while generator.calibration is not None:
+        name = generator.calibration
+        if name in seen:
+            remedy = f"needs itself, by {' and '.join(seen)}: name a calibration that does not"
+            raise InputError(where, name, remedy)
+        seen.append(name)
+        calibration = _get(grid.calibrations, name, where)
+        if not isinstance(calibration, GeneratedCalibration):
+            _get(grid.corpora, calibration.corpus, f"calibrations.{name}.corpus")
+            return
+        for corpus in calibration.corpora:
+            _get(grid.corpora, corpus, f"calibrations.{name}.prefixes")
+        if not isinstance(calibration.generator, PrunedGenerator):
+            return
+        generator = calibration.generator
 
 
 def _get(known: Mapping[str, Any], name: str, field: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from jobs.grid import Cost
 from pipeline.specs import (
+    DescribeSpec,
     EvaluateSpec,
     FilterSpec,
     GenerateSpec,
@@ -27,13 +28,21 @@ UTILISATION = {
     "pretrain": 0.3,
     "generate": 0.1,
     "score": 0.5,
+    "describe": 0.5,
     "outliers": 0.5,
     "prune": 0.5,
     "evaluate": 0.4,
 }
 """Share of the device's matrix rate. Generation reads every weight for one token a sample."""
 
-PASSES = {"pretrain": 3.0, "generate": 1.0, "score": 1.0, "outliers": 2.0, "evaluate": 1.0}
+PASSES = {
+    "pretrain": 3.0,
+    "generate": 1.0,
+    "score": 1.0,
+    "describe": 1.0,
+    "outliers": 2.0,
+    "evaluate": 1.0,
+}
 """Passes of a token through the model; training's backward pass counts two, and outliers take the
 statistics and the outputs of every layer."""
 
@@ -50,6 +59,9 @@ the eigenvectors and iterations of ALPS double it again."""
 
 TASK_TOKENS = 2_000_000
 """Tokens of an lm-eval task with all its questions and choices, on average."""
+
+MANY_WINDOWS = 256
+"""Windows of a perplexity that takes all there are."""
 
 QUESTION_TOKENS = 600
 """Tokens of one question with all its choices, where the number of questions is limited."""
@@ -123,7 +135,7 @@ def _model(spec: StageSpec) -> Model | None:
             return spec.of.model
         case PretrainSpec():
             return spec
-        case OutliersSpec() | PruneSpec() | EvaluateSpec():
+        case DescribeSpec() | OutliersSpec() | PruneSpec() | EvaluateSpec():
             return spec.model
         case _:
             return None  # joins and cuts, no forward pass
@@ -143,10 +155,16 @@ def _tokens(spec: StageSpec) -> float:
             samples = spec.of if isinstance(spec.of, GenerateSpec) else spec.of.samples
             rest = samples.num_samples - spec.index * samples.shard_size
             return min(rest, samples.shard_size) * samples.seqlen
-        case PruneSpec(calibration=WindowsSpec() as windows) | OutliersSpec(calibration=windows):
+        case (
+            PruneSpec(calibration=WindowsSpec() as windows)
+            | OutliersSpec(calibration=windows)
+            | DescribeSpec(calibration=windows)
+        ):
             return windows.nsamples * windows.seqlen
         case EvaluateSpec():
-            texts = sum(entry.max_windows * entry.seqlen for entry in spec.perplexity)
+            texts = sum(
+                (entry.max_windows or MANY_WINDOWS) * entry.seqlen for entry in spec.perplexity
+            )
             return texts + sum(_task_tokens(spec, task) for task in spec.tasks)
         case _:
             return 0.0

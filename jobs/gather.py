@@ -9,11 +9,19 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from cluster.graph import Graph, needed
+from cluster.graph import descendants, readers
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store
+from jobs.averages import average_rows
 from jobs.cells import Cell
 from jobs.plan import Plan
-from pipeline.specs import Allocation, EvaluateSpec, Pruner, PruneSpec, canonical_json
+from pipeline.specs import (
+    Allocation,
+    EvaluateSpec,
+    FilterSpec,
+    Pruner,
+    PruneSpec,
+    canonical_json,
+)
 
 CELL_COLUMNS: dict[str, pa.DataType] = {
     "grid": pa.string(),
@@ -45,10 +53,20 @@ METRIC_COLUMNS: dict[str, pa.DataType] = {
     "value": pa.float64(),
     "stderr": pa.float64(),
     "samples": pa.int64(),
+    "limit": pa.int64(),
+    "num_fewshot": pa.int64(),
+    "task_version": pa.string(),
+    "lm_eval": pa.string(),
+    "dtype": pa.string(),
+    "tokenizer": pa.string(),
+    "chat_template": pa.string(),
 }
+"""What `pipeline.evaluate` writes."""
 
 RUN_COLUMNS: dict[str, pa.DataType] = {
     "traceback": pa.string(),
+    "seconds_generate": pa.float64(),
+    "seconds_score": pa.float64(),
     "seconds_prune": pa.float64(),
     "seconds_evaluate": pa.float64(),
     "peak_memory_bytes": pa.int64(),
@@ -56,7 +74,12 @@ RUN_COLUMNS: dict[str, pa.DataType] = {
     "host": pa.string(),
     "prune_key": pa.string(),
     "prune_report": pa.string(),
+    "calibration_report": pa.string(),
     "evaluate_key": pa.string(),
+    "bytes_dense": pa.int64(),
+    "bytes_masks": pa.int64(),
+    "bytes_compressed": pa.int64(),
+    "speed_2_4": pa.string(),
     "lineage": pa.string(),
 }
 """How it was made; differs from run to run."""
@@ -70,9 +93,25 @@ def gather(plan: Plan, store: Store) -> pa.Table:
     Cells that failed are one row with `status = failed` and the error; cells that have not run
     are one row with `status = missing`.
     """
-    rows = [row for key, cell in plan.cells.items() for row in _rows(plan, store, key, cell)]
+    reasons = _reasons(plan, store)
+    cells = {
+        key: _rows(plan, store, key, cell, reasons.get(key)) for key, cell in plan.cells.items()
+    }
+    dense = {cell.model: cells[key] for key, cell in plan.cells.items() if cell.pruner is None}
+    rows = []
+    for key, cell in plan.cells.items():
+        own = _measured(cells[key])
+        rows += cells[key]
+        for further in average_rows(
+            plan.grid.evaluate.suites, own, _measured(dense.get(cell.model, []))
+        ):
+            rows.append({**cells[key][0], **dict.fromkeys(METRIC_COLUMNS), **further})
     schema = pa.schema(list(COLUMNS.items()))
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row.get("metric") is not None]
 
 
 def write_table(table: pa.Table, grid: str, store: Store) -> str:
@@ -90,7 +129,9 @@ def write_table(table: pa.Table, grid: str, store: Store) -> str:
     return store.write(f"results/{grid}.parquet", buffer.getvalue())
 
 
-def _rows(plan: Plan, store: Store, key: str, cell: Cell) -> list[dict[str, Any]]:
+def _rows(
+    plan: Plan, store: Store, key: str, cell: Cell, failure: Failure | None
+) -> list[dict[str, Any]]:
     spec = plan.specs[key]
     assert isinstance(spec, EvaluateSpec)
     pruned = spec.model if isinstance(spec.model, PruneSpec) else None
@@ -106,12 +147,12 @@ def _rows(plan: Plan, store: Store, key: str, cell: Cell) -> list[dict[str, Any]
     except CorruptArtifactError as error:
         return [{**row, "status": "failed", "error": str(error), "traceback": str(error)}]
     if evaluation is None:
-        failure = _failure(plan.graph, store, key)
         if failure is None:
             return [{**row, "status": "missing"}]
         told = {"error": f"{failure.kind}: {failure.error}", "traceback": failure.traceback}
         return [{**row, "status": "failed", **told}]
     row |= _run_fields(evaluation, None if pruned is None else store.manifest(pruned.key))
+    row |= _calibration_fields(plan, store, key, pruned)
     return [{**row, **metric} for metric in metrics]
 
 
@@ -146,6 +187,8 @@ def _run_fields(evaluation: Manifest, pruning: Manifest | None) -> dict[str, Any
         "peak_memory_bytes": max(peaks, default=None),
         "versions": json.dumps(evaluation.versions, sort_keys=True),
         "host": evaluation.host,
+        "speed_2_4": evaluation.report.get("speed_2_4"),
+        **{f"bytes_{form}": taken for form, taken in evaluation.report.get("bytes", {}).items()},
     }
     if pruning is None:
         return {**fields, "measured_sparsity": 0.0}
@@ -157,16 +200,45 @@ def _run_fields(evaluation: Manifest, pruning: Manifest | None) -> dict[str, Any
     }
 
 
+def _calibration_fields(
+    plan: Plan, store: Store, key: str, pruned: PruneSpec | None
+) -> dict[str, Any]:
+    """What the calibration set took to make, and what it is like if the grid describes it.
+
+    The seconds are those of all shards together, on however many devices they were made.
+    """
+    calibration = None if pruned is None else pruned.calibration
+    if calibration is None:
+        return {}
+    fields: dict[str, Any] = {}
+    if isinstance(calibration.source, FilterSpec):
+        scores = calibration.source.scores
+        for name, stage in (("generate", scores.samples), ("score", scores)):
+            shards = [store.manifest(shard.key) for shard in stage.shards()]
+            known = [shard.seconds for shard in shards if shard is not None]
+            fields[f"seconds_{name}"] = sum(known) if len(known) == len(shards) else None
+    else:
+        fields |= {"seconds_generate": 0.0, "seconds_score": 0.0}
+    described = plan.descriptions.get(key)
+    description = None if described is None else store.manifest(described)
+    if description is not None:
+        fields["calibration_report"] = json.dumps(description.report, sort_keys=True)
+    return fields
+
+
 def _metrics(store: Store, key: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(store.fetch(key) / "metrics.parquet").to_pylist()
     return rows
 
 
-def _failure(graph: Graph, store: Store, key: str) -> Failure | None:
-    """The failure that keeps a cell from its result: its own, or the first before it."""
-    present = store.keys()
-    for missing in needed(graph, [key], present):
-        failure = store.failure(missing)
+def _reasons(plan: Plan, store: Store) -> dict[str, Failure]:
+    """Of the stages without an artifact, the first failure that keeps each from one."""
+    failed = (store.names("failures") & plan.graph.keys()) - store.keys()
+    read_by = readers(plan.graph) if failed else {}
+    reasons: dict[str, Failure] = {}
+    for key in plan.graph:
+        failure = store.failure(key) if key in failed else None
         if failure is not None:
-            return failure
-    return None
+            for name in (key, *descendants(read_by, key)):
+                reasons.setdefault(name, failure)
+    return reasons

@@ -9,11 +9,12 @@ from rich.table import Table
 
 from cluster.graph import Graph, Resources, Stage, needed
 from cluster.store import Store
-from jobs.cells import Cell, evaluate_spec, expand
+from jobs.cells import Cell, describe_spec, evaluate_spec, expand
 from jobs.cost import estimate, model_name, parameters
 from jobs.grid import GeneratedCalibration, Grid, StageName
 from jobs.stages import stage_name
 from pipeline.specs import (
+    DescribeSpec,
     EvaluateSpec,
     GenerateSpec,
     OutliersSpec,
@@ -22,6 +23,7 @@ from pipeline.specs import (
     StageSpec,
     Uniform,
     Vllm,
+    WindowsSpec,
 )
 
 ORDER = (
@@ -33,6 +35,7 @@ ORDER = (
     "score",
     "filter",
     "windows",
+    "describe",
     "outliers",
     "prune",
     "evaluate",
@@ -54,9 +57,16 @@ class Plan:
     grid: Grid
     cells: dict[str, Cell]
     """Key of each cell's last stage to the cell."""
+    descriptions: dict[str, str]
+    """Key of each cell's last stage to that of its calibration set's description, if it has one."""
     specs: dict[str, StageSpec]
     """Every unique stage, each after its inputs."""
     graph: Graph
+
+    @property
+    def targets(self) -> list[str]:
+        """Keys of all that the grid is for."""
+        return list(dict.fromkeys([*self.cells, *self.descriptions.values()]))
 
 
 def make_plan(grid: Grid) -> Plan:
@@ -65,12 +75,21 @@ def make_plan(grid: Grid) -> Plan:
     Raises:
         InputError: naming field, value and remedy.
     """
-    cells = {evaluate_spec(grid, cell).key: cell for cell in expand(grid)}
+    cells: dict[str, Cell] = {}
     specs: dict[str, StageSpec] = {}
-    for cell in cells.values():
-        _collect(evaluate_spec(grid, cell), specs)
-    graph = {key: _stage(grid, spec) for key, spec in specs.items()}
-    return Plan(grid=grid, cells=cells, specs=specs, graph=graph)
+    inputs: dict[str, tuple[str, ...]] = {}
+    descriptions: dict[str, str] = {}
+    sets: dict[Cell, WindowsSpec] = {}
+    for cell in expand(grid):
+        last = evaluate_spec(grid, cell, sets)
+        cells[last.key] = cell
+        _collect(last, specs, inputs)
+        description = describe_spec(grid, cell, sets)
+        if description is not None:
+            _collect(description, specs, inputs)
+            descriptions[last.key] = description.key
+    graph = {key: _stage(grid, spec, inputs[key]) for key, spec in specs.items()}
+    return Plan(grid=grid, cells=cells, descriptions=descriptions, specs=specs, graph=graph)
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
     Args:
         stored: keys that the store holds.
     """
-    missing = set(needed(plan.graph, list(plan.cells), stored))
+    missing = set(needed(plan.graph, plan.targets, stored))
     sizes = _sizes(plan.grid)
     lines = []
     for stage in ORDER:
@@ -156,12 +175,16 @@ def _engine(backend: Literal["transformers"] | Vllm) -> str:
     return " ".join(["vllm", *(f"{field}={value}" for field, value in set_fields.items())])
 
 
-def _collect(spec: StageSpec, into: dict[str, StageSpec]) -> None:
+def _collect(
+    spec: StageSpec, into: dict[str, StageSpec], inputs: dict[str, tuple[str, ...]]
+) -> None:
     """Add a stage and all before it, each after its inputs."""
     if spec.key not in into:
-        for before in spec.inputs():
-            _collect(before, into)
+        all_before = spec.inputs()
+        for before in all_before:
+            _collect(before, into, inputs)
         into[spec.key] = spec
+        inputs[spec.key] = tuple(before.key for before in all_before)
 
 
 def _line(spec: StageSpec) -> str:
@@ -173,7 +196,7 @@ def _sizes(grid: Grid) -> dict[str, float]:
     return {model_name(model): given[name] for name, model in grid.models.items() if name in given}
 
 
-def _stage(grid: Grid, spec: StageSpec) -> Stage:
+def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...]) -> Stage:
     name = stage_name(spec)
     asked = grid.resources.get(cast(StageName, name))
     joins = name in POOLED and not isinstance(spec, ShardSpec)  # and so needs no device
@@ -184,7 +207,7 @@ def _stage(grid: Grid, spec: StageSpec) -> Stage:
         label=_label(spec),
         spec=spec.lineage,
         payload=spec.model_dump_json(),
-        inputs=tuple(before.key for before in spec.inputs()),
+        inputs=inputs,
         resources=resources,
         pool=_pool(spec),
         pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
@@ -218,7 +241,7 @@ def _label(spec: StageSpec) -> str:
             target = spec.pattern or f"{spec.sparsity:.0%}"
             allocation = "" if spec.allocation == Uniform() else f" {spec.allocation.name}"
             return f"prune {spec.pruner.name} {target}{allocation}{seed}"
-        case OutliersSpec():
-            return f"outliers seed {spec.calibration.seed}"
+        case OutliersSpec() | DescribeSpec():
+            return f"{spec.kind} seed {spec.calibration.seed}"
         case _:
             return spec.kind

@@ -39,9 +39,24 @@ def write(rows: list[Row], path: Path) -> None:
     """Write rows as a results table; fields that a row leaves out are those of WHERE."""
     full = [{**WHERE, **row} for row in rows]
     for row in full:
-        row.setdefault("cell", "/".join(str(row[name]) for name in CELL))
+        row.setdefault("cell", "-".join(str(row[name]) for name in CELL).replace(" ", "-"))
+        row.setdefault("evaluate_key", f"evaluate-{row['cell']}")
+        row.setdefault("lineage", json.dumps(lineage(row)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(full).astype({"seed": "Int64", "value": "float64"}).to_parquet(path)
+    types = {"seed": "Int64", "value": "float64"}
+    types |= {"limit": "Int64"} if any("limit" in row for row in full) else {}
+    pd.DataFrame(full).astype(types).to_parquet(path)
+
+
+def lineage(row: Row) -> Row:
+    """A spec in the shape of an evaluation's, with the specs before it."""
+    model: Row = {"kind": "pretrain", "steps": 700}
+    if row["pruner"] != "dense":
+        corpus = {"kind": "testbed-corpus", "name": row["calibration"]}
+        windows = {"kind": "windows", "source": corpus, "seed": row["seed"], "model": model}
+        pruner = {"name": row["pruner"]}
+        model = {"kind": "prune", "model": model, "calibration": windows, "pruner": pruner}
+    return {"kind": "evaluate", "batch_size": 32, "model": model}
 
 
 @pytest.fixture

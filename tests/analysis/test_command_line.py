@@ -48,7 +48,7 @@ def test_printed_values_are_those_of_the_table(make_table: MakeTable, tmp_path: 
         *("tiny", "wanda", "50 %", "other", "50.5 ± 0.7"),
         *("+10.0 points (no interval)", "n/a", "2"),
     ]
-    assert "reference calibration: corpus. It is the first by name" in "\n".join(lines)
+    assert "reference calibration: corpus. It is the first of the table" in "\n".join(lines)
     assert lines[-1] == f"report: {tmp_path / 'out' / 'index.html'}"
 
 

@@ -1,11 +1,17 @@
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from moto.server import ThreadedMotoServer
 
 import analysis
 from analysis.load import ESSENTIAL, TableError
+from benchmarks.analysis import SEED_STEP, SEEDS, made_table
+from tests.analysis.conftest import MakeTable
 
 
 def test_a_store_is_read_with_integer_seeds_and_targets(store: Path) -> None:
@@ -31,6 +37,27 @@ def test_folder_file_and_url_give_the_same_table(store: Path) -> None:
     table = analysis.load(str(store))
     pd.testing.assert_frame_equal(analysis.load(file), table)
     pd.testing.assert_frame_equal(analysis.load("memory://bucket/store"), table)
+
+
+def test_a_store_on_s3_gives_the_same_table(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    fsspec.filesystem("s3").clear_instance_cache()
+    try:
+        files = fsspec.filesystem("s3")
+        files.mkdir("analysis-tests")
+        files.put(str(store / "results"), "analysis-tests/store/results", recursive=True)
+        pd.testing.assert_frame_equal(
+            analysis.load("s3://analysis-tests/store"), analysis.load(store)
+        )
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_of_several_grids_the_named_one_is_read(store: Path, tmp_path: Path) -> None:
@@ -76,3 +103,65 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
 def test_a_url_that_nothing_reads_is_refused() -> None:
     with pytest.raises(TableError, match="nosuch"):
         analysis.load("nosuch://bucket/store")
+
+
+def test_categories_are_in_the_order_of_their_meaning(store: Path) -> None:
+    table = analysis.load(store)
+    assert table["status"].cat.categories.tolist() == ["ok", "failed", "missing"]
+    assert table["pruner"].cat.categories.tolist() == ["dense", "magnitude", "wanda", "sparsegpt"]
+    assert table["target"].cat.categories.tolist() == ["dense", "50 %", "60 %", "70 %", "2:4"]
+    assert table["pattern"].cat.categories.tolist() == ["unstructured", "2:4"]
+    assert all(table[name].cat.ordered for name in ("pruner", "pattern", "calibration", "method"))
+
+
+def test_generated_data_follows_corpora_and_settings_go_by_size(make_table: MakeTable) -> None:
+    rows = [
+        {"calibration": "zoo", "value": 0.5},
+        {"calibration": "corpus", "value": 0.5},
+        {"calibration": "none", "pruner": "magnitude", "seed": None, "value": 0.4},
+        *[
+            {"calibration": "a-model", "prefix_tokens": size, "num_samples": 8, "value": 0.6}
+            for size in (16, 2)
+        ],
+    ]
+    table = make_table([{"cell": str(number), **row} for number, row in enumerate(rows)])
+    assert table["source"].cat.categories.tolist() == [
+        "none",
+        "corpus",
+        "zoo",
+        "a-model, 2 prefix tokens",
+        "a-model, 16 prefix tokens",
+    ]
+
+
+def test_an_unknown_status_is_refused(store: Path, tmp_path: Path) -> None:
+    whole = pd.read_parquet(store / "results" / "hand.parquet")
+    whole.assign(status="lost").to_parquet(tmp_path / "odd.parquet")
+    with pytest.raises(TableError, match=r"odd\.parquet: status is lost"):
+        analysis.load(tmp_path / "odd.parquet")
+
+
+def test_a_million_rows_are_loaded_and_grouped_whole(tmp_path: Path) -> None:
+    made_table().to_parquet(tmp_path / "made.parquet")
+    table = analysis.load(tmp_path / "made.parquet")
+    assert len(table) == 1_000_000
+    levels = analysis.summarize(table)
+    assert len(levels) == 1_000_000 // SEEDS
+    assert (levels["n"] == SEEDS).all()
+    number = levels["calibration"].astype(str).str.removeprefix("calibration-").astype(int)
+    expected = 0.001 * number + SEED_STEP * (SEEDS - 1) / 2
+    assert levels["mean"].to_numpy() == pytest.approx(expected.to_numpy())
+    assert levels["sd"].to_numpy() == pytest.approx(SEED_STEP * np.std(range(SEEDS), ddof=1))
+
+
+def test_integers_that_the_file_holds_beside_nulls_are_read_as_they_are(
+    store: Path, tmp_path: Path
+) -> None:
+    large = 2**60 + 1  # no float64
+    written = pq.read_table(store / "results" / "hand.parquet").replace_schema_metadata(None)
+    counts = pa.array([large, *[None] * (len(written) - 1)], pa.int64())
+    pq.write_table(written.append_column("num_samples", counts), tmp_path / "integers.parquet")
+    table = analysis.load(tmp_path / "integers.parquet")
+    assert str(table["num_samples"].dtype) == "Int64"
+    assert table["num_samples"].dropna().to_list() == [large]
+    assert table["nsamples"].isna().all()

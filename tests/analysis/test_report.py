@@ -1,7 +1,9 @@
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -40,8 +42,9 @@ def page(folder: Path) -> str:
 
 
 def plain(page: str) -> str:
-    """The page's text without tags."""
-    return " ".join(re.sub(r"<[^>]+>", " ", page.partition("<body>")[2]).split())
+    """The page's text without tags and scripts."""
+    body = re.sub(r"<script.*?</script>", " ", page.partition("<body>")[2], flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
 def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
@@ -49,9 +52,9 @@ def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
     inner = {target[1:] for target in links.targets if target.startswith("#")}
     outer = [target for target in links.targets if not target.startswith("#")]
     assert inner <= links.anchors
-    assert len(outer) == 4  # a figure for each of three tasks and for the mean of two
+    assert len(outer) == 8  # two figures for each of three tasks and for the mean of two
     assert all(target.startswith("data:image/svg+xml;base64,") for target in outer)
-    assert not re.search(r"url\(|@import|<script|<link", page)
+    assert not re.search(r"url\(|@import|<script src|<link|https?://", page)
 
 
 def test_the_page_holds_the_figures_that_lie_beside_it(folder: Path, page: str) -> None:
@@ -119,3 +122,43 @@ def test_a_metric_that_the_reference_lacks_is_shown_uncompared(
     told = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
     assert "+10.0 points (one pair: no interval)" in told
     assert "tiny wanda 50 % 9.00 1" in told
+
+
+def test_lost_cells_stand_where_their_number_would(page: str) -> None:
+    told = plain(page)
+    assert re.search(r"wanda 70 % [\d.]+ ± [\d.]+, 1 failed", told) or ", 1 failed" in told
+    assert ", 1 missing" in told
+
+
+def test_any_cell_of_the_page_has_its_lineage_once(table: pd.DataFrame, page: str) -> None:
+    found = re.search(r'id="lineage-data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    document = json.loads(found.group(1))
+    asked = {cell for told in re.findall(r'data-cells="([^"]*)"', page) for cell in told.split(" ")}
+    assert asked == set(document["cells"]) == set(table["cell"])
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict) and set(value) == {"$spec"}:
+            return whole(document["specs"][value["$spec"]])
+        if isinstance(value, dict):
+            return {name: whole(each) for name, each in value.items()}
+        return [whole(each) for each in value] if isinstance(value, list) else value
+
+    for row in table.drop_duplicates("cell").to_dict("records"):
+        spec = document["cells"][row["cell"]]["spec"]
+        assert whole({"$spec": spec}) == json.loads(str(row["lineage"]))
+    pretrained = [spec for spec in document["specs"] if spec["kind"] == "pretrain"]
+    assert len(pretrained) == 1
+
+
+def test_a_task_of_which_not_all_was_asked_says_so(make_table: MakeTable, tmp_path: Path) -> None:
+    rows = [
+        {"task": task, "seed": seed, "value": 0.5, "limit": limit}
+        for task, limit in (("questions", 40), ("whole", None))
+        for seed in (0, 1)
+    ]
+    write_report(make_table(rows), tmp_path, None)
+    told = plain((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "questions: acc (%), higher is better, first 40 questions only" in told
+    assert "mean of 2 tasks: acc (%), higher is better, first 40 questions only" in told
+    assert "whole: acc (%), higher is better, first" not in told

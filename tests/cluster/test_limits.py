@@ -16,11 +16,11 @@ from cluster.remedies import one_line
 from cluster.store import Partial, Store
 
 STUCK = """
-import re
+import itertools
 from cluster import limits
 limits.GRACE_SECONDS = 0.5
 with limits.time_limit(0.2):
-    re.match("(a|aa)+$", "a" * 60 + "b")  # never comes back to the interpreter
+    any(itertools.repeat(0))
 """
 
 
@@ -50,9 +50,9 @@ def misbehave(
 def test_a_block_that_takes_too_long_is_ended_and_others_are_not() -> None:
     with time_limit(30.0), time_limit(None):
         pass
-    with pytest.raises(TimeLimitError, match=r"longer than its time limit of 0\.1 s"):
-        with time_limit(0.1):
-            time.sleep(30)
+    told = r"longer than its time limit of 0\.1 s"
+    with pytest.raises(TimeLimitError, match=told), time_limit(0.1):
+        time.sleep(30)
     time.sleep(0.2)  # nothing is left that could go off
 
 

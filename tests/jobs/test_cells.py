@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cells import Cell, evaluate_spec, expand, prune_spec
+from jobs.cells import Cell, describe_spec, evaluate_spec, expand, prune_spec
 from jobs.grid import Grid
 from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
@@ -14,6 +14,7 @@ from pipeline.specs import (
     CorpusMixture,
     FilterSpec,
     Magnitude,
+    PruneSpec,
     SparseGPT,
     Uniform,
     Wanda,
@@ -263,3 +264,75 @@ def test_a_grid_that_excludes_all_its_cells_is_refused(content: Content, load: L
     content["exclude"] = [{"model": "testbed"}]
     with pytest.raises(InputError, match=r"exclude.*nothing is left"):
         expand(load(content))
+
+
+def test_a_pruned_version_of_the_model_can_write(content: Content, load: Load) -> None:
+    content["calibrations"]["sparse"] = {
+        "prefixes": "other",
+        "num_samples": 80,
+        "generator": {"pruner": "magnitude", "sparsity": 0.6},
+    }
+    content["calibrations"]["again"] = {
+        **content["calibrations"]["sparse"],
+        "generator": {"pruner": "wanda", "sparsity": 0.4, "calibration": "sparse"},
+    }
+    grid = load(content)
+    cell = Cell(
+        model="testbed",
+        calibration="again",
+        pruner=SparseGPT(),
+        sparsity=0.5,
+        seed=3,
+        nsamples=16,
+        seqlen=64,
+    )
+    pruned = prune_spec(grid, cell)
+    assert pruned is not None
+    writers = []
+    while pruned.calibration is not None:
+        assert isinstance(pruned.calibration.source, FilterSpec)
+        assert pruned.calibration.seed == 3
+        samples = pruned.calibration.source.scores.samples
+        assert pruned.calibration.source.scores.model == samples.model
+        assert isinstance(samples.model, PruneSpec)
+        pruned = samples.model
+        assert pruned.model == grid.models["testbed"]
+        writers.append((pruned.pruner.name, pruned.sparsity))
+    assert writers == [("wanda", 0.4), ("magnitude", 0.6)]
+
+
+@pytest.mark.parametrize(
+    ("generator", "told"),
+    [
+        ({"pruner": "wanda", "sparsity": 0.5}, "needs a calibration"),
+        ({"pruner": "magnitude", "sparsity": 0.5, "calibration": "true"}, "takes no calibration"),
+        ({"pruner": "wanda", "sparsity": 0.5, "calibration": "nothing"}, "is not defined"),
+        ({"pruner": "wanda", "sparsity": 0.5, "calibration": "own"}, "needs itself, by own"),
+    ],
+)
+def test_a_pruned_generator_that_cannot_be_made_is_refused(
+    generator: Content, told: str, content: Content, load: Load
+) -> None:
+    content["calibrations"]["own"]["generator"] = generator
+    with pytest.raises(InputError, match=told):
+        expand(load(content))
+
+
+def test_every_calibration_set_is_described_where_the_grid_says_so(
+    content: Content, load: Load
+) -> None:
+    plain, described = load(content), load({**content, "describe": {"reference": "notes"}})
+    cells = expand(described)
+    assert all(describe_spec(plain, cell) is None for cell in cells)
+    for cell in cells:
+        spec, pruned = describe_spec(described, cell), prune_spec(described, cell)
+        if pruned is None or pruned.calibration is None:
+            assert spec is None
+            continue
+        assert spec is not None
+        assert spec.calibration == pruned.calibration
+        assert spec.model == described.models["testbed"]
+        assert spec.reference is not None
+        assert spec.reference.source == described.corpora["notes"]
+    with pytest.raises(InputError, match=r"describe\.reference"):
+        describe_spec(load({**content, "describe": {"reference": "nothing"}}), cells[-1])

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from pipeline.specs import (
     OWL,
     RIA,
+    DescribeSpec,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -70,6 +71,7 @@ def examples() -> dict[str, StageSpec]:
             sparsity=0.6,
             calibration=WindowsSpec(source=c4, model=llama),
         ),
+        "describe": DescribeSpec(calibration=windows, model=testbed, reference=windows),
         "outliers": owl.outliers,
         "prune by magnitude with OWL": owl,
         "testbed tasks": TestbedTasksSpec(),
@@ -108,6 +110,7 @@ def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {
         "filter",
+        "describe",
         "outliers",
         "prune by magnitude with OWL",
         "prune by Wanda",

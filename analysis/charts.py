@@ -1,0 +1,213 @@
+"""The studies' figures: effects along an axis, effects side by side, and points with names.
+
+Every effect has its 95 % interval; lines are told apart by colour, marker and dash, and named at
+their end, so that no legend has to be matched by colour and a grey print can be read.
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.evidence import Estimate
+from analysis.figures import COLOURS, GREY, MARKERS, STYLE
+
+DASHES: Any = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+PANEL = (4.6, 3.4)
+LABEL_GAP = 0.055
+"""Least distance of two labels at line ends, as a share of the panel's height."""
+
+
+class Line(NamedTuple):
+    """Effects along an axis."""
+
+    name: str
+    x: Sequence[float]
+    estimates: Sequence[Estimate]
+
+
+class Point(NamedTuple):
+    """A named point with its interval upwards."""
+
+    name: str
+    x: float
+    y: float
+    low: float = math.nan
+    high: float = math.nan
+    group: str = ""
+
+
+def line_figure(
+    title: str,
+    panels: dict[str, list[Line]],
+    x_label: str,
+    y_label: str,
+    ticks: Mapping[float, str] | None = None,
+    note: str = "Bands: 95 % intervals over seeds.",
+) -> Figure:
+    """A panel for each name, effects as lines with bands.
+
+    Args:
+        ticks: names of the places across, where a whole place left out breaks the line; numbers
+            as they are if not given.
+    """
+    with rc_context(STYLE):
+        figure = _figure(title, len(panels), note)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for panel, (name, lines) in zip(axes, panels.items(), strict=True):
+            panel.set_title(name, loc="left")
+            panel.axhline(0, color=GREY, linewidth=1, zorder=1)
+            for line, colour, marker, dash in zip(
+                lines, cycle(COLOURS), cycle(MARKERS), cycle(DASHES), strict=False
+            ):
+                _line(panel, line, colour, marker, dash, broken=ticks is not None)
+            if ticks is not None:
+                panel.set_xticks(list(ticks), list(ticks.values()))
+            panel.set_xlabel(x_label)
+            panel.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+            panel.margins(x=0.04)
+        axes[0].set_ylabel(y_label)
+        for panel, lines in zip(axes, panels.values(), strict=True):
+            _end_labels(panel, lines)
+    return figure
+
+
+def _line(
+    panel: Axes, line: Line, colour: str, marker: str, dash: Any, broken: bool = False
+) -> None:
+    x = np.asarray(line.x, dtype=np.float64)
+    values = np.array(
+        [[each.effect, each.low, each.high] for each in line.estimates], dtype=np.float64
+    )
+    gaps = np.flatnonzero((np.diff(x) > 1) & broken) + 1
+    x, values = np.insert(x, gaps, np.nan), np.insert(values, gaps, np.nan, axis=0)
+    effects, low, high = values.T
+    panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    panel.plot(x, effects, color=colour, marker=marker, linestyle=dash, markersize=4.5, lw=1.4)
+
+
+def _end_labels(panel: Axes, lines: list[Line]) -> None:
+    """Names right of the last points, moved apart where they would overlap."""
+    ends = []
+    for line, colour in zip(lines, cycle(COLOURS), strict=False):
+        known = [
+            (x, each.effect)
+            for x, each in zip(line.x, line.estimates, strict=True)
+            if math.isfinite(each.effect)
+        ]
+        if known:
+            ends.append((known[-1][1], known[-1][0], line.name, colour))
+    low, high = panel.get_ylim()
+    place = -math.inf
+    for y, x, name, colour in sorted(ends):
+        place = max((y - low) / (high - low), place + LABEL_GAP)
+        panel.annotate(
+            name,
+            (x, y),
+            xytext=(1.02, place),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
+        )
+
+
+def interval_figure(
+    title: str,
+    panels: dict[str, dict[str, Estimate]],
+    x_label: str,
+    note: str = "Bars: 95 % intervals over seeds. Filled: shown (p by Holm); hollow: not.",
+    directed: bool = True,
+) -> Figure:
+    """A panel for each name, effects with their intervals one below the other.
+
+    Args:
+        directed: whether one side of zero is the better one; circles help, squares harm.
+    """
+    rows = max(len(panel) for panel in panels.values())
+    height = max(PANEL[1], 0.28 * rows + 1.6)
+    with rc_context(STYLE):
+        figure = _figure(title, len(panels), note, height)
+        axes = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
+        for panel, (name, estimates) in zip(axes, panels.items(), strict=True):
+            panel.set_title(name, loc="left")
+            panel.axvline(0, color=GREY, linewidth=1, zorder=1)
+            places = range(len(estimates) - 1, -1, -1)
+            for place, estimate in zip(places, estimates.values(), strict=True):
+                good = estimate.helps or not directed
+                colour = COLOURS[0] if good else COLOURS[1]
+                panel.plot([estimate.low, estimate.high], [place, place], color=colour, lw=1.6)
+                panel.plot(
+                    estimate.effect,
+                    place,
+                    marker="o" if good else "s",
+                    markersize=6,
+                    color=colour,
+                    markerfacecolor=colour if estimate.shown else "white",
+                )
+            panel.set_yticks(list(places), [textwrap.fill(label, 34) for label in estimates])
+            panel.set_ylim(-0.6, len(estimates) - 0.4)
+            panel.set_xlabel(x_label)
+            panel.grid(axis="x", color="#e6e6e6", linewidth=0.7)
+    return figure
+
+
+def point_figure(
+    title: str,
+    panels: dict[str, list[Point]],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    note: str = "Bars: 95 % intervals over seeds.",
+) -> Figure:
+    """A panel for each name, named points; groups differ by colour and marker."""
+    with rc_context(STYLE):
+        figure = _figure(title, len(panels), note)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        groups = list(dict.fromkeys(point.group for points in panels.values() for point in points))
+        for panel, (name, points) in zip(axes, panels.items(), strict=True):
+            panel.set_title(name, loc="left")
+            for point in points:
+                place = groups.index(point.group)
+                colour = COLOURS[place % len(COLOURS)]
+                if math.isfinite(point.low):
+                    panel.plot([point.x, point.x], [point.low, point.high], color=colour, lw=1.2)
+                panel.plot(
+                    point.x, point.y, MARKERS[place % len(MARKERS)], color=colour, markersize=5
+                )
+                panel.annotate(
+                    point.name,
+                    (point.x, point.y),
+                    xytext=(5, 3),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colour,
+                )
+            if log_x:
+                panel.set_xscale("log")
+            panel.set_xlabel(x_label)
+            panel.grid(color="#e6e6e6", linewidth=0.7)
+            panel.margins(x=0.18, y=0.1)
+        axes[0].set_ylabel(y_label)
+    return figure
+
+
+def _figure(title: str, panels: int, note: str, height: float = PANEL[1]) -> Figure:
+    width = PANEL[0] * panels + 0.6
+    figure = Figure(figsize=(width, height + 0.7))
+    figure.suptitle(
+        textwrap.fill(title, int(width * 10)), x=0.012, ha="left", fontsize=11, fontweight="bold"
+    )
+    lines = textwrap.fill(note, int(width * 15))
+    bottom = (0.14 + 0.15 * (lines.count("\n") + 1)) / (height + 0.7)
+    figure.text(0.012, 0.02, lines, fontsize=8, color=GREY, va="bottom")
+    figure.set_layout_engine("constrained", rect=(0, bottom, 1, 1 - bottom))
+    return figure

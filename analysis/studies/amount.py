@@ -1,0 +1,113 @@
+"""How many windows of calibration data are enough, and how long they should be."""
+
+import math
+
+import pandas as pd
+
+from analysis.charts import Line, line_figure
+from analysis.evidence import (
+    Estimate,
+    calibrated,
+    corrected,
+    estimate_rows,
+    listed,
+    paired,
+    scored,
+)
+from analysis.labels import in_order
+from analysis.load import TableError
+from analysis.study import Answer, Study
+
+USUAL = 64
+"""Windows that the testbed's other studies take."""
+
+NEGLIGIBLE = 1.0
+"""Percent of perplexity, or points, that count as nothing."""
+
+
+def answer(table: pd.DataFrame) -> Answer:
+    """Each number of windows against the most, and each length against the longest."""
+    rows = calibrated(scored(table))
+    longest = int(rows["seqlen"].max())
+    whole = rows[rows["seqlen"] == longest]
+    counts = sorted({int(count) for count in whole["nsamples"]})
+    if len(counts) < 2:
+        raise TableError(f"nsamples {counts}: it takes two and more")
+    most = counts[-1]
+    usual = max([count for count in counts[:-1] if count <= USUAL], default=counts[0])
+    at_most = whole[whole["nsamples"] == most]
+
+    def against_most(part: pd.DataFrame) -> dict[int, Estimate]:
+        return {
+            count: paired(part[part["nsamples"] == count], at_most, ["nsamples"])
+            for count in counts
+        }
+
+    panels: dict[str, list[Line]] = {}
+    effects: dict[str, Estimate] = {}
+    for source in in_order(whole["calibration"]):
+        lines = []
+        for method in in_order(whole["pruner"]):
+            part = whole[(whole["calibration"] == source) & (whole["pruner"] == method)]
+            curve = against_most(part)
+            lines.append(Line(method, [math.log2(count) for count in counts], [*curve.values()]))
+            effects |= {f"{count} windows, {method}, {source}": e for count, e in curve.items()}
+        panels[f"{source} text"] = lines
+    overall = against_most(whole)
+    main = overall[usual]
+    fewer = corrected({count: each for count, each in overall.items() if count != most})
+    enough = [count for count, each in overall.items() if count != most and _is_negligible(each)]
+    if main.shown and not main.helps:
+        what = f"More than {usual} windows still help."
+    elif main.shown:
+        what = f"{most} windows are worse than {usual}."
+    else:
+        what = f"That more than {usual} windows help is not shown."
+    what += (
+        f" {enough[0]} windows are enough: within {NEGLIGIBLE:g} {main.kind.unit} of {most}."
+        if enough
+        else f" No smaller number is shown to be within {NEGLIGIBLE:g} {main.kind.unit} of {most}."
+    )
+    size = f"{usual} windows against {most}: {main.text}. Others: " + "; ".join(
+        f"{count} {each.text}" for count, each in fewer.items() if count != usual
+    )
+    lengths = _lengths(rows, longest)
+    effects |= {f"{length} tokens each": each for length, each in lengths.items()}
+    certainty = "p of the others is corrected (Holm)."
+    if lengths:
+        told = listed([f"{length} tokens {each.text}" for length, each in lengths.items()])
+        certainty += f" Windows of another length than {longest} tokens, as many of them: {told}."
+    caveat = (
+        "The effects are averaged over sources and pruners, which the figure shows apart. A wider "
+        "model has more directions for its inputs to cover, and may need more."
+    )
+    figure = line_figure(
+        "Perplexity after pruning, by the number of calibration windows",
+        panels,
+        "windows",
+        f"change against {most} windows (%)",
+    )
+    for axes in figure.axes:
+        axes.set_xticks([math.log2(count) for count in counts], [str(count) for count in counts])
+    return Answer(what, size + ".", certainty, caveat, figure, estimate_rows(effects))
+
+
+def _is_negligible(estimate: Estimate) -> bool:
+    return max(abs(estimate.low), abs(estimate.high)) < NEGLIGIBLE
+
+
+def _lengths(rows: pd.DataFrame, longest: int) -> dict[int, Estimate]:
+    """Each shorter length against the longest, where the number of windows is the same."""
+    shorter = sorted({int(length) for length in rows["seqlen"]} - {longest})
+    whole = rows[rows["seqlen"] == longest]
+    return corrected(
+        {length: paired(rows[rows["seqlen"] == length], whole, ["seqlen"]) for length in shorter}
+    )
+
+
+STUDY = Study(
+    "amount",
+    "How many windows of calibration data are enough, and how long should they be?",
+    f"{USUAL} windows against the most",
+    answer,
+)

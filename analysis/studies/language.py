@@ -1,0 +1,102 @@
+"""A model of two languages: which calibration data keeps which of them."""
+
+import pandas as pd
+
+from analysis.charts import interval_figure
+from analysis.evidence import (
+    SOURCE,
+    calibrated,
+    corrected,
+    estimate_rows,
+    paired,
+    scored,
+)
+from analysis.load import TableError
+from analysis.study import Answer, Study
+
+BOTH, GENERATED, HELD_OUT = "both", "self-generated-", "-heldout"
+
+
+def answer(table: pd.DataFrame) -> Answer:
+    """Retention of each language by calibration in it, in the other, in both, self-generated."""
+    measures = sorted({str(task) for task in table["task"] if str(task).endswith(HELD_OUT)})
+    languages = [measure.removesuffix(HELD_OUT) for measure in measures]
+    if len(languages) != 2:
+        raise TableError(f"measures {measures}: it takes two, each a language and {HELD_OUT}")
+    rows = calibrated(
+        pd.concat(
+            [
+                scored(table, measure, "perplexity").assign(language=language)
+                for measure, language in zip(measures, languages, strict=True)
+            ]
+        )
+    )
+
+    def chosen(of: str, prefix: str = "", other: bool = False) -> pd.DataFrame:
+        """Rows that measure language `of`, calibrated in it or in the other one."""
+        named = languages[1 - languages.index(of)] if other else of
+        return rows[(rows["language"] == of) & (rows["calibration"] == prefix + named)]
+
+    def over_both(prefix: str = "", other: bool = False) -> pd.DataFrame:
+        return pd.concat([chosen(language, prefix, other) for language in languages])
+
+    mixed = rows[rows["calibration"] == BOTH]
+    main = paired(over_both(), over_both(other=True), SOURCE)
+    secondary = corrected(
+        {
+            "both languages against its own": paired(mixed, over_both(), SOURCE),
+            "both languages against the other": paired(mixed, over_both(other=True), SOURCE),
+            "self-generated from it, against its own text": paired(
+                over_both(GENERATED), over_both(), SOURCE
+            ),
+            "self-generated from the other, against the other's text": paired(
+                over_both(GENERATED, True), over_both(other=True), SOURCE
+            ),
+            "self-generated from it, against from the other": paired(
+                over_both(GENERATED), over_both(GENERATED, True), SOURCE
+            ),
+        }
+    )
+    panels = {}
+    for language in languages:
+        reference = chosen(language)
+        parts = {
+            f"{languages[1 - languages.index(language)]} text": chosen(language, other=True),
+            "text of both": mixed[mixed["language"] == language],
+            f"self-generated from {language}": chosen(language, GENERATED),
+            "self-generated from the other": chosen(language, GENERATED, other=True),
+        }
+        panels[f"perplexity of {language}"] = corrected(
+            {name: paired(part, reference, SOURCE) for name, part in parts.items()}
+        )
+    if main.shown:
+        better = "better" if main.helps else "worse"
+        what = f"A language is kept {better} by calibration in it than in the other."
+    else:
+        what = "That a language is kept better by calibration in it than in the other is not shown."
+    size = f"Its own language against the other: {main.text}."
+    certainty = "Secondary (Holm): " + "; ".join(
+        f"{name}, {each.text}" + ("" if each.shown else ", not shown")
+        for name, each in secondary.items()
+    )
+    caveat = (
+        "The two languages have unequal shares of the pretraining text, and effects are averaged "
+        "over both: the figure shows each."
+    )
+    figure = interval_figure(
+        "Perplexity after pruning, against calibration with the language's own text",
+        panels,
+        "change against its own language's text (%)",
+    )
+    effects = {"own language against the other": main, **secondary}
+    for panel, estimates in panels.items():
+        effects |= {f"{panel}: {name} against its own": each for name, each in estimates.items()}
+    return Answer(what, size, certainty + ".", caveat, figure, estimate_rows(effects))
+
+
+STUDY = Study(
+    "language",
+    "Which calibration data keeps which language of a model that has two?",
+    "calibration in a language against calibration in the other, for that language's text",
+    answer,
+)

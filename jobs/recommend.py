@@ -1,0 +1,309 @@
+"""Which calibration data to take for a model, from scores that cost far less than pruning.
+
+A score alone says nothing of pruning. What it is worth is measured by the record: an earlier grid
+that pruned with many described sources. The score that foretold best there, in sources left out of
+the fit, ranks the candidates; how often it would have been right there is printed with the ranking.
+"""
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from cluster.store import Store
+from jobs.cells import GENERATED_FIELDS, Cell
+from jobs.grid import Description, Grid
+from jobs.plan import Plan, make_plan
+
+Values = npt.NDArray[np.float64]
+
+SCORES = ("min_k_plus_plus", "min_k", "loss", "distinct_1", "distinct_2", "distinct_3")
+"""Scores that any model and corpus have; the first one ranks where there is no record."""
+
+DIVERGENCE = "divergence"
+"""One more, where the grid names a reference."""
+
+LEAST_SOURCES = 5
+DRAWS = 4000
+SETTING = ["model", "pruner", "pruner_options", "sparsity", "pattern"]
+SOURCE = ["calibration", *GENERATED_FIELDS]
+
+
+class Candidate(NamedTuple):
+    """One calibration of one model."""
+
+    model: str
+    name: str
+    scores: dict[str, float]
+    errors: dict[str, float]
+    """Standard error of each score's mean, over windows and seeds."""
+
+
+class Record(NamedTuple):
+    """Sources of an earlier grid, each with its scores and its harm."""
+
+    models: tuple[str, ...]
+    scores: dict[str, Values]
+    harm: Values
+    """[sources, settings]: logarithm of the perplexity (or minus an accuracy), less each setting's
+    mean."""
+    is_perplexity: bool
+
+
+class Worth(NamedTuple):
+    """How well a score foretold the record's sources, each predicted from the others."""
+
+    explained: float
+    """Share of the differences between them; below 0, worse than no score."""
+    rank: float
+    """Spearman's correlation of predictions and harm, averaged over settings."""
+    regret: float
+    """What the source with the best prediction lost against the best, averaged over settings."""
+    random_regret: float
+    """What a source drawn at random lost."""
+
+
+class Ranked(NamedTuple):
+    """A candidate with what the record foretells of it."""
+
+    candidate: Candidate
+    expected: float = np.nan
+    """Harm against the candidate expected to be best, on the record's scale."""
+    low: float = np.nan
+    high: float = np.nan
+    """80 % interval of it."""
+    best: float = np.nan
+    """Probability of being the best of the candidates."""
+
+
+def scoring_plan(grid: Grid) -> Plan:
+    """A grid's plan, in which every calibration set is described."""
+    described = grid.model_copy(update={"describe": grid.describe or Description()})
+    return make_plan(described)
+
+
+def scores_only(plan: Plan) -> Plan:
+    """The part of a plan that makes descriptions."""
+    return dataclasses.replace(plan, cells={})
+
+
+def print_ranking(plan: Plan, store: Store, record_grid: str, console: Console) -> None:
+    """Rank the candidates of each model, with the uncertainty and the record behind it."""
+    candidates = read_candidates(plan, store)
+    record = read_record(store, record_grid)
+    asked = plan.grid.describe
+    known = SCORES if asked is None or asked.reference is None else (*SCORES, DIVERGENCE)
+    score, worth = SCORES[0], None
+    if record is not None:
+        worths = {name: worth_of(record, name) for name in known if name in record.scores}
+        score = max(worths, key=lambda name: worths[name].explained)
+        worth = worths[score]
+    for model in dict.fromkeys(candidate.model for candidate in candidates):
+        own = [candidate for candidate in candidates if candidate.model == model]
+        console.print(_table(model, rank(own, score, record), score, record))
+    for line in _told(score, record, worth, record_grid, plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def read_candidates(plan: Plan, store: Store) -> list[Candidate]:
+    """The calibrations that are described, their scores averaged over seeds."""
+    reports: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    varied = [
+        axis
+        for axis in (*GENERATED_FIELDS, "nsamples", "seqlen")
+        if len({getattr(cell, axis) for cell in plan.cells.values()} - {None}) > 1
+    ]
+    for key, cell in plan.cells.items():
+        described = plan.descriptions.get(key)
+        manifest = None if described is None else store.manifest(described)
+        if described is not None and manifest is not None:
+            name = _name(cell, varied)
+            reports.setdefault((cell.model, name), {})[described] = manifest.report
+    candidates = []
+    for (model, name), by_key in reports.items():
+        each = list(by_key.values())
+        scores = {
+            field: float(np.mean([report[field] for report in each]))
+            for field in (*SCORES, DIVERGENCE)
+            if field in each[0]
+        }
+        errors = {field: _error(each, field) for field in scores}
+        candidates.append(Candidate(model, name, scores, errors))
+    return candidates
+
+
+def _name(cell: Cell, varied: Sequence[str]) -> str:
+    told = [f"{axis} {getattr(cell, axis)}" for axis in varied if getattr(cell, axis) is not None]
+    return ", ".join([cell.calibration, *told])
+
+
+def _error(reports: list[dict[str, Any]], field: str) -> float:
+    """Over seeds if there are several, else over windows."""
+    if len(reports) > 1:
+        return float(np.std([report[field] for report in reports], ddof=1) / len(reports) ** 0.5)
+    return float(reports[0].get(f"{field}_error") or 0.0)
+
+
+def read_record(store: Store, grid: str) -> Record | None:
+    """What an earlier grid tells of scores and pruning; None if it is not there, or has fewer than
+    five described sources."""
+    content = store.read(f"results/{grid}.parquet")
+    if content is None:
+        return None
+    table = pq.read_table(io.BytesIO(content)).to_pandas()
+    if "calibration_report" not in table:
+        return None
+    rows = table[(table["status"] == "ok") & table["calibration_report"].notna()]
+    perplexities = rows[rows["metric"] == "perplexity"]
+    rows = perplexities if len(perplexities) else rows[rows["metric"] == "acc"]
+    if rows.empty:
+        return None
+    rows = rows[rows["task"] == rows["task"].iloc[0]]
+    is_perplexity = bool(len(perplexities))
+    values = rows["value"].to_numpy(dtype=np.float64)
+    source = rows.groupby(SOURCE, dropna=False).ngroup()
+    rows = rows.assign(harm=np.log(values) if is_perplexity else -values, source=source)
+    harm = rows.pivot_table(index="source", columns=SETTING, values="harm").dropna()
+    if len(harm) < LEAST_SOURCES:
+        return None
+    reports = pd.DataFrame([json.loads(told) for told in rows["calibration_report"]])
+    reports = reports.assign(source=rows["source"].to_numpy())
+    means = reports.groupby("source").mean(numeric_only=True).loc[harm.index]
+    levels = harm.to_numpy(dtype=np.float64)
+    fields = [field for field in (*SCORES, DIVERGENCE) if field in means]
+    return Record(
+        models=tuple(sorted(set(rows["model"]))),
+        scores={field: means[field].to_numpy(dtype=np.float64) for field in fields},
+        harm=levels - levels.mean(axis=0),
+        is_perplexity=is_perplexity,
+    )
+
+
+def worth_of(record: Record, score: str) -> Worth:
+    """How well a score foretold each source of the record from the others."""
+    x, harm = record.scores[score], record.harm
+    spread = harm.std(axis=0)
+    scaled = harm / np.where(spread > 0, spread, 1.0)
+    predicted = np.empty_like(scaled)
+    means = np.empty_like(scaled)
+    for place in range(len(x)):
+        others = np.delete(np.arange(len(x)), place)
+        means[place] = scaled[others].mean(axis=0)
+        centred = x[others] - x[others].mean()
+        slopes = centred @ (scaled[others] - means[place]) / max(float(centred @ centred), 1e-300)
+        predicted[place] = means[place] + slopes * (x[place] - x[others].mean())
+    settings = range(harm.shape[1])
+    ranks = [stats.spearmanr(predicted[:, at], harm[:, at]).statistic for at in settings]
+    chosen = harm[predicted.argmin(axis=0), settings] - harm.min(axis=0)
+    return Worth(
+        explained=1 - float(((scaled - predicted) ** 2).sum() / ((scaled - means) ** 2).sum()),
+        rank=float(np.mean(ranks)),
+        regret=float(chosen.mean()),
+        random_regret=float((harm.mean(axis=0) - harm.min(axis=0)).mean()),
+    )
+
+
+def rank(candidates: list[Candidate], score: str, record: Record | None) -> list[Ranked]:
+    """The candidates from best to worst.
+
+    With a record, harm is a line through its sources, averaged over settings. Lines are drawn from
+    their posterior under a flat prior, and every candidate has its own residual and error of score:
+    what comes out best in how many draws is the probability. Without one, a higher score is better.
+    """
+    if record is None:
+        ordered = sorted(candidates, key=lambda each: -each.scores[score])
+        return [Ranked(candidate) for candidate in ordered]
+    x, y = record.scores[score], record.harm.mean(axis=1)
+    centred = x - x.mean()
+    spread = max(float(centred @ centred), 1e-300)
+    slope = float(centred @ y) / spread
+    left = y - y.mean() - slope * centred
+    freedom = len(x) - 2
+    generator = np.random.default_rng(0)
+    sigma = np.sqrt(left @ left / generator.chisquare(freedom, DRAWS))
+    slopes = slope + sigma * generator.standard_normal(DRAWS) / np.sqrt(spread)
+    at = np.array([candidate.scores[score] for candidate in candidates]) - x.mean()
+    errors = np.array([candidate.errors[score] for candidate in candidates])
+    size = (DRAWS, len(candidates))
+    places = at + errors * generator.standard_normal(size)
+    drawn = slopes[:, None] * places + sigma[:, None] * generator.standard_normal(size)
+    first = int((slope * at).argmin())
+    against = drawn - drawn[:, [first]]
+    low, high = np.quantile(against, [0.1, 0.9], axis=0)
+    best = np.bincount(drawn.argmin(axis=1), minlength=len(candidates)) / DRAWS
+    ranked = [
+        Ranked(
+            candidate,
+            slope * float(at[place] - at[first]),
+            float(low[place]),
+            float(high[place]),
+            float(best[place]),
+        )
+        for place, candidate in enumerate(candidates)
+    ]
+    return sorted(ranked, key=lambda each: each.expected)
+
+
+def _table(model: str, ranked: list[Ranked], score: str, record: Record | None) -> Table:
+    table = Table(title=f"calibration data for {model}, ranked by {score}", title_justify="left")
+    for heading in ("", "calibration", score):
+        table.add_column(heading)
+    if record is not None:
+        table.add_column(f"expected harm against the first, {_unit(record)} (80 % interval)")
+        table.add_column("probability of being best")
+    for place, each in enumerate(ranked, start=1):
+        at, error = each.candidate.scores[score], each.candidate.errors[score]
+        row = [str(place), each.candidate.name, f"{at:.4g} ± {error:.2g}"]
+        if record is not None:
+            told = [_effect(value, record) for value in (each.expected, each.low, each.high)]
+            first = place == 1
+            row.append("" if first else f"{told[0]} ({told[1]} to {told[2]})")
+            row.append(f"{each.best:.0%}")
+        table.add_row(*row)
+    return table
+
+
+def _told(
+    score: str, record: Record | None, worth: Worth | None, grid: str, plan: Plan
+) -> list[str]:
+    if record is None or worth is None:
+        return [
+            f"no record: the store holds no results of grid {grid} with {LEAST_SOURCES} described "
+            f"sources. The order is that of {score} alone, and nothing says that it is right.",
+            "python -m jobs run analysis/studies/predictor.yaml makes a record",
+        ]
+    sources = len(record.harm)
+    lines = [
+        f"record: {sources} sources of grid {grid}, each predicted from the others: {score} "
+        f"explains {worth.explained:.0%} of the differences in harm, rank correlation "
+        f"{worth.rank:.2f}; the source that it would have chosen lost "
+        f"{_effect(worth.regret, record)} {_unit(record)} against the best, a random one "
+        f"{_effect(worth.random_regret, record)}."
+    ]
+    lines.append("It is the best of several scores by that record, which flatters it somewhat.")
+    if worth.explained <= 0:
+        lines.append("By that record the ranking is worth nothing: no score foretold unseen ones.")
+    strange = sorted(set(plan.grid.models) - set(record.models))
+    if strange:
+        lines.append(
+            f"The record is of {', '.join(record.models)}: that it holds for {', '.join(strange)} "
+            "is not known."
+        )
+    return lines
+
+
+def _effect(value: float, record: Record) -> str:
+    return f"{100 * (np.expm1(value) if record.is_perplexity else value):+.1f}"
+
+
+def _unit(record: Record) -> str:
+    return "%" if record.is_perplexity else "points"

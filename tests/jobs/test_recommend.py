@@ -1,0 +1,155 @@
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from cluster.run import run
+from cluster.store import Store
+from jobs.grid import Grid
+from jobs.plan import make_plan
+from jobs.recommend import (
+    Candidate,
+    Record,
+    print_ranking,
+    rank,
+    read_record,
+    scores_only,
+    scoring_plan,
+    worth_of,
+)
+from jobs.stages import execute
+
+Content = dict[str, Any]
+Load = Callable[[Content], Grid]
+
+
+def record_of(slope: float, noise: float, sources: int = 12) -> Record:
+    draws = np.random.default_rng(2)
+    x = np.linspace(-1, 1, sources)
+    level = slope * x[:, None] + noise * draws.normal(size=(sources, 3))
+    scores = {"min_k_plus_plus": x, "loss": draws.normal(size=sources)}
+    return Record(("testbed",), scores, level - level.mean(axis=0), True)
+
+
+def candidates(*scores: float) -> list[Candidate]:
+    return [
+        Candidate("testbed", f"at {score:g}", {"min_k_plus_plus": score}, {"min_k_plus_plus": 0.01})
+        for score in scores
+    ]
+
+
+def test_a_record_with_an_effect_ranks_by_it_and_is_sure() -> None:
+    ranked = rank(candidates(-0.5, 0.9, 0.2), "min_k_plus_plus", record_of(-0.3, 0.01))
+    assert [each.candidate.name for each in ranked] == ["at 0.9", "at 0.2", "at -0.5"]
+    assert ranked[0].best > 0.95
+    assert ranked[2].expected == pytest.approx(0.3 * 1.4, abs=0.02)
+    assert ranked[2].low < 0.3 * 1.4 < ranked[2].high
+
+
+def test_a_record_of_noise_leaves_the_choice_open() -> None:
+    ranked = rank(candidates(-0.5, 0.9, 0.2), "min_k_plus_plus", record_of(0.0, 0.3))
+    assert max(each.best for each in ranked) < 0.6
+    assert all(each.low < 0 < each.high for each in ranked[1:])
+
+
+def test_eighty_percent_intervals_hold_what_is_drawn_anew() -> None:
+    draws = np.random.default_rng(5)
+    inside = 0
+    for _ in range(200):
+        x = draws.normal(size=10)
+        harm = (0.2 * x + 0.1 * draws.normal(size=10))[:, None]
+        record = Record(("testbed",), {"min_k_plus_plus": x}, harm - harm.mean(axis=0), True)
+        ranked = rank(candidates(-1.0, 1.0), "min_k_plus_plus", record)
+        first, last = (each.candidate.scores["min_k_plus_plus"] for each in ranked)
+        truth = 0.2 * (last - first) + 0.1 * (draws.normal() - draws.normal())
+        inside += ranked[1].low < truth < ranked[1].high
+    assert 0.72 < inside / 200 < 0.88
+
+
+def test_the_worth_of_a_score_is_that_of_leaving_sources_out() -> None:
+    good = worth_of(record_of(-0.3, 0.01), "min_k_plus_plus")
+    assert good.explained > 0.97
+    assert good.rank > 0.95
+    assert good.regret < 0.05 < good.random_regret
+    assert worth_of(record_of(-0.3, 0.01), "loss").explained < 0.3
+
+
+def table_of(sources: int) -> pd.DataFrame:
+    """A results table in which harm falls with Min-K%++."""
+    rows = [
+        {
+            **dict.fromkeys(["prefix_tokens", "drop_fraction", "num_samples", "temperature"]),
+            "status": "ok",
+            "model": "testbed",
+            "calibration": f"source-{place}",
+            "pruner": "wanda",
+            "pruner_options": "{}",
+            "sparsity": sparsity,
+            "pattern": "unstructured",
+            "task": "heldout",
+            "metric": "perplexity",
+            "value": float(np.exp(1 + sparsity + 0.1 * place + 0.01 * seed)),
+            "calibration_report": json.dumps({"min_k_plus_plus": -place / 10, "loss": 2.0}),
+        }
+        for place in range(sources)
+        for sparsity in (0.5, 0.6)
+        for seed in (0, 1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def stored(table: pd.DataFrame, folder: Path) -> Store:
+    store = Store(str(folder))
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    store.write("results/predictor.parquet", buffer.getvalue())
+    return store
+
+
+def test_a_record_is_read_from_a_results_table(tmp_path: Path) -> None:
+    record = read_record(stored(table_of(6), tmp_path / "six"), "predictor")
+    assert record is not None
+    assert record.harm.shape == (6, 2)
+    steps = np.diff(record.harm, axis=0)
+    assert np.allclose(steps, 0.1)
+    assert record.scores["min_k_plus_plus"].tolist() == [0.0, -0.1, -0.2, -0.3, -0.4, -0.5]
+    assert read_record(stored(table_of(4), tmp_path / "four"), "predictor") is None
+    assert read_record(Store(str(tmp_path / "none")), "predictor") is None
+
+
+def test_only_descriptions_and_what_they_need_are_made(content: Content, load: Load) -> None:
+    plan = scores_only(scoring_plan(load(content)))
+    assert {plan.specs[key].kind for key in plan.targets} == {"describe"}
+    assert len(plan.targets) == 4  # two calibrations, two seeds
+
+
+def test_a_grid_without_a_description_makes_none(content: Content, load: Load) -> None:
+    assert make_plan(load(content)).descriptions == {}
+
+
+def test_a_ranking_is_printed_with_its_record(
+    content: Content, load: Load, tmp_path: Path, local_ray: None
+) -> None:
+    store = stored(table_of(8), tmp_path / "store")
+    content["models"] = {"other": "testbed-tiny"}
+    content["calibrations"]["own"]["num_samples"] = 8
+    content["cells"] |= {"model": "other", "pruner": "wanda", "sparsity": 0.5, "seed": 0}
+    plan = scoring_plan(load(content))
+    assert not run(plan.graph, scores_only(plan).targets, execute, store, {}).failed
+    made = {plan.specs[key].kind for key in store.keys() & plan.specs.keys()}
+    assert "describe" in made
+    assert not made & {"prune", "evaluate"}
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_ranking(plan, store, "predictor", console)
+    told = console.export_text()
+    assert "calibration data for other, ranked by min_k_plus_plus" in told
+    assert "record: 8 sources of grid predictor, each predicted from the others" in told
+    assert "The record is of testbed: that it holds for other is not known." in told
+    print_ranking(plan, store, "nothing", console)
+    assert "no record: the store holds no results of grid nothing" in console.export_text()

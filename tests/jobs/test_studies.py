@@ -1,0 +1,82 @@
+"""The studies' grid files: that they plan, and how long all of them take on the testbed."""
+
+from pathlib import Path
+
+import pytest
+
+import analysis
+from jobs.check import check
+from jobs.grid import load_grid
+from jobs.plan import Plan, make_plan
+from pipeline.specs import EvaluateSpec, GenerateSpec, PretrainSpec, PruneSpec, ShardSpec, StageSpec
+
+GRIDS = sorted((Path(analysis.__file__).parent / "studies").glob("*.yaml"))
+
+CORES = 2
+TARGET_SECONDS = 60 * 60
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Plan]:
+    return {path.stem: make_plan(load_grid(path)) for path in GRIDS}
+
+
+def core_seconds(spec: StageSpec) -> float:
+    """What a stage takes of a core of an idle machine, rounded up from the record of a run: a model
+    of a million weights spends most of it on what does not grow with the data."""
+    match spec:
+        case PretrainSpec():
+            return 200 if spec.steps * spec.batch_size > 5000 else 60
+        case ShardSpec(of=GenerateSpec() as samples):
+            return 0.1 * min(samples.num_samples, samples.shard_size)
+        case PruneSpec(calibration=None):
+            return 0.5
+        case PruneSpec(calibration=windows):
+            assert windows is not None
+            return 1.5 + windows.nsamples / 100
+        case EvaluateSpec():
+            return 1.0 + 5.0 * bool(spec.tasks)
+        case _:
+            return 0.3
+
+
+def test_there_is_a_grid_for_each_study_and_nothing_in_it_is_wrong(plans: dict[str, Plan]) -> None:
+    assert len(plans) == 10
+    for name, plan in plans.items():
+        assert plan.grid.name == name
+        assert check(plan) == []
+
+
+def test_all_studies_together_take_less_than_an_hour_on_two_cores(plans: dict[str, Plan]) -> None:
+    stages = {key: spec for plan in plans.values() for key, spec in plan.specs.items()}
+    assert sum(map(core_seconds, stages.values())) / CORES < TARGET_SECONDS
+
+
+def test_studies_share_model_and_calibration_sets(plans: dict[str, Plan]) -> None:
+    models = {
+        key
+        for plan in plans.values()
+        for key, spec in plan.specs.items()
+        if spec.kind == "pretrain"
+    }
+    assert len(models) == 5  # four more shapes for the prefix length
+    alone = sum(len(plan.specs) for plan in plans.values())
+    together = len({key for plan in plans.values() for key in plan.specs})
+    assert together < 0.95 * alone
+
+
+def test_every_comparison_has_seeds_enough_for_an_interval(plans: dict[str, Plan]) -> None:
+    for name, plan in plans.items():
+        seeds = {cell.seed for cell in plan.cells.values() if cell.seed is not None}
+        assert len(seeds) >= (2 if name == "predictor" else 4)  # there sources are the unit
+
+
+def test_the_prefix_study_has_three_shapes_and_both_kinds_of_attention(
+    plans: dict[str, Plan],
+) -> None:
+    models = list(plans["prefix-length"].grid.models.values())
+    assert all(isinstance(model, PretrainSpec) for model in models)
+    shapes = {(model.num_layers, model.hidden_size) for model in models}
+    heads = {model.hidden_size // model.head_dim == model.num_key_value_heads for model in models}
+    assert len(shapes) >= 3
+    assert heads == {True, False}
