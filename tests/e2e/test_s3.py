@@ -39,6 +39,7 @@ def test_a_grid_on_a_throttled_s3_that_loses_a_node_leaves_the_local_table(
             time.sleep(0.1)
         busy = max(cluster.workers, key=lambda node: len(cluster.at_work_on(node, "Replica")))
         cluster.kill(busy)
+        cluster.replace(busy)
         _, errors = run.communicate(timeout=600)
         assert run.returncode == 0, errors
         assert server.refused > 0

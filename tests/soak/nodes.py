@@ -21,7 +21,7 @@ CPUS = 2
 
 
 class Nodes:
-    """A head that does no work, and nodes that do; one that is killed is replaced."""
+    """A head that does no work, and nodes that do."""
 
     def __init__(self, count: int) -> None:
         self.cluster = Cluster(
@@ -39,11 +39,14 @@ class Nodes:
         return process
 
     def kill(self, node: Any) -> None:
-        """Lose a node with all its processes at one stroke, and get another."""
+        """Lose a node with all its processes at one stroke."""
         raylet = psutil.Process(self.raylet(node))
         for process in [raylet, *raylet.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def replace(self, node: Any) -> None:
+        """Get another for a node that was killed."""
         self.cluster.remove_node(node, allow_graceful=False)
         self.workers[self.workers.index(node)] = self._add()
 
@@ -109,7 +112,9 @@ def harm(nodes: Nodes, driver: subprocess.Popen[str], kind: str, draw: random.Ra
         driver.wait()
         return True
     if kind == "node":
-        nodes.kill(draw.choice(nodes.workers))
+        victim = draw.choice(nodes.workers)
+        nodes.kill(victim)
+        nodes.replace(victim)
         return True
     victims = nodes.at_work({"worker": "_make_artifact", "actor": "Replica"}[kind])
     if not victims:
