@@ -31,6 +31,8 @@ from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.presets import PRETRAIN_PRESETS
 from pipeline.testbed.tokenizer import train_tokenizer
 
+logger = logging.getLogger("benchmarks")
+
 TARGET = 1.5
 """Times the speed of lm-eval's command line."""
 
@@ -169,6 +171,7 @@ def main(
             with context.Pool(1) as pool:
                 found[way] = pool.apply(run, (checkpoints, Path(scratch, "tasks")))
             seconds[way] = time.perf_counter() - started
+            logger.info("%s: %.1f s", way, seconds[way])
     for way, metrics in found.items():
         if metrics != found["ours"]:
             raise SystemExit(f"{way} has other metrics: {metrics} and not {found['ours']}")
@@ -187,4 +190,6 @@ def main(
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
     typer.run(main)

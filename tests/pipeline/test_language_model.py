@@ -180,7 +180,8 @@ def tokens_read(model: Any, read: Callable[[], object]) -> int:
     return sum(counts)
 
 
-def test_what_a_documents_requests_share_is_read_once() -> None:
+def test_what_a_documents_requests_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.language_model, "WORTHWHILE_TOKENS", 16)
     model = made(llama())
     contexts = [text(30) for _ in range(8)]
     endings = [f" {word}" for word in ("ship over", "seas vu", "stars 12", "while counts")]
