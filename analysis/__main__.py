@@ -17,7 +17,7 @@ from analysis.report import chosen_reference, status_counts, write_report
 from analysis.statistics import with_mean_accuracy
 from analysis.studies import STUDIES
 from analysis.study import Answer, Study, run_study, write_answer, write_page
-from analysis.tables import TextTable, best_table, headline_metrics, level_table
+from analysis.tables import TextTable, best_table, headline_metrics, level_table, limit_of
 
 LOG_COLUMNS = 160
 """Width of tables in a file or a job's log."""
@@ -147,11 +147,14 @@ def _print(
         console.print(told, markup=False, highlight=False)
     shown = with_mean_accuracy(table)
     metrics = headline_metrics(shown)
+    titles = {
+        (task, metric): heading(task, metric, limit_of(shown, task)) for task, metric in metrics
+    }
     for task, metric in metrics:
-        console.print(_rich(heading(task, metric), level_table(shown, task, metric, reference)))
+        console.print(_rich(titles[task, metric], level_table(shown, task, metric, reference)))
     for task, metric in metrics:
         if reference is not None:
-            console.print(_rich(heading(task, metric), best_table(shown, task, metric, reference)))
+            console.print(_rich(titles[task, metric], best_table(shown, task, metric, reference)))
 
 
 def _rich(subject: str, table: TextTable) -> Table:

@@ -49,11 +49,13 @@ def metric_named(name: str) -> Metric:
     )
 
 
-def heading(task: str, metric: str) -> str:
-    """A task's metric with its unit and which way is better."""
+def heading(task: str, metric: str, limit: int | None = None) -> str:
+    """A task's metric with its unit and which way is better, and if not all was asked."""
     kind = metric_named(metric)
     unit = " (%)" if kind.is_share else ""
-    return f"{task}: {metric}{unit}, {'lower' if kind.lower_is_better else 'higher'} is better"
+    limited = "" if limit is None else f", first {limit} questions only"
+    better = "lower" if kind.lower_is_better else "higher"
+    return f"{task}: {metric}{unit}, {better} is better{limited}"
 
 
 def value_text(value: float, metric: str) -> str:

@@ -23,6 +23,7 @@ from analysis.tables import (
     best_table,
     headline_metrics,
     level_table,
+    limit_of,
     paper_layout,
 )
 
@@ -100,7 +101,7 @@ def _section(
     label = reference if reference in set(rows["source"]) else None
     pictures = []
     for model in in_order(drawable["model"]):
-        told = f"{model}: {heading(task, metric)}"
+        told = f"{model}: {heading(task, metric, limit_of(table, task))}"
         sources = drawable.loc[drawable["model"] == model, ["calibration", "source"]]
         others = sources[sources["calibration"] != NO_CALIBRATION]["source"].unique()
         if label is not None and label in others and len(others) > 1:
@@ -113,7 +114,7 @@ def _section(
             _picture(figure, name, f"{told}, against sparsity by calibration data", figures)
         )
     return Section(
-        title=heading(task, metric),
+        title=heading(task, metric, limit_of(table, task)),
         anchor=_file_name(task, metric),
         name=f"{task}: {metric}",
         findings=[] if label is None else _findings(rows, label),

@@ -232,7 +232,10 @@ def with_mean_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     if tasks < 2:
         return table
     cells = rows.groupby(["grid", "cell"], observed=True)["value"]
-    whole = rows.assign(value=cells.transform("mean"))[cells.transform("size") == tasks]
+    limits = rows["limit"].astype("float64")
+    limits = limits.groupby([rows["grid"], rows["cell"]], observed=True).transform("min")
+    whole = rows.assign(value=cells.transform("mean"), limit=limits.astype("Int64"))
+    whole = whole[cells.transform("size") == tasks]
     averaged = whole.drop_duplicates(["grid", "cell"]).assign(task=f"mean of {tasks} tasks")
     averaged = averaged.drop(columns=["stderr", "samples"], errors="ignore")
     return pd.concat([with_labels(table), averaged], ignore_index=True)

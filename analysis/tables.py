@@ -48,6 +48,12 @@ def all_metrics(table: pd.DataFrame) -> list[tuple[str, str]]:
     return list(dict.fromkeys(zip(rows["task"], rows["metric"], strict=True)))
 
 
+def limit_of(table: pd.DataFrame, task: str) -> int | None:
+    """How many questions of a task were asked at the most; None if all were."""
+    limits = table.loc[table["task"] == task, "limit"].dropna()
+    return int(limits.min()) if len(limits) else None
+
+
 def level_table(table: pd.DataFrame, task: str, metric: str, reference: str | None) -> TextTable:
     """Mean ± standard deviation over seeds: rows model, pruner and target, columns calibrations.
 

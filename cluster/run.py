@@ -129,7 +129,8 @@ class _Run:
         self.held: dict[str, str] = {}
         self.dead: frozenset[str] = frozenset()
         self.polled = time.monotonic()
-        self.present = store.keys() & graph.keys()
+        read = {name for stage in graph.values() for name in stage.inputs}
+        self.present = store.keys() & (graph.keys() | read)
         self.places = {key: place for place, key in enumerate(needed(graph, graph, ()))}
         self.read_by = readers(graph)
         self.waiting = dict.fromkeys(needed(graph, targets, self.present))
@@ -287,6 +288,8 @@ class _Run:
 
     def _remake(self, damage: CorruptArtifactError, reader: str) -> bool:
         self.remakes[damage.key] += 1
+        if damage.key not in self.graph:  # a copy of what the hub holds
+            return False
         if damage.key in self.progress.failed or self.remakes[damage.key] > MAX_REMAKES:
             return False
         self.waiting[reader] = None

@@ -23,7 +23,11 @@ class ResourceError(RuntimeError):
 
 
 @contextlib.contextmanager
-def session(address: str | None, code: Iterable[ModuleType] = ()) -> Iterator[None]:
+def session(
+    address: str | None,
+    code: Iterable[ModuleType] = (),
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[None]:
     """Connect to Ray, and disconnect at the end.
 
     Args:
@@ -31,6 +35,8 @@ def session(address: str | None, code: Iterable[ModuleType] = ()) -> Iterator[No
             `ray job submit` started this process on, and starts a local Ray otherwise.
         code: packages that workers of a named cluster need; inside a submitted job they come
             with its working directory.
+        variables: environment variables of the workers.
+        variables: environment variables of the workers.
     """
     submitted = "RAY_ADDRESS" in os.environ
     runtime_env: dict[str, Any] = {}
@@ -40,6 +46,8 @@ def session(address: str | None, code: Iterable[ModuleType] = ()) -> Iterator[No
         os.environ[KEEP_DEVICES] = "0"
         if address or submitted:
             runtime_env["env_vars"] = {KEEP_DEVICES: "0"}
+    if variables:
+        runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **variables}
     ray.init(
         # Unless told so, never a cluster that `ray start` left running here for other work.
         address=address or (None if submitted else "local"),

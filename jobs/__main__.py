@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs plan|run|gather|show|recommend|export|...`.
+"""The command line: `python -m jobs plan|fetch|run|gather|show|recommend|export|...`.
 
 Installed as `calprune`.
 """
@@ -19,12 +19,14 @@ from jobs import store_commands
 from jobs.check import check
 from jobs.export import export
 from jobs.export_calibration import export_calibration
+from jobs.fetch import copies, fetch, hub_items
 from jobs.gather import gather, write_table
 from jobs.grid import load_grid
 from jobs.plan import Plan, make_plan, print_plan
 from jobs.recommend import print_ranking, scores_only, scoring_plan
 from jobs.run import run_grid
 from jobs.show import print_results
+from pipeline.copies import used
 from pipeline.errors import InputError
 
 LOG_COLUMNS = 160
@@ -54,7 +56,19 @@ StoreUrl = Annotated[
 @app.command()
 def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Print cells, unique stages, what the store holds and an estimate; run nothing."""
-    print_plan(_checked_plan(grid), Store(store), console)
+    print_plan(_checked_plan(grid, store), Store(store), console)
+
+
+@app.command(name="fetch")
+def fetch_copies(grid: GridFile, store: StoreUrl = ".calprune") -> None:
+    """Copy models, corpora and tasks' data sets of a grid from the hub into the store, once.
+
+    A run then reads these; where it has all that it needs, its workers leave the hub alone.
+    """
+    kept = _writable_store(store)
+    planned = make_plan(load_grid(grid))
+    fetched = fetch(planned, kept)
+    console.print(f"{len(fetched)} fetched, {len(hub_items(planned))} in the store")
 
 
 @app.command()
@@ -76,7 +90,7 @@ def run(
 
     Exits with 1 if cells failed; running it again retries those.
     """
-    planned = _checked_plan(grid)
+    planned = _checked_plan(grid, store)
     kept = _writable_store(store)
     outcome = run_grid(planned, kept, address, workers)
     _show(planned, kept)
@@ -156,11 +170,13 @@ def export_calibration_set(
     console.print(f"{samples} samples: {folder}", soft_wrap=True)
 
 
-def _checked_plan(grid: Path) -> Plan:
+def _checked_plan(grid: Path, store: str) -> Plan:
     """The plan of a grid in which no mistake was found."""
     planned = make_plan(load_grid(grid))
-    for note in check(planned):
-        logger.warning("%s", note)
+    kept = Store(store)
+    with used(copies(planned, kept) if kept.local else {}):
+        for note in check(planned):
+            logger.warning("%s", note)
     return planned
 
 

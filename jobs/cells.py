@@ -16,6 +16,7 @@ from jobs.grid import (
     suggestion,
 )
 from pipeline.errors import InputError
+from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Allocation,
     Corpus,
@@ -108,20 +109,22 @@ def evaluate_spec(
     """
     pruned = prune_spec(grid, cell, sets)
     measured = grid.evaluate
+    known = {**CORPUS_PRESETS, **grid.corpora}
     return EvaluateSpec(
         model=pruned or grid.models[cell.model],
         perplexity=tuple(
             PerplexitySpec(
+                **entry.model_dump(exclude={"corpus"}),
                 name=entry.corpus,
-                corpus=_get(grid.corpora, entry.corpus, f"evaluate.perplexity.{number}.corpus"),
-                seqlen=entry.seqlen,
-                max_windows=entry.max_windows,
+                corpus=_get(known, entry.corpus, f"evaluate.perplexity.{number}.corpus"),
             )
-            for number, entry in enumerate(measured.perplexity)
+            for number, entry in enumerate(measured.all_perplexities())
         ),
-        tasks=measured.tasks,
-        task_folder=measured.task_folder,
-        batch_size=measured.batch_size,
+        tasks=measured.all_tasks(),
+        task_folder=measured.folder,
+        datasets=measured.datasets,
+        chat_template=measured.chat_template,
+        batch_tokens=measured.batch_tokens,
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import Any
 
 from jobs.grid import StageResources
@@ -14,6 +15,7 @@ from pipeline.corpora import check_corpus
 from pipeline.errors import InputError
 from pipeline.prefixes import check_chat_template, sources
 from pipeline.prefixes import corpora as prefix_corpora
+from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Corpus,
     EvaluateSpec,
@@ -45,7 +47,8 @@ def check(plan: Plan) -> list[str]:
     notes: dict[str, None] = {}
     configs = {name: _config(name, model, notes) for name, model in plan.grid.models.items()}
     names = {_identity(model): name for name, model in plan.grid.models.items()}
-    corpora = {_identity(corpus): name for name, corpus in plan.grid.corpora.items()}
+    known = {**CORPUS_PRESETS, **plan.grid.corpora}
+    corpora = {_identity(corpus): name for name, corpus in known.items()}
 
     sizes: dict[str, Sequence[int]] = {}
     demands: dict[tuple[str, int, int, bool], Corpus] = {}
@@ -240,17 +243,23 @@ def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
                 yield prefix_corpora(spec)[name], count, tokens, False
         case EvaluateSpec():
             for entry in spec.perplexity:
-                yield entry.corpus, 1, entry.seqlen, True
+                yield entry.corpus, 1, 1 if entry.unit == "text" else entry.seqlen, True
 
 
 def _check_tasks(plan: Plan) -> None:
     from pipeline.tasks import missing_tasks
 
     evaluation = plan.grid.evaluate
-    missing = missing_tasks([task.name for task in evaluation.tasks], evaluation.task_folder)
+    missing = missing_tasks([task.name for task in evaluation.all_tasks()], evaluation.folder)
     if missing:
+        suites = [
+            use.name
+            for use in evaluation.suites
+            if any(entry.name == missing[0] for entry in use.suite.tasks)
+        ]
         raise InputError(
-            "evaluate.tasks",
+            f"evaluate.suites.{suites[0]}" if suites else "evaluate.tasks",
             missing[0],
-            "neither lm-eval nor the task folder has it; `lm-eval ls tasks` lists the names",
+            f"neither lm-eval {metadata.version('lm-eval')} nor the task folder has it; "
+            "`lm-eval ls tasks` lists the names",
         )

@@ -60,6 +60,9 @@ the eigenvectors and iterations of ALPS double it again."""
 TASK_TOKENS = 2_000_000
 """Tokens of an lm-eval task with all its questions and choices, on average."""
 
+MANY_WINDOWS = 256
+"""Windows of a perplexity that takes all there are."""
+
 QUESTION_TOKENS = 600
 """Tokens of one question with all its choices, where the number of questions is limited."""
 
@@ -159,7 +162,9 @@ def _tokens(spec: StageSpec) -> float:
         ):
             return windows.nsamples * windows.seqlen
         case EvaluateSpec():
-            texts = sum(entry.max_windows * entry.seqlen for entry in spec.perplexity)
+            texts = sum(
+                (entry.max_windows or MANY_WINDOWS) * entry.seqlen for entry in spec.perplexity
+            )
             return texts + sum(_task_tokens(spec, task) for task in spec.tasks)
         case _:
             return 0.0

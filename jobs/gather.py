@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from cluster.graph import descendants, readers
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store
+from jobs.averages import average_rows
 from jobs.cells import Cell
 from jobs.plan import Plan
 from pipeline.specs import (
@@ -52,7 +53,15 @@ METRIC_COLUMNS: dict[str, pa.DataType] = {
     "value": pa.float64(),
     "stderr": pa.float64(),
     "samples": pa.int64(),
+    "limit": pa.int64(),
+    "num_fewshot": pa.int64(),
+    "task_version": pa.string(),
+    "lm_eval": pa.string(),
+    "dtype": pa.string(),
+    "tokenizer": pa.string(),
+    "chat_template": pa.string(),
 }
+"""What `pipeline.evaluate` writes."""
 
 RUN_COLUMNS: dict[str, pa.DataType] = {
     "traceback": pa.string(),
@@ -67,6 +76,10 @@ RUN_COLUMNS: dict[str, pa.DataType] = {
     "prune_report": pa.string(),
     "calibration_report": pa.string(),
     "evaluate_key": pa.string(),
+    "bytes_dense": pa.int64(),
+    "bytes_masks": pa.int64(),
+    "bytes_compressed": pa.int64(),
+    "speed_2_4": pa.string(),
     "lineage": pa.string(),
 }
 """How it was made; differs from run to run."""
@@ -81,13 +94,24 @@ def gather(plan: Plan, store: Store) -> pa.Table:
     are one row with `status = missing`.
     """
     reasons = _reasons(plan, store)
-    rows = [
-        row
-        for key, cell in plan.cells.items()
-        for row in _rows(plan, store, key, cell, reasons.get(key))
-    ]
+    cells = {
+        key: _rows(plan, store, key, cell, reasons.get(key)) for key, cell in plan.cells.items()
+    }
+    dense = {cell.model: cells[key] for key, cell in plan.cells.items() if cell.pruner is None}
+    rows = []
+    for key, cell in plan.cells.items():
+        own = _measured(cells[key])
+        rows += cells[key]
+        for further in average_rows(
+            plan.grid.evaluate.suites, own, _measured(dense.get(cell.model, []))
+        ):
+            rows.append({**cells[key][0], **dict.fromkeys(METRIC_COLUMNS), **further})
     schema = pa.schema(list(COLUMNS.items()))
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row.get("metric") is not None]
 
 
 def write_table(table: pa.Table, grid: str, store: Store) -> str:
@@ -163,6 +187,8 @@ def _run_fields(evaluation: Manifest, pruning: Manifest | None) -> dict[str, Any
         "peak_memory_bytes": max(peaks, default=None),
         "versions": json.dumps(evaluation.versions, sort_keys=True),
         "host": evaluation.host,
+        "speed_2_4": evaluation.report.get("speed_2_4"),
+        **{f"bytes_{form}": taken for form, taken in evaluation.report.get("bytes", {}).items()},
     }
     if pruning is None:
         return {**fields, "measured_sparsity": 0.0}

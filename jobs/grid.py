@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from cluster.graph import Resources
+from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
 from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
 from pipeline.presets import CORPUS_PRESETS
@@ -28,6 +29,7 @@ from pipeline.specs import (
     FileCorpus,
     Fraction,
     HubModel,
+    LocalDatasets,
     LocalModel,
     LocalTasks,
     Mixture,
@@ -203,31 +205,61 @@ GridCalibration = Annotated[
 ]
 
 
-class GridPerplexity(Spec):
-    """A perplexity on one of the grid's corpora, under that corpus's name."""
-
-    corpus: str
-    seqlen: int = Field(default=2048, ge=8)
-    max_windows: int = Field(default=256, ge=1)
-
-
 class Evaluation(Spec):
     """What is measured on every model of a grid."""
+
+    suites: tuple[Annotated[SuiteUse, BeforeValidator(named)], ...] = ()
+    """Tasks and perplexities that belong together, by name; what is also named below is measured as
+    it says there."""
 
     perplexity: tuple[GridPerplexity, ...] = ()
     tasks: tuple[Annotated[TaskSpec, BeforeValidator(named)], ...] = ()
     task_folder: Annotated[TestbedTasksSpec | LocalTasks, Field(discriminator="kind")] | None = None
-    batch_size: int = Field(default=32, ge=1)
+    datasets: LocalDatasets | None = None
+    chat_template: bool = False
+    batch_tokens: int = Field(default=16384, ge=1)
 
     @model_validator(mode="after")
     def _measures_something(self) -> "Evaluation":
-        if not self.perplexity and not self.tasks:
-            raise ValueError("measures nothing; give perplexity or tasks")
+        if not self.perplexity and not self.tasks and not self.suites:
+            raise ValueError("measures nothing; give suites, perplexity or tasks")
         names = [entry.corpus for entry in self.perplexity] + [task.name for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{name!r} is measured twice; leave one")
+        self.all_tasks()
+        self.all_perplexities()
         return self
+
+    def all_tasks(self) -> tuple[TaskSpec, ...]:
+        """The tasks of all suites, each once, and the others."""
+        suites = [(task.name, task) for use in self.suites for task in use.tasks()]
+        return tuple(_each_once(suites, {task.name: task for task in self.tasks}))
+
+    def all_perplexities(self) -> tuple[CorpusPerplexity, ...]:
+        """The perplexities of all suites, each once, and the others."""
+        suites = [(entry.corpus, entry) for use in self.suites for entry in use.perplexities()]
+        return tuple(_each_once(suites, {entry.corpus: entry for entry in self.perplexity}))
+
+    @property
+    def folder(self) -> TestbedTasksSpec | LocalTasks | None:
+        """Where tasks beyond lm-eval's own are found: what the grid names, or one of its suites."""
+        named_by = [self.task_folder, *(use.suite.task_folder for use in self.suites)]
+        return next((folder for folder in named_by if folder is not None), None)
+
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+def _each_once(suites: list[tuple[str, AnySpec]], own: dict[str, AnySpec]) -> list[AnySpec]:
+    """What suites measure, by name, with the grid's own instead where it has that name."""
+    chosen: dict[str, AnySpec] = {}
+    for name, entry in suites:
+        if name in own:
+            chosen[name] = own[name]
+        elif chosen.setdefault(name, entry) != entry:
+            raise ValueError(f"{name!r} is measured in two ways by two suites; name it by itself")
+    return list((chosen | own).values())
 
 
 class Description(Spec):
@@ -418,6 +450,10 @@ def _with_fingerprints(grid: Grid) -> Grid:
         folder = evaluate.task_folder
         tasks = folder.model_copy(update={"fingerprint": fingerprint(folder.path)})
         evaluate = evaluate.model_copy(update={"task_folder": tasks})
+    if evaluate.datasets is not None:
+        found = fingerprint(evaluate.datasets.path)
+        copies = evaluate.datasets.model_copy(update={"fingerprint": found})
+        evaluate = evaluate.model_copy(update={"datasets": copies})
     named = {"corpora": corpora, "models": models, "calibrations": calibrations}
     return grid.model_copy(update={**named, "evaluate": evaluate})
 

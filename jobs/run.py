@@ -24,6 +24,7 @@ from cluster.run import Progress as Outcome
 from cluster.run import run
 from cluster.session import check_resources, session
 from cluster.store import Failure, Manifest, Store
+from jobs.fetch import with_copies
 from jobs.plan import Plan
 from jobs.stages import execute
 
@@ -57,10 +58,11 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
     if not missing:
         return Outcome()
     versions = {name: metadata.version(name) for name in RECORDED}
-    with session(address, (pipeline, cluster, jobs)), Watch(len(missing)) as watch:
+    graph, variables = with_copies(plan, store)
+    with session(address, (pipeline, cluster, jobs), variables), Watch(len(missing)) as watch:
         check_resources({plan.graph[key].kind: plan.graph[key].resources for key in missing})
         return run(
-            plan.graph,
+            graph,
             targets,
             execute,
             store,

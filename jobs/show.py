@@ -32,8 +32,10 @@ def print_results(results: pa.Table, console: Console) -> None:
     table = Table(title=f"{frame['grid'].iloc[0]}: {frame['cell'].nunique()} cells")
     for heading in [*CELL, *varied]:
         table.add_column(heading)
+    limits = measured.groupby("task")["limit"].min().dropna()
     for task, metric in columns:
-        table.add_column(f"{task}\n{metric}", justify="right")
+        limited = f"\nfirst {limits[task]:.0f}" if task in limits else ""
+        table.add_column(f"{task}\n{metric}{limited}", justify="right")
     for _, rows in frame.groupby("cell", sort=False):
         first = rows.iloc[0]
         values = {
@@ -42,6 +44,8 @@ def print_results(results: pa.Table, console: Console) -> None:
         shown = [values.get(column, first["status"]) for column in columns]
         table.add_row(*(_text(first[field]) for field in [*CELL, *varied]), *shown)
     console.print(table)
+    if len(limits):
+        console.print("first N: only so many questions of a task were asked; no paper's number")
     for _, row in frame[frame["status"] == "failed"].iterrows():
         cell = " ".join(_text(row[field]) for field in CELL)
         console.print(f"failed: {cell}: {row['error']}", markup=False, soft_wrap=True)

@@ -3,12 +3,14 @@
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
 from cluster.run import WorkerLostError
 from cluster.store import Partial
+from pipeline.copies import HubItem, items, used
 from pipeline.errors import EngineDiedError
 from pipeline.specs import (
     DescribeSpec,
@@ -38,6 +40,9 @@ MODULES: dict[str, str] = {
     "evaluate": "pipeline.evaluate",
 }
 """Stage to module; imported on the worker, since planning must not wait for torch."""
+
+HUB = "hub-"
+"""How the keys of copies of what the hub holds begin."""
 
 _ANY_STAGE: TypeAdapter[StageSpec] = TypeAdapter(
     Annotated[
@@ -71,7 +76,7 @@ def execute(
         payload: the spec as JSON.
         artifacts: key to folder of each input.
         cpus: threads of tensor work; fixed, since sums depend on how they are split.
-        partial: what an attempt that died has finished; only pruning takes hours in one piece.
+        partial: what an attempt that died has finished; pruning and evaluating take hours.
 
     Raises:
         WorkerLostError: if this process can make no further stage.
@@ -86,14 +91,34 @@ def execute(
         torch.cuda.reset_peak_memory_stats()
     report: dict[str, Any]
     try:
-        if isinstance(spec, ShardSpec):
-            report = module.run_shard(spec.of, spec.index, artifacts, output)
-        elif isinstance(spec, PruneSpec):
-            report = module.run(spec, artifacts, output, partial)
-        else:
-            report = module.run(spec, artifacts, output)
+        with used(_copies(spec, artifacts)):
+            report = _run(module, spec, artifacts, output, partial)
     except EngineDiedError as error:
         raise WorkerLostError(str(error)) from error
     if torch.cuda.is_available():
         report = {**report, "peak_device_bytes": torch.cuda.max_memory_allocated()}
+    return report
+
+
+def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Path]:
+    """Of what the stage reads from the hub, those that the store has copies of."""
+    if not any(key.startswith(HUB) for key in artifacts):
+        return {}
+    return {item: artifacts[item.key] for item in items(spec) if item.key in artifacts}
+
+
+def _run(
+    module: ModuleType,
+    spec: StageSpec,
+    artifacts: Mapping[str, Path],
+    output: Path,
+    partial: Partial,
+) -> dict[str, Any]:
+    report: dict[str, Any]
+    if isinstance(spec, ShardSpec):
+        report = module.run_shard(spec.of, spec.index, artifacts, output)
+    elif isinstance(spec, PruneSpec | EvaluateSpec):
+        report = module.run(spec, artifacts, output, partial)
+    else:
+        report = module.run(spec, artifacts, output)
     return report

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.copies import copy_of, corpus_item
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
 from pipeline.specs import Corpus, FileCorpus, HubCorpus, TestbedCorpus
@@ -37,8 +38,10 @@ class Document(NamedTuple):
     text: str
 
 
-def documents(corpus: Corpus, seed: int | None = None) -> Iterator[Document]:
-    """Each document of a corpus once at most; blank texts are left out.
+def documents(
+    corpus: Corpus, seed: int | None = None, *, blank: bool = False
+) -> Iterator[Document]:
+    """Each document of a corpus once at most; blank texts are left out, unless `blank` keeps them.
 
     With a seed the order is random and the seed's own: over all rows of a file corpus, whose texts
     are then held in memory, and of a downloaded hub corpus; over the shards and a buffer of 10,000
@@ -54,7 +57,7 @@ def documents(corpus: Corpus, seed: int | None = None) -> Iterator[Document]:
             found = _hub_documents(corpus, seed)
         case TestbedCorpus():
             found = _testbed_documents(corpus, seed)
-    kept = (document for document in found if document.text.strip())
+    kept = (document for document in found if blank or document.text.strip())
     first = next(kept, None)
     if first is None:
         raise InputError("corpus", _source(corpus), "holds no text: every document is blank")
@@ -254,12 +257,7 @@ def _hub_documents(corpus: HubCorpus, seed: int | None) -> Iterator[Document]:
 
     try:
         rows = datasets.load_dataset(
-            corpus.path,
-            name=corpus.name,
-            data_files=_data_files(corpus),
-            split=corpus.split,
-            revision=corpus.revision,
-            streaming=corpus.streaming,
+            **_hub_source(corpus), split=corpus.split, streaming=corpus.streaming
         )
     except (FileNotFoundError, ValueError) as error:
         raise InputError("corpus", corpus.path, f"cannot be loaded: {error}") from error
@@ -287,15 +285,11 @@ def _numbered(rows: Any, seed: int | None, streaming: bool) -> Iterator[tuple[in
 def _check_hub(corpus: HubCorpus) -> str | None:
     import datasets
 
-    if "/" in corpus.path and not Path(corpus.path).exists() and not hub_answers():
+    source = _hub_source(corpus)
+    if "/" in corpus.path and not Path(source["path"]).exists() and not hub_answers():
         return f"{corpus.path} was not checked: its hub is out of reach"
     try:
-        builder = datasets.load_dataset_builder(
-            corpus.path,
-            name=corpus.name,
-            data_files=_data_files(corpus),
-            revision=corpus.revision,
-        )
+        builder = datasets.load_dataset_builder(**source)
     except ConnectionError:
         return f"{corpus.path} was not checked: its hub is out of reach"
     except (FileNotFoundError, ValueError) as error:
@@ -306,8 +300,16 @@ def _check_hub(corpus: HubCorpus) -> str | None:
     return None
 
 
-def _data_files(corpus: HubCorpus) -> str | list[str] | None:
-    return list(corpus.data_files) if isinstance(corpus.data_files, tuple) else corpus.data_files
+def _hub_source(corpus: HubCorpus) -> dict[str, Any]:
+    """Where `datasets` finds it: in a copy, if there is one to use, else on the hub."""
+    copy = copy_of(corpus_item(corpus))
+    files = corpus.data_files
+    return {
+        "path": corpus.path if copy is None else str(copy),
+        "name": corpus.name,
+        "data_files": list(files) if isinstance(files, tuple) else files,
+        "revision": corpus.revision if copy is None else None,
+    }
 
 
 def _testbed_documents(corpus: TestbedCorpus, seed: int | None) -> Iterator[Document]:

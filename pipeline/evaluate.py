@@ -1,23 +1,38 @@
 """Measuring a model: perplexities on corpora, and lm-eval tasks."""
 
 import contextlib
+import functools
+import hashlib
 import io
+import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.copies import link_data_sets
 from pipeline.corpora import documents
 from pipeline.errors import InputError
-from pipeline.models import Artifacts, load_model, load_tokenizer
-from pipeline.perplexity import joined_windows, perplexity
-from pipeline.specs import EvaluateSpec, LocalTasks, TaskSpec
+from pipeline.finished_answers import FinishedAnswers
+from pipeline.finished_layers import Keep
+from pipeline.gains import bytes_by_format, speed_2_4
+from pipeline.models import Artifacts, load_model, load_tokenizer, model_dtype
+from pipeline.perplexity import batches, bits_per_byte, losses, perplexity, protocol_windows
+from pipeline.specs import (
+    EvaluateSpec,
+    LocalDatasets,
+    LocalTasks,
+    PerplexitySpec,
+    PruneSpec,
+    TaskSpec,
+    canonical_json,
+)
 from pipeline.tasks import copy_tasks, existing_folder, lm_eval_tasks, task_manager
-from pipeline.windows import tokenize_with, tokenized
 
 SEED = 1234
 """Draws few-shot examples and bootstrap samples; lm-eval's own default, and the same everywhere."""
@@ -25,13 +40,32 @@ SEED = 1234
 BOOTSTRAP_SAMPLES = 1000
 """Of metrics whose standard error has no closed form."""
 
-SCHEMA = pa.schema(
+METRICS_SCHEMA = pa.schema(
     {
         "task": pa.string(),
         "metric": pa.string(),
         "value": pa.float64(),
         "stderr": pa.float64(),
         "samples": pa.int64(),
+        "limit": pa.int64(),
+        "num_fewshot": pa.int64(),
+        "task_version": pa.string(),
+        "lm_eval": pa.string(),
+        "dtype": pa.string(),
+        "tokenizer": pa.string(),
+        "chat_template": pa.string(),
+    }
+)
+
+REQUESTS_SCHEMA = pa.schema(
+    {
+        "task": pa.string(),
+        "doc_id": pa.int64(),
+        "metric": pa.string(),
+        "value": pa.float64(),
+        "doc_hash": pa.string(),
+        "request_hash": pa.string(),
+        "log_likelihoods": pa.list_(pa.float64()),
     }
 )
 
@@ -44,10 +78,42 @@ class Metric(NamedTuple):
     value: float
     stderr: float | None
     samples: int | None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    task_version: str | None = None
+    lm_eval: str | None = None
 
 
-def run(spec: EvaluateSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Take all perplexities and run all tasks; write `metrics.parquet`, sorted by task and metric.
+class RequestMetric(NamedTuple):
+    """One number about one question or window."""
+
+    task: str
+    doc_id: int
+    metric: str
+    value: float | None
+    """None where the metric is no mean over questions (F1)."""
+    doc_hash: str
+    request_hash: str
+    """Of all that the model was asked about it."""
+    log_likelihoods: list[float]
+    """Of the choices; of a window, its one."""
+
+
+class Results(NamedTuple):
+    """What was measured, and what it was made of."""
+
+    metrics: list[Metric]
+    requests: list[RequestMetric]
+
+
+def run(
+    spec: EvaluateSpec, artifacts: Artifacts, output: Path, keep: Keep | None = None
+) -> dict[str, Any]:
+    """Take all perplexities and run all tasks; write `metrics.parquet`, sorted by task and metric,
+    and `requests.parquet`, sorted by task, document and metric.
+
+    Args:
+        keep: keeps what the model has answered; that is not asked again.
 
     Raises:
         InputError: if a name is used twice, a corpus is too short or a task is not to be had.
@@ -58,22 +124,75 @@ def run(spec: EvaluateSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
             raise InputError("name", name, "is measured twice in one evaluation: name each once")
     model = load_model(spec.model, artifacts)
     tokenizer = load_tokenizer(spec.model, artifacts)
-    tokenize = tokenize_with(tokenizer, special_tokens=True)
-    metrics = []
-    for wanted in spec.perplexity:
-        texts = tokenized(documents(wanted.corpus), tokenize)
-        windows = joined_windows(texts, wanted.seqlen, wanted.max_windows)
-        measured = perplexity(model, windows, spec.batch_size)
-        metrics.append(
-            Metric(wanted.name, "perplexity", measured.value, measured.stderr, measured.windows)
-        )
-    if spec.tasks:
-        folder = _task_folder(spec, artifacts)
-        metrics += task_metrics(model, tokenizer, spec.tasks, folder, spec.batch_size)
-    metrics.sort()
-    columns = dict(zip(Metric._fields, zip(*metrics, strict=True), strict=True))
-    pq.write_table(pa.table(columns, schema=SCHEMA), output / "metrics.parquet")
-    return {"metrics": len(metrics)}
+    same = {
+        "dtype": model_dtype(spec.model),
+        "tokenizer": _tokenizer_hash(tokenizer),  # before it is given a token to pad with
+        "chat_template": _template_hash(tokenizer) if spec.chat_template else "none",
+    }
+    metrics: list[Metric] = []
+    requests: list[RequestMetric] = []
+    report: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        answers = FinishedAnswers(_identity(spec), Path(scratch, "answers"), keep)
+        for wanted in spec.perplexity:
+            taken = take_perplexity(model, tokenizer, wanted, spec.batch_tokens, answers)
+            metrics += taken.metrics
+            requests += taken.requests
+        if spec.tasks:
+            from pipeline.language_model import SharingLM  # imports lm-eval, which takes seconds
+
+            language_model = SharingLM(model, tokenizer, spec.batch_tokens, answers)
+            taken = task_metrics(
+                language_model,
+                spec.tasks,
+                _task_folder(spec, artifacts),
+                spec.datasets,
+                spec.chat_template,
+            )
+            metrics += taken.metrics
+            requests += taken.requests
+            report |= {
+                "requests": language_model.asked,
+                "shared_contexts": language_model.shares,
+            }
+        report["resumed_requests"] = answers.resumed
+    metrics.sort(key=lambda row: (row.task, row.metric))
+    requests.sort(key=lambda row: (row.task, row.doc_id, row.metric))
+    _write([{**row._asdict(), **same} for row in metrics], METRICS_SCHEMA, output / "metrics")
+    _write([row._asdict() for row in requests], REQUESTS_SCHEMA, output / "requests")
+    return {"metrics": len(metrics), **report, **_gains(spec, model)}
+
+
+def _gains(spec: EvaluateSpec, model: Any) -> dict[str, Any]:
+    """Of a pruned model."""
+    if not isinstance(spec.model, PruneSpec):
+        return {}
+    return {"bytes": bytes_by_format(model), "speed_2_4": speed_2_4(model)}
+
+
+def _write(rows: list[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path.with_suffix(".parquet"))
+
+
+def _identity(spec: EvaluateSpec) -> bytes:
+    """What tells this model, and what it is asked with, from all others."""
+    return canonical_json([spec.lineage["model"], spec.batch_tokens])
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """12 hexadecimal digits that stand for how text is tokenised."""
+    if tokenizer.is_fast:
+        content: str = tokenizer.backend_tokenizer.to_str()
+    else:
+        content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _template_hash(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    if template is None:
+        raise InputError("chat_template", True, "the tokenizer has none: leave chat_template out")
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _task_folder(spec: EvaluateSpec, artifacts: Artifacts) -> Path | None:
@@ -86,16 +205,53 @@ def _task_folder(spec: EvaluateSpec, artifacts: Artifacts) -> Path | None:
             return artifacts[spec.task_folder.key]
 
 
+# ----------------------------------------------------------------------------------- perplexities
+
+
+def take_perplexity(
+    model: Any, tokenizer: Any, wanted: PerplexitySpec, batch_tokens: int, answers: FinishedAnswers
+) -> Results:
+    """A perplexity, the bits per byte that go with it, and the loss of each window."""
+    texts = documents(wanted.corpus, blank=wanted.joined_by is not None)
+    windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
+    summed = [0.0] * len(windows)
+    for places in batches(windows, batch_tokens, model.config.get_text_config().vocab_size):
+        batch = [windows[place] for place in places]
+        asked = [window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch]
+        found = answers.get(asked, functools.partial(losses, model, batch))
+        for place, loss in zip(places, found, strict=True):
+            summed[place] = loss
+    metrics = [
+        Metric(wanted.name, name, measured.value, measured.stderr, measured.windows)
+        for name, measured in (
+            (_perplexity_name(wanted), perplexity(windows, summed, wanted)),
+            ("bits_per_byte", bits_per_byte(windows, summed)),
+        )
+    ]
+    requests = []
+    for number, (window, loss) in enumerate(zip(windows, summed, strict=True)):
+        text = hashlib.sha256(window.ids.tobytes()).hexdigest()[:16]
+        requests.append(
+            RequestMetric(wanted.name, number, "loss", loss / window.scored, text, text, [-loss])
+        )
+    return Results(metrics, requests)
+
+
+def _perplexity_name(wanted: PerplexitySpec) -> str:
+    kind = "" if wanted.normalisation == "token" else f"{wanted.normalisation}_"
+    return f"{kind}perplexity"
+
+
 # ------------------------------------------------------------------------------------------ tasks
 
 
 def task_metrics(
-    model: Any,
-    tokenizer: Any,
+    language_model: Any,
     tasks: Iterable[TaskSpec],
     task_folder: Path | None = None,
-    batch_size: int = 32,
-) -> list[Metric]:
+    datasets: LocalDatasets | None = None,
+    chat_template: bool = False,
+) -> Results:
     """Run lm-eval tasks and groups; the tasks of a group have rows of their own.
 
     A name that `task_folder` has means the task there, even if lm-eval has one of that name. Its
@@ -106,13 +262,17 @@ def task_metrics(
         InputError: if a task is not known, or fixes another number of few-shot examples.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    metrics: list[Metric] = []
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    taken = Results([], [])
+    tasks = list(tasks)
+    own_folder = None if task_folder is None else task_folder.resolve()  # before it is left
+    with tempfile.TemporaryDirectory() as scratch, _quiet(), contextlib.ExitStack() as stack:
+        folder = _data_sets(tasks, datasets, Path(scratch, "copies"))
+        if folder is not None:
+            stack.enter_context(_among(folder, Path(scratch, "prepared")))
         own = None
-        if task_folder is not None:
-            copy_tasks(task_folder, Path(scratch, "tasks"), Path(scratch, "cache"))
+        if own_folder is not None:
+            copy_tasks(own_folder, Path(scratch, "tasks"), Path(scratch, "cache"))
             own = task_manager(Path(scratch, "tasks"))
         alike: dict[tuple[Any, int, int | None], list[str]] = {}
         for task in tasks:
@@ -120,7 +280,6 @@ def task_metrics(
             if task.name not in manager.all_tasks:
                 raise InputError("tasks", task.name, "neither lm-eval nor the task folder has it")
             alike.setdefault((manager, task.num_fewshot, task.limit), []).append(task.name)
-        language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         for (manager, num_fewshot, limit), names in alike.items():
             results = simple_evaluate(
                 model=language_model,
@@ -129,7 +288,7 @@ def task_metrics(
                 limit=limit,
                 task_manager=manager,
                 bootstrap_iters=BOOTSTRAP_SAMPLES,
-                log_samples=False,
+                apply_chat_template=chat_template,
                 random_seed=SEED,
                 numpy_random_seed=SEED,
                 torch_random_seed=SEED,
@@ -139,25 +298,87 @@ def task_metrics(
                 if used != num_fewshot:
                     remedy = f"its own file fixes {used}, which lm-eval keeps to: ask for {used}"
                     raise InputError("num_fewshot", f"{name}: {num_fewshot}", remedy)
-            metrics += _rows(results["results"])
-    return metrics
+            taken.metrics.extend(_metrics(results, num_fewshot, limit))
+            taken.requests.extend(_requests(results["samples"]))
+    return taken
 
 
-def _rows(results: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+def _data_sets(
+    tasks: Iterable[TaskSpec], datasets: LocalDatasets | None, links: Path
+) -> Path | None:
+    """The folder that tasks find their data sets in; None where all come from the hub."""
+    if datasets is None:
+        return links if link_data_sets([task.name for task in tasks], links) else None
+    if not Path(datasets.path).is_dir():
+        raise InputError("datasets", datasets.path, "is no folder: give one with data sets")
+    return Path(datasets.path)
+
+
+@contextlib.contextmanager
+def _among(folder: Path, prepared: Path) -> Iterator[None]:
+    """In a folder of data sets: `datasets` takes a folder before it asks the hub."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = prepared
+    try:
+        with contextlib.chdir(folder):
+            yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+
+
+def _metrics(results: dict[str, Any], num_fewshot: int, limit: int | None) -> Iterator[Metric]:
     """lm-eval's `<metric>,<filter>` and `<metric>_stderr,<filter>`, the filter `none` unnamed."""
-    for task, measured in results.items():
+    for task, measured in results["results"].items():
         for name, value in measured.items():
-            metric, comma, chosen = name.partition(",")
+            metric, comma, _ = name.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            stderr = measured.get(f"{metric}_stderr,{chosen}")
+            stderr = measured.get(f"{metric}_stderr,{name.partition(',')[2]}")
+            version = results["versions"].get(task)
             yield Metric(
                 task,
-                metric if chosen == "none" else name,
+                _unfiltered(name),
                 float(value),
                 float(stderr) if isinstance(stderr, int | float) else None,
                 measured.get("sample_len"),
+                limit,
+                num_fewshot,
+                None if version is None else str(version),
+                metadata.version("lm-eval"),
             )
+
+
+def _requests(samples: dict[str, list[dict[str, Any]]]) -> Iterator[RequestMetric]:
+    from pipeline.language_model import fingerprint
+
+    for task, asked_about in samples.items():
+        for document in asked_about:
+            asked = fingerprint(document["arguments"])
+            scores = [_log_likelihood(answer) for answer in document["filtered_resps"]]
+            for metric in document["metrics"]:
+                value = document[metric]
+                yield RequestMetric(
+                    task,
+                    document["doc_id"],
+                    _unfiltered(f"{metric},{document['filter']}"),
+                    float(value) if isinstance(value, int | float) else None,
+                    document["doc_hash"][:16],
+                    asked,
+                    [score for score in scores if score is not None],
+                )
+
+
+def _log_likelihood(answer: Any) -> float | None:
+    """That of a choice or a text; a generation has none."""
+    if isinstance(answer, list | tuple) and answer:
+        answer = answer[0]
+    return float(answer) if isinstance(answer, float) else None
+
+
+def _unfiltered(name: str) -> str:
+    return name.removesuffix(",none")
 
 
 @contextlib.contextmanager

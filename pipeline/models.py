@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from pipeline.copies import copy_of, model_item
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
 from pipeline.layer_files import apply_masks
@@ -105,7 +106,8 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
         InputError: if there is no such model, or its tokenizer lacks what generation needs.
     """
     location, options = checkpoint_location(spec, {})
-    cached = isinstance(spec, HubModel) and not hub_answers()
+    copied = isinstance(spec, HubModel) and copy_of(model_item(spec)) is not None
+    cached = isinstance(spec, HubModel) and not copied and not hub_answers()
     try:
         config = AutoConfig.from_pretrained(location, local_files_only=cached, **options)
         tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=cached, **options)
@@ -154,7 +156,8 @@ def checkpoint_location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[st
         case PruneSpec(stores_masks=True):
             return checkpoint_location(spec.model, artifacts)
         case HubModel():
-            return spec.name, {"revision": spec.revision}
+            copy = copy_of(model_item(spec))
+            return (spec.name, {"revision": spec.revision}) if copy is None else (str(copy), {})
         case LocalModel():
             return spec.path, {}
         case _:

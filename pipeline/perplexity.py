@@ -1,14 +1,17 @@
-"""Perplexity on a corpus: exp of the mean loss over non-overlapping windows of its joined text."""
+"""Perplexity on a corpus, by a protocol that says all that moves the number."""
 
+import itertools
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.errors import InputError
-from pipeline.windows import Tokens, at_most
+from pipeline.specs import PerplexityProtocol
 
 LOGITS = 2**28
 """Logits of one forward pass at the most (half a GiB in bfloat16), unless one window has more."""
@@ -16,65 +19,256 @@ LOGITS = 2**28
 POSITIONS = 1024
 """Positions whose log-probabilities are held in float32 at once."""
 
+TEXTS = 32
+"""Texts tokenised at once."""
 
-class Perplexity(NamedTuple):
-    """A perplexity, its standard error over windows, and how many there were."""
+
+class Encoded(NamedTuple):
+    """Tokens, and how much of the text each of them ends: special tokens end nothing."""
+
+    ids: npt.NDArray[np.int64]
+    words: npt.NDArray[np.int64]
+    bytes: npt.NDArray[np.int64]
+
+
+class Window(NamedTuple):
+    """What one row of a forward pass is measured on."""
+
+    ids: npt.NDArray[np.int64]
+    first: int
+    """Place of the first token that is scored; all after it are too."""
+    words: int
+    """Words that the scored tokens end,"""
+    bytes: int
+    """and UTF-8 bytes."""
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are scored."""
+        return len(self.ids) - self.first
+
+
+class Measured(NamedTuple):
+    """A number, its standard error over windows or texts, and how many of these there were."""
 
     value: float
     stderr: float | None
     windows: int
 
 
-def perplexity(model: Any, token_ids: torch.Tensor, batch_size: int) -> Perplexity:
-    """exp of the mean over windows of the mean loss of the `seqlen - 1` predictions.
+# ---------------------------------------------------------------------------------------- windows
 
-    `token_ids` is [windows, seqlen]. Losses are taken in float32 and summed in float64. The
-    standard error is that of the mean loss times the perplexity (delta method), None of one window.
+
+def protocol_windows(
+    texts: Iterable[str], tokenizer: Any, protocol: PerplexityProtocol
+) -> list[Window]:
+    """What a protocol measures of a corpus.
+
+    Args:
+        texts: all of the corpus, blank ones included if they are joined.
+
+    Raises:
+        InputError: if there is not one window, or no token that BOS could be.
     """
-    losses = window_losses(model, token_ids, batch_size)
-    value = float(losses.mean().exp())
-    if len(losses) == 1:
-        return Perplexity(value, None, 1)
-    stderr = value * float(losses.std()) / math.sqrt(len(losses))
-    return Perplexity(value, stderr, len(losses))
+    texts = itertools.islice(texts, protocol.texts)
+    if protocol.joined_by is not None:
+        texts = iter([protocol.joined_by.join(texts)])
+    encoded = encoded_texts(texts, tokenizer, special_tokens=protocol.bos == "text")
+    before = [_bos(tokenizer)] if protocol.bos == "window" else []
+    if protocol.unit == "text":
+        windows = (
+            _window(before, text, 0, min(len(text.ids), protocol.longest_text), 0)
+            for text in encoded
+            if len(before) + len(text.ids) > 1
+        )
+        found = list(itertools.islice(windows, protocol.max_windows))
+    else:
+        found = _joined_windows(encoded, before, protocol)
+    if not found:
+        raise InputError("corpus", None, "holds no text of two tokens")
+    return found
+
+
+def _joined_windows(
+    encoded: Iterable[Encoded], before: list[int], protocol: PerplexityProtocol
+) -> list[Window]:
+    length = protocol.longest_text
+    stride = protocol.stride or length
+    limit = protocol.max_windows
+    needed = None if limit is None else length + (limit - 1) * stride
+    joined = _joined(encoded, needed)
+    count = (len(joined.ids) - length) // stride + 1
+    if len(joined.ids) < length:
+        remedy = f"the corpus has {len(joined.ids)} tokens, less than one window: lower seqlen"
+        raise InputError("seqlen", protocol.seqlen, remedy)
+    starts = range(0, (count if limit is None else min(count, limit)) * stride, stride)
+    return [
+        _window(before, joined, start, length, 0 if start == 0 else length - stride)
+        for start in starts
+    ]
+
+
+def _window(before: list[int], text: Encoded, start: int, length: int, unscored: int) -> Window:
+    """`length` tokens of a text from `start` on, of which `unscored` stood in the window before."""
+    end = start + length
+    first = max(1, len(before) + unscored)  # from nothing, nothing is predicted
+    inside = slice(start + first - len(before), end)
+    return Window(
+        np.concatenate([before, text.ids[start:end]]).astype(np.int64),
+        first,
+        int(text.words[inside].sum()),
+        int(text.bytes[inside].sum()),
+    )
+
+
+def _joined(encoded: Iterable[Encoded], needed: int | None) -> Encoded:
+    """One after the other, as far as they are needed."""
+    parts: list[Encoded] = []
+    tokens = 0
+    for part in encoded:
+        parts.append(part)
+        tokens += len(part.ids)
+        if needed is not None and tokens >= needed:
+            break
+    empty = np.empty(0, dtype=np.int64)
+    return Encoded(
+        np.concatenate([empty, *(part.ids for part in parts)]),
+        np.concatenate([empty, *(part.words for part in parts)]),
+        np.concatenate([empty, *(part.bytes for part in parts)]),
+    )
+
+
+def encoded_texts(
+    texts: Iterable[str], tokenizer: Any, *, special_tokens: bool
+) -> Iterator[Encoded]:
+    """The tokens of each text, and where its words and bytes end among them.
+
+    A token that ends inside a character counts that character as a whole.
+    """
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, TEXTS)):
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=special_tokens,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        for text, ids, offsets in zip(
+            batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            ends = np.array([end for _, end in offsets], dtype=np.int64)
+            ends = np.maximum.accumulate(ends) if len(ends) else ends
+            yield Encoded(
+                np.array(ids, dtype=np.int64),
+                np.diff(_words_until(text)[ends], prepend=0),
+                np.diff(_bytes_until(text)[ends], prepend=0),
+            )
+
+
+def _words_until(text: str) -> npt.NDArray[np.int64]:
+    """By number of characters, the words that begin among them."""
+    begun = np.zeros(len(text) + 1, dtype=np.int64)
+    for word in re.finditer(r"\S+", text):
+        begun[word.start() + 1] = 1
+    return np.cumsum(begun)
+
+
+def _bytes_until(text: str) -> npt.NDArray[np.int64]:
+    """By number of characters, the bytes that they take."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _bos(tokenizer: Any) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError("bos", "window", "the tokenizer has neither BOS nor EOS: take bos: none")
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def batches(windows: list[Window], tokens: int, vocabulary: int) -> Iterator[list[int]]:
+    """The places of windows that go through the model together: long ones first, as many as have
+    that many tokens with their padding and as have logits that fit."""
+    ordered = sorted(range(len(windows)), key=lambda place: -len(windows[place].ids))
+    start = 0
+    while start < len(ordered):
+        length = len(windows[ordered[start]].ids)
+        size = max(1, min(tokens // length, LOGITS // (length * vocabulary)))
+        yield ordered[start : start + size]
+        start += size
 
 
 @torch.inference_mode()
-def window_losses(model: Any, token_ids: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The mean loss of each window, [windows] float64, for `token_ids` [windows, seqlen].
+def losses(model: Any, batch: list[Window]) -> list[float]:
+    """The loss of each window, summed over its scored tokens, in nats.
 
-    A forward pass takes fewer windows than `batch_size` where their logits would not fit.
+    Taken in float32 and summed in float64. Shorter windows are padded on the right.
     """
-    logits_per_window = token_ids.shape[1] * model.config.get_text_config().vocab_size
-    rows = max(1, min(batch_size, LOGITS // logits_per_window))
-    return torch.cat([_mean_losses(model, batch) for batch in torch.split(token_ids, rows)])
-
-
-def _mean_losses(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
-    token_ids = token_ids.to(model.device)
-    logits = model(token_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    targets = token_ids[:, 1:].flatten()
-    losses = [
+    longest = max(len(window.ids) for window in batch)
+    token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    scored = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, window in enumerate(batch):
+        token_ids[row, : len(window.ids)] = torch.from_numpy(window.ids)
+        scored[row, window.first : len(window.ids)] = True
+    token_ids, scored = token_ids.to(model.device), scored.to(model.device)
+    logits = model(token_ids, use_cache=False).logits[:, :-1][scored[:, 1:]]
+    parts = [
         torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
         for part, target in zip(
-            torch.split(logits, POSITIONS), torch.split(targets, POSITIONS), strict=True
+            torch.split(logits, POSITIONS), torch.split(token_ids[scored], POSITIONS), strict=True
         )
     ]
-    return torch.cat(losses).cpu().double().view(len(token_ids), -1).mean(dim=1)
+    each = torch.split(torch.cat(parts).cpu().double(), [window.scored for window in batch])
+    return [float(own.sum()) for own in each]
 
 
-def joined_windows(texts: Iterable[Tokens], seqlen: int, max_windows: int) -> torch.Tensor:
-    """The texts' ids one after the other in windows without a gap, [windows, seqlen] int64.
+# ---------------------------------------------------------------------------------------- numbers
 
-    Reads no more texts than `max_windows` need; a rest shorter than a window is dropped.
 
-    Raises:
-        InputError: if there is not one whole window.
+def perplexity(
+    windows: list[Window], summed: list[float], protocol: PerplexityProtocol
+) -> Measured:
+    """The number that a protocol asks for, of windows and the losses of each.
+
+    The standard error of exp of a mean is that of the mean loss times the perplexity (delta
+    method), None of one window.
     """
-    taken = [text.ids for text in at_most(texts, max_windows * seqlen)]
-    ids = np.concatenate(taken).astype(np.int64) if taken else np.empty(0, dtype=np.int64)
-    windows = min(max_windows, len(ids) // seqlen)
-    if windows == 0:
-        remedy = f"the corpus has {len(ids)} tokens, less than one window: lower seqlen"
-        raise InputError("seqlen", seqlen, remedy)
-    return torch.from_numpy(ids[: windows * seqlen]).view(windows, seqlen)
+    if protocol.unit == "text":
+        own = np.exp(np.array(summed) / [window.scored for window in windows])
+        error = None if len(own) == 1 else float(own.std(ddof=1)) / math.sqrt(len(own))
+        return Measured(float(own.mean()), error, len(own))
+    sizes: dict[str, Callable[[Window], int]] = {
+        "token": lambda window: window.scored,
+        "word": lambda window: window.words,
+        "byte": lambda window: window.bytes,
+    }
+    mean, error = _ratio(summed, [sizes[protocol.normalisation](window) for window in windows])
+    with np.errstate(over="ignore"):
+        value = float(np.exp(mean))
+    return Measured(value, None if error is None else value * error, len(windows))
+
+
+def bits_per_byte(windows: list[Window], summed: list[float]) -> Measured:
+    """The loss in bits over the bytes of the text: the same for any tokenizer that loses nothing of
+    a text, if the model knows it as well."""
+    mean, error = _ratio(summed, [window.bytes for window in windows])
+    return Measured(
+        mean / math.log(2), None if error is None else error / math.log(2), len(windows)
+    )
+
+
+def _ratio(summed: list[float], sizes: list[int]) -> tuple[float, float | None]:
+    """Sum over sum, and its standard error (that of a ratio estimator; of a mean, if all sizes are
+    the same)."""
+    losses, weights = np.array(summed), np.array(sizes, dtype=np.float64)
+    ratio = float(losses.sum() / weights.sum())
+    count = len(losses)
+    if count == 1:
+        return ratio, None
+    deviations = losses - ratio * weights
+    error = math.sqrt(count / (count - 1) * float(deviations @ deviations)) / float(weights.sum())
+    return ratio, error

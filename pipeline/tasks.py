@@ -92,6 +92,42 @@ def _members(tasks: Any) -> Iterator[str]:
 
 
 @functools.cache
+def task_data_sets(names: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
+    """The data sets that lm-eval's own tasks and groups read, and the files of each that they name;
+    none means all. Tasks that are written in Python, and those of a task folder, do not tell."""
+    index = lm_eval_tasks().task_index
+    found: dict[str, tuple[str, ...]] = {}
+    waiting = [name for name in names if name in index]
+    seen = set(waiting)
+    while waiting:
+        entry = index[waiting.pop()]
+        settings = entry.cfg or {}
+        members = entry.tags if not settings else []
+        if "group" in settings:
+            members = list(_members(settings.get("task", [])))
+        elif isinstance(path := settings.get("dataset_path"), str) and "/" in path:
+            kwargs = settings.get("dataset_kwargs") or {}
+            files = tuple(_texts(kwargs.get("data_files", [])))
+            both = files and found.get(path, files)
+            found[path] = tuple(sorted({*found.get(path, ()), *files})) if both else ()
+        fresh = [name for name in members if name in index and name not in seen]
+        seen.update(fresh)
+        waiting += fresh
+    return sorted(found.items())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            yield from _texts(list(value.values()))
+        case list() | tuple():
+            for item in value:
+                yield from _texts(item)
+
+
+@functools.cache
 def _lm_eval_names() -> set[str]:
     found = importlib.util.find_spec("lm_eval")
     if found is None or found.origin is None:

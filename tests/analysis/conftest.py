@@ -43,7 +43,9 @@ def write(rows: list[Row], path: Path) -> None:
         row.setdefault("evaluate_key", f"evaluate-{row['cell']}")
         row.setdefault("lineage", json.dumps(lineage(row)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(full).astype({"seed": "Int64", "value": "float64"}).to_parquet(path)
+    types = {"seed": "Int64", "value": "float64"}
+    types |= {"limit": "Int64"} if any("limit" in row for row in full) else {}
+    pd.DataFrame(full).astype(types).to_parquet(path)
 
 
 def lineage(row: Row) -> Row:

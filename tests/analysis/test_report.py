@@ -149,3 +149,16 @@ def test_any_cell_of_the_page_has_its_lineage_once(table: pd.DataFrame, page: st
         assert whole({"$spec": spec}) == json.loads(str(row["lineage"]))
     pretrained = [spec for spec in document["specs"] if spec["kind"] == "pretrain"]
     assert len(pretrained) == 1
+
+
+def test_a_task_of_which_not_all_was_asked_says_so(make_table: MakeTable, tmp_path: Path) -> None:
+    rows = [
+        {"task": task, "seed": seed, "value": 0.5, "limit": limit}
+        for task, limit in (("questions", 40), ("whole", None))
+        for seed in (0, 1)
+    ]
+    write_report(make_table(rows), tmp_path, None)
+    told = plain((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "questions: acc (%), higher is better, first 40 questions only" in told
+    assert "mean of 2 tasks: acc (%), higher is better, first 40 questions only" in told
+    assert "whole: acc (%), higher is better, first" not in told

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import InputError
-from pipeline.evaluate import run
+from pipeline.evaluate import METRICS_SCHEMA, run
 from pipeline.specs import EvaluateSpec, FileCorpus, LocalModel, LocalTasks, TestbedTasksSpec
 from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.tokenizer import train_tokenizer
@@ -105,7 +105,7 @@ def measure(output: Path, **fields: Any) -> dict[tuple[str, str], dict[str, Any]
     artifacts = fields.pop("artifacts", {})
     run(EvaluateSpec.model_validate(fields), artifacts, output)
     table = pq.read_table(output / "metrics.parquet")
-    assert table.schema.names == ["task", "metric", "value", "stderr", "samples"]
+    assert table.schema.equals(METRICS_SCHEMA)
     rows = table.to_pylist()
     names = [(row["task"], row["metric"]) for row in rows]
     assert names == sorted(set(names))
@@ -178,8 +178,9 @@ def test_the_same_spec_gives_the_same_bytes(
         torch.rand(7)
         (tmp_path / folder).mkdir()
         measure(tmp_path / folder, **fields)
-    first, second = (tmp_path / folder / "metrics.parquet" for folder in ("a", "b"))
-    assert first.read_bytes() == second.read_bytes()
+    for name in ("metrics.parquet", "requests.parquet"):
+        first, second = (tmp_path / folder / name for folder in ("a", "b"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_perplexity_is_taken_on_the_corpus_in_its_own_order(
@@ -210,7 +211,8 @@ def test_an_evaluation_leaves_nothing_outside_its_output(
     measure(tmp_path / "output", model=model, tasks=[{"name": "both"}], task_folder=tasks)
     assert list(shared.rglob("*")) == []
     assert sorted(Path(tasks.path).rglob("*")) == before
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["metrics.parquet"]
+    left = {path.name for path in (tmp_path / "output").iterdir()}
+    assert left == {"metrics.parquet", "requests.parquet"}
 
 
 def test_the_testbeds_tasks_run_from_their_artifact(model: LocalModel, tmp_path: Path) -> None:
@@ -229,6 +231,31 @@ def test_the_testbeds_tasks_run_from_their_artifact(model: LocalModel, tmp_path:
     assert rows[name, "acc"]["samples"] == 8
 
 
+def test_tasks_can_be_asked_in_the_tokenizers_chat_template(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path
+) -> None:
+    shutil.copytree(model.path, tmp_path / "chat")
+    template = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} {% endfor %}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    chat = LocalModel(path=str(tmp_path / "chat"), dtype="float32")
+    values = {}
+    for name, options in (("plain", {}), ("asked", {"chat_template": True})):
+        (tmp_path / name).mkdir()
+        rows = measure(
+            tmp_path / name,
+            model=chat,
+            tasks=[{"name": "stars", "num_fewshot": 1}],
+            task_folder=tasks,
+            **options,
+        )
+        values[name] = rows["stars", "acc"]["chat_template"]
+        requests = pq.read_table(tmp_path / name / "requests.parquet").to_pylist()
+        values[f"{name} scores"] = [row["log_likelihoods"] for row in requests]
+    assert values["plain"] == "none"
+    assert len(values["asked"]) == 12
+    assert values["plain scores"] != values["asked scores"]
+
+
 def test_what_cannot_be_measured_is_refused(
     model: LocalModel, tasks: LocalTasks, corpus: FileCorpus, tmp_path: Path
 ) -> None:
@@ -239,6 +266,7 @@ def test_what_cannot_be_measured_is_refused(
         ({"tasks": [{"name": "fixed", "num_fewshot": 2}]}, "fixes 0"),
         ({"tasks": [{"name": "no-such-task"}]}, "no-such-task"),
         ({"perplexity": [{**text, "seqlen": 100_000}]}, "lower seqlen"),
+        ({"tasks": [{"name": "stars"}], "chat_template": True}, "the tokenizer has none"),
     ]
     for fields, said in cases:
         with pytest.raises(InputError, match=said):

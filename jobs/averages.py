@@ -1,0 +1,53 @@
+"""What a suite makes of a cell's numbers: averages, and shares of the dense model's."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from jobs.suites import Suite, SuiteUse
+
+Row = dict[str, Any]
+
+SHARED = ("lm_eval", "dtype", "tokenizer", "chat_template")
+"""Columns that all rows of an evaluation have in common."""
+
+
+def average_rows(uses: Iterable[SuiteUse], measured: list[Row], dense: list[Row]) -> list[Row]:
+    """Further rows for one cell, a task `<suite>-<average>` each.
+
+    Args:
+        measured: what the cell measured, a row a task and metric.
+        dense: the same of its dense model; empty while that has not been measured.
+    """
+    rows: list[Row] = []
+    for use in uses:
+        for name, members in use.suite.averages.items():
+            own = _average(use.suite, members, measured)
+            if own is None:
+                continue
+            row = {"task": f"{use.name}-{name}", **own}
+            rows.append({**row, "metric": "acc_average"})
+            reference = _average(use.suite, members, dense)
+            if use.suite.retention and reference is not None and reference["value"] > 0:
+                share = row["value"] / reference["value"]
+                rows.append({**row, "metric": "retention", "value": share, "stderr": None})
+    return rows
+
+
+def _average(suite: Suite, members: Iterable[str], measured: list[Row]) -> Row | None:
+    """The plain mean of one metric a task. Its standard error takes questions of different tasks
+    as independent. It has the smallest limit of its tasks."""
+    numbers = {(row["task"], row["metric"]): row for row in measured}
+    chosen = [numbers.get((member, suite.metric(member))) for member in members]
+    rows = [row for row in chosen if row is not None]
+    if len(rows) < len(chosen):
+        return None
+    errors = [row["stderr"] for row in rows]
+    limits = [row["limit"] for row in rows if row["limit"] is not None]
+    return {
+        "value": math.fsum(row["value"] for row in rows) / len(rows),
+        "stderr": None if None in errors else math.hypot(*errors) / len(rows),
+        "samples": sum(row["samples"] or 0 for row in rows),
+        "limit": min(limits, default=None),
+        **{column: rows[0][column] for column in SHARED},
+    }

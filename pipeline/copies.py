@@ -1,0 +1,132 @@
+"""Copies of what the hub holds, to work from where the hub is out of reach."""
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from pipeline.errors import InputError
+from pipeline.specs import EvaluateSpec, HubCorpus, HubModel, PruneSpec, StageSpec, canonical_json
+from pipeline.tasks import task_data_sets
+
+
+class HubItem(NamedTuple):
+    """A model or a data set on the hub, or those files of it that are read."""
+
+    kind: Literal["model", "dataset"]
+    name: str
+    revision: str | None = None
+    files: tuple[str, ...] = ()
+    """Patterns of the files to copy; none copies all."""
+
+    @property
+    def key(self) -> str:
+        """What its copy is called in a store."""
+        digest = hashlib.sha256(canonical_json(list(self))).hexdigest()
+        return f"hub-{self.kind}-{digest[:24]}"
+
+
+CARDS = ("README.md", "*.json", "*.py", ".huggingface.yaml")
+"""Files that tell how the others are to be read."""
+
+_copies: dict[HubItem, Path] = {}
+
+
+def items(spec: StageSpec) -> Iterator[HubItem]:
+    """What a stage reads from the hub itself, not through the stages before it."""
+    yield from _items_in(spec)
+    if isinstance(spec, EvaluateSpec) and spec.tasks:
+        for name, files in task_data_sets(tuple(task.name for task in spec.tasks)):
+            yield HubItem("dataset", name, None, files)
+
+
+def _items_in(value: object) -> Iterator[HubItem]:
+    match value:
+        case HubModel():
+            yield model_item(value)
+        case HubCorpus() if "/" in value.path and not Path(value.path).exists():
+            yield corpus_item(value)
+        case BaseModel():
+            for name in type(value).model_fields:
+                child = getattr(value, name)
+                if isinstance(child, PruneSpec):
+                    yield from _items_in(child.model)  # masks and tokenizer are for this one
+                elif not isinstance(child, StageSpec):
+                    yield from _items_in(child)
+        case list() | tuple():
+            for child in value:
+                yield from _items_in(child)
+
+
+def model_item(model: HubModel) -> HubItem:
+    """The copy that stands for a model."""
+    return HubItem("model", model.name, model.revision)
+
+
+def corpus_item(corpus: HubCorpus) -> HubItem:
+    """The copy that stands for a corpus: its files, or those of its configuration."""
+    named = corpus.data_files
+    files = (named,) if isinstance(named, str) else tuple(named or ())
+    if not files and corpus.name is not None:
+        files = (f"{corpus.name}/*", f"*/{corpus.name}/*")
+    return HubItem("dataset", corpus.path, corpus.revision, files)
+
+
+def download(item: HubItem, folder: Path) -> None:
+    """Copy an item from the hub into a folder.
+
+    Raises:
+        InputError: if the hub does not have it, or is out of reach.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.snapshot_download(
+            item.name,
+            repo_type=item.kind,
+            revision=item.revision,
+            local_dir=folder,
+            allow_patterns=[*item.files, *CARDS] if item.files else None,
+        )
+    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(item.kind, item.name, f"cannot be fetched: {reason}") from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes, with times
+
+
+@contextlib.contextmanager
+def used(copies: Mapping[HubItem, Path]) -> Iterator[None]:
+    """Read these instead of the hub meanwhile, in this process."""
+    before = dict(_copies)
+    _copies.update(copies)
+    try:
+        yield
+    finally:
+        _copies.clear()
+        _copies.update(before)
+
+
+def copy_of(item: HubItem) -> Path | None:
+    """The folder with a copy, if there is one to use."""
+    return _copies.get(item)
+
+
+def link_data_sets(tasks: Iterable[str], folder: Path) -> bool:
+    """Let the copies of tasks' data sets stand in a folder under the names that tasks give them.
+
+    Returns:
+        Whether there are any.
+    """
+    if not _copies:
+        return False
+    for name, files in task_data_sets(tuple(tasks)):
+        copy = copy_of(HubItem("dataset", name, None, files))
+        if copy is not None:
+            link = folder / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(copy.resolve(), target_is_directory=True)
+    return folder.exists()

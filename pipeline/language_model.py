@@ -1,0 +1,410 @@
+"""lm-eval's language model on a model in memory, which computes what requests share only once."""
+
+import copy
+import hashlib
+import inspect
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.finished_answers import FinishedAnswers
+from pipeline.perplexity import LOGITS
+
+FAMILY_TOKENS = 64
+"""Documents that begin with so many tokens in common, few-shot examples as a rule, share them."""
+
+WORTHWHILE_TOKENS = 256
+"""Tokens that are worth a forward pass: fewer are computed again, or padded, instead."""
+
+CHUNKS = 200
+"""Parts that requests are answered in, of a batch each at least: the most that a crash costs is
+the one in work."""
+
+GENERATION_BATCH = 32
+"""Contexts that are continued together."""
+
+GENERATION_SEED = 1234
+"""Before each batch of generations, for tasks that sample; lm-eval's own."""
+
+
+class Request(NamedTuple):
+    """Token ids, and how many of the last are to be scored."""
+
+    ids: tuple[int, ...]
+    scored: int
+
+    @property
+    def input(self) -> tuple[int, ...]:
+        """What the model reads: all but the last token."""
+        return self.ids[:-1]
+
+    @property
+    def given(self) -> int:
+        """Tokens before the last one that nothing is predicted from yet."""
+        return len(self.ids) - self.scored - 1
+
+    def to_bytes(self) -> bytes:
+        """All of it, for a hash."""
+        return np.array([self.scored, *self.ids], dtype=np.int64).tobytes()
+
+
+@dataclass
+class Document:
+    """The requests of one document, and the beginning that all of them have in common."""
+
+    requests: dict[int, Request]
+    """By number."""
+    rows: dict[tuple[int, ...], list[int]] = field(init=False)
+    """What the model reads to the numbers of the requests that it answers."""
+    shared: int = field(init=False)
+    """Tokens in common from which nothing is to be predicted."""
+    longest: int = field(init=False)
+    """Tokens that the model reads for the longest request."""
+
+    def __post_init__(self) -> None:
+        self.rows = defaultdict(list)
+        for number, request in self.requests.items():
+            self.rows[request.input].append(number)
+        common = _beginning(list(self.rows))
+        self.shared = min(len(common), *(request.given for request in self.requests.values()))
+        self.longest = max(map(len, self.rows))
+
+
+class Batch(NamedTuple):
+    """Documents for one forward pass over their shared beginnings and one over the rest."""
+
+    documents: list[Document]
+    family: tuple[int, ...]
+    """Tokens that all documents of a family begin with."""
+    shared: int
+    """Tokens of each document that are computed once for its requests, the family's included."""
+
+
+class SharingLM(HFLM):  # type: ignore[misc]
+    """lm-eval's `HFLM` with its own way of answering: same requests, same tokens, same numbers.
+
+    Requests of one document share the beginning that they have in common (question, premise,
+    choices that begin alike), and documents the few-shot examples that stand before all of them:
+    each is computed once and its keys and values are used again. Batches are made of documents of
+    similar length up to a budget of tokens.
+
+    A model that keeps a running state, or gives out no keys and values, gets every request whole.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        batch_tokens: tokens of a forward pass.
+        answers: keeps what is answered.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, batch_tokens: int, answers: FinishedAnswers
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=GENERATION_BATCH)
+        self.batch_tokens = batch_tokens
+        self.answers = answers
+        self.asked = 0
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.shares = not getattr(model, "_is_stateful", False)
+        if self.shares:  # as far as its class tells
+            cache = self._forward([(self.prefix_token_id,)], None, 1)[1]
+            self.shares = hasattr(cache, "batch_select_indices")
+        self._family: tuple[int, ...] = ()
+        self._family_cache: Any = None
+
+    # ------------------------------------------------------------------------ lm-eval's interface
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation given its context, and whether it is the likeliest of all."""
+        pairs = self._encoded_pairs([request.args for request in requests])
+        owners = [(request.task_name, request.doc_id) for request in requests]
+        return self._answer(owners, pairs)
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of each whole text, in windows as long as the model takes that do not overlap."""
+        owners: list[int] = []
+        pairs: list[tuple[list[int], list[int]]] = []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs += map(make_disjoint_window, windows)
+            owners += [number] * (len(pairs) - len(owners))
+        totals = [0.0] * len(requests)
+        answers = self._answer(range(len(pairs)), pairs)
+        for number, (log_likelihood, _) in zip(owners, answers, strict=True):
+            totals[number] += log_likelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """HFLM's generations, kept batch by batch."""
+        self.asked += len(requests)
+        texts: list[str] = []
+        for start in range(0, len(requests), GENERATION_BATCH):
+            part = requests[start : start + GENERATION_BATCH]
+
+            def generate(part: Sequence[Any] = part) -> list[str]:
+                torch.manual_seed(GENERATION_SEED)
+                found: list[str] = super(SharingLM, self).generate_until(part, disable_tqdm=True)
+                return found
+
+            described = [json.dumps(request.args, sort_keys=True).encode() for request in part]
+            texts += self.answers.get(described, generate)
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return self._answer(range(len(pairs)), pairs)
+
+    # ------------------------------------------------------------------------------- tokenisation
+
+    def _encoded_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """As `TemplateLM.loglikelihood` splits them, each text tokenised once."""
+        split = []
+        for context, continuation in pairs:
+            kept = context.rstrip()
+            split.append((kept, context[len(kept) :] + continuation) if context else ("", ""))
+        wholes = [kept + rest for kept, rest in split]
+        ids = self._encoded({*wholes, *(kept for kept, _ in split)} - {""})
+        encoded = []
+        for (context, continuation), (kept, _), whole in zip(pairs, split, wholes, strict=True):
+            if context:
+                # of a context of white space alone nothing is left, which lm-eval tokenises too
+                before = ids[kept] if kept else self.tok_encode("")
+                encoded.append((before, ids[whole][len(before) :]))
+                continue
+            tokens = self.tok_encode(continuation, add_special_tokens=False)
+            if tokens[0] == self.prefix_token_id:
+                encoded.append((tokens[:1], tokens[1:]))
+            else:
+                encoded.append(([self.prefix_token_id], tokens))
+        return encoded
+
+    def _encoded(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """As `HFLM.tok_encode` does one by one."""
+        first = self.tokenizer.decode(self.prefix_token_id)
+        ids: dict[str, list[int]] = {}
+        ordered = sorted(texts)
+        for begun, part in (
+            (begun, [text for text in ordered if has_bos_prefix(text, first) == begun])
+            for begun in (False, True)
+        ):
+            if part:
+                options = {"add_special_tokens": False} if begun else {}
+                encoded = self.tokenizer(part, verbose=False, **options)["input_ids"]
+                ids |= dict(zip(part, encoded, strict=True))
+        return ids
+
+    # ------------------------------------------------------------------------------------ answers
+
+    def _answer(
+        self, owners: Iterable[Hashable], pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether it is the likeliest.
+
+        Args:
+            owners: of each pair, what it shares with those whose beginnings it may share.
+            pairs: context and continuation, neither of them empty.
+        """
+        self.asked += len(pairs)
+        documents: dict[Hashable, dict[int, Request]] = defaultdict(dict)
+        for number, (owner, (context, continuation)) in enumerate(zip(owners, pairs, strict=True)):
+            assert context, "there is nothing to predict from"
+            assert 0 < len(continuation) <= self.max_length
+            ids = tuple(context + continuation)[-(self.max_length + 1) :]
+            part = owner if self.shares else number
+            documents[part][number] = Request(ids, len(continuation))
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        batches = self._batches([Document(requests) for requests in documents.values()])
+        for chunk in _chunks(batches, len(pairs) / CHUNKS):
+            asked = {
+                number: request
+                for batch in chunk
+                for document in batch.documents
+                for number, request in document.requests.items()
+            }
+
+            def answer(chunk: list[Batch] = chunk, asked: Iterable[int] = asked) -> list[Any]:
+                answers: dict[int, tuple[float, bool]] = {}
+                for batch in chunk:
+                    answers.update(self._run(batch))
+                return [answers[number] for number in asked]
+
+            requests = [request.to_bytes() for request in asked.values()]
+            for number, (log_likelihood, greedy) in zip(
+                asked, self.answers.get(requests, answer), strict=True
+            ):
+                found[number] = (log_likelihood, greedy)
+        self._family, self._family_cache = (), None
+        return found
+
+    def _batches(self, documents: list[Document]) -> Iterator[Batch]:
+        """Documents of one family together, long ones first."""
+        heads = [_head(document) for document in documents]
+        frequent = Counter(head for head in heads if head)
+        families: dict[tuple[int, ...], list[Document]] = defaultdict(list)
+        for head, document in zip(heads, documents, strict=True):
+            families[head if self.shares and frequent[head] > 1 else ()].append(document)
+        for head, members in families.items():
+            common = _beginning([next(iter(one.rows)) for one in members]) if head else ()
+            family = common[: min(one.shared for one in members)]
+            several = [document for document in members if len(document.rows) > 1]
+            single = [document for document in members if len(document.rows) == 1]
+            several.sort(key=lambda document: (-document.shared, -document.longest))
+            single.sort(key=lambda document: -document.longest)
+            for part in _similar(several, self._fits, lambda document: document.shared):
+                shared = min(document.shared for document in part)
+                yield Batch(part, family, shared)
+            for part in _similar(single, self._fits, lambda document: document.longest):
+                yield Batch(part, family, len(family))
+
+    def _fits(self, documents: Sequence[Document]) -> bool:
+        rows = sum(len(document.rows) for document in documents)
+        longest = max(document.longest for document in documents)
+        predicted = longest - min(document.shared for document in documents)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        tokens, logits = rows * longest, rows * predicted * vocabulary
+        return tokens <= self.batch_tokens and logits <= LOGITS
+
+    def _run(self, batch: Batch) -> dict[int, tuple[float, bool]]:
+        """By number, what `_answer` gives."""
+        documents, begun = batch.documents, len(batch.family)
+        rows = [row for document in documents for row in document.rows]
+        owners = [place for place, document in enumerate(documents) for _ in document.rows]
+        first = [next(iter(document.rows))[begun : batch.shared] for document in documents]
+        saved = (len(rows) - len(documents)) * (batch.shared - begun)
+        if saved > WORTHWHILE_TOKENS:
+            cache = self._forward(first, self._begun(batch.family, len(documents)), 1)[1]
+            cache.batch_select_indices(torch.tensor(owners, device=self.device))
+            begun = batch.shared
+        else:
+            cache = self._begun(batch.family, len(rows))
+        rest = [row[begun:] for row in rows]
+        longest = max(map(len, rest))
+        firsts = [
+            request.given - begun
+            for document in documents
+            for request in document.requests.values()
+        ]
+        logits, _ = self._forward(rest, cache, longest - min(firsts))
+        offset = longest - logits.shape[1] + begun  # of the logits' first position in a row
+        logs = functional.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+        likeliest = logs.argmax(dim=-1)
+        numbers, values, greedy = [], [], []
+        place = 0
+        for document in documents:
+            for answered in document.rows.values():
+                for number in answered:
+                    request = document.requests[number]
+                    inside = slice(request.given - offset, request.given - offset + request.scored)
+                    wanted = torch.tensor(request.ids[-request.scored :], device=self.device)
+                    numbers.append(number)
+                    values.append(logs[place, inside].gather(1, wanted[:, None]).sum())
+                    greedy.append((likeliest[place, inside] == wanted).all())
+                place += 1
+        answers = zip(torch.stack(values).tolist(), torch.stack(greedy).tolist(), strict=True)
+        return dict(zip(numbers, answers, strict=True))
+
+    def _begun(self, family: tuple[int, ...], rows: int) -> Any:
+        """Keys and values of the family's tokens for so many rows; None where there are none."""
+        if not family:
+            return None
+        if family != self._family:
+            self._family, self._family_cache = family, self._forward([family], None, 1)[1]
+        cache = copy.deepcopy(self._family_cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+    @torch.inference_mode()
+    def _forward(
+        self, rows: Sequence[tuple[int, ...]], cache: Any, positions: int
+    ) -> tuple[Tensor, Any]:
+        """Logits [rows, positions, vocabulary] of the last positions, and keys and values.
+
+        Rows are padded on the right, where nothing that counts looks.
+        """
+        longest = max(map(len, rows))
+        ids = torch.tensor(
+            [[*row, *itertools.repeat(0, longest - len(row))] for row in rows], device=self.device
+        )
+        options: dict[str, Any] = {"use_cache": self.shares}
+        if cache is not None:
+            options["past_key_values"] = cache
+        if self._keeps_logits:
+            options["logits_to_keep"] = positions
+        output = self.model(ids, **options)
+        return output.logits[:, -positions:], output.get("past_key_values")
+
+
+def fingerprint(arguments: Iterable[Any]) -> str:
+    """16 hexadecimal digits that stand for a document's requests, as lm-eval words them."""
+    text = json.dumps(list(arguments), sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _beginning(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all rows begin with: what the first and the last in order do."""
+    first, last = min(rows), max(rows)
+    for place, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return first[:place]
+    return first
+
+
+def _head(document: Document) -> tuple[int, ...]:
+    """By what families are told apart; empty where a document shares too little."""
+    if document.shared < FAMILY_TOKENS:
+        return ()
+    return next(iter(document.rows))[:FAMILY_TOKENS]
+
+
+def _similar(
+    documents: Sequence[Document],
+    fits: Callable[[Sequence[Document]], bool],
+    length: Callable[[Document], int],
+) -> Iterator[list[Document]]:
+    """Documents in their order, descending by length, in parts that fit and differ little."""
+    part: list[Document] = []
+    for document in documents:
+        if part:
+            rows = sum(len(one.rows) for one in part)
+            wasted = rows * (length(part[0]) - length(document))
+            if wasted > WORTHWHILE_TOKENS or not fits([*part, document]):
+                yield part
+                part = []
+        part.append(document)
+    if part:
+        yield part
+
+
+def _chunks(batches: Iterable[Batch], requests: float) -> Iterator[list[Batch]]:
+    """Batches in their order, of at least so many requests together."""
+    chunk: list[Batch] = []
+    count = 0
+    for batch in batches:
+        chunk.append(batch)
+        count += sum(len(document.requests) for document in batch.documents)
+        if count >= requests:
+            yield chunk
+            chunk, count = [], 0
+    if chunk:
+        yield chunk

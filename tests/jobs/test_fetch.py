@@ -1,0 +1,108 @@
+"""Copies of what the hub holds. The hub itself is stood in for by a folder laid out like it."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from cluster.store import Store
+from jobs.fetch import OFFLINE, copies, fetch, hub_items, with_copies
+from jobs.gather import gather
+from jobs.grid import Grid
+from jobs.plan import make_plan
+from jobs.run import run_grid
+from pipeline.errors import InputError
+
+Content = dict[str, Any]
+Load = Callable[[Content], Grid]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "local_datasets.py"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path) -> Path:
+    spec = importlib.util.spec_from_file_location("local_datasets", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path / "hub"
+    module.write_datasets(folder, 12)
+    shutil.copytree(tiny_model_folder / "model", folder / "acme" / "tiny")
+
+    def download(name: str, local_dir: Path, **options: Any) -> None:
+        if not (folder / name).is_dir():
+            raise OSError(f"404: {name}")
+        shutil.copytree(folder / name, local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return folder
+
+
+@pytest.fixture
+def grid(content: Content, load: Load) -> Grid:
+    content["models"] = {"tiny": {"kind": "hub-model", "name": "acme/tiny", "dtype": "float32"}}
+    content["corpora"] = {
+        "wikitext": {"preset": "wikitext2", "split": "train"},
+        "c4": "c4-validation",
+    }
+    content["calibrations"] = {"c4": {"corpus": "c4", "packing": "concat"}}
+    content["cells"] = {
+        "model": "tiny",
+        "calibration": "c4",
+        "pruner": "wanda",
+        "sparsity": 0.5,
+        "nsamples": 4,
+        "seqlen": 32,
+    }
+    content["evaluate"] = {
+        "perplexity": [{"corpus": "wikitext", "seqlen": 32, "max_windows": 4}],
+        "tasks": ["boolq", "arc_easy"],
+    }
+    return load(content)
+
+
+def test_all_that_a_grid_reads_from_the_hub_is_known(grid: Grid) -> None:
+    items = hub_items(make_plan(grid))
+    assert sorted((item.kind, item.name, item.files) for item in items) == [
+        ("dataset", "Salesforce/wikitext", ("wikitext-2-raw-v1/*", "*/wikitext-2-raw-v1/*")),
+        ("dataset", "allenai/ai2_arc", ()),
+        ("dataset", "allenai/c4", ("en/c4-validation.00000-of-00008.json.gz",)),
+        ("dataset", "aps/super_glue", ()),
+        ("model", "acme/tiny", ()),
+    ]
+
+
+def test_a_grid_runs_from_its_copies_with_the_hub_switched_off(
+    grid: Grid, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, store = make_plan(grid), Store(str(tmp_path / "store"))
+    assert with_copies(plan, store) == (plan.graph, {})
+    assert len(fetch(plan, store)) == 5
+    assert fetch(plan, store) == []  # once
+    graph, variables = with_copies(plan, store)
+    assert variables == OFFLINE
+    assert {key for key in graph if not key.startswith("hub-")} == set(plan.graph)
+    shutil.rmtree(hub)
+    before = dict(os.environ)
+    outcome = run_grid(plan, store, None, workers=2)
+    assert not outcome.failed
+    assert dict(os.environ).get("HF_HUB_OFFLINE") == before.get("HF_HUB_OFFLINE")
+    rows = gather(plan, store).to_pylist()
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {row["task"] for row in rows} == {"wikitext", "boolq", "arc_easy"}
+    assert {row["samples"] for row in rows if row["task"] != "wikitext"} == {12}
+
+
+def test_what_the_hub_does_not_have_is_named_and_nothing_half_done_is_left(
+    grid: Grid, hub: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(hub / "acme")
+    plan, store = make_plan(grid), Store(str(tmp_path / "store"))
+    with pytest.raises(InputError, match=r"model: 'acme/tiny': cannot be fetched: 404"):
+        fetch(plan, store)
+    assert all(item.kind == "dataset" for item in copies(plan, store))
