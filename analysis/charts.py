@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from analysis.evidence import Estimate
 from analysis.figures import COLOURS, GREY, MARKERS, STYLE
@@ -173,6 +174,7 @@ def point_figure(
         figure = _figure(title, len(panels), note)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         groups = list(dict.fromkeys(point.group for points in panels.values() for point in points))
+        places = [point.x for points in panels.values() for point in points]
         for panel, (name, points) in zip(axes, panels.items(), strict=True):
             panel.set_title(name, loc="left")
             for point in points:
@@ -193,9 +195,13 @@ def point_figure(
                 )
             if log_x:
                 panel.set_xscale("log")
+                panel.set_xlim(min(places) / 1.5, 3 * max(places))
+                panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.xaxis.set_major_formatter("{x:g}")
+                panel.xaxis.set_minor_locator(NullLocator())
             panel.set_xlabel(x_label)
             panel.grid(color="#e6e6e6", linewidth=0.7)
-            panel.margins(x=0.18, y=0.1)
+            panel.margins(y=0.1)
         axes[0].set_ylabel(y_label)
     return figure
 

@@ -74,22 +74,23 @@ def answer(table: pd.DataFrame) -> Answer:
     )
     figure = point_figure(
         f"Gain against device-seconds spent, from pruning with the {CORPUS} corpus",
-        {"each pruner": _points(rows, corpus, sizes)},
-        "device-seconds of generation, scoring and pruning (log scale)",
+        _points(rows, corpus, sizes),
+        "device-seconds (log scale)",
         f"change against {next(iter(prune))} with the corpus (%)",
         log_x=True,
+        note="Seconds of generation, scoring and pruning. Bars: 95 % intervals over seeds.",
     )
     effects = {f"{size} samples": each for size, each in by_size.items()}
     effects |= {f"{last} samples against {first}": more}
     return Answer(what, size_text, certainty, caveat, figure, estimate_rows(effects))
 
 
-def _points(rows: pd.DataFrame, corpus: pd.DataFrame, sizes: list[int]) -> list[Point]:
-    """Each pruner and source against the first pruner with the corpus."""
+def _points(rows: pd.DataFrame, corpus: pd.DataFrame, sizes: list[int]) -> dict[str, list[Point]]:
+    """Of each pruner every source, against the first pruner with the corpus."""
     methods = in_order(rows["method"])
     reference = corpus[corpus["method"] == methods[0]]
     pruner = ["method", "pruner", "pruner_options"]
-    points = []
+    points: dict[str, list[Point]] = {method: [] for method in methods}
     for method in methods:
         own = rows[rows["method"] == method]
         parts = {"corpus": own[own["calibration"] == CORPUS]}
@@ -100,9 +101,7 @@ def _points(rows: pd.DataFrame, corpus: pd.DataFrame, sizes: list[int]) -> list[
             each = paired(part, reference, [*SOURCE, *pruner])
             if not part.empty and np.isfinite(each.effect):
                 at = float(part["total"].median())
-                points.append(
-                    Point(f"{method}, {name}", at, each.effect, each.low, each.high, method)
-                )
+                points[method].append(Point(name, at, each.effect, each.low, each.high, method))
     return points
 
 

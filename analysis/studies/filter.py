@@ -6,6 +6,7 @@ import pandas as pd
 
 from analysis.charts import Line, line_figure
 from analysis.evidence import (
+    Estimate,
     calibrated,
     corrected,
     estimate_rows,
@@ -32,15 +33,8 @@ def answer(table: pd.DataFrame) -> Answer:
     unfiltered = rows[rows["drop_fraction"] == 0]
     across = ["drop_fraction"]
     main = paired(rows[rows["drop_fraction"] == PAPER], unfiltered, across)
-    by_rate = corrected(
-        {
-            rate: paired(rows[rows["drop_fraction"] == rate], unfiltered, across)
-            for rate in rates
-            if rate > 0
-        }
-    )
     methods = in_order(rows["method"])
-    effects = {f"{rate:.0%}, all pruners": each for rate, each in by_rate.items()}
+    singly: dict[tuple[str, float], Estimate] = {}
     lines = []
     for method in methods:
         own = rows[rows["method"] == method]
@@ -48,30 +42,26 @@ def answer(table: pd.DataFrame) -> Answer:
             rate: paired(own[own["drop_fraction"] == rate], unfiltered, across) for rate in rates
         }
         lines.append(Line(method, [100 * rate for rate in rates], list(curve.values())))
-        effects |= {f"{rate:.0%}, {method}": each for rate, each in curve.items()}
+        singly |= {(method, rate): each for rate, each in curve.items() if rate > 0}
+    singly = corrected(singly)
+    effects = {f"{PAPER:.0%}, all pruners": main}
+    effects |= {f"{rate:.0%}, {method}": each for (method, rate), each in singly.items()}
     if main.shown:
         better = "helps" if main.helps else "harms"
         what = f"Dropping the {PAPER:.0%} of highest perplexity {better}."
     else:
         what = f"That dropping the {PAPER:.0%} of highest perplexity changes anything is not shown."
-    at_paper = corrected(
-        {
-            method: paired(
-                rows[(rows["drop_fraction"] == PAPER) & (rows["method"] == method)],
-                unfiltered,
-                across,
-            )
-            for method in methods
-        }
-    )
-    by_method = listed([f"{method} {each.text}" for method, each in at_paper.items()])
+    by_method = listed([f"{method} {singly[method, PAPER].text}" for method in methods])
     size = f"Against no filter, over all pruners: {main.text}; by pruner {by_method}."
-    shown = [f"{rate:.0%} {each.text}" for rate, each in by_rate.items() if each.shown]
+    shown = [
+        f"{rate:.0%} with {method} {each.text}"
+        for (method, rate), each in singly.items()
+        if each.shown
+    ]
     certainty = (
-        f"Of all rates (Holm) these differ from no filter: {listed(shown)}."
+        f"Of all pruners and rates (Holm) these differ from no filter: {'; '.join(shown)}."
         if shown
-        else f"None of the rates {listed([f'{rate:.0%}' for rate in rates if rate])} differs from "
-        "no filter by more than chance (Holm)."
+        else "At no rate is any pruner shown to differ from no filter (Holm)."
     )
     certainty += _quality(rows, max(rates))
     caveat = (
