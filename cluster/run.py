@@ -47,6 +47,8 @@ class Execute(Protocol):
 
 
 Observe = Callable[[Stage, Manifest | Failure], None]
+Started = Callable[[Stage], None]
+Replicas = Callable[[Mapping[str, int]], None]
 
 
 @dataclass
@@ -68,14 +70,20 @@ def run(
     *,
     workers: int | None = None,
     observe: Observe = lambda stage, result: None,
+    started: Started = lambda stage: None,
+    replicas: Replicas = lambda counts: None,
 ) -> Progress:
     """Make the targets and all they need that the store does not hold.
 
     Args:
         workers: stages at work at one time, at the most; None leaves that to the cluster's size.
         observe: told of every stage that ends.
+        started: told of every stage that is handed to Ray, again when it is tried again.
+        replicas: told how many actors there are for each kind of stage, now and then.
     """
-    return _Run(graph, targets, execute, store, versions, workers, observe).to_the_end()
+    begun = _Run(graph, targets, execute, store, versions, workers, observe)
+    begun.started, begun.replicas = started, replicas
+    return begun.to_the_end()
 
 
 class _Run:
@@ -92,6 +100,8 @@ class _Run:
         self.graph = graph
         self.store = store
         self.observe = observe
+        self.started: Started = lambda stage: None
+        self.replicas: Replicas = lambda counts: None
         self.workers = workers
         self.maker = ray.put((execute, store.url, dict(versions)))
         self.pools: dict[str | None, _Pool] = {}
@@ -121,6 +131,7 @@ class _Run:
         while self.waiting or self.in_flight:
             self._submit_ready()
             self._release_idle_replicas()
+            self._tell_replicas()
             joining = {
                 reference: pool for pool in self.pools.values() for reference in pool.joining
             }
@@ -145,6 +156,7 @@ class _Run:
                     break
                 del keys[key], self.waiting[key]
                 self.in_flight[reference] = key
+                self.started(self.graph[key])
 
     def _submit(self, stage: Stage) -> ray.ObjectRef | None:
         if stage.pool is None:
@@ -154,6 +166,12 @@ class _Run:
         if stage.pool not in self.pools:
             self.pools[stage.pool] = _Pool(stage, self.workers)
         return self.pools[stage.pool].submit(stage, self.maker)
+
+    def _tell_replicas(self) -> None:
+        counts: Counter[str] = Counter()
+        for pool in self.pools.values():
+            counts[pool.first.kind] += len(pool.idle) + len(pool.serving)
+        self.replicas(counts)
 
     def _release_idle_replicas(self) -> None:
         """Free what nothing is ready for, or may be given to it: other stages may be waiting for

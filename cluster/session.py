@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from cluster import secrets
 from cluster.graph import Resources
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def session(address: str | None, code: Iterable[ModuleType] = ()) -> Iterator[No
         os.environ[KEEP_DEVICES] = "0"
         if address or submitted:
             runtime_env["env_vars"] = {KEEP_DEVICES: "0"}
+    if submitted and secrets.enclosed():
+        runtime_env["worker_process_setup_hook"] = f"{secrets.__name__}.{secrets.load.__name__}"
     ray.init(
         # Unless told so, never a cluster that `ray start` left running here for other work.
         address=address or (None if submitted else "local"),

@@ -20,12 +20,12 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,21 @@ class CorruptArtifactError(RuntimeError):
         return f"artifact {self.key} is damaged: {self.problem}"
 
 
+def inside(name: str) -> str:
+    """A relative path that does not lead out of its folder.
+
+    Raises:
+        ValueError: if it does.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise ValueError(f"{name!r} leads out of the store")
+    return name
+
+
+Inside = Annotated[str, AfterValidator(inside)]
+
+
 class FileRecord(BaseModel):
     """One file of an artifact."""
 
@@ -69,9 +84,9 @@ class Manifest(BaseModel):
     """The stage that made it."""
     spec: dict[str, Any]
     """The stage's input, with the specs of all stages before it."""
-    data: str
+    data: Inside
     """Its folder, relative to the store."""
-    files: dict[str, FileRecord]
+    files: dict[Inside, FileRecord]
     """Relative path to size and checksum."""
     report: dict[str, Any]
     """Facts that the stage tells of its work."""
@@ -132,7 +147,7 @@ class Store:
 
     def keys(self) -> set[str]:
         """The keys of all artifacts."""
-        return self._names("manifests")
+        return self.names("manifests")
 
     def sweep(self) -> None:
         """Remove what dead writers left behind more than a day ago."""
@@ -261,9 +276,13 @@ class Store:
                 self.fs.rm(self._path(f"partial/{key}"), recursive=True)
 
     def _path(self, name: str) -> str:
-        return f"{self.root}/{name}"
+        try:
+            return f"{self.root}/{inside(name)}"
+        except ValueError as error:
+            raise StoreError(f"store: {error}") from error
 
-    def _names(self, folder: str) -> set[str]:
+    def names(self, folder: str) -> set[str]:
+        """The names of a folder's JSON files, without their ending."""
         self.fs.invalidate_cache()
         if not self.fs.isdir(self._path(folder)):
             return set()
