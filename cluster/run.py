@@ -54,6 +54,8 @@ class Execute(Protocol):
 
 
 Observe = Callable[[Stage, Manifest | Failure], None]
+Started = Callable[[Stage], None]
+Replicas = Callable[[Mapping[str, int]], None]
 
 
 @dataclass
@@ -95,16 +97,22 @@ def run(
     *,
     workers: int | None = None,
     observe: Observe = lambda stage, result: None,
+    started: Started = lambda stage: None,
+    replicas: Replicas = lambda counts: None,
 ) -> Progress:
     """Make the targets and all they need that the store does not hold.
 
     Args:
         workers: stages at work at one time, at the most; None leaves that to the cluster's size.
         observe: told of every stage that ends.
+        started: told of every stage that is handed to Ray, again when it is tried again.
+        replicas: told how many actors there are for each kind of stage, now and then.
     """
     with leases.Claim(store, graph.keys()) as claim:
         maker = Maker(execute, store.url, dict(versions), claim.run)
-        return _Run(graph, targets, maker, store, workers, observe).to_the_end()
+        begun = _Run(graph, targets, maker, store, workers, observe)
+        begun.started, begun.replicas = started, replicas
+        return begun.to_the_end()
 
 
 class _Run:
@@ -120,6 +128,8 @@ class _Run:
         self.graph = graph
         self.store = store
         self.observe = observe
+        self.started: Started = lambda stage: None
+        self.replicas: Replicas = lambda counts: None
         self.workers = workers
         self.maker = ray.put(maker)
         self.pools: dict[str | None, _Pool] = {}
@@ -160,6 +170,7 @@ class _Run:
             while self.waiting or self.in_flight or self.held:
                 self._submit_ready()
                 self._release_idle_replicas()
+                self._tell_replicas()
                 self._wait()
         finally:
             for pool in self.pools.values():
@@ -210,6 +221,7 @@ class _Run:
                 del self.waiting[key]
                 self.in_flight[reference] = key
                 self.tasks += name is None
+                self.started(self.graph[key])
 
     def _full(self) -> bool:
         return self.workers is not None and len(self.in_flight) >= self.workers
@@ -221,6 +233,12 @@ class _Run:
         if stage.pool not in self.pools:
             self.pools[stage.pool] = _Pool(stage, self.workers)
         return self.pools[stage.pool].submit(stage, self.maker, self.dead)
+
+    def _tell_replicas(self) -> None:
+        counts: Counter[str] = Counter()
+        for pool in self.pools.values():
+            counts[pool.first.kind] += len(pool.idle) + len(pool.serving)
+        self.replicas(counts)
 
     def _release_idle_replicas(self) -> None:
         """Free what nothing is ready for, or may be given to it: other stages may be waiting for

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from cluster import secrets
 from cluster.graph import Resources
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ def session(
             runtime_env["env_vars"] = {KEEP_DEVICES: "0"}
     if variables:
         runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **variables}
+    if submitted and secrets.enclosed():
+        runtime_env["worker_process_setup_hook"] = f"{secrets.__name__}.{secrets.load.__name__}"
     ray.init(
         # Unless told so, never a cluster that `ray start` left running here for other work.
         address=address or (None if submitted else "local"),

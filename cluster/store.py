@@ -22,13 +22,13 @@ import uuid
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, BinaryIO
 
 import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,21 @@ class CorruptArtifactError(RuntimeError):
         return f"artifact {self.key} is damaged: {self.problem}"
 
 
+def inside(name: str) -> str:
+    """A relative path that does not lead out of its folder.
+
+    Raises:
+        ValueError: if it does.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise ValueError(f"{name!r} leads out of the store")
+    return name
+
+
+Inside = Annotated[str, AfterValidator(inside)]
+
+
 class FileRecord(BaseModel):
     """One file of an artifact."""
 
@@ -80,9 +95,9 @@ class Manifest(BaseModel):
     """The stage that made it."""
     spec: dict[str, Any]
     """The stage's input, with the specs of all stages before it."""
-    data: str
+    data: Inside
     """Its folder, relative to the store."""
-    files: dict[str, FileRecord]
+    files: dict[Inside, FileRecord]
     """Relative path to size and checksum."""
     report: dict[str, Any]
     """Facts that the stage tells of its work."""
@@ -359,7 +374,10 @@ class Store:
                 self.remove_folder(self._path(f"partial/{key}"))
 
     def _path(self, name: str) -> str:
-        return f"{self.root}/{name}"
+        try:
+            return f"{self.root}/{inside(name)}"
+        except ValueError as error:
+            raise StoreError(f"store: {error}") from error
 
     def _damage(self, key: str, whole: bool) -> str | None:
         try:

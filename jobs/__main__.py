@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs plan|fetch|run|gather|show|recommend|export|...`.
+"""The command line: `python -m jobs plan|run|gather|show|export|submit|...`; `--help` lists all.
 
 Installed as `calprune`.
 """
@@ -13,19 +13,22 @@ import pyarrow as pa
 import typer
 from rich.console import Console
 
+from cluster import secrets
 from cluster.session import ResourceError
 from cluster.store import Store, StoreError
+from cluster.submission import Client, JobServerError, connect, details, follow, log, stop
 from jobs import store_commands
 from jobs.check import check
 from jobs.export import export
 from jobs.export_calibration import export_calibration
 from jobs.fetch import copies, fetch, hub_items
 from jobs.gather import gather, write_table
-from jobs.grid import load_grid
+from jobs.grid import load_grid, refuse_credentials
 from jobs.plan import Plan, make_plan, print_plan
 from jobs.recommend import print_ranking, scores_only, scoring_plan
 from jobs.run import run_grid
-from jobs.show import print_results
+from jobs.show import print_results, print_state
+from jobs.submit import submit_grid
 from pipeline.copies import used
 from pipeline.errors import InputError
 
@@ -51,6 +54,21 @@ StoreUrl = Annotated[
         "--store", envvar="CALPRUNE_STORE", help="Folder or fsspec URL that keeps all artifacts."
     ),
 ]
+
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stages at work at one time; unset, as many as there is room for."),
+]
+JobName = Annotated[str, typer.Argument(help="The job that `submit` named.", show_default=False)]
+JobServer = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="Job server, http://HOST:8265; unset, RAY_API_SERVER_ADDRESS, RAY_ADDRESS or the "
+        "cluster of this machine.",
+    ),
+]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the job's end.")]
 
 
 @app.command()
@@ -79,12 +97,7 @@ def run(
         str | None,
         typer.Option(help="Ray cluster; unset, the one of `ray job submit`, else a local one."),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Stages at work at one time; unset, as many as there is room for."
-        ),
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Run a grid, or go on where an earlier run stopped, and print its table.
 
@@ -109,8 +122,13 @@ def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
 
 @app.command()
 def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
-    """Print a grid's results as far as they have come."""
-    print_results(gather(make_plan(load_grid(grid)), Store(store)), console)
+    """Print what is done, under way, failed or missing, and the results as far as they have come.
+
+    The store tells all of it: no cluster is asked.
+    """
+    kept, planned = Store(store), make_plan(load_grid(grid))
+    print_state(planned, kept, console)
+    print_results(gather(planned, kept), console)
 
 
 @app.command()
@@ -170,6 +188,76 @@ def export_calibration_set(
     console.print(f"{samples} samples: {folder}", soft_wrap=True)
 
 
+@app.command()
+def submit(
+    grid: GridFile,
+    store: Annotated[
+        str,
+        typer.Option(
+            envvar="CALPRUNE_STORE",
+            help="Folder or fsspec URL that every node of the cluster sees.",
+        ),
+    ],
+    address: JobServer = None,
+    workers: Workers = None,
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(help="An extra of calprune to install for the job, as it is installed here."),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of a variable whose value the job gets; never shown, never logged."
+        ),
+    ] = None,
+    no_wait: NoWait = False,
+) -> None:
+    """Run a grid on a cluster: send it with its code, follow its log, end with its exit code."""
+    _check_shared(store)
+    client = connect(address)
+    job = submit_grid(client, grid, store, workers=workers, extras=extra or (), variables=env or ())
+    logger.info("submitted: %s", job)
+    if not no_wait:
+        _follow(client, job)
+
+
+@app.command()
+def status(job: JobName, address: JobServer = None) -> None:
+    """Print where a job stands."""
+    found = details(connect(address), job)
+    console.print(f"{job}: {found.status.value.lower()}: {found.message}", soft_wrap=True)
+
+
+@app.command()
+def logs(job: JobName, address: JobServer = None, no_wait: NoWait = False) -> None:
+    """Print a job's log from its beginning to its end, and end with its exit code."""
+    client = connect(address)
+    if no_wait:
+        sys.stdout.write(log(client, job))
+    else:
+        _follow(client, job)
+
+
+@app.command(name="stop")
+def stop_job(job: JobName, address: JobServer = None) -> None:
+    """End a job; what it has made is kept."""
+    ended = "is asked to end" if stop(connect(address), job) else "had ended"
+    console.print(f"{job} {ended}", soft_wrap=True)
+
+
+def _follow(client: Client, job: str) -> None:
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        code = follow(client, job, write)
+    except KeyboardInterrupt:
+        logger.info("%s goes on; `logs` follows it again, `stop` ends it", job)
+        raise typer.Exit(130) from None
+    raise typer.Exit(code)
+
+
 def _checked_plan(grid: Path, store: str) -> Plan:
     """The plan of a grid in which no mistake was found."""
     planned = make_plan(load_grid(grid))
@@ -181,17 +269,23 @@ def _checked_plan(grid: Path, store: str) -> Plan:
 
 
 def _writable_store(url: str) -> Store:
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if submitted and "://" not in url and not Path(url).is_absolute():
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        _check_shared(url)
+    refuse_credentials("store", url)
+    store = Store(url)
+    store.check_writable()
+    return store
+
+
+def _check_shared(url: str) -> None:
+    refuse_credentials("store", url)
+    if "://" not in url and not Path(url).is_absolute():
         raise InputError(
             "store",
             url,
             "is inside the job's working directory, which is removed with the job; "
             "give an absolute path or a URL that every node reaches",
         )
-    store = Store(url)
-    store.check_writable()
-    return store
 
 
 def _show(planned: Plan, store: Store) -> None:
@@ -207,9 +301,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%d %H:%M:%S")
     for noisy in ("httpx", "datasets", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    secrets.load()
     try:
         app()
-    except (InputError, StoreError, ResourceError) as error:
+    except (InputError, StoreError, ResourceError, JobServerError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -382,6 +383,15 @@ def load_grid(path: Path) -> Grid:
     Raises:
         InputError: naming field, value and remedy.
     """
+    return _with_fingerprints(read_grid(path))
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid file whose local files may be those of another machine.
+
+    Raises:
+        InputError: naming field, value and remedy.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
@@ -391,6 +401,7 @@ def load_grid(path: Path) -> Grid:
         raise InputError("grid", str(path), f"is not a YAML file: {reason}") from error
     if not isinstance(content, dict):
         raise InputError("grid", str(path), "must be a mapping with name, models, cells, evaluate")
+    _refuse_credentials(content, ())
     try:
         grid = Grid.model_validate(content)
     except ValidationError as error:
@@ -398,7 +409,34 @@ def load_grid(path: Path) -> Grid:
     for name in grid.cost.parameters:
         if name not in grid.models:
             raise InputError("cost.parameters", name, suggestion(name, grid.models))
-    return _with_fingerprints(grid)
+    return grid
+
+
+def refuse_credentials(field: str, text: str) -> None:
+    """See that a URL holds no user and password: specs, manifests and logs would keep them.
+
+    Raises:
+        InputError: if it does; the message does not repeat them.
+    """
+    if _CREDENTIALS.search(text):
+        shown = _CREDENTIALS.sub("://...@", text)
+        remedy = "has credentials in it, which would be stored: give them by the environment"
+        raise InputError(field, shown, remedy)
+
+
+_CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+
+
+def _refuse_credentials(value: object, where: tuple[str, ...]) -> None:
+    match value:
+        case str():
+            refuse_credentials(".".join(where), value)
+        case dict():
+            for name, item in value.items():
+                _refuse_credentials(item, (*where, str(name)))
+        case list():
+            for item in value:
+                _refuse_credentials(item, where)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

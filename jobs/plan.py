@@ -114,7 +114,7 @@ def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
     sizes = _sizes(plan.grid)
     lines = []
     for stage in ORDER:
-        keys = [key for key, spec in plan.specs.items() if _line(spec) == stage]
+        keys = [key for key, spec in plan.specs.items() if line_of(spec) == stage]
         to_make = [key for key in keys if key in missing]
         guesses = [estimate(plan.specs[key], plan.grid.cost, sizes) for key in to_make]
         known = [guess for guess in guesses if guess is not None]
@@ -187,7 +187,8 @@ def _collect(
         inputs[spec.key] = tuple(before.key for before in all_before)
 
 
-def _line(spec: StageSpec) -> str:
+def line_of(spec: StageSpec) -> str:
+    """The line of `ORDER` that a stage belongs to."""
     return f"{stage_name(spec)} shard" if isinstance(spec, ShardSpec) else spec.kind
 
 

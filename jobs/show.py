@@ -1,9 +1,12 @@
-"""Print a results table for people."""
+"""Print where a grid stands, and its results, for people."""
 
 import pandas as pd
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
+
+from cluster.store import Store
+from jobs.plan import ORDER, Plan, line_of
 
 CELL = ["model", "pruner", "target", "calibration", "seed"]
 VARIED = [
@@ -17,6 +20,25 @@ VARIED = [
     "temperature",
     "pruner_options",
 ]
+
+
+def print_state(plan: Plan, store: Store, console: Console) -> None:
+    """What there is of each stage, from the store alone: so on any machine, and while it runs."""
+    done = store.keys() & plan.graph.keys()
+    under_way = (store.names("leases") & plan.graph.keys()) - done
+    failed = (store.names("failures") & plan.graph.keys()) - done - under_way
+    counts = {line: [0, 0, 0, 0] for line in ORDER}
+    for key, spec in plan.specs.items():
+        states = (key in done, key in under_way, key in failed)
+        counts[line_of(spec)][states.index(True) if any(states) else 3] += 1
+    table = Table(title=f"{plan.grid.name}: {len(done)} of {len(plan.graph)} stages are done")
+    table.add_column("stage")
+    for heading in ("done", "under way", "failed", "missing"):
+        table.add_column(heading, justify="right")
+    for line, numbers in counts.items():
+        if any(numbers):
+            table.add_row(line, *map(str, numbers))
+    console.print(table)
 
 
 def print_results(results: pa.Table, console: Console) -> None:

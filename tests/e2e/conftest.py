@@ -1,9 +1,14 @@
 """Whole runs of a small grid from the command line, as a user starts them."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -78,3 +83,65 @@ def edited(grid: Path, tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return edit
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of one node, as `ray start --head` makes it."""
+
+    address: str
+    """Of its job server."""
+    join: str
+    """What further nodes join."""
+    folder: Path
+    """Where its nodes keep their logs and the jobs' files."""
+
+
+RAY = Path(sys.executable).with_name("ray")
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[Head]:
+    # Each of its own: where another cluster of the machine has a default one, nothing here starts.
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    ports = {name: str(free_port()) for name in names}
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    make_token = [RAY, "get-auth-token", "--generate"]
+    subprocess.run(make_token, check=True, env=environment(), capture_output=True)
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # pytest's own are too long for its sockets
+    options += [f"--temp-dir={folder}", "--include-dashboard=true", "--num-cpus=2"]
+    # In the foreground, so that its end takes this cluster down and no other of the machine.
+    head = subprocess.Popen(
+        [RAY, "start", "--head", "--block", *options],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    started = Head(
+        address=f"http://127.0.0.1:{ports['dashboard-port']}",
+        join=f"127.0.0.1:{ports['port']}",
+        folder=folder,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not _takes_jobs(started.address):  # it answers before there is who runs a job
+            assert head.poll() is None, "the cluster did not start"
+            assert time.monotonic() < deadline, "the cluster takes no job"
+            time.sleep(0.5)
+        yield started
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _takes_jobs(address: str) -> bool:
+    words = [RAY, "job", "submit", "--address", address, "--", "true"]
+    return subprocess.run(words, env=environment(), capture_output=True).returncode == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -2,17 +2,16 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import Finished, calprune, command, environment
+from tests.e2e.conftest import Finished, Head, calprune, command, environment
 
 Finish = tuple[Path, Finished]
 
@@ -208,54 +207,12 @@ def test_a_store_that_cannot_be_written_is_refused(grid: Path, tmp_path: Path) -
     assert "Traceback" not in run.stderr
 
 
-@pytest.fixture
-def ray_head(tmp_path: Path) -> Iterator[str]:
-    """A cluster of one node, as `ray start --head` makes it; its job server's address."""
-    ray = Path(sys.executable).with_name("ray")
-    # Each of its own: where another cluster of the machine has a default one, nothing here starts.
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-    ports = {name: str(_free_port()) for name in names}
-    options = [f"--{name}={port}" for name, port in ports.items()]
-    address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    make_token = [ray, "get-auth-token", "--generate"]
-    subprocess.run(make_token, check=True, env=environment(), capture_output=True)
-    # In the foreground, so that its end takes this cluster down and no other of the machine.
-    head = subprocess.Popen(
-        [ray, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", *options],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not _takes_jobs(ray, address):  # its server answers before there is who runs a job
-            assert head.poll() is None, "the cluster did not start"
-            assert time.monotonic() < deadline, "the cluster takes no job"
-            time.sleep(0.5)
-        yield address
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
-
-
-def _takes_jobs(ray: Path, address: str) -> bool:
-    words = [ray, "job", "submit", "--address", address, "--", "true"]
-    return subprocess.run(words, env=environment(), capture_output=True).returncode == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_a_submitted_job_leaves_the_same_table(
-    finished: Finish, grid: Path, tmp_path: Path, ray_head: str
+    finished: Finish, grid: Path, tmp_path: Path, ray_head: Head
 ) -> None:
     project = Path(__file__).parents[2]
     words = ["run", str(grid), "--store"]
-    submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", ray_head]
+    submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", ray_head.address]
     submit += ["--working-dir", str(project), "--", "python", "-m", "jobs", *words]
     job = subprocess.run(
         [*submit, str(tmp_path)], env=environment(), capture_output=True, text=True

@@ -114,3 +114,26 @@ def test_what_is_no_grid_is_refused(tmp_path: Path, text: str, message: str) -> 
         load_grid(path)
     with pytest.raises(InputError, match="no such file"):
         load_grid(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "/etc/x", "..", "a\\b", "name\n"])
+def test_a_name_that_could_lead_out_of_the_store_is_refused(
+    content: Content, load: Load, name: str
+) -> None:
+    with pytest.raises(InputError, match="name"):
+        load({**content, "name": name})
+
+
+def test_a_grid_file_cannot_make_objects(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(f"name: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]")
+    with pytest.raises(InputError, match="is not a YAML file"):
+        load_grid(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_url_with_a_password_is_refused_and_not_repeated(content: Content, load: Load) -> None:
+    content["corpora"]["notes"]["path"] = "https://user:planted-secret@host/notes.txt"
+    with pytest.raises(InputError, match=r"corpora\.notes\.path.*credentials") as caught:
+        load(content)
+    assert "planted-secret" not in str(caught.value)

@@ -1,15 +1,27 @@
+import io
 import logging
+import re
 import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+from rich.console import Console
 
 from cluster.graph import Stage
-from cluster.store import Manifest
-from jobs.run import Watch
+from cluster.store import Failure, Manifest, Store
+from jobs.grid import Grid
+from jobs.plan import make_plan
+from jobs.progress import Busy, Progress, duration, progress_of
+from jobs.show import print_state
+from jobs.watch import Watch
 
 
-def stage(kind: str, pool: str | None) -> Stage:
-    return Stage(key="k", kind=kind, label=kind, spec={}, payload="", inputs=(), pool=pool)
+def stage(kind: str, pool: str | None = None, key: str = "k") -> Stage:
+    return Stage(key=key, kind=kind, label=kind, spec={}, payload="", inputs=(), pool=pool)
 
 
 def manifest(seconds: float, **report: int) -> Manifest:
@@ -28,21 +40,30 @@ def manifest(seconds: float, **report: int) -> Manifest:
     )
 
 
-def test_progress_tells_samples_and_tokens_a_second_since_generation_began(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+FAILURE = Failure(key="k", kind="k", error="ValueError: odd", traceback="", finished=0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    watch = Watch(total=4)
-    shard, join = stage("generate", "pool"), stage("generate", None)
+    return now
+
+
+def test_the_log_tells_samples_and_tokens_a_second_since_generation_began(
+    caplog: pytest.LogCaptureFixture, clock: list[float], local_ray: None
+) -> None:
+    totals = {"pretrain": 1, "generate shard": 2, "generate": 1}
+    watch = Watch(Progress(totals, samples=64), "grid")
+    shard, join = stage("generate", "pool"), stage("generate")
     with caplog.at_level(logging.INFO):
         for at, each, made in (
-            (150.0, stage("pretrain", None), manifest(50.0, tokens=9)),
+            (150.0, stage("pretrain"), manifest(50.0, tokens=9)),
             (160.0, shard, manifest(8.0, samples=32, tokens_generated=4000)),
             (172.0, shard, manifest(20.0, samples=32, tokens_generated=6000)),
             (173.0, join, manifest(1.0, samples=64, tokens_generated=10000)),
         ):
-            now[0] = at
+            clock[0] = at
             watch.ended(each, made)
     assert [record.message for record in caplog.records] == [
         "[1/4] pretrain: 50.0 s (at 50 s)",
@@ -50,3 +71,158 @@ def test_progress_tells_samples_and_tokens_a_second_since_generation_began(
         "[3/4] generate: 20.0 s (at 72 s; 64 samples, 500 tokens/s)",
         "[4/4] generate: 1.0 s (at 73 s)",
     ]
+
+
+def test_time_left_is_what_is_left_at_the_pace_so_far(clock: list[float]) -> None:
+    """Two at a time: after 30 s, four prunings of 10 s and one evaluation of 20 s are done."""
+    progress = Progress({"prune": 6, "evaluate": 4})
+    assert progress.seconds_left() is None
+    clock[0] += 30.0
+    for _ in range(4):
+        progress.end(stage("prune", "pool"), manifest(10.0))
+    progress.end(stage("evaluate"), manifest(20.0))
+    assert progress.seconds_left() == pytest.approx((2 * 10.0 + 3 * 20.0) / 2)
+    progress.end(stage("evaluate"), FAILURE)
+    assert progress.seconds_left() == pytest.approx((2 * 10.0 + 2 * 20.0) / 2)
+
+
+def test_a_stage_that_is_tried_again_is_in_flight_once(clock: list[float]) -> None:
+    progress = Progress({"prune": 2})
+    for _ in range(2):
+        progress.start(stage("prune", "pool", key="a"))
+    progress.start(stage("prune", "pool", key="b"))
+    assert progress.lines["prune"].at_work == 2
+    progress.end(stage("prune", "pool", key="a"), FAILURE)
+    assert progress.lines["prune"].at_work == 1
+
+
+def test_a_summary_and_a_view_have_all_figures(clock: list[float]) -> None:
+    progress = Progress({"generate shard": 79, "prune": 2}, samples=5000)
+    shard = stage("generate", "pool")
+    progress.start(shard)
+    clock[0] += 50.0
+    progress.replicas = {"generate": 8}
+    progress.end(shard, manifest(20.0, samples=64, tokens_generated=40_000))
+    progress.start(stage("generate", "pool", key="next"))
+    progress.end(stage("prune", "pool"), FAILURE)
+    busy = Busy(cpus=12, all_cpus=16, gpus=3.5, all_gpus=4)
+    assert progress.summary(busy) == (
+        "2/81 stages in 50 s; 1 failed; generate shard 1/79; 64 of 5,000 samples; 2,000 tokens/s; "
+        "replicas: generate 8; busy: CPUs 12/16, GPUs 3.5/4; about 66 min left"
+    )
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(progress.view(busy))
+    rows = [re.findall(r"[\w. -]+", line) for line in screen.getvalue().splitlines()]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert ["generate shard", "1", "0", "1", "78", "20.0", "8"] in cells
+    assert "prune: ValueError: odd (k)" in screen.getvalue()
+    assert "about 66 min left" in screen.getvalue()
+
+
+def test_the_figures_stay_as_small_for_many_stages(clock: list[float]) -> None:
+    progress = Progress({"prune": 10_000})
+    for number in range(10_000):
+        each = stage("prune", "pool", key=str(number))
+        progress.start(each)
+        progress.end(each, FAILURE if number % 2 else manifest(1.0))
+    assert progress.ended == 10_000
+    assert not progress._at_work
+    assert len(progress.errors) == 5
+
+
+def test_samples_to_make_are_those_of_the_missing_shards(
+    content: dict[str, Any], load: Callable[[dict[str, Any]], Grid]
+) -> None:
+    """Two seeds of 80 samples in shards of 64: of the one with 16 nothing is missing."""
+    plan = make_plan(load(content))
+    last = next(key for key, each in plan.graph.items() if each.label == "generate shard 2 of 2")
+    progress = progress_of(plan, [key for key in plan.graph if key != last])
+    assert progress.samples_to_make == 2 * 80 - 16
+    assert progress.lines["generate shard"].total == 3
+    assert progress.lines["generate"].total == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(4.4, "4 s"), (720, "12 min"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
+)
+def test_durations_are_told_in_the_units_that_fit(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_the_store_alone_tells_what_is_done_under_way_failed_and_missing(
+    tmp_path: Path, content: dict[str, Any], load: Callable[[dict[str, Any]], Grid]
+) -> None:
+    store, plan = Store(str(tmp_path / "store")), make_plan(load(content))
+    windows = [key for key in plan.graph if key.startswith("windows-")]
+    store.write(f"manifests/{windows[0]}.json", b"{}")
+    store.write(f"leases/{windows[1]}.json", b"{}")
+    store.record_failure(FAILURE.model_copy(update={"key": windows[2]}))
+    store.record_failure(FAILURE.model_copy(update={"key": windows[0]}))  # and done since
+    store.write("manifests/windows-of-another-grid.json", b"{}")
+    screen = io.StringIO()
+    print_state(plan, store, Console(file=screen, width=120))
+    line = next(line for line in screen.getvalue().splitlines() if "windows" in line)
+    assert re.findall(r"\d+", line) == ["1", "1", "1", str(len(windows) - 3)]
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_the_figures_stay_below_the_lines_of_the_log(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    handler = logging.StreamHandler(screen)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    with Watch(Progress({"prune": 2}), "grid") as watch:
+        watch.started(stage("prune", "pool"))
+        watch.ended(stage("prune", "pool"), manifest(2.0))
+        watch.look()
+        time.sleep(0.6)  # it is drawn four times a second
+        logging.getLogger("jobs").info("a line")
+    assert handler.stream is screen
+    text = screen.getvalue()
+    assert "seconds each" in text
+    assert "busy: CPUs 0/2" in text
+    drawn_again = text[text.index("a line") :]
+    assert "seconds each" in drawn_again
+
+
+def test_the_figures_are_metrics_of_ray(local_ray: None) -> None:
+    watch = Watch(Progress({"generate shard": 3}, samples=96), "metrics-grid")
+    shard = stage("generate", "pool")
+    watch.started(shard)
+    watch.ended(shard, manifest(1.0, samples=32, tokens_generated=4000))
+    watch.replicas({"generate": 2})
+    watch.look()
+    assert watch.busy is not None
+    assert watch.busy.all_cpus == 2
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {
+        'ray_calprune_stages_ended_total.*outcome="made".*stage="generate shard"': 1.0,
+        "ray_calprune_samples_generated_total": 32.0,
+        "ray_calprune_tokens_generated_total": 4000.0,
+        'ray_calprune_replicas.*stage="generate"': 2.0,
+        'ray_calprune_stages_left.*stage="generate shard"': 2.0,
+    }
+    deadline = time.monotonic() + 40
+    found: dict[str, float] = {}
+    while found != wanted and time.monotonic() < deadline:
+        time.sleep(1)
+        text = urllib.request.urlopen(page, timeout=10).read().decode()
+        lines = [line for line in text.splitlines() if "metrics-grid" in line]
+        found = {
+            pattern: float(line.split()[-1])
+            for pattern in wanted
+            for line in lines
+            if re.search(pattern, line)
+        }
+    assert found == wanted

@@ -1,0 +1,166 @@
+"""Send a grid to a cluster as a job: its code, the grid file and the files that it names."""
+
+import glob
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+import cluster
+import jobs
+import pipeline
+from cluster import secrets, submission
+from cluster.submission import Client
+from jobs.grid import Grid, read_grid
+from jobs.plan import make_plan
+from pipeline.errors import InputError
+from pipeline.specs import FileCorpus, HubCorpus, LocalModel, LocalTasks
+
+GRID_FILE = "grid.yaml"
+"""What the grid file is called in the job's working directory."""
+
+PACKAGE = "calprune"
+
+
+def submit_grid(
+    client: Client,
+    path: Path,
+    store: str,
+    *,
+    workers: int | None = None,
+    extras: Sequence[str] = (),
+    variables: Sequence[str] = (),
+) -> str:
+    """Start a grid on a cluster; returns the job's name.
+
+    Args:
+        extras: calprune's extras to install for the job, in the versions that are installed here.
+        variables: names of environment variables whose values the job is to have.
+
+    Raises:
+        InputError: if the grid has a mistake that can be seen from here, or a file, a variable or
+            an extra is not there.
+        JobServerError: if the server refuses it.
+    """
+    grid = read_grid(path)
+    make_plan(grid)
+    values = {name: _value(name) for name in variables}
+    requirements = [pinned for extra in extras for pinned in pinned_extra(extra)]
+    job = f"{grid.name}-{uuid.uuid4().hex[:8]}"
+    words = ["python", "-m", "jobs", "run", GRID_FILE, "--store", store]
+    if workers is not None:
+        words += ["--workers", str(workers)]
+    with tempfile.TemporaryDirectory(prefix="calprune-job-") as name:
+        folder = Path(name)
+        pack(grid, path, folder)
+        if values:
+            secrets.enclose(folder, values)
+        submission.submit(client, job, words, folder, requirements)
+    return job
+
+
+def pack(grid: Grid, path: Path, folder: Path) -> None:
+    """Fill a job's working directory: code, grid file, and files named by a relative path.
+
+    Raises:
+        InputError: if there is no such file, or it is not below the present folder.
+    """
+    for module in (pipeline, cluster, jobs):
+        source = Path(str(module.__file__)).parent
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, folder / module.__name__, ignore=ignored)
+    # Nodes that have only what calprune needs, and not calprune, learn its version from this.
+    installed = metadata.distribution(PACKAGE)
+    about = folder / f"{PACKAGE}-{installed.version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(
+        installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
+    )
+    for field, pattern, required in _relative_paths(grid):
+        _pack_files(field, pattern, required, folder)
+    shutil.copyfile(path, folder / GRID_FILE)
+
+
+def pinned_extra(extra: str) -> list[str]:
+    """The packages of an extra of calprune, in the versions that are installed here.
+
+    Raises:
+        InputError: if there is no such extra, or it is not installed.
+    """
+    known = metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
+    if extra not in known:
+        raise InputError("extra", extra, f"known are {', '.join(sorted(known))}")
+    pinned = []
+    for line in metadata.requires(PACKAGE) or []:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if (
+            marker is None
+            or marker.evaluate({"extra": ""})
+            or not marker.evaluate({"extra": extra})
+        ):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError as error:
+            remedy = f"install {PACKAGE}[{extra}] here, so that the job gets the same versions"
+            raise InputError("extra", extra, remedy) from error
+        pinned.append(f"{requirement.name}=={version}")
+    return pinned
+
+
+def _value(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        # It may be a secret: not shown.
+        raise InputError("env", "...", "give the name of a variable alone; its value is read here")
+    if name not in os.environ:
+        raise InputError("env", name, "is not set here; set it, or leave it out")
+    return os.environ[name]
+
+
+def _relative_paths(grid: Grid) -> Iterator[tuple[str, str, bool]]:
+    """Field, path or glob, and whether it must be there: a hub's files have relative names too."""
+    found: list[tuple[str, str, bool]] = []
+    for name, corpus in grid.corpora.items():
+        match corpus:
+            case FileCorpus():
+                found.append((f"corpora.{name}.path", corpus.path, True))
+            case HubCorpus(data_files=str() as pattern):
+                found.append((f"corpora.{name}.data_files", pattern, False))
+            case HubCorpus(data_files=tuple() as patterns):
+                found += [(f"corpora.{name}.data_files", pattern, False) for pattern in patterns]
+    for name, model in grid.models.items():
+        if isinstance(model, LocalModel):
+            found.append((f"models.{name}.path", model.path, True))
+    if isinstance(grid.evaluate.task_folder, LocalTasks):
+        found.append(("evaluate.task_folder.path", grid.evaluate.task_folder.path, True))
+    for field, path, required in found:
+        if "://" not in path and not Path(path).is_absolute():
+            yield field, path, required
+
+
+def _pack_files(field: str, pattern: str, required: bool, folder: Path) -> None:
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    if not matches and required:
+        raise InputError(
+            field,
+            pattern,
+            "is not here; give a path below this folder, which goes along with the "
+            "job, or an absolute path or URL that every node reaches",
+        )
+    for match in matches:
+        if ".." in match.parts:
+            remedy = "leads out of this folder; go to one above it, or give an absolute path or URL"
+            raise InputError(field, pattern, remedy)
+        target = folder / match
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if match.is_dir():
+            shutil.copytree(match, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(match, target)

@@ -1,0 +1,111 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import secrets
+from jobs.grid import read_grid
+from jobs.submit import GRID_FILE, pack, pinned_extra, submit_grid
+from pipeline.errors import InputError
+
+Content = dict[str, Any]
+Packed = Callable[[Content], Path]
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packed:
+    """Packs a grid that lies outside of the folder from which it is submitted."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def pack_content(content: Content) -> Path:
+        path = tmp_path / "elsewhere.yaml"
+        path.write_text(yaml.safe_dump(content))
+        folder = tmp_path / "job"
+        folder.mkdir()
+        pack(read_grid(path), path, folder)
+        return folder
+
+    return pack_content
+
+
+def test_a_jobs_folder_has_all_that_a_run_needs_and_knows_its_version(
+    packed: Packed, content: Content
+) -> None:
+    folder = packed(content)
+    program = (
+        "import jobs, importlib.metadata as m; from pathlib import Path;"
+        f"from jobs.grid import read_grid; print(read_grid(Path('{GRID_FILE}')).name,"
+        "m.version('calprune'), Path(jobs.__file__).parents[1].samefile('.'))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
+    )
+    assert run.stdout.split() == ["small", metadata.version("calprune"), "True"], run.stderr
+
+
+def test_files_that_a_grid_names_by_a_relative_path_go_along(
+    packed: Packed, content: Content
+) -> None:
+    Path("texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        Path("texts", name).write_text(name)
+    content["corpora"]["notes"] = {"kind": "file-corpus", "path": "texts/*.txt"}
+    content["corpora"]["c4"] = {
+        "kind": "hub-corpus", "path": "allenai/c4", "data_files": "en/c4.json.gz"
+    }  # fmt: skip
+    folder = packed(content)
+    assert {path.name for path in (folder / "texts").iterdir()} == {"a.txt", "b.txt"}
+    assert not (folder / "en").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"), [("no-such.txt", "is not here"), ("../*.yaml", "leads out of this folder")]
+)
+def test_a_relative_path_that_cannot_go_along_is_refused(
+    packed: Packed, content: Content, path: str, remedy: str
+) -> None:
+    content["corpora"]["notes"] = {"kind": "file-corpus", "path": path}
+    with pytest.raises(InputError, match=f"corpora.notes.path.*{remedy}"):
+        packed(content)
+
+
+def test_a_file_that_only_the_nodes_see_is_no_mistake(packed: Packed, content: Content) -> None:
+    content["corpora"]["notes"] = {"kind": "file-corpus", "path": "/on/the/nodes/*.jsonl"}
+    assert (packed(content) / GRID_FILE).is_file()
+
+
+def test_an_extra_is_pinned_to_the_versions_that_are_installed_here() -> None:
+    assert pinned_extra("s3") == [f"s3fs=={metadata.version('s3fs')}"]
+    with pytest.raises(InputError, match=r"known are .*s3"):
+        pinned_extra("s4")
+
+
+def test_a_variable_that_is_not_set_is_named_before_anything_is_sent(
+    tmp_path: Path, content: Content
+) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match="env: 'NOT_SET_HERE': is not set here"):
+        submit_grid(None, path, "s3://b/s", variables=["NOT_SET_HERE"])
+
+
+def test_secrets_come_with_the_code_and_only_its_owner_may_read_them(
+    packed: Packed, content: Content
+) -> None:
+    folder = packed(content)
+    secrets.enclose(folder, {"TOKEN": "a 'secret'"})
+    assert (folder / secrets.FILE).stat().st_mode & 0o077 == 0
+    program = "import os; from cluster import secrets; secrets.load(); print(os.environ['TOKEN'])"
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=kept, capture_output=True, text=True
+    )
+    assert run.stdout == "a 'secret'\n", run.stderr
