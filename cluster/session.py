@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from cluster import secrets
 from cluster.graph import Resources
@@ -51,18 +52,38 @@ def session(
         runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **variables}
     if submitted and secrets.enclosed():
         runtime_env["worker_process_setup_hook"] = f"{secrets.__name__}.{secrets.load.__name__}"
-    ray.init(
-        # Unless told so, never a cluster that `ray start` left running here for other work.
-        address=address or (None if submitted else "local"),
-        runtime_env=runtime_env or None,
-        include_dashboard=None if address or submitted else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with contextlib.nullcontext() if address or submitted else _on_loopback():
+        ray.init(
+            # Unless told so, never a cluster that `ray start` left running here for other work.
+            address=address or (None if submitted else "local"),
+            runtime_env=runtime_env or None,
+            include_dashboard=None if address or submitted else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a Ray that is started here listen on the loopback only.
+
+    On Linux it takes the machine's own address, even where it is given the loopback's; on systems
+    where Ray knows no clusters it takes the loopback's, so let it think that this is one.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        ray.shutdown()
+        os.environ.pop(name)
+        if before[0] is not None:
+            os.environ[name] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 def check_resources(wanted: Mapping[str, Resources]) -> None:

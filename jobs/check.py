@@ -71,7 +71,7 @@ def check(plan: Plan) -> list[str]:
         if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
             name = names[_identity(_dense(spec.model))]
             if name not in sizes:
-                sizes[name] = _layer_sizes(name, configs[name])
+                sizes[name] = _layer_sizes(name, configs[name], _dense(spec.model))
             _check_allocation(name, sizes[name], spec)
         for corpus, nsamples, seqlen, joined in _readings(spec):
             demands[corpora[_identity(corpus)], nsamples, seqlen, joined] = corpus
@@ -195,7 +195,7 @@ def _heads(config: Any) -> int | None:
     return getattr(config, "num_attention_heads", None)
 
 
-def _layer_sizes(name: str, config: Any) -> Sequence[int]:
+def _layer_sizes(name: str, config: Any, model: Model) -> Sequence[int]:
     """Weights of each decoder layer, up to a factor; none where nothing is known of the model."""
     if config is None:
         return []
@@ -205,7 +205,7 @@ def _layer_sizes(name: str, config: Any) -> Sequence[int]:
     from pipeline.walk import layer_sizes
 
     with _at(f"models.{name}"):
-        return layer_sizes(weightless_model(config))
+        return layer_sizes(weightless_model(config, model))
 
 
 def _check_allocation(name: str, sizes: Sequence[int], spec: PruneSpec) -> None:

@@ -19,6 +19,16 @@ Artifacts = Mapping[str, Path]
 """A stage's input artifacts: key to local folder."""
 
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""Files of weights that are read by unpickling."""
+
+_NO_SAFETENSORS = "weights that are pickles are read with allow_pickle: true only"
+_PICKLE_REMEDY = (
+    "which may run code when it is loaded: convert it to safetensors, or set allow_pickle: true "
+    "for this model if you trust who made it"
+)
+
+
 def default_device() -> torch.device:
     """The accelerator that is there, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,9 +60,13 @@ def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = 
         apply_masks(model, artifacts[spec.key] / "masks")
         return model
     location, options = checkpoint_location(spec, artifacts)
+    check_weights(spec, location)
     with _named(location):
         model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=getattr(torch, model_dtype(spec)), **options
+            location,
+            dtype=getattr(torch, model_dtype(spec)),
+            use_safetensors=not allows_pickle(spec) or None,
+            **options,
         )
     return model.eval().to(device or default_device())
 
@@ -76,7 +90,9 @@ def stream_model(
         apply_masks(model, artifacts[spec.key] / "masks")
         return model
     location, options = checkpoint_location(spec, artifacts)
+    check_weights(spec, location)
     dtype = getattr(torch, model_dtype(spec))
+    options["use_safetensors"] = not allows_pickle(spec) or None
     with _named(location):
         model = load_streamed(location, dtype, device or default_device(), scratch, **options)
     return model.eval()
@@ -92,7 +108,7 @@ def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
     try:
         return AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
-        remedy = f"has no tokenizer that loads: {_first_line(error)}"
+        remedy = f"has no tokenizer that loads: {_reason(error)}"
         raise InputError("model", location, remedy) from error
 
 
@@ -114,7 +130,8 @@ def inspect_model(spec: HubModel | LocalModel) -> Any | None:
     except (OSError, ValueError) as error:
         if cached:
             return None
-        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
+        raise InputError("model", location, f"cannot be loaded: {_reason(error)}") from error
+    check_weights(spec, location)
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         remedy = "its tokenizer has neither BOS nor EOS, and text cannot begin or end; add one"
         raise InputError("model", location, remedy)
@@ -131,10 +148,10 @@ def load_configs(spec: Model, artifacts: Artifacts) -> tuple[Any, GenerationConf
         return config, GenerationConfig.from_model_config(config)
 
 
-def weightless_model(config: Any) -> Any:
+def weightless_model(config: Any, spec: Model) -> Any:
     """A model of a configuration whose weights have shapes and no values, and take no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_code(spec))
 
 
 @contextlib.contextmanager
@@ -143,11 +160,45 @@ def _named(location: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError("model", location, f"cannot be loaded: {_first_line(error)}") from error
+        raise InputError("model", location, f"cannot be loaded: {_reason(error)}") from error
+    except ValueError as error:
+        if not _wants_code(error):
+            raise
+        raise InputError("model", location, f"cannot be loaded: {_reason(error)}") from error
 
 
-def checkpoint_location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, str]]:
-    """The folder or hub name of a model, and the options that tell its revision.
+def trusts_code(spec: Model) -> bool:
+    """Whether the grid lets code run that comes with the model, or with the one it was made of."""
+    match spec:
+        case PruneSpec():
+            return trusts_code(spec.model)
+        case PretrainSpec():
+            return False
+        case _:
+            return spec.trust_remote_code
+
+
+def allows_pickle(spec: Model) -> bool:
+    """Whether the grid lets weights of this checkpoint be unpickled."""
+    return isinstance(spec, HubModel | LocalModel) and spec.allow_pickle
+
+
+def check_weights(spec: Model, location: str) -> None:
+    """See that a folder's weights need not be unpickled, unless that is allowed.
+
+    Raises:
+        InputError: if they do.
+    """
+    folder = Path(location)
+    if allows_pickle(spec) or not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = [path.name for form in PICKLES for path in folder.glob(form)]
+    if pickles:
+        raise InputError("model", location, f"{min(pickles)} is a pickle, {_PICKLE_REMEDY}")
+
+
+def checkpoint_location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, Any]]:
+    """The folder or hub name of a model, and the options with which all of it is loaded.
 
     Of a model that is stored as masks it is that of the model they are for: tokenizer and
     configuration are the same, the weights are not.
@@ -157,12 +208,27 @@ def checkpoint_location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[st
             return checkpoint_location(spec.model, artifacts)
         case HubModel():
             copy = copy_of(model_item(spec))
-            return (spec.name, {"revision": spec.revision}) if copy is None else (str(copy), {})
+            trust = {"trust_remote_code": trusts_code(spec)}
+            if copy is not None:
+                return str(copy), trust
+            return spec.name, {"revision": spec.revision, **trust}
         case LocalModel():
-            return spec.path, {}
+            return spec.path, {"trust_remote_code": trusts_code(spec)}
         case _:
-            return str(artifacts[spec.key] / "model"), {}
+            folder = artifacts[spec.key] / "model"
+            return str(folder), {"trust_remote_code": trusts_code(spec)}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _reason(error: Exception) -> str:
+    """The first line of what was raised, or what to do about code and pickles."""
+    if _wants_code(error):
+        return (
+            "code comes with it, which is not run: set trust_remote_code: true for this model if "
+            "you trust who wrote it"
+        )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} ({_NO_SAFETENSORS})" if "safetensors" in lines[0] else lines[0]
+
+
+def _wants_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)

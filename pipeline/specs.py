@@ -38,6 +38,9 @@ class Spec(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    unsaid: ClassVar[frozenset[str]] = frozenset()
+    """Fields that no lineage names at their default: they came later, and change nothing then."""
+
 
 class StageSpec(Spec):
     """The input of one stage. Equal specs lead to one artifact, made once."""
@@ -51,8 +54,7 @@ class StageSpec(Spec):
     @cached_property
     def lineage(self) -> dict[str, Any]:
         """The spec with all it holds, as plain JSON values, stage versions included."""
-        fields = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
-        return {**fields, "version": self.version}
+        return {**_plain_fields(self), "version": self.version}
 
     @cached_property
     def key(self) -> str:
@@ -79,14 +81,23 @@ def _plain(value: object) -> Any:
     match value:
         case StageSpec():
             return value.lineage
-        case BaseModel():
-            return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+        case Spec():
+            return _plain_fields(value)
         case dict():
             return {name: _plain(item) for name, item in value.items()}
         case list() | tuple():
             return [_plain(item) for item in value]
         case _:
             return value
+
+
+def _plain_fields(spec: Spec) -> dict[str, Any]:
+    said = {
+        name: getattr(spec, name)
+        for name, field in type(spec).model_fields.items()
+        if name not in spec.unsaid or getattr(spec, name) != field.default
+    }
+    return {name: _plain(value) for name, value in said.items()}
 
 
 def _nearest_stages(value: object) -> Iterator[StageSpec]:
@@ -208,6 +219,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class HubModel(Spec):
     """A causal language model on the hub."""
 
+    unsaid: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "allow_pickle"})
+
     kind: Literal["hub-model"] = "hub-model"
 
     name: str = Field(min_length=1)
@@ -219,9 +232,18 @@ class HubModel(Spec):
     dtype: Dtype = "bfloat16"
     """The type of the weights in memory, and of those a pruner leaves."""
 
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint, on every node: only if you trust who wrote
+    it."""
+
+    allow_pickle: bool = False
+    """Load weights that are pickles, where there are no safetensors: loading one may run code."""
+
 
 class LocalModel(Spec):
     """A checkpoint folder as `save_pretrained` writes it."""
+
+    unsaid: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "allow_pickle"})
 
     kind: Literal["local-model"] = "local-model"
 
@@ -230,6 +252,13 @@ class LocalModel(Spec):
 
     dtype: Dtype = "bfloat16"
     """The type of the weights in memory, and of those a pruner leaves."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint, on every node: only if you trust who wrote
+    it."""
+
+    allow_pickle: bool = False
+    """Load weights that are pickles, where there are no safetensors: loading one may run code."""
 
     fingerprint: str | None = None
     """Digest of the folder's files, filled in when a grid is planned: other weights, other key."""

@@ -46,9 +46,12 @@ def load_streamed(
             does, such as the experts of most mixtures; for as long as the model is used.
         options: of `from_pretrained`.
     """
-    config = AutoConfig.from_pretrained(location, **options)
+    weights_only = {"use_safetensors"}
+    of_config = {name: value for name, value in options.items() if name not in weights_only}
+    config = AutoConfig.from_pretrained(location, **of_config)
+    trusted = options.get("trust_remote_code", False)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     root, layers = decoder_layers(skeleton)
     if _share_parameters(layers):
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **options)

@@ -23,7 +23,15 @@ import torch
 
 from pipeline.checkpoint import write_checkpoint
 from pipeline.errors import EngineDiedError, InputError
-from pipeline.models import Artifacts, checkpoint_location, load_configs, model_dtype
+from pipeline.models import (
+    Artifacts,
+    allows_pickle,
+    check_weights,
+    checkpoint_location,
+    load_configs,
+    model_dtype,
+    trusts_code,
+)
 from pipeline.sampling import Sampling, request_seed
 from pipeline.specs import GenerateSpec, Model, PruneSpec, Vllm
 from pipeline.transformers_engine import device_name
@@ -163,14 +171,16 @@ def _process_settings() -> Iterator[None]:
 
 
 @contextmanager
-def _weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, str]]]:
+def _weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, Any]]]:
     """A checkpoint that vLLM loads: one made for it where the model is stored as masks."""
     if isinstance(model, PruneSpec) and model.stores_masks:
         with tempfile.TemporaryDirectory(prefix="calprune-vllm-") as folder:
             write_checkpoint(model, artifacts, Path(folder))
-            yield folder, {}
+            yield folder, {"trust_remote_code": trusts_code(model)}
     else:
-        yield checkpoint_location(model, artifacts)
+        folder, options = checkpoint_location(model, artifacts)
+        check_weights(model, folder)
+        yield folder, options | ({} if allows_pickle(model) else {"load_format": "safetensors"})
 
 
 @functools.cache
