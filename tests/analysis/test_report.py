@@ -149,3 +149,13 @@ def test_any_cell_of_the_page_has_its_lineage_once(table: pd.DataFrame, page: st
         assert whole({"$spec": spec}) == json.loads(str(row["lineage"]))
     pretrained = [spec for spec in document["specs"] if spec["kind"] == "pretrain"]
     assert len(pretrained) == 1
+
+
+def test_calibrations_without_a_seed_in_common_are_shown_uncompared(
+    make_table: MakeTable, tmp_path: Path
+) -> None:
+    rows = [{"value": 0.5}, {"calibration": "other", "value": 0.6, "seed": 1}]
+    told = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
+    assert "no seed in common" in told
+    assert " is ahead of " not in told
+    assert not list(tmp_path.glob("figures/*difference*"))
