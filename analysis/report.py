@@ -99,12 +99,14 @@ def _section(
     rows = table[(table["task"] == task) & (table["metric"] == metric)]
     drawable = rows[(rows["pruner"] != DENSE) & np.isfinite(rows["value"])]
     label = reference if reference in set(rows["source"]) else None
+    compared = pd.DataFrame() if label is None else compare(rows, label)
+    paired: set[str] = set()
+    if not compared.empty:
+        paired = set(compared.loc[np.isfinite(compared["effect"].astype(float)), "model"])
     pictures = []
     for model in in_order(drawable["model"]):
         told = f"{model}: {heading(task, metric, limit_of(table, task))}"
-        sources = drawable.loc[drawable["model"] == model, ["calibration", "source"]]
-        others = sources[sources["calibration"] != NO_CALIBRATION]["source"].unique()
-        if label is not None and label in others and len(others) > 1:
+        if label is not None and model in paired:
             figure = difference_figure(table, model, task, metric, label)
             name = _file_name(model, task, metric, "difference")
             pictures.append(_picture(figure, name, f"{told}, differences from {label}", figures))
@@ -117,16 +119,15 @@ def _section(
         title=heading(task, metric, limit_of(table, task)),
         anchor=_file_name(task, metric),
         name=f"{task}: {metric}",
-        findings=[] if label is None else _findings(rows, label),
+        findings=[] if label is None else _findings(compared, label),
         best=None if label is None else best_table(table, task, metric, label),
         pictures=pictures,
         levels=level_table(table, task, metric, label),
     )
 
 
-def _findings(rows: pd.DataFrame, reference: str) -> list[str]:
+def _findings(compared: pd.DataFrame, reference: str) -> list[str]:
     """Of each calibration, in how many settings it beats the reference, and in how many surely."""
-    compared = compare(rows, reference)
     told = []
     for source in in_order(compared["source"]):
         mine = compared[compared["source"] == source]

@@ -162,3 +162,13 @@ def test_a_task_of_which_not_all_was_asked_says_so(make_table: MakeTable, tmp_pa
     assert "questions: acc (%), higher is better, first 40 questions only" in told
     assert "mean of 2 tasks: acc (%), higher is better, first 40 questions only" in told
     assert "whole: acc (%), higher is better, first" not in told
+
+
+def test_calibrations_without_a_seed_in_common_are_shown_uncompared(
+    make_table: MakeTable, tmp_path: Path
+) -> None:
+    rows = [{"value": 0.5}, {"calibration": "other", "value": 0.6, "seed": 1}]
+    told = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
+    assert "no seed in common" in told
+    assert " is ahead of " not in told
+    assert not list(tmp_path.glob("figures/*difference*"))
