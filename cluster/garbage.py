@@ -32,8 +32,7 @@ def find(store: Store, reached: Collection[str]) -> Garbage:
 
     Waits until it is known which runs are alive: up to a minute if one is dead.
     """
-    used = {key for run in leases.Observer(store).living() for key in run.keys}
-    needed = {*reached, *used}
+    needed = {*reached, *leases.Observer(store).used()}
     keys = store.keys()
     artifacts = sorted(keys - needed)
     attempts = _left_attempts(store, keys)

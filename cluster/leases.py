@@ -1,8 +1,8 @@
 """Which run makes which stage: runs share a store, and none makes what another is making.
 
-A run says in `runs/<run>.json` where it runs and which artifacts it uses, and puts a new number
-into `pulses/<run>.json` every ten seconds. While one of its workers makes a stage, that run's name
-stands in `leases/<key>.json`. A lease lives as long as its run.
+A run says in `runs/<run>.json` where it runs and in `uses/<run>.json` which artifacts it uses, and
+puts a new number into `pulses/<run>.json` every ten seconds. While one of its workers makes a
+stage, that run's name stands in `leases/<key>.json`. A lease lives as long as its run.
 
 No machine's clock is compared with another's. A run is dead where an observer has seen one and the
 same pulse for a minute of its own monotonic clock, where it is a process of the observer's machine
@@ -12,6 +12,7 @@ one key end with one whole artifact.
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import platform
@@ -48,12 +49,14 @@ class RunRecord(BaseModel):
     process: int
     started: str | None
     """When the process was started, as the machine counts it."""
-    keys: tuple[str, ...]
-    """All artifacts that it makes or reads."""
 
 
 class Claim:
-    """A run's record and pulse, from entry to exit."""
+    """A run's record and pulse, from entry to exit.
+
+    Args:
+        keys: all artifacts that it makes or reads.
+    """
 
     def __init__(self, store: Store, keys: Collection[str]) -> None:
         self.store = store
@@ -65,8 +68,8 @@ class Claim:
             machine=_machine(),
             process=process,
             started=_started(process),
-            keys=tuple(keys),
         )
+        self._keys = json.dumps(sorted(keys)).encode()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
@@ -97,6 +100,7 @@ class Claim:
 
     def _pulse(self, count: int) -> None:
         if self.store.read(f"runs/{self.run}.json") is None:  # never there, or declared dead
+            self.store.write(f"uses/{self.run}.json", self._keys)
             self.store.write(f"runs/{self.run}.json", self._record.model_dump_json().encode())
         self.store.write(f"pulses/{self.run}.json", str(count).encode())
 
@@ -126,8 +130,8 @@ class Observer:
         forget(self.store, run)
         return False
 
-    def living(self) -> list[RunRecord]:
-        """What the runs that are alive tell of themselves, once each is known to be.
+    def used(self) -> set[str]:
+        """The artifacts of the runs that are alive, once it is known which are.
 
         Waits for a pulse of each, which takes up to a minute if one is dead.
         """
@@ -137,14 +141,14 @@ class Observer:
             if all(self._seen[run][0] != first[run] for run in unsure):
                 break
             time.sleep(SETTLE_SECONDS)
-        texts = [self.store.read(f"runs/{run}.json") for run in unsure]
-        return [RunRecord.model_validate_json(text) for text in texts if text is not None]
+        texts = [self.store.read(f"uses/{run}.json") or b"[]" for run in unsure]
+        return {key for text in texts for key in json.loads(text)}
 
 
 def forget(store: Store, run: str) -> None:
     """Remove a run's record, by which its leases become void."""
-    store.remove(f"pulses/{run}.json")
-    store.remove(f"runs/{run}.json")
+    for folder in ("pulses", "runs", "uses"):
+        store.remove(f"{folder}/{run}.json")
 
 
 def take(store: Store, key: str, run: str, dead: Collection[str]) -> str | None:

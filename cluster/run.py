@@ -142,10 +142,10 @@ class _Run:
         """Find what is ready among the waiting, and how many inputs each of the others lacks."""
         self.ready: dict[str | None, _Queue] = defaultdict(_Queue)
         self.lacking: dict[str, int] = {}
-        ahead = unlocked(self.graph, self.waiting)
-        places = enumerate(self.waiting)
-        self.urgency = {key: (-ahead[key], place) for place, key in places}
-        for key in self.waiting:
+        order = sorted(self.waiting, key=self.places.__getitem__)
+        ahead = unlocked(self.graph, order)
+        self.urgency = {key: (-ahead[key], self.places[key]) for key in order}
+        for key in order:
             self.lacking[key] = len(set(self.graph[key].inputs) - self.present)
             if not self.lacking[key]:
                 self._make_ready(key)
@@ -245,7 +245,7 @@ class _Run:
         if self.progress.repeated[stage.key] >= stage.resources.retries:
             return False
         self.progress.repeated[stage.key] += 1
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().rpartition("\n")[-1]
         logger.warning("%s: lost: %s; it is tried again", stage.label, reason)
         return True
 
@@ -311,7 +311,7 @@ class _Run:
         )
         try:
             self.store.record_failure(failure)
-        except StoreError as unwritable:  # the run's own table still tells it
+        except StoreError as unwritable:  # the log tells it
             logger.error("%s: its failure cannot be kept: %s", stage.label, unwritable)
         self.progress.failed[stage.key] = failure
         for key in descendants(self.read_by, stage.key) & self.waiting.keys():

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from cluster.graph import Graph, needed
+from cluster.graph import descendants, readers
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store
 from jobs.cells import Cell
 from jobs.plan import Plan
@@ -80,7 +80,12 @@ def gather(plan: Plan, store: Store) -> pa.Table:
     Cells that failed are one row with `status = failed` and the error; cells that have not run
     are one row with `status = missing`.
     """
-    rows = [row for key, cell in plan.cells.items() for row in _rows(plan, store, key, cell)]
+    reasons = _reasons(plan, store)
+    rows = [
+        row
+        for key, cell in plan.cells.items()
+        for row in _rows(plan, store, key, cell, reasons.get(key))
+    ]
     schema = pa.schema(list(COLUMNS.items()))
     return pa.Table.from_pylist(rows, schema=schema)
 
@@ -100,7 +105,9 @@ def write_table(table: pa.Table, grid: str, store: Store) -> str:
     return store.write(f"results/{grid}.parquet", buffer.getvalue())
 
 
-def _rows(plan: Plan, store: Store, key: str, cell: Cell) -> list[dict[str, Any]]:
+def _rows(
+    plan: Plan, store: Store, key: str, cell: Cell, failure: Failure | None
+) -> list[dict[str, Any]]:
     spec = plan.specs[key]
     assert isinstance(spec, EvaluateSpec)
     pruned = spec.model if isinstance(spec.model, PruneSpec) else None
@@ -116,7 +123,6 @@ def _rows(plan: Plan, store: Store, key: str, cell: Cell) -> list[dict[str, Any]
     except CorruptArtifactError as error:
         return [{**row, "status": "failed", "error": str(error), "traceback": str(error)}]
     if evaluation is None:
-        failure = _failure(plan.graph, store, key)
         if failure is None:
             return [{**row, "status": "missing"}]
         told = {"error": f"{failure.kind}: {failure.error}", "traceback": failure.traceback}
@@ -199,11 +205,14 @@ def _metrics(store: Store, key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _failure(graph: Graph, store: Store, key: str) -> Failure | None:
-    """The failure that keeps a cell from its result: its own, or the first before it."""
-    present = store.keys()
-    for missing in needed(graph, [key], present):
-        failure = store.failure(missing)
+def _reasons(plan: Plan, store: Store) -> dict[str, Failure]:
+    """Of the stages without an artifact, the first failure that keeps each from one."""
+    failed = (store.names("failures") & plan.graph.keys()) - store.keys()
+    read_by = readers(plan.graph) if failed else {}
+    reasons: dict[str, Failure] = {}
+    for key in plan.graph:
+        failure = store.failure(key) if key in failed else None
         if failure is not None:
-            return failure
-    return None
+            for name in (key, *descendants(read_by, key)):
+                reasons.setdefault(name, failure)
+    return reasons

@@ -58,10 +58,9 @@ def note(
 
 def elsewhere(store: Store, name: str) -> None:
     """A run on another machine, with the lease of `a`, of which no pulse is seen."""
-    record = leases.RunRecord(
-        run=name, host="far", machine="other", process=1, started="1", keys=("a",)
-    )
+    record = leases.RunRecord(run=name, host="far", machine="other", process=1, started="1")
     store.write(f"runs/{name}.json", record.model_dump_json().encode())
+    store.write(f"uses/{name}.json", b'["of-the-dead"]')
     store.write(f"pulses/{name}.json", b"0")
     store.create("leases/a.json", name.encode())
 

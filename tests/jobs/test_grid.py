@@ -71,6 +71,10 @@ def test_other_text_under_the_same_path_is_another_corpus(content: Content, load
         ),
         ({"resources": {"prun": {"cpus": 1}}}, r"resources\.prun"),
         ({"resources": {"prune": {"cpus": 0}}}, r"resources\.prune\.cpus: 0"),
+        (
+            {"resources": {"evaluate": {"gpus": 1.5}}},
+            r"resources\.evaluate\.gpus: 1\.5: .*round it",
+        ),
         ({"cost": {"parameters": {"tesbed": 1}}}, r"cost\.parameters: 'tesbed'.*did you mean"),
     ],
 )
