@@ -75,6 +75,10 @@ GENERATED_FIELDS = ("prefix_tokens", "drop_fraction", "num_samples", "temperatur
 """Axes that override a generated calibration's own fields."""
 
 
+_NOT_OF_THE_CALIBRATION = {"pruner": None, "allocation": None, "sparsity": 0.0, "pattern": None}
+"""What makes two cells of one calibration set equal."""
+
+
 def expand(grid: Grid) -> list[Cell]:
     """The grid's cells in the order of its axes, the dense model of each first.
 
@@ -93,9 +97,16 @@ def expand(grid: Grid) -> list[Cell]:
     return list(dict.fromkeys([*dense, *cells]))
 
 
-def evaluate_spec(grid: Grid, cell: Cell) -> EvaluateSpec:
-    """The last stage of a cell, which holds all the others."""
-    pruned = prune_spec(grid, cell)
+def evaluate_spec(
+    grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
+) -> EvaluateSpec:
+    """The last stage of a cell, which holds all the others.
+
+    Args:
+        sets: calibration sets of the grid's other cells, which cells share and which are added to:
+            ten thousand cells may have a hundred.
+    """
+    pruned = prune_spec(grid, cell, sets)
     measured = grid.evaluate
     return EvaluateSpec(
         model=pruned or grid.models[cell.model],
@@ -114,8 +125,10 @@ def evaluate_spec(grid: Grid, cell: Cell) -> EvaluateSpec:
     )
 
 
-def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
-    """How a cell's model is pruned; None for the dense model."""
+def prune_spec(
+    grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
+) -> PruneSpec | None:
+    """How a cell's model is pruned; None for the dense model. `sets` is that of `evaluate_spec`."""
     if cell.pruner is None:
         return None
     allocation = cell.allocation or Uniform()
@@ -126,15 +139,20 @@ def prune_spec(grid: Grid, cell: Cell) -> PruneSpec | None:
         sparsity=cell.sparsity,
         pattern=cell.pattern,
         allocation=allocation,
-        calibration=_calibration_set(grid, cell) if calibrated else None,
+        calibration=_calibration_set(grid, cell, {} if sets is None else sets)
+        if calibrated
+        else None,
         checkpoint=grid.checkpoints and not cell.pruner.updates_weights,
     )
 
 
-def describe_spec(grid: Grid, cell: Cell) -> DescribeSpec | None:
-    """What tells of a cell's calibration set; None if nothing does, or it has none."""
+def describe_spec(
+    grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
+) -> DescribeSpec | None:
+    """What tells of a cell's calibration set; None if nothing does, or it has none. `sets` is that
+    of `evaluate_spec`."""
     asked = grid.describe
-    pruned = prune_spec(grid, cell)
+    pruned = prune_spec(grid, cell, sets)
     if asked is None or pruned is None or pruned.calibration is None:
         return None
     reference = None
@@ -149,11 +167,14 @@ def describe_spec(grid: Grid, cell: Cell) -> DescribeSpec | None:
     return DescribeSpec(calibration=pruned.calibration, model=pruned.model, reference=reference)
 
 
-def _calibration_set(grid: Grid, cell: Cell) -> WindowsSpec:
-    try:
-        return _windows_spec(grid, cell)
-    except ValidationError as error:
-        raise explained(error, ("calibrations", cell.calibration)) from error
+def _calibration_set(grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec]) -> WindowsSpec:
+    same = cell.model_copy(update=_NOT_OF_THE_CALIBRATION)
+    if same not in sets:
+        try:
+            sets[same] = _windows_spec(grid, cell)
+        except ValidationError as error:
+            raise explained(error, ("calibrations", cell.calibration)) from error
+    return sets[same]
 
 
 def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:

@@ -23,6 +23,7 @@ from pipeline.specs import (
     StageSpec,
     Uniform,
     Vllm,
+    WindowsSpec,
 )
 
 ORDER = (
@@ -74,16 +75,20 @@ def make_plan(grid: Grid) -> Plan:
     Raises:
         InputError: naming field, value and remedy.
     """
-    cells = {evaluate_spec(grid, cell).key: cell for cell in expand(grid)}
+    cells: dict[str, Cell] = {}
     specs: dict[str, StageSpec] = {}
+    inputs: dict[str, tuple[str, ...]] = {}
     descriptions: dict[str, str] = {}
-    for key, cell in cells.items():
-        _collect(evaluate_spec(grid, cell), specs)
-        description = describe_spec(grid, cell)
+    sets: dict[Cell, WindowsSpec] = {}
+    for cell in expand(grid):
+        last = evaluate_spec(grid, cell, sets)
+        cells[last.key] = cell
+        _collect(last, specs, inputs)
+        description = describe_spec(grid, cell, sets)
         if description is not None:
-            _collect(description, specs)
-            descriptions[key] = description.key
-    graph = {key: _stage(grid, spec) for key, spec in specs.items()}
+            _collect(description, specs, inputs)
+            descriptions[last.key] = description.key
+    graph = {key: _stage(grid, spec, inputs[key]) for key, spec in specs.items()}
     return Plan(grid=grid, cells=cells, descriptions=descriptions, specs=specs, graph=graph)
 
 
@@ -170,12 +175,16 @@ def _engine(backend: Literal["transformers"] | Vllm) -> str:
     return " ".join(["vllm", *(f"{field}={value}" for field, value in set_fields.items())])
 
 
-def _collect(spec: StageSpec, into: dict[str, StageSpec]) -> None:
+def _collect(
+    spec: StageSpec, into: dict[str, StageSpec], inputs: dict[str, tuple[str, ...]]
+) -> None:
     """Add a stage and all before it, each after its inputs."""
     if spec.key not in into:
-        for before in spec.inputs():
-            _collect(before, into)
+        all_before = spec.inputs()
+        for before in all_before:
+            _collect(before, into, inputs)
         into[spec.key] = spec
+        inputs[spec.key] = tuple(before.key for before in all_before)
 
 
 def _line(spec: StageSpec) -> str:
@@ -187,7 +196,7 @@ def _sizes(grid: Grid) -> dict[str, float]:
     return {model_name(model): given[name] for name, model in grid.models.items() if name in given}
 
 
-def _stage(grid: Grid, spec: StageSpec) -> Stage:
+def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...]) -> Stage:
     name = stage_name(spec)
     asked = grid.resources.get(cast(StageName, name))
     joins = name in POOLED and not isinstance(spec, ShardSpec)  # and so needs no device
@@ -198,7 +207,7 @@ def _stage(grid: Grid, spec: StageSpec) -> Stage:
         label=_label(spec),
         spec=spec.lineage,
         payload=spec.model_dump_json(),
-        inputs=tuple(before.key for before in spec.inputs()),
+        inputs=inputs,
         resources=resources,
         pool=_pool(spec),
         pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
