@@ -1,0 +1,134 @@
+"""A Ray of several nodes on this machine, the drivers that use it, and ways to harm both."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+
+PROJECT = Path(__file__).parents[2]
+CPUS = 2
+
+
+class Nodes:
+    """A head that does no work, and nodes that do."""
+
+    def __init__(self, count: int) -> None:
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        self.address: str = self.cluster.address
+        self.workers = [self._add() for _ in range(count)]
+
+    def _add(self) -> Any:
+        return self.cluster.add_node(num_cpus=CPUS, object_store_memory=100 << 20)
+
+    def raylet(self, node: Any) -> int:
+        """The process of a node that starts all others on it."""
+        process: int = node.all_processes["raylet"][0].process.pid
+        return process
+
+    def kill(self, node: Any) -> None:
+        """Lose a node with all its processes at one stroke."""
+        raylet = psutil.Process(self.raylet(node))
+        for process in [raylet, *raylet.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def replace(self, node: Any) -> None:
+        """Get another for a node that was killed."""
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.workers[self.workers.index(node)] = self._add()
+
+    def at_work(self, what: str) -> list[int]:
+        """Processes that make stages: `_make_artifact` of tasks, `Replica` actors."""
+        return [process for node in self.workers for process in self.at_work_on(node, what)]
+
+    def at_work_on(self, node: Any, what: str) -> list[int]:
+        """Those of one node."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.raylet(node)).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    if what in " ".join(process.cmdline()[:1]):
+                        found.append(process.pid)
+        return found
+
+
+@contextlib.contextmanager
+def nodes(count: int) -> Iterator[Nodes]:
+    """As long as the block lasts."""
+    made = Nodes(count)
+    try:
+        yield made
+    finally:
+        made.cluster.shutdown()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a stand-in grid runs and what it leaves."""
+
+    address: str
+    store: Path
+    log: Path
+    seconds: float
+
+    def start(self) -> subprocess.Popen[str]:
+        """A driver at work on it."""
+        words = ["--address", self.address, "--store", self.store, "--log", self.log]
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.soak.drive", *words, "--seconds", str(self.seconds)],
+            cwd=PROJECT,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def finish(driver: subprocess.Popen[str], timeout: float = 180.0) -> dict[str, Any]:
+    """What a driver tells at its end; a driver that broke down is an error."""
+    output, errors = driver.communicate(timeout=timeout)
+    assert driver.returncode == 0, errors
+    told: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return told
+
+
+def harm(nodes: Nodes, driver: subprocess.Popen[str], kind: str, draw: random.Random) -> bool:
+    """Kill a victim of a kind; returns whether there was one."""
+    if kind == "driver":
+        driver.kill()
+        driver.wait()
+        return True
+    if kind == "node":
+        victim = draw.choice(nodes.workers)
+        nodes.kill(victim)
+        nodes.replace(victim)
+        return True
+    victims = nodes.at_work({"worker": "_make_artifact", "actor": "Replica"}[kind])
+    if not victims:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(draw.choice(victims), signal.SIGKILL)
+        return True
+    return False
+
+
+def wait_until(true: Any, timeout: float = 90.0) -> Any:
+    """The first true value of a function that is asked again and again."""
+    deadline = time.monotonic() + timeout
+    while not (value := true()):
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+    return value

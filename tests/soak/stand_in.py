@@ -1,0 +1,77 @@
+"""A small grid whose stages take a moment and no science: what they leave tells whether all that
+came before them was right."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.graph import Graph, Resources, Stage
+from cluster.store import Partial, Store
+
+SHARDS = 4
+CELLS = 5
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """One execution of a stage, as it noted itself when it began."""
+
+    key: str
+    process: int
+    raylet: int
+
+
+def grid(log: Path, seconds: float) -> Graph:
+    """A pretrained model, its samples in shards, and cells that prune and evaluate it."""
+
+    def stage(key: str, *inputs: str, pool: str | None = None) -> Stage:
+        payload = json.dumps({"key": key, "log": str(log), "seconds": seconds})
+        kind = key.split("-")[0]
+        asked = Resources(max_replicas=2, retries=3)
+        return Stage(
+            key=key, kind=kind, label=key, spec={}, payload=payload, inputs=inputs, pool=pool,
+            resources=asked,
+        )  # fmt: skip
+
+    shards = [f"generate-{number}" for number in range(SHARDS)]
+    stages = [stage("pretrain")]
+    stages += [stage(key, "pretrain", pool="generate") for key in shards]
+    stages += [stage("windows", *shards)]
+    for number in range(CELLS):
+        stages.append(stage(f"prune-{number}", "pretrain", "windows", pool="prune"))
+        stages.append(stage(f"evaluate-{number}", f"prune-{number}"))
+    return {each.key: each for each in stages}
+
+
+def execute(
+    payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+) -> dict[str, Any]:
+    """Notes that it began, takes its time, and leaves a digest of its name and all its inputs."""
+    told = json.loads(payload)
+    with Path(told["log"]).open("a") as log:
+        log.write(f"{told['key']} {os.getpid()} {os.getppid()}\n")
+    digest = hashlib.sha256(told["key"].encode())
+    for key in sorted(artifacts):
+        digest.update((artifacts[key] / "digest").read_bytes())
+    (output / "half").write_text("written before the work is done")
+    time.sleep(told["seconds"])
+    (output / "digest").write_text(digest.hexdigest())
+    return {}
+
+
+def executions(log: Path) -> list[AtWork]:
+    """All that began, in their order."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    words = [line.split() for line in lines]
+    return [AtWork(key, int(process), int(raylet)) for key, process, raylet in words]
+
+
+def table(store: Store) -> str:
+    """What the grid measured: a line a cell."""
+    keys = [f"evaluate-{number}" for number in range(CELLS)]
+    return "".join(f"{key},{(store.fetch(key) / 'digest').read_text()}\n" for key in keys)
