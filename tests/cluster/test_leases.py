@@ -167,6 +167,26 @@ def test_a_dead_runs_stage_is_made_once_its_lease_has_expired(store: Store, tmp_
     assert store.names("leases") == set()
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_whose_clock_is_days_ahead_sweeps_nothing_that_is_being_made(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = {"a": stage("a", f"{tmp_path / 'notes'} 1.5")}
+    made: list[Progress] = []
+    other = threading.Thread(target=lambda: made.append(run.run(graph, ["a"], note, store, {})))
+    other.start()
+    while not store.attempts():
+        time.sleep(0.05)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3 * 24 * 3600)
+    leases.sweep(store, leases.Observer(store))
+    store.sweep()
+    other.join(timeout=60)
+    assert made[0].made == {"a"}
+    assert (tmp_path / "notes").read_text().split() == ["a"]
+    assert store.damaged(["a"]) == {}
+
+
 @pytest.mark.usefixtures("quick")
 def test_garbage_is_what_no_grid_reaches_and_no_living_run_uses(store: Store) -> None:
     facts: dict[str, Any] = {

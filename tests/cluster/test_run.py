@@ -98,6 +98,32 @@ def test_what_is_in_the_store_is_not_made_again(tmp_path: Path) -> None:
     assert count.read_text() == "x"
 
 
+def test_what_leads_to_most_others_is_made_first(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    plan = graph(
+        stage("leaf", "1"),
+        stage("few", "1"),
+        stage("many", "1"),
+        *(stage(f"{name}-{n}", "1", name) for name, count in (("few", 1), ("many", 3))
+          for n in range(count)),
+    )  # fmt: skip
+    order: list[str] = []
+    run(
+        plan, list(plan), add, store, VERSIONS, workers=1,
+        observe=lambda stage, result: order.append(stage.key),
+    )  # fmt: skip
+    assert order == ["many", "few", "leaf", "few-0", "many-0", "many-1", "many-2"]
+
+
+def test_a_failure_that_cannot_be_kept_does_not_end_the_run(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    store.write("failures", b"a file where a folder should be")
+    plan = graph(stage("bad", "raise no"), stage("good", "1"))
+    outcome = run(plan, list(plan), add, store, VERSIONS)
+    assert outcome.made == {"good"}
+    assert outcome.failed["bad"].error == "ValueError: no"
+
+
 def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     seen: list[tuple[str, bool]] = []

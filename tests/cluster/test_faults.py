@@ -1,0 +1,173 @@
+"""What is lost, what is repeated and what comes out when parts of a real cluster are killed."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.store import Store
+from tests.soak import stand_in
+from tests.soak.nodes import PROJECT, Job, Nodes, finish, nodes, wait_until
+
+STAGES = 2 + stand_in.SHARDS + 2 * stand_in.CELLS
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    with nodes(2) as started:
+        yield started
+
+
+@pytest.fixture
+def job(cluster: Nodes, tmp_path: Path) -> Job:
+    return Job(cluster.address, tmp_path / "store", tmp_path / "log", seconds=1.0)
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """The table by its definition, without any cluster."""
+    digests: dict[str, str] = {}
+    for key, stage in stand_in.grid(Path("log"), 0.0).items():
+        text = key + "".join(digests[name] for name in sorted(stage.inputs))
+        digests[key] = hashlib.sha256(text.encode()).hexdigest()
+    return "".join(f"{key},{digests[key]}\n" for key in digests if key.startswith("evaluate"))
+
+
+def began(job: Job) -> Counter[str]:
+    return Counter(each.key for each in stand_in.executions(job.log))
+
+
+def unfinished(job: Job, kind: str) -> list[stand_in.AtWork]:
+    """Stages of a kind that are at work."""
+    keys = Store(str(job.store)).keys()
+    return [
+        each
+        for each in stand_in.executions(job.log)
+        if each.key.startswith(kind) and each.key not in keys and psutil.pid_exists(each.process)
+    ]
+
+
+def test_the_loss_of_a_node_costs_what_was_at_work_there_in_every_phase(
+    cluster: Nodes, job: Job, expected: str
+) -> None:
+    driver = job.start()
+    lost: Counter[str] = Counter()
+    for kind in ("generate", "prune", "evaluate"):
+        victim = wait_until(lambda kind=kind: unfinished(job, kind))[0]
+        node = next(each for each in cluster.workers if cluster.raylet(each) == victim.raylet)
+        cluster.kill(node)
+        done = Store(str(job.store)).keys()
+        there = {each.key for each in stand_in.executions(job.log) if each.raylet == victim.raylet}
+        lost.update(there - done)
+        cluster.replace(node)
+    told = finish(driver)
+    repeated = began(job) - Counter(dict.fromkeys(began(job), 1))
+    assert told["failed"] == []
+    assert repeated == lost  # nothing else is made again
+    assert repeated == Counter(told["repeated"])
+    assert stand_in.table(Store(str(job.store))) == expected
+
+
+def test_a_killed_worker_or_actor_or_a_spot_notice_costs_one_stage_each(
+    cluster: Nodes, job: Job, expected: str
+) -> None:
+    driver = job.start()
+    lost: Counter[str] = Counter()
+    for kind, how in (
+        ("pretrain", signal.SIGTERM),
+        ("generate", signal.SIGKILL),
+        ("windows", signal.SIGKILL),
+        ("prune", signal.SIGTERM),
+    ):
+        victim = wait_until(lambda kind=kind: unfinished(job, kind))[0]
+        noticed = time.monotonic()
+        os.kill(victim.process, how)
+        wait_until(lambda victim=victim: not psutil.pid_exists(victim.process), timeout=30.0)
+        if how == signal.SIGTERM:
+            assert time.monotonic() - noticed < 30
+        lost[victim.key] += 1
+    finish(driver)
+    assert began(job) - Counter(dict.fromkeys(began(job), 1)) == lost
+    assert stand_in.table(Store(str(job.store))) == expected
+    store = Store(str(job.store))
+    assert store.names("leases") == store.names("runs") == set()
+    for key in lost:  # a notice leaves nothing behind, a kill what the sweep takes
+        attempts = [path for path in store.attempts() if f"/{key}/" in path]
+        assert len(attempts) == (1 if key.startswith(("pretrain", "prune")) else 2)
+
+
+def test_a_killed_driver_costs_what_was_at_work(cluster: Nodes, job: Job, expected: str) -> None:
+    first = job.start()
+    wait_until(lambda: unfinished(job, "prune"))
+    first.kill()
+    first.communicate()
+    time.sleep(3)  # its workers end, or finish what they are at
+    done = Store(str(job.store)).keys()
+    before = began(job)
+    finish(job.start())
+    after = began(job) - before
+    assert not set(after) & done
+    assert set(after) | done == set(stand_in.grid(job.log, 0.0))
+    assert stand_in.table(Store(str(job.store))) == expected
+
+
+def test_the_loss_of_the_head_ends_the_job_and_a_rerun_goes_on(
+    tmp_path: Path, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute otherwise
+    log, store = tmp_path / "log", tmp_path / "store"
+    with nodes(1) as lost:
+        job = Job(lost.address, store, log, seconds=0.5)
+        driver = job.start()
+        wait_until(lambda: unfinished(job, "prune"))
+        lost.cluster.head_node.kill_gcs_server(check_alive=False)
+        driver.communicate(timeout=120)
+        assert driver.returncode != 0
+    done, before = Store(str(store)).keys(), began(job)
+    assert done
+    with nodes(1) as fresh:
+        finish(Job(fresh.address, store, log, seconds=0.5).start())
+    assert not set(began(job) - before) & done
+    assert stand_in.table(Store(str(store))) == expected
+
+
+def test_a_node_low_on_memory_fails_a_stage_with_a_remedy(tmp_path: Path) -> None:
+    """Ray's own monitor kills, as on a full node: it is told that one byte in a million is much."""
+    settings = {
+        "RAY_memory_usage_threshold": "0.000001",
+        "RAY_memory_monitor_refresh_ms": "100",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", _LOW_ON_MEMORY, str(tmp_path / "store")],
+        env={**os.environ, **settings, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.startswith("OutOfMemoryError: "), run.stdout + run.stderr
+    assert "set or raise resources.prune.memory_bytes" in run.stdout
+
+
+_LOW_ON_MEMORY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import ray
+from cluster.graph import Resources
+from cluster.run import run
+from cluster.store import Store
+from tests.soak import stand_in
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+stage = stand_in.grid(Path(sys.argv[1] + ".log"), 60.0)["prune-0"]
+graph = {stage.key: replace(stage, inputs=(), pool=None, resources=Resources(retries=1))}
+outcome = run(graph, list(graph), stand_in.execute, Store(sys.argv[1]), {})
+print(outcome.failed["prune-0"].error)
+"""

@@ -1,0 +1,98 @@
+"""Nodes with networks of their own, and a cable between them that is cut."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.store import Store
+from tests.soak import stand_in
+from tests.soak.nodes import PROJECT, finish, wait_until
+
+HEAD, NODE = "calprune-head", "calprune-node"
+ADDRESSES = {HEAD: "10.231.7.1", NODE: "10.231.7.2"}
+QUICK = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A node counts as lost after seconds, not half a minute."""
+
+
+@pytest.fixture
+def namespaces() -> Iterator[None]:
+    if shutil.which("ip") is None or os.geteuid():
+        pytest.skip("network namespaces take iproute2 and root")
+    cable = ["link", "add", "calprune-h", "netns", HEAD, "type", "veth"]
+    cable += ["peer", "name", "calprune-n", "netns", NODE]
+    words = [["netns", "add", HEAD], ["netns", "add", NODE], cable]
+    for name, end in ((HEAD, "calprune-h"), (NODE, "calprune-n")):
+        words.append(["-n", name, "link", "set", "lo", "up"])
+        words.append(["-n", name, "addr", "add", f"{ADDRESSES[name]}/24", "dev", end])
+        words.append(["-n", name, "link", "set", end, "up"])
+    try:
+        for each in words:
+            made = subprocess.run(["ip", *each], capture_output=True, text=True)
+            if made.returncode:
+                pytest.skip(f"network namespaces are not permitted: {made.stderr.strip()}")
+        yield
+    finally:
+        for name in (HEAD, NODE):
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def inside(name: str, *words: str) -> subprocess.Popen[str]:
+    """A process on that side of the cable."""
+    return subprocess.Popen(
+        ["ip", "netns", "exec", name, *words],
+        cwd=PROJECT,
+        env={**os.environ, **QUICK, "PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start(name: str, *options: str) -> subprocess.Popen[str]:
+    """A node, in the foreground, so that its end takes down no other of the machine."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    address = f"--node-ip-address={ADDRESSES[name]}"
+    return inside(name, ray, "start", "--block", address, "--num-cpus=2", *options)
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_node_behind_a_cut_cable_is_replaced_by_those_that_can_be_reached(
+    tmp_path: Path,
+) -> None:
+    """What it was making it may yet finish, beside whoever makes it again: the table is one."""
+    log, store = tmp_path / "log", Store(str(tmp_path / "store"))
+    address = f"{ADDRESSES[HEAD]}:6379"
+    options = ["--address", address, "--store", store.url, "--log", str(log), "--seconds", "1.5"]
+    started = [start(HEAD, "--head", "--port=6379", "--include-dashboard=false")]
+    try:
+        started.append(start(NODE, f"--address={address}"))
+        driver = inside(HEAD, sys.executable, "-m", "tests.soak.drive", *options)
+        started.append(driver)
+        wait_until(
+            lambda: (
+                driver.poll() is not None
+                or len({each.raylet for each in stand_in.executions(log)}) == 2
+            )
+        )
+        assert driver.poll() is None, driver.communicate()
+        subprocess.run(["ip", "-n", NODE, "link", "set", "calprune-n", "down"], check=True)
+        finish(driver)
+    finally:
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            process.communicate(timeout=60)
+    began = {each.key for each in stand_in.executions(log)}
+    assert began == set(stand_in.grid(log, 0.0)) == store.keys()
+    assert len(stand_in.table(store).splitlines()) == stand_in.CELLS
+    assert store.damaged(store.keys(), whole=True) == {}
