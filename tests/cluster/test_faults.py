@@ -16,7 +16,6 @@ import pytest
 from cluster.store import Store
 from tests.soak import stand_in
 from tests.soak.nodes import PROJECT, Job, Nodes, finish, nodes, wait_until
-from tests.soak.soak import soak
 
 STAGES = 2 + stand_in.SHARDS + 2 * stand_in.CELLS
 
@@ -138,12 +137,6 @@ def test_the_loss_of_the_head_ends_the_job_and_a_rerun_goes_on(
         finish(Job(fresh.address, store, log, seconds=0.5).start())
     assert not set(began(job) - before) & done
     assert stand_in.table(Store(str(store))) == expected
-
-
-def test_a_soak_of_random_kills_ends_with_the_undisturbed_table(tmp_path: Path) -> None:
-    figures = soak(kills=5, seed=1, folder=tmp_path)
-    assert sum(figures["kills"].values()) == 5
-    assert figures["tables_equal"] == figures["runs"] >= 1
 
 
 def test_a_node_low_on_memory_fails_a_stage_with_a_remedy(tmp_path: Path) -> None:
