@@ -239,7 +239,8 @@ def test_the_report_says_that_logits_could_not_be_chunked(
     local = saved(capped_model, tmp_path / "model")
     samples = GenerateSpec(model=local, prefixes=FileCorpus(path="texts.txt"), num_samples=1)
     spec = ScoreSpec(samples=samples, model=local)
-    columns = {"sample_id": [0], "prefix_tokens": [1], "token_ids": token_ids[:1], "text": [""]}
+    columns = {"sample_id": [0], "source": ["texts.txt"], "prefix_tokens": [1]}
+    columns |= {"token_ids": token_ids[:1], "text": [""]}
     written, scored, joined = (tmp_path / name for name in ("written", "scored", "joined"))
     for folder in (written, scored, joined):
         folder.mkdir()
@@ -262,6 +263,7 @@ def test_another_model_scores_only_what_its_tokenizer_reads_alike(
     samples = GenerateSpec(model=generator, prefixes=FileCorpus(path="texts.txt"), num_samples=8)
     columns = {
         "sample_id": range(8),
+        "source": ["texts.txt"] * 8,
         "prefix_tokens": PREFIXES,
         "token_ids": token_ids,
         "text": [""] * 8,
@@ -289,6 +291,7 @@ def test_the_stage_scores_each_shard_from_its_own_samples_and_joins_them_in_orde
         numbers = list(range(8))[3 * written.index : 3 * written.index + 3][::-1]
         columns = {
             "sample_id": numbers,
+            "source": ["texts.txt"] * len(numbers),
             "prefix_tokens": [PREFIXES[number] for number in numbers],
             "token_ids": [token_ids[number] for number in numbers],
             "text": [""] * len(numbers),

@@ -1,6 +1,9 @@
 """The real engine on the trained testbed model: one engine for most of these tests."""
 
+import contextlib
 import itertools
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,23 @@ needs_vllm = pytest.mark.skipif(
 SEQLEN = 48
 
 
+@contextlib.contextmanager
+def without_flask() -> Iterator[None]:
+    """vLLM looks at all variables of all loaded modules when it starts. Those of Flask, which the
+    S3 server of other tests brings, cannot be looked at outside of a request."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(sys.modules):
+            if name.partition(".")[0] in {"flask", "flask_cors", "moto", "werkzeug"}:
+                patch.delitem(sys.modules, name)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _without_flask() -> Iterator[None]:
+    with without_flask():
+        yield
+
+
 @pytest.fixture(scope="session")
 def spec(tiny_model_folder: Path) -> GenerateSpec:
     return GenerateSpec(
@@ -63,7 +83,8 @@ def model(spec: GenerateSpec) -> Any:
 
 @pytest.fixture(scope="session")
 def engine(spec: GenerateSpec) -> VllmEngine:
-    engine, _ = loaded_engine(spec, {})
+    with without_flask():
+        engine, _ = loaded_engine(spec, {})
     assert isinstance(engine, VllmEngine)
     return engine
 
