@@ -67,11 +67,12 @@ def needed(graph: Graph, targets: Iterable[str], present: Collection[str]) -> li
 
 
 def readers(graph: Graph) -> dict[str, list[str]]:
-    """Of each stage, the stages that read it."""
+    """Of each stage, the stages that read it. What they read besides stages is not in it."""
     found: dict[str, list[str]] = {key: [] for key in graph}
     for stage in graph.values():
         for name in dict.fromkeys(stage.inputs):
-            found[name].append(stage.key)
+            if name in found:
+                found[name].append(stage.key)
     return found
 
 

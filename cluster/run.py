@@ -141,7 +141,8 @@ class _Run:
         self.polled = time.monotonic()
         read = {name for stage in graph.values() for name in stage.inputs}
         self.present = store.keys() & (graph.keys() | read)
-        self.places = {key: place for place, key in enumerate(needed(graph, graph, ()))}
+        ordered = needed(graph, graph, self.present - graph.keys())
+        self.places = {key: place for place, key in enumerate(ordered)}
         self.read_by = readers(graph)
         self.waiting = dict.fromkeys(needed(graph, targets, self.present))
         self._sort_waiting()

@@ -305,7 +305,8 @@ class Store:
                 self.fs.pipe_file(path, content)
         except OSError as error:
             if self.local:
-                Path(temporary).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what hinders writing may hinder this too
+                    Path(temporary).unlink(missing_ok=True)
             raise _unwritable(self.url, name, error) from error
         return path
 
@@ -341,7 +342,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove one file, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self.fs.rm_file(self._path(name))
 
     def remove_folder(self, path: str) -> None:

@@ -1,6 +1,8 @@
 """What is made once for all tests that need it: a local Ray, and a model that has learned."""
 
-from collections.abc import Iterator
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,39 @@ from pipeline.testbed.presets import PRETRAIN_PRESETS
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    _start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_of_its_own() -> Iterator[None]:
+    """For a test that starts a Ray itself: the others' one is away meanwhile."""
+    was_there = ray.is_initialized()
+    ray.shutdown()
+    yield
+    if was_there:
+        _start_ray()
+
+
+def _start_ray() -> None:
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+
+@pytest.fixture(scope="session")
+def without_flask() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Where vLLM starts: it looks at all variables of all loaded modules. Those of Flask, which
+    the S3 server of other tests brings, cannot be looked at outside of a request."""
+
+    @contextlib.contextmanager
+    def unloaded() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in list(sys.modules):
+                if name.partition(".")[0] in {"flask", "flask_cors", "moto", "werkzeug"}:
+                    patch.delitem(sys.modules, name)
+            yield
+
+    return unloaded
 
 
 @pytest.fixture(scope="session")

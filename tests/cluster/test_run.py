@@ -263,8 +263,9 @@ def test_a_replica_joins_when_the_cluster_has_room_and_leaves_when_it_has_no_wor
     store = Store(str(tmp_path / "store"))
     bounds = {"min_replicas": 1, "max_replicas": 8}
     plan = graph(
-        stage("other", "sleep 2"),
-        *(stage(f"early-{n}", "sleep 0.2", pool="p", **bounds) for n in range(3)),
+        stage("other", "sleep 4"),
+        stage("begin", "1"),  # with `other`, so that this has its CPU before the pool asks for one
+        *(stage(f"early-{n}", "sleep 0.2", "begin", pool="p", **bounds) for n in range(3)),
         *(stage(f"late-{n}", "sleep 0.5", "other", pool="p", **bounds) for n in range(4)),
         stage("long", "sleep 3", "other", pool="p", **bounds),
         stage("last", "sleep 0", *(f"late-{n}" for n in range(4))),

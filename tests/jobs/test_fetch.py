@@ -77,6 +77,7 @@ def test_all_that_a_grid_reads_from_the_hub_is_known(grid: Grid) -> None:
     ]
 
 
+@pytest.mark.usefixtures("ray_of_its_own")
 def test_a_grid_runs_from_its_copies_with_the_hub_switched_off(
     grid: Grid, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,7 @@ def files(store: Store) -> dict[str, Any]:
 @pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed; see the Makefile")
 @pytest.mark.usefixtures("local_ray", "as_before")
 def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_and_no_byte(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_flask: Any
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shards = [
@@ -135,8 +135,9 @@ def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_and_
 
     alone = Store(str(tmp_path / "alone"))
     maker = Maker(execute, alone.url, versions={}, run="alone")
-    for key in needed(plan.graph, list(plan.cells), ()):
-        Replica().make(plan.graph[key], maker, frozenset())
+    with without_flask():
+        for key in needed(plan.graph, list(plan.cells), ()):
+            Replica().make(plan.graph[key], maker, frozenset())
     assert files(together) == files(alone)
     assert table_bytes(plan, together) == table_bytes(plan, alone)
     assert b",missing," not in table_bytes(plan, alone)

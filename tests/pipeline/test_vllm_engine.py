@@ -1,8 +1,6 @@
 """The real engine on the trained testbed model: one engine for most of these tests."""
 
-import contextlib
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,19 +40,8 @@ needs_vllm = pytest.mark.skipif(
 SEQLEN = 48
 
 
-@contextlib.contextmanager
-def without_flask() -> Iterator[None]:
-    """vLLM looks at all variables of all loaded modules when it starts. Those of Flask, which the
-    S3 server of other tests brings, cannot be looked at outside of a request."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in list(sys.modules):
-            if name.partition(".")[0] in {"flask", "flask_cors", "moto", "werkzeug"}:
-                patch.delitem(sys.modules, name)
-        yield
-
-
 @pytest.fixture(autouse=True)
-def _without_flask() -> Iterator[None]:
+def _without_flask(without_flask: Any) -> Iterator[None]:
     with without_flask():
         yield
 
@@ -82,7 +69,7 @@ def model(spec: GenerateSpec) -> Any:
 
 
 @pytest.fixture(scope="session")
-def engine(spec: GenerateSpec) -> VllmEngine:
+def engine(spec: GenerateSpec, without_flask: Any) -> VllmEngine:
     with without_flask():
         engine, _ = loaded_engine(spec, {})
     assert isinstance(engine, VllmEngine)
