@@ -63,7 +63,10 @@ class _Silent(WSGIRequestHandler):
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """A server with an empty bucket, to which the process's environment sends all of S3."""
+    """A server to which the process's environment sends all of S3.
+
+    What all servers of a process hold is the same: a bucket that one made, the next one has.
+    """
     server = S3Server()
     settings = {
         "AWS_ENDPOINT_URL": server.endpoint,
@@ -74,7 +77,8 @@ def s3_server() -> Iterator[S3Server]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
+        with contextlib.suppress(FileExistsError):
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
         yield server
     finally:
         for name, value in before.items():

@@ -75,7 +75,6 @@ def test_a_lease_is_one_runs_until_it_is_given_back(store: Store) -> None:
     assert leases.take(store, "a", "second", ()) is None
 
 
-@pytest.mark.usefixtures("quick")
 def test_of_several_that_take_over_a_dead_runs_lease_one_has_it(store: Store) -> None:
     store.create("leases/a.json", b"dead")
     taken: list[str | None] = []

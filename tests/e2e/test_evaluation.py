@@ -35,6 +35,7 @@ def write_copies(folder: Path, questions: int) -> None:
     module.write_datasets(folder, questions)
 
 
+@pytest.mark.usefixtures("ray_of_its_own")
 def test_the_papers_suite_runs_on_local_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

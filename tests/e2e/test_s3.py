@@ -11,7 +11,7 @@ from tests.e2e.conftest import Finished, command, environment
 from tests.s3 import BUCKET, s3_server
 from tests.soak.nodes import nodes
 
-STORE = f"s3://{BUCKET}/store"
+STORE = f"s3://{BUCKET}/tiny-grid"
 
 
 def test_a_grid_on_a_throttled_s3_that_loses_a_node_leaves_the_local_table(
@@ -33,7 +33,7 @@ def test_a_grid_on_a_throttled_s3_that_loses_a_node_leaves_the_local_table(
         )
         s3 = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
         deadline = time.monotonic() + 300
-        while not s3.glob(f"{BUCKET}/store/leases/prune-*"):
+        while not s3.glob(f"{BUCKET}/tiny-grid/leases/prune-*"):
             assert run.poll() is None, run.communicate()
             assert time.monotonic() < deadline, "no pruning has begun"
             time.sleep(0.1)
@@ -44,7 +44,7 @@ def test_a_grid_on_a_throttled_s3_that_loses_a_node_leaves_the_local_table(
         assert run.returncode == 0, errors
         assert server.refused > 0
         server.every = 0
-        table = s3.cat_file(f"{BUCKET}/store/results/tiny.csv").decode().splitlines()
+        table = s3.cat_file(f"{BUCKET}/tiny-grid/results/tiny.csv").decode().splitlines()
     whole = (finished[0] / "results/tiny.csv").read_text().splitlines()
     assert len(table) > 5
     assert set(table) <= set(whole)
