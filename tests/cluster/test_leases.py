@@ -77,18 +77,17 @@ def test_a_lease_is_one_runs_until_it_is_given_back(store: Store) -> None:
 
 def test_of_several_that_take_over_a_dead_runs_lease_one_has_it(store: Store) -> None:
     store.create("leases/a.json", b"dead")
-    taken: list[str | None] = []
+    told: dict[str, str | None] = {}
 
     def take(run: str) -> None:
-        taken.append(leases.take(store, "a", run, {"dead"}))
+        told[run] = leases.take(store, "a", run, {"dead"})
 
     threads = [threading.Thread(target=take, args=(f"run-{number}",)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert taken.count(None) == 1
-    assert {holder for holder in taken if holder} == {leases.holding(store, "a")}
+    assert [run for run, holder in told.items() if holder is None] == [leases.holding(store, "a")]
 
 
 @pytest.mark.usefixtures("quick")
