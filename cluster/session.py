@@ -38,7 +38,6 @@ def session(
         code: packages that workers of a named cluster need; inside a submitted job they come
             with its working directory.
         variables: environment variables of the workers.
-        variables: environment variables of the workers.
     """
     submitted = "RAY_ADDRESS" in os.environ
     runtime_env: dict[str, Any] = {}
