@@ -21,8 +21,9 @@ demo: $(STAMP)  ## prune the testbed model 52 ways, print the table, write the r
 	$(BIN)/python -m jobs run jobs/grids/demo.yaml --store $(STORE)
 	$(BIN)/python -m analysis report $(STORE) --grid demo --reference mismatched
 
+# Two files at a time, as most tests wait; a thread each, as torch's wait for each other on few cores.
 test: check $(VLLM_STAMP)  ## all checks and tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(STAMP)  ## format, lint, types and import rules
 	$(BIN)/ruff format --check .

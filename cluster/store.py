@@ -128,7 +128,11 @@ class Failure(BaseModel):
 
 
 class Store:
-    """Artifacts, failures and results tables under one fsspec URL."""
+    """Artifacts, failures and results tables under one fsspec URL.
+
+    Raises:
+        StoreError: if the URL is that of a local file.
+    """
 
     def __init__(self, url: str) -> None:
         # Others write to the store as well: what a listing once said must not be believed later.
@@ -141,6 +145,8 @@ class Store:
         )
         self.root = os.path.abspath(root) if self.local else root.rstrip("/")
         self.url = self.root if self.local else url
+        if self.local and os.path.isfile(self.root):
+            raise StoreError(f"store: {self.url!r}: is a file; give a folder or URL")
         self._verified: dict[str, Path] = {}
 
     # ------------------------------------------------------------------------------ whole store

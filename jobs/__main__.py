@@ -19,6 +19,7 @@ from cluster.store import Store, StoreError
 from cluster.submission import Client, JobServerError, connect, details, follow, log, stop
 from jobs import store_commands
 from jobs.check import check
+from jobs.console import console
 from jobs.export import export
 from jobs.export_calibration import export_calibration
 from jobs.fetch import copies, fetch, hub_items
@@ -32,11 +33,7 @@ from jobs.submit import submit_grid
 from pipeline.copies import used
 from pipeline.errors import InputError
 
-LOG_COLUMNS = 160
-"""Width of tables in a file or a job's log."""
-
 logger = logging.getLogger("jobs")
-console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
 
 app = typer.Typer(
     add_completion=False,

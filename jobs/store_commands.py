@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from cluster import garbage
 from cluster.store import CorruptArtifactError, Manifest, Store
+from jobs.console import console
 from jobs.grid import load_grid
 from jobs.plan import ORDER, make_plan
 
 logger = logging.getLogger(__name__)
-console = Console()
 
 app = typer.Typer(no_args_is_help=True, help="Look at a store and tidy it.")
 

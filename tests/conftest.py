@@ -1,6 +1,7 @@
 """What is made once for all tests that need it: a local Ray, and a model that has learned."""
 
 import contextlib
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,15 @@ import torch
 
 from pipeline.testbed import pretrain
 from pipeline.testbed.presets import PRETRAIN_PRESETS
+from tests.once import once
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Make Ray's token, if there is none, before test processes that find none each make one."""
+    if not hasattr(session.config, "workerinput"):
+        ray_command = Path(sys.executable).with_name("ray")
+        make_token = [ray_command, "get-auth-token", "--generate"]
+        subprocess.run(make_token, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")
@@ -51,11 +61,13 @@ def without_flask() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The pretraining stage's output for the preset `tiny`: `model/` and `training.parquet`."""
-    folder = tmp_path_factory.mktemp("tiny")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more gain nothing at this size, and wait for each other
-    pretrain.run(PRETRAIN_PRESETS["tiny"], {}, folder)
-    torch.set_num_threads(threads)
-    return folder
+
+    def make(folder: Path) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # more gain nothing at this size, and wait for each other
+        pretrain.run(PRETRAIN_PRESETS["tiny"], {}, folder)
+        torch.set_num_threads(threads)
+
+    return once(tmp_path_factory, worker_id, "tiny", make)

@@ -11,6 +11,7 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
 
 from analysis.report import write_report
 
@@ -120,7 +121,7 @@ def test_a_click_on_a_number_tells_its_cells_and_their_specs(shown: webdriver.Ch
         if each.text.startswith("spec: evaluate")
     )
     spec.click()
-    assert "batch_size: 32" in dialog.text
+    WebDriverWait(shown, 20).until(lambda _: "batch_size: 32" in dialog.text)
     dialog.find_element(By.CSS_SELECTOR, ".close").click()
     assert not dialog.is_displayed()
 

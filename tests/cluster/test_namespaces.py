@@ -51,7 +51,7 @@ def inside(name: str, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["ip", "netns", "exec", name, *words],
         cwd=PROJECT,
-        env={**os.environ, **QUICK, "PYTHONPATH": str(PROJECT)},
+        env={**os.environ, **QUICK, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

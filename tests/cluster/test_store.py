@@ -338,8 +338,10 @@ def test_a_full_disk_ends_in_an_error_that_says_so_and_nothing_readable(small_di
 def test_a_store_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(StoreError, match=r"store: .*file.*cannot be written.*give a folder"):
-        Store(str(file)).check_writable()
+    with pytest.raises(StoreError, match=r"store: .*file': is a file; give a folder"):
+        Store(str(file))
+    with pytest.raises(StoreError, match=r"store: .*proc.*cannot be written.*give a folder"):
+        Store("/proc/calprune").check_writable()
 
 
 def test_a_writable_store_is_left_as_it_was(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole runs of a small grid from the command line, as a user starts them."""
 
+import json
 import os
 import shutil
 import socket
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.once import once
 
 GRID = """
 name: tiny
@@ -65,10 +68,33 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+def finished(
+    grid: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> tuple[Path, Finished]:
     """A store in which the grid has run, and what the run printed."""
-    store = tmp_path_factory.mktemp("finished") / "store"
-    return store, calprune("run", grid, "--store", store)
+
+    def make(folder: Path) -> None:
+        run = calprune("run", grid, "--store", folder / "store")
+        (folder / "run.json").write_text(json.dumps(vars(run), default=str))
+
+    folder = once(tmp_path_factory, worker_id, "finished", make)
+    return folder / "store", Finished(**json.loads((folder / "run.json").read_text()))
+
+
+@pytest.fixture
+def begun(finished: tuple[Path, Finished], tmp_path: Path) -> Path:
+    """A store in which only the model and the tasks' files have been made, which takes long."""
+    return begin(finished[0], tmp_path / "begun")
+
+
+def begin(finished: Path, store: Path) -> Path:
+    for manifest in (finished / "manifests").iterdir():
+        if manifest.name.startswith(("pretrain-", "testbed-tasks-")):
+            data = f"data/{manifest.stem}"
+            shutil.copytree(finished / data, store / data)
+            (store / "manifests").mkdir(exist_ok=True)
+            shutil.copy(manifest, store / "manifests")
+    return store
 
 
 @pytest.fixture
@@ -106,8 +132,6 @@ def ray_head() -> Iterator[Head]:
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
     ports = {name: str(free_port()) for name in names}
     options = [f"--{name}={port}" for name, port in ports.items()]
-    make_token = [RAY, "get-auth-token", "--generate"]
-    subprocess.run(make_token, check=True, env=environment(), capture_output=True)
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # pytest's own are too long for its sockets
     options += [f"--temp-dir={folder}", "--include-dashboard=true", "--num-cpus=2"]
     # In the foreground, so that its end takes this cluster down and no other of the machine.

@@ -85,40 +85,39 @@ def test_plan_prints_stages_and_what_is_there_and_runs_nothing(
 
 
 def test_one_worker_leaves_the_same_bytes_as_many(
-    finished: Finish, grid: Path, tmp_path: Path
+    finished: Finish, begun: Path, grid: Path
 ) -> None:
-    run = calprune("run", grid, "--store", tmp_path, "--workers", "1")
+    run = calprune("run", grid, "--store", begun, "--workers", "1")
     assert run.returncode == 0, run.stderr
-    assert checksums(tmp_path) == checksums(finished[0])
-    assert table_bytes(tmp_path) == table_bytes(finished[0])
+    assert checksums(begun) == checksums(finished[0])
+    assert table_bytes(begun) == table_bytes(finished[0])
 
 
 def test_a_killed_driver_loses_no_finished_artifact(
-    finished: Finish, grid: Path, tmp_path: Path
+    finished: Finish, begun: Path, grid: Path
 ) -> None:
     driver = subprocess.Popen(
-        command("run", grid, "--store", tmp_path),
+        command("run", grid, "--store", begun),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    folder = tmp_path / "manifests"
     deadline = time.monotonic() + 240
-    while not folder.is_dir() or len(list(folder.glob("prune-*.json"))) < 2:
+    while len(list(begun.glob("manifests/prune-*.json"))) < 2:
         assert driver.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run made no progress"
         time.sleep(0.05)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     time.sleep(5)  # workers notice that their driver is gone
-    before = manifests(tmp_path)
-    run = calprune("run", grid, "--store", tmp_path)
+    before = manifests(begun)
+    run = calprune("run", grid, "--store", begun)
     assert run.returncode == 0, run.stderr
-    after = manifests(tmp_path)
+    after = manifests(begun)
     assert len(before) < len(after)
     assert {key: after[key] for key in before} == before
-    assert table_bytes(tmp_path) == table_bytes(finished[0])
+    assert table_bytes(begun) == table_bytes(finished[0])
 
 
 def test_a_flipped_byte_is_reported_and_made_again(
@@ -208,18 +207,16 @@ def test_a_store_that_cannot_be_written_is_refused(grid: Path, tmp_path: Path) -
 
 
 def test_a_submitted_job_leaves_the_same_table(
-    finished: Finish, grid: Path, tmp_path: Path, ray_head: Head
+    finished: Finish, begun: Path, grid: Path, ray_head: Head
 ) -> None:
     project = Path(__file__).parents[2]
     words = ["run", str(grid), "--store"]
     submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", ray_head.address]
     submit += ["--working-dir", str(project), "--", "python", "-m", "jobs", *words]
-    job = subprocess.run(
-        [*submit, str(tmp_path)], env=environment(), capture_output=True, text=True
-    )
+    job = subprocess.run([*submit, str(begun)], env=environment(), capture_output=True, text=True)
     assert job.returncode == 0, job.stdout + job.stderr
-    assert checksums(tmp_path) == checksums(finished[0])
-    assert table_bytes(tmp_path) == table_bytes(finished[0])
+    assert checksums(begun) == checksums(finished[0])
+    assert table_bytes(begun) == table_bytes(finished[0])
     lost = subprocess.run([*submit, "store"], env=environment(), capture_output=True, text=True)
     assert lost.returncode != 0
     assert "give an absolute path or a URL" in " ".join((lost.stdout + lost.stderr).split())

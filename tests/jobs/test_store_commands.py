@@ -45,9 +45,7 @@ def store(plan: Plan, tmp_path: Path) -> Store:
 
 
 def call(*words: str | Path, store: Store) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(
-        app, ["store", *map(str, words), "--store", store.url]
-    )
+    return CliRunner().invoke(app, ["store", *map(str, words), "--store", store.url])
 
 
 def test_ls_names_every_artifact_with_its_size_and_du_sums_them(store: Store) -> None:

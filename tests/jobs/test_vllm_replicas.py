@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def execute_or_die(
 
         LLMEngine.step = last_steps
     report = execute(payload, artifacts, output, cpus, partial)
-    if "VLLM_CACHE_ROOT" in os.environ:
+    if "vllm" in sys.modules:
         (notes / f"cache-{os.getpid()}").write_text(os.environ["VLLM_CACHE_ROOT"])
     return report
 

@@ -1,0 +1,10 @@
+"""Where commands print their tables."""
+
+import sys
+
+from rich.console import Console
+
+LOG_COLUMNS = 160
+"""Width of tables in a file, a pipe or a job's log."""
+
+console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
