@@ -125,6 +125,7 @@ def evaluate_spec(
         datasets=measured.datasets,
         chat_template=measured.chat_template,
         batch_tokens=measured.batch_tokens,
+        backend=measured.backend,
     )
 
 

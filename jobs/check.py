@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
-from jobs.grid import StageResources
+from jobs.grid import StageName, StageResources
 from jobs.plan import Plan
 from pipeline.allocation import allocate
 from pipeline.banned_words import read_words
@@ -58,9 +58,9 @@ def check(plan: Plan) -> list[str]:
         for model, seqlen in _lengths(spec):
             name = names[_identity(_dense(model))]
             _check_length(name, configs[name], seqlen)
-        if isinstance(spec, GenerateSpec) and isinstance(spec.backend, Vllm):
+        if isinstance(spec, GenerateSpec | EvaluateSpec) and isinstance(spec.backend, Vllm):
             name = names[_identity(_dense(spec.model))]
-            _check_vllm(plan, name, configs[name], spec.backend)
+            _check_vllm(plan, spec.kind, name, configs[name], spec.backend)
         if isinstance(spec, GenerateSpec) and spec.prompt == "chat":
             chats.add(names[_identity(_dense(spec.model))])
         if isinstance(spec, FilterSpec) and spec.banned_words is not None:
@@ -151,7 +151,7 @@ def _check_pattern(name: str, config: Any, pattern: str) -> None:
             )
 
 
-def _check_vllm(plan: Plan, name: str, config: Any, engine: Vllm) -> None:
+def _check_vllm(plan: Plan, stage: StageName, name: str, config: Any, engine: Vllm) -> None:
     if not importlib.util.find_spec("vllm"):
         remedy = "vLLM is not installed here: install calprune[vllm], or set backend: transformers"
         raise InputError("backend", "vllm", remedy)
@@ -163,13 +163,13 @@ def _check_vllm(plan: Plan, name: str, config: Any, engine: Vllm) -> None:
     if layers is not None and engine.pipeline_parallel_size > layers:
         remedy = f"model {name} has {layers} layers: take at most as many"
         raise InputError("backend.pipeline_parallel_size", engine.pipeline_parallel_size, remedy)
-    asked = plan.grid.resources.get("generate", StageResources())
+    asked = plan.grid.resources.get(stage, StageResources())
     if engine.gpus > 1 and asked.gpus != engine.gpus:
         remedy = f"an engine of the grid spreads over {engine.gpus} GPUs: set it to {engine.gpus}"
-        raise InputError("resources.generate.gpus", asked.gpus, remedy)
+        raise InputError(f"resources.{stage}.gpus", asked.gpus, remedy)
     if 0 < asked.gpus < engine.gpu_memory_utilization:
         remedy = (
-            f"resources.generate.gpus gives a replica {asked.gpus:g} of a GPU: "
+            f"resources.{stage}.gpus gives an engine {asked.gpus:g} of a GPU: "
             "lower it to that at most"
         )
         raise InputError("backend.gpu_memory_utilization", engine.gpu_memory_utilization, remedy)

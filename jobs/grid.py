@@ -220,6 +220,9 @@ class Evaluation(Spec):
     chat_template: bool = False
     batch_tokens: int = Field(default=16384, ge=1)
 
+    backend: Annotated[Backend, BeforeValidator(_here)] = "transformers"
+    """What answers tasks, written as for a calibration."""
+
     @model_validator(mode="after")
     def _measures_something(self) -> "Evaluation":
         if not self.perplexity and not self.tasks and not self.suites:

@@ -163,6 +163,8 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
     for name, calibration in plan.grid.calibrations.items():
         if isinstance(calibration, GeneratedCalibration):
             console.print(f"calibrations.{name}: {_engine(calibration.backend)} generates")
+    if isinstance(plan.grid.evaluate.backend, Vllm):
+        console.print(f"evaluate: {_engine(plan.grid.evaluate.backend)} answers tasks")
     for name, model in plan.grid.models.items():
         if parameters(model, _sizes(plan.grid)) is None:
             console.print(f"not in the estimate: model {name}; give cost.parameters.{name}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -30,9 +31,11 @@ from pipeline.specs import (
     PerplexitySpec,
     PruneSpec,
     TaskSpec,
+    Vllm,
     canonical_json,
 )
 from pipeline.tasks import copy_tasks, existing_folder, lm_eval_tasks, task_manager
+from pipeline.vllm_engine import vllm_version
 
 SEED = 1234
 """Draws few-shot examples and bootstrap samples; lm-eval's own default, and the same everywhere."""
@@ -131,36 +134,46 @@ def run(
     }
     metrics: list[Metric] = []
     requests: list[RequestMetric] = []
-    report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         answers = FinishedAnswers(_identity(spec), Path(scratch, "answers"), keep)
         for wanted in spec.perplexity:
             taken = take_perplexity(model, tokenizer, wanted, spec.batch_tokens, answers)
             metrics += taken.metrics
             requests += taken.requests
+        report = _gains(spec, model)
         if spec.tasks:
-            from pipeline.language_model import SharingLM  # imports lm-eval, which takes seconds
-
-            language_model = SharingLM(model, tokenizer, spec.batch_tokens, answers)
-            taken = task_metrics(
-                language_model,
-                spec.tasks,
-                _task_folder(spec, artifacts),
-                spec.datasets,
-                spec.chat_template,
+            ask = functools.partial(
+                task_metrics,
+                tasks=spec.tasks,
+                task_folder=_task_folder(spec, artifacts),
+                datasets=spec.datasets,
+                chat_template=spec.chat_template,
             )
+            if isinstance(spec.backend, Vllm):
+                from pipeline.vllm_language_model import vllm_language_model
+
+                del model  # the engine loads one of its own
+                gc.collect()
+                with vllm_language_model(spec, artifacts) as engine:
+                    taken = ask(engine)
+                report |= {"backend": "vllm", "backend_version": vllm_version()}
+            else:
+                from pipeline.language_model import SharingLM  # imports lm-eval: takes seconds
+
+                language_model = SharingLM(model, tokenizer, spec.batch_tokens, answers)
+                taken = ask(language_model)
+                report |= {
+                    "requests": language_model.asked,
+                    "shared_contexts": language_model.shares,
+                }
             metrics += taken.metrics
             requests += taken.requests
-            report |= {
-                "requests": language_model.asked,
-                "shared_contexts": language_model.shares,
-            }
         report["resumed_requests"] = answers.resumed
     metrics.sort(key=lambda row: (row.task, row.metric))
     requests.sort(key=lambda row: (row.task, row.doc_id, row.metric))
     _write([{**row._asdict(), **same} for row in metrics], METRICS_SCHEMA, output / "metrics")
     _write([row._asdict() for row in requests], REQUESTS_SCHEMA, output / "requests")
-    return {"metrics": len(metrics), **report, **_gains(spec, model)}
+    return {"metrics": len(metrics), **report}
 
 
 def _gains(spec: EvaluateSpec, model: Any) -> dict[str, Any]:

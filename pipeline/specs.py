@@ -363,7 +363,8 @@ class ShardSpec(StageSpec):
 class Vllm(Spec):
     """The vLLM engine. All its settings are here, since each can move the last bit of a logit.
 
-    The weights' type is the model's `dtype`, the longest text the spec's `seqlen`.
+    The weights' type is the model's `dtype`; the longest text is `seqlen` where it generates, and
+    the longest that the model takes where it answers tasks.
     """
 
     name: Literal["vllm"] = "vllm"
@@ -376,7 +377,7 @@ class Vllm(Spec):
 
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     """Share of a GPU's memory for weights and key-value cache; unused on a CPU, where the cache
-    is as large as a shard needs."""
+    is as large as a shard, or a batch of `batch_tokens`, needs."""
 
     enable_prefix_caching: bool = False
     """Compute what the prefixes of a shard share only once; of no use with short ones."""
@@ -416,7 +417,8 @@ Backend = Annotated[
     ),
     BeforeValidator(_named_engine),
 ]
-"""The engine that generates. Two engines write different text, so it is part of the key."""
+"""The engine that generates or answers. Two engines differ in the last bits of a logit, and so in
+the text that they write: it is part of the key."""
 
 
 class GenerateSpec(StageSpec):
@@ -1144,6 +1146,7 @@ class EvaluateSpec(StageSpec):
     """
 
     version: ClassVar[int] = 2
+    unsaid: ClassVar[frozenset[str]] = frozenset({"backend"})
     kind: Literal["evaluate"] = "evaluate"
 
     model: Model
@@ -1166,6 +1169,9 @@ class EvaluateSpec(StageSpec):
 
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens of a forward pass, padding included, unless one request has more."""
+
+    backend: Backend = "transformers"
+    """The engine that answers tasks; perplexities are taken with transformers always."""
 
     @model_validator(mode="after")
     def _measures_something(self) -> "EvaluateSpec":

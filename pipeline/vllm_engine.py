@@ -66,9 +66,13 @@ class VllmEngine:
             raise InputError("backend", "vllm", remedy)
         config, self.generation_config = load_configs(spec.model, artifacts)
         cache = (
-            {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": cpu_cache(spec, config)}
+            {}
+            if torch.cuda.is_available()
+            else {
+                "kv_cache_memory_bytes": cpu_cache(spec.model, config, spec.shard_size, spec.seqlen)
+            }
         )
-        with _process_settings(), _weights(spec.model, artifacts) as (folder, options):
+        with process_settings(), weights(spec.model, artifacts) as (folder, options):
             vllm = importlib.import_module("vllm")
             self.engine = vllm.LLM(
                 model=folder,
@@ -78,8 +82,7 @@ class VllmEngine:
                 dtype=model_dtype(spec.model),
                 max_model_len=spec.seqlen,
                 max_num_seqs=spec.shard_size,
-                distributed_executor_backend="mp" if spec.backend.gpus > 1 else "uni",
-                **spec.backend.model_dump(exclude={"name"}),
+                **engine_arguments(spec.backend),
                 **cache,
             )
         self.request = vllm.SamplingParams
@@ -138,23 +141,29 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
 
-def cpu_cache(spec: GenerateSpec, config: Any) -> int:
-    """Bytes of key-value cache that a shard of samples of full length needs."""
+def engine_arguments(backend: Vllm) -> dict[str, Any]:
+    """What a spec's engine settings are for vLLM."""
+    executor = "mp" if backend.gpus > 1 else "uni"
+    return {"distributed_executor_backend": executor, **backend.model_dump(exclude={"name"})}
+
+
+def cpu_cache(model: Model, config: Any, texts: int, longest: int) -> int:
+    """Bytes of key-value cache that so many texts of the greatest length need."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype: torch.dtype = getattr(torch, model_dtype(spec.model))
+    dtype: torch.dtype = getattr(torch, model_dtype(model))
     layers: int = config.num_hidden_layers
-    blocks = spec.shard_size * math.ceil(spec.seqlen / CPU_BLOCK_TOKENS)
+    blocks = texts * math.ceil(longest / CPU_BLOCK_TOKENS)
     token_bytes = 2 * layers * int(heads * width) * dtype.itemsize
     return (blocks + 1) * CPU_BLOCK_TOKENS * token_bytes  # vLLM keeps one block for itself
 
 
 @contextmanager
-def _process_settings() -> Iterator[None]:
+def process_settings() -> Iterator[None]:
     """What the engine must find in its process, and what it must leave as it was."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, see above
-        VLLM_CACHE_ROOT=_cache_folder(),  # replicas of one node spoil a cache that they share
+        VLLM_CACHE_ROOT=cache_folder(),  # replicas of one node spoil a cache that they share
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # else all replicas of a node bind to the same cores
         OMP_NUM_THREADS=str(torch.get_num_threads()),  # else it takes one thread
     )
@@ -171,7 +180,7 @@ def _process_settings() -> Iterator[None]:
 
 
 @contextmanager
-def _weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, Any]]]:
+def weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, Any]]]:
     """A checkpoint that vLLM loads: one made for it where the model is stored as masks."""
     if isinstance(model, PruneSpec) and model.stores_masks:
         with tempfile.TemporaryDirectory(prefix="calprune-vllm-") as folder:
@@ -184,7 +193,8 @@ def _weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str
 
 
 @functools.cache
-def _cache_folder() -> str:
+def cache_folder() -> str:
+    """A folder of this process alone, which goes with it."""
     folder = tempfile.mkdtemp(prefix="calprune-vllm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

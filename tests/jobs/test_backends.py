@@ -14,7 +14,7 @@ from jobs.check import check
 from jobs.grid import GeneratedCalibration, Grid
 from jobs.plan import Plan, make_plan, print_plan
 from pipeline.errors import InputError
-from pipeline.specs import GenerateSpec, Vllm
+from pipeline.specs import EvaluateSpec, GenerateSpec, Vllm
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -174,3 +174,25 @@ def test_wrong_replicas_are_named(
     content["resources"] = {"generate": {"replicas": replicas}}
     with pytest.raises(InputError, match=message):
         load(content)
+
+
+def test_an_evaluations_engine_is_planned_and_checked_as_a_calibrations(
+    content: Content, load: Load, installed: Callable[[bool], None], tmp_path: Path
+) -> None:
+    def evaluations(plan: Plan) -> dict[str, EvaluateSpec]:
+        return {key: spec for key, spec in plan.specs.items() if isinstance(spec, EvaluateSpec)}
+
+    with_transformers = evaluations(make_plan(load(content)))
+    content["evaluate"]["backend"] = {"name": "vllm", "tensor_parallel_size": 2}
+    content["resources"] = {"evaluate": {"gpus": 1}}
+    installed(True)
+    plan = make_plan(load(content))
+    assert {spec.backend for spec in evaluations(plan).values()} == {Vllm(tensor_parallel_size=2)}
+    assert evaluations(plan).keys().isdisjoint(with_transformers)
+    with pytest.raises(InputError, match=r"resources\.evaluate\.gpus: 1.*set it to 2"):
+        check(plan)
+    content["resources"] = {"evaluate": {"gpus": 2}}
+    check(make_plan(load(content)))
+    console = Console(record=True, width=120)
+    print_plan(plan, Store(str(tmp_path)), console)
+    assert "evaluate: vllm tensor_parallel_size=2 answers tasks" in console.export_text()

@@ -323,7 +323,7 @@ def test_every_sample_has_a_seed_of_its_own() -> None:
 def test_a_cpu_keeps_room_for_every_sample_of_a_shard(spec: GenerateSpec) -> None:
     config, settings = load_configs(spec.model, {})
     token = 2 * 2 * 1 * 32 * 4  # keys and values, 2 layers, 1 head of 32, float32
-    assert cpu_cache(spec, config) == (16 + 1) * CPU_BLOCK_TOKENS * token
+    assert cpu_cache(spec.model, config, 16, SEQLEN) == (16 + 1) * CPU_BLOCK_TOKENS * token
     assert settings.eos_token_id == config.eos_token_id
 
 
