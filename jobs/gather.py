@@ -14,6 +14,7 @@ from cluster.store import CorruptArtifactError, Failure, Manifest, Store
 from jobs.averages import average_rows
 from jobs.cells import Cell
 from jobs.plan import Plan
+from pipeline.measured import METRICS_SCHEMA
 from pipeline.specs import (
     Allocation,
     EvaluateSpec,
@@ -47,22 +48,6 @@ CELL_COLUMNS: dict[str, pa.DataType] = {
 }
 """The cell, and how it ended. With the metrics they depend on the specs alone."""
 
-METRIC_COLUMNS: dict[str, pa.DataType] = {
-    "task": pa.string(),
-    "metric": pa.string(),
-    "value": pa.float64(),
-    "stderr": pa.float64(),
-    "samples": pa.int64(),
-    "limit": pa.int64(),
-    "num_fewshot": pa.int64(),
-    "task_version": pa.string(),
-    "lm_eval": pa.string(),
-    "dtype": pa.string(),
-    "tokenizer": pa.string(),
-    "chat_template": pa.string(),
-}
-"""What `pipeline.evaluate` writes."""
-
 RUN_COLUMNS: dict[str, pa.DataType] = {
     "traceback": pa.string(),
     "seconds_generate": pa.float64(),
@@ -83,6 +68,8 @@ RUN_COLUMNS: dict[str, pa.DataType] = {
     "lineage": pa.string(),
 }
 """How it was made; differs from run to run."""
+
+METRIC_COLUMNS = dict(zip(METRICS_SCHEMA.names, METRICS_SCHEMA.types, strict=True))
 
 COLUMNS = {**CELL_COLUMNS, **METRIC_COLUMNS, **RUN_COLUMNS}
 

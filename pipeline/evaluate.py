@@ -22,6 +22,7 @@ from pipeline.errors import InputError
 from pipeline.finished_answers import FinishedAnswers
 from pipeline.finished_layers import Keep
 from pipeline.gains import bytes_by_format, speed_2_4
+from pipeline.measured import METRICS_SCHEMA, REQUESTS_SCHEMA
 from pipeline.models import Artifacts, load_model, load_tokenizer, model_dtype
 from pipeline.perplexity import batches, bits_per_byte, losses, perplexity, protocol_windows
 from pipeline.specs import (
@@ -42,35 +43,6 @@ SEED = 1234
 
 BOOTSTRAP_SAMPLES = 1000
 """Of metrics whose standard error has no closed form."""
-
-METRICS_SCHEMA = pa.schema(
-    {
-        "task": pa.string(),
-        "metric": pa.string(),
-        "value": pa.float64(),
-        "stderr": pa.float64(),
-        "samples": pa.int64(),
-        "limit": pa.int64(),
-        "num_fewshot": pa.int64(),
-        "task_version": pa.string(),
-        "lm_eval": pa.string(),
-        "dtype": pa.string(),
-        "tokenizer": pa.string(),
-        "chat_template": pa.string(),
-    }
-)
-
-REQUESTS_SCHEMA = pa.schema(
-    {
-        "task": pa.string(),
-        "doc_id": pa.int64(),
-        "metric": pa.string(),
-        "value": pa.float64(),
-        "doc_hash": pa.string(),
-        "request_hash": pa.string(),
-        "log_likelihoods": pa.list_(pa.float64()),
-    }
-)
 
 
 class Metric(NamedTuple):

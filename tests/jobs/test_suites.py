@@ -18,7 +18,7 @@ from jobs.plan import make_plan
 from jobs.show import print_results
 from jobs.suites import FOLDER, Suite, load_suite
 from pipeline.errors import InputError
-from pipeline.evaluate import METRICS_SCHEMA
+from pipeline.measured import METRICS_SCHEMA
 from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import EvaluateSpec
 from pipeline.tasks import lm_eval_tasks, missing_tasks

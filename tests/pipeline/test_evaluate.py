@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import InputError
-from pipeline.evaluate import METRICS_SCHEMA, run
+from pipeline.evaluate import run
+from pipeline.measured import METRICS_SCHEMA
 from pipeline.specs import EvaluateSpec, FileCorpus, LocalModel, LocalTasks, TestbedTasksSpec
 from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.tokenizer import train_tokenizer
