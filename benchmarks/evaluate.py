@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.heap import keep_freed_memory
 from pipeline.specs import EvaluateSpec, LocalModel, LocalTasks, TestbedTasksSpec
 from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.presets import PRETRAIN_PRESETS
@@ -87,6 +88,7 @@ def ours(checkpoints: list[Path], tasks: Path) -> list[Metrics]:
     """One process, one load of a model for all its tasks."""
     from pipeline import evaluate
 
+    keep_freed_memory()  # as every stage does
     found = []
     for checkpoint in checkpoints:
         spec = EvaluateSpec.model_validate(

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from pipeline.heap import keep_freed_memory
 from pipeline.models import default_device
 from pipeline.sampling import Sampling
 from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
@@ -106,6 +107,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file of what was measured.")] = None,
 ) -> None:
     """Compare tokens per second of vLLM, of transformers, and of the script's manner."""
+    keep_freed_memory()
     model = small_model(tokens).to(getattr(torch, dtype)).to(default_device())
     random = np.random.default_rng(0)
     prefixes = random.integers(3, model.config.vocab_size, (samples, 2)).tolist()

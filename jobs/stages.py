@@ -12,6 +12,7 @@ from cluster.run import WorkerLostError
 from cluster.store import Partial
 from pipeline.copies import HubItem, items, used
 from pipeline.errors import EngineDiedError
+from pipeline.heap import keep_freed_memory
 from pipeline.specs import (
     DescribeSpec,
     EvaluateSpec,
@@ -83,6 +84,7 @@ def execute(
     """
     import torch
 
+    keep_freed_memory()
     torch.set_num_threads(cpus)
     torch.use_deterministic_algorithms(True, warn_only=True)
     spec = _ANY_STAGE.validate_json(payload)
