@@ -36,14 +36,14 @@ def prune_by_alps(
     W' the dense weights, under the mask's count.
 
     With H = X^T X damped and scaled to a diagonal of one, and W' scaled inversely, ADMM repeats
-    (equation 4 of the paper)
+    (section 3.2 of the paper, algorithm 1)
 
         W <- (H + rho)^-1 (H W' - V + rho D),  D <- P(W + V / rho),  V <- V + rho (W - D),
 
     P keeping the largest entries of the matrix, or of each group of a pattern. Every 3 iterations
-    rho grows by how many entries of D's support changed (equation 5), until none did. Then the
-    squared error is minimised on the support by conjugate gradients (algorithm 2), each row with
-    steps of its own. Columns without any input go first; what is not needed of them for the count
+    rho grows by how many entries of D's support changed, until none did. Then the squared error is
+    minimised on the support by conjugate gradients (section 3.3, algorithm 2), each row with steps
+    of its own. Columns without any input go first; what is not needed of them for the count
     stays as it is.
 
     Args:
