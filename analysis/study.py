@@ -39,6 +39,11 @@ class Answer(NamedTuple):
         """One paragraph."""
         return " ".join((self.what, self.size, self.certainty, self.caveat)).replace("  ", " ")
 
+    @property
+    def paragraph(self) -> str:
+        """The finding in lines of 110 characters at the most."""
+        return textwrap.fill(self.finding, 110, break_long_words=False)
+
 
 class Study(NamedTuple):
     """One question."""
@@ -139,7 +144,7 @@ def _section(study: Study, answer: Answer | None, folder: str) -> list[str]:
     figure = f"![{study.question}]({folder}/{study.name}.svg)"
     return [
         *head,
-        textwrap.fill(answer.finding, 110, break_long_words=False),
+        answer.paragraph,
         "",
         figure,
         "",

@@ -19,26 +19,23 @@ BOTH, GENERATED, HELD_OUT = "both", "self-generated-", "-heldout"
 
 def answer(table: pd.DataFrame) -> Answer:
     """Retention of each language by calibration in it, in the other, in both, self-generated."""
-    measures = sorted({str(task) for task in table["task"] if str(task).endswith(HELD_OUT)})
-    languages = [measure.removesuffix(HELD_OUT) for measure in measures]
-    if len(languages) != 2:
-        raise TableError(f"measures {measures}: it takes two, each a language and {HELD_OUT}")
+    both = languages(table)
     rows = calibrated(
         pd.concat(
             [
-                scored(table, measure, "perplexity").assign(language=language)
-                for measure, language in zip(measures, languages, strict=True)
+                scored(table, language + HELD_OUT, "perplexity").assign(language=language)
+                for language in both
             ]
         )
     )
 
     def chosen(of: str, prefix: str = "", other: bool = False) -> pd.DataFrame:
         """Rows that measure language `of`, calibrated in it or in the other one."""
-        named = languages[1 - languages.index(of)] if other else of
+        named = both[1 - both.index(of)] if other else of
         return rows[(rows["language"] == of) & (rows["calibration"] == prefix + named)]
 
     def over_both(prefix: str = "", other: bool = False) -> pd.DataFrame:
-        return pd.concat([chosen(language, prefix, other) for language in languages])
+        return pd.concat([chosen(language, prefix, other) for language in both])
 
     mixed = rows[rows["calibration"] == BOTH]
     main = paired(over_both(), over_both(other=True), SOURCE)
@@ -58,10 +55,10 @@ def answer(table: pd.DataFrame) -> Answer:
         }
     )
     panels = {}
-    for language in languages:
+    for language in both:
         reference = chosen(language)
         parts = {
-            f"{languages[1 - languages.index(language)]} text": chosen(language, other=True),
+            f"{both[1 - both.index(language)]} text": chosen(language, other=True),
             "text of both": mixed[mixed["language"] == language],
             f"self-generated from {language}": chosen(language, GENERATED),
             "self-generated from the other": chosen(language, GENERATED, other=True),
@@ -92,6 +89,18 @@ def answer(table: pd.DataFrame) -> Answer:
     for panel, estimates in panels.items():
         effects |= {f"{panel}: {name} against its own": each for name, each in estimates.items()}
     return Answer(what, size, certainty + ".", caveat, figure, estimate_rows(effects))
+
+
+def languages(table: pd.DataFrame) -> list[str]:
+    """The two languages whose held-out text a grid measures, by name.
+
+    Raises:
+        TableError: if there are not two.
+    """
+    measures = sorted({str(task) for task in table["task"] if str(task).endswith(HELD_OUT)})
+    if len(measures) != 2:
+        raise TableError(f"measures {measures}: it takes two, each a language and {HELD_OUT}")
+    return [measure.removesuffix(HELD_OUT) for measure in measures]
 
 
 STUDY = Study(

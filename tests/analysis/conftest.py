@@ -2,12 +2,14 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pandas as pd
 import pytest
+from moto.server import ThreadedMotoServer
 
 from analysis.load import load
 
@@ -106,6 +108,27 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
     write(whole_grid(), folder / "results" / "hand.parquet")
     return folder
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The file system of an S3 server, which the environment names, with a bucket
+    `analysis-tests`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    fsspec.filesystem("s3").clear_instance_cache()
+    try:
+        files = fsspec.filesystem("s3")
+        files.mkdir("analysis-tests")
+        yield files
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

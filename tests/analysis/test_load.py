@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -6,7 +7,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 import analysis
 from analysis.load import ESSENTIAL, TableError
@@ -39,25 +39,9 @@ def test_folder_file_and_url_give_the_same_table(store: Path) -> None:
     pd.testing.assert_frame_equal(analysis.load("memory://bucket/store"), table)
 
 
-def test_a_store_on_s3_gives_the_same_table(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    fsspec.filesystem("s3").clear_instance_cache()
-    try:
-        files = fsspec.filesystem("s3")
-        files.mkdir("analysis-tests")
-        files.put(str(store / "results"), "analysis-tests/store/results", recursive=True)
-        pd.testing.assert_frame_equal(
-            analysis.load("s3://analysis-tests/store"), analysis.load(store)
-        )
-    finally:
-        server.stop()
-        fsspec.filesystem("s3").clear_instance_cache()
+def test_a_store_on_s3_gives_the_same_table(store: Path, s3: Any) -> None:
+    s3.put(str(store / "results"), "analysis-tests/store/results", recursive=True)
+    pd.testing.assert_frame_equal(analysis.load("s3://analysis-tests/store"), analysis.load(store))
 
 
 def test_of_several_grids_the_named_one_is_read(store: Path, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How long should the prefixes of self-generation be, and does that depend on the model?
+#
+# Main contrast: prefixes of 1 to 4 tokens against those of 16 and more. A prefix is the real text
+# that the model goes on from: the longer, the less of a sample is its own.
+#
+# Results: `python -m jobs run analysis/studies/prefix-length.yaml --store STORE`. Set the store
+# here or in the environment; `docs/studies.md` says how a finding is made.
+
+# %%
+import os
+
+from IPython.display import SVG
+
+import analysis
+from analysis.evidence import calibrated, scored
+from analysis.figures import svg_bytes
+from analysis.labels import in_order
+from analysis.report import status_counts
+from analysis.studies.prefix_length import STUDY
+from analysis.study import run_study
+
+STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
+GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
+
+table = analysis.load(STORE, GRID)
+status_counts(table)
+
+# %% [markdown]
+# ## The finding
+
+# %%
+answer = run_study(STUDY, STORE, GRID)
+print(answer.paragraph)
+SVG(svg_bytes(answer.figure))
+
+# %%
+answer.numbers.round(3)
+
+# %% [markdown]
+# ## The levels behind it
+#
+# Mean perplexity over seeds. Compare down a column: models differ more than lengths do.
+
+# %%
+rows = calibrated(scored(table))
+levels = analysis.summarize(rows)
+levels.pivot_table(index="source", columns="model", values="mean", observed=True)
+
+# %% [markdown]
+# ## Each model alone
+#
+# The study averages over models before it speaks of all. A best length that resampled seeds seldom
+# choose again is luck: read the share beside it.
+
+# %%
+for model in in_order(rows["model"]):
+    print(STUDY.answer(table[table["model"] == model]).size)
+
+# %% [markdown]
+# ## Any two lengths
+#
+# Chosen after the figure was seen, two lengths tell less than p says: there were many pairs to
+# choose from.
+
+# %%
+two, sixteen = (rows[rows["prefix_tokens"] == length] for length in (2, 16))
+analysis.compare(two, sixteen)[["model", "pairs", "effect", "low", "high", "unit", "p_holm"]]
+
+# %% [markdown]
+# ## Of your own model
+#
+# Copy the file below and put your model into `models`, several if you ask about shapes. Take your
+# own corpora for `prefixes` and for `perplexity`. Length 2 and two others must stay; the longest
+# must leave the model room to write in.
+
+# %%
+print(STUDY.grid_file.read_text())

@@ -1,0 +1,96 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # From which sparsity on does self-generated calibration data matter?
+#
+# Main contrast: self-generated data against the mismatched corpus at each target. At low sparsity
+# any text will do; the study finds where that ends.
+#
+# Results: `python -m jobs run analysis/studies/sparsity.yaml --store STORE`. Set the store here or
+# in the environment; `docs/studies.md` says how a finding is made.
+
+# %%
+import os
+
+from IPython.display import SVG
+
+import analysis
+from analysis.evidence import calibrated, scored
+from analysis.figures import svg_bytes
+from analysis.labels import in_order
+from analysis.report import status_counts
+from analysis.studies.sparsity import STUDY
+from analysis.study import run_study
+
+STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
+GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
+
+table = analysis.load(STORE, GRID)
+status_counts(table)
+
+# %% [markdown]
+# ## The finding
+
+# %%
+answer = run_study(STUDY, STORE, GRID)
+print(answer.paragraph)
+SVG(svg_bytes(answer.figure))
+
+# %%
+answer.numbers.round(3)
+
+# %% [markdown]
+# ## The levels behind it
+#
+# Mean perplexity over seeds. An effect of many percent can still be the better of two broken
+# models: compare with the dense one, if the grid has it.
+
+# %%
+rows = scored(table)
+levels = analysis.summarize(rows)
+levels.pivot_table(index=["method", "target"], columns="source", values="mean", observed=True)
+
+# %% [markdown]
+# ## Where the threshold moves
+#
+# It is where an effect is first shown, so it moves with the pruner and with the number of seeds. If
+# half of the seeds move it up, more of them may well move it down.
+
+# %%
+for pruner in in_order(calibrated(rows)["pruner"]):
+    print(f"{pruner}:", STUDY.answer(table[table["pruner"] == pruner]).what)
+print("half of the seeds:", STUDY.answer(table[table["seed"] < table["seed"].median()]).what)
+
+# %% [markdown]
+# ## What is left to gain
+#
+# Self-generated data against the true pretraining text, which only the testbed knows. Effects near
+# 0: self-generated data is as good as the text that it stands for.
+
+# %%
+generated = rows[rows["calibration"] == "self-generated"]
+true = rows[rows["calibration"] == "pretraining"]
+analysis.compare(generated, true)[
+    ["method", "target", "pairs", "effect", "low", "high", "unit", "p_holm"]
+]
+
+# %% [markdown]
+# ## Of your own model
+#
+# Copy the file below and put your model into `models`, a corpus that you would calibrate with into
+# `mismatched`, and held-out text of what the model is for into `heldout`. Drop the calibration
+# `pretraining`, which you will hardly have. To save time take only the sparsities near the
+# threshold, and more seeds.
+
+# %%
+print(STUDY.grid_file.read_text())
