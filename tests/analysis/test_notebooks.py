@@ -78,6 +78,8 @@ def keep_results(name: str, store: Path) -> None:
     """A grid's results with the study's planted effect, a dense model and a cell that failed."""
     settings, effect, _, _ = CASES[name]
     rows = planted(settings(), effect)
+    if name == "predictor":
+        rows = [row for row in rows if row["sparsity"] == 0.5]  # its mixed models take seconds
     lost = {**rows[-1], "cell": "lost", "seed": 9, "status": "failed", "error": "OSError: full"}
     lost |= {"task": None, "metric": None, "value": None}
     dense = {**rows[0], **DENSE, "cell": "dense", "value": 2.0}
