@@ -51,13 +51,18 @@ def line_figure(
     y_label: str,
     ticks: Mapping[float, str] | None = None,
     note: str = "Bands: 95 % intervals over seeds.",
+    linear_within: float | None = None,
 ) -> Figure:
     """A panel for each name, effects as lines with bands.
 
     Args:
         ticks: names of the places across, where a whole place left out breaks the line; numbers
             as they are if not given.
+        linear_within: effects beyond it are drawn on a logarithmic scale, for those of which some
+            are a thousand times as large as others.
     """
+    if linear_within is not None:
+        note += f" The scale is logarithmic beyond ±{linear_within:g}."
     with rc_context(STYLE):
         figure = _figure(title, len(panels), note)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -73,6 +78,9 @@ def line_figure(
             panel.set_xlabel(x_label)
             panel.grid(axis="y", color="#e6e6e6", linewidth=0.7)
             panel.margins(x=0.04)
+        if linear_within is not None:
+            axes[0].set_yscale("symlog", linthresh=linear_within)  # of all, which share it
+            axes[0].yaxis.set_major_formatter(lambda effect, _: f"{effect:g}")
         axes[0].set_ylabel(y_label)
         for panel, lines in zip(axes, panels.values(), strict=True):
             _end_labels(panel, lines)
@@ -104,10 +112,11 @@ def _end_labels(panel: Axes, lines: list[Line]) -> None:
         ]
         if known:
             ends.append((known[-1][1], known[-1][0], line.name, colour))
-    low, high = panel.get_ylim()
+    panel.get_ylim()  # sets limits, which matplotlib puts off
+    height = (panel.transData - panel.transAxes).transform
     place = -math.inf
     for y, x, name, colour in sorted(ends):
-        place = max((y - low) / (high - low), place + LABEL_GAP)
+        place = max(float(height((x, y))[1]), place + LABEL_GAP)
         panel.annotate(
             name,
             (x, y),

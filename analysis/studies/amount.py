@@ -86,6 +86,7 @@ def answer(table: pd.DataFrame) -> Answer:
         panels,
         "windows",
         f"change against {most} windows (%)",
+        linear_within=NEGLIGIBLE,
     )
     for axes in figure.axes:
         axes.set_xticks([math.log2(count) for count in counts], [str(count) for count in counts])

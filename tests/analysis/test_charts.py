@@ -25,6 +25,18 @@ def test_lines_are_named_at_their_ends_and_no_two_names_overlap() -> None:
     assert all(b - a > 0.99 * LABEL_GAP for a, b in itertools.pairwise(places))
 
 
+def test_on_a_logarithmic_scale_names_stand_at_the_height_of_their_lines() -> None:
+    lines = [Line(name, [0, 1], [effect(1000), effect(end)]) for name, end in (("a", 0), ("b", 99))]
+    figure = line_figure("title", {"all": lines}, "x", "y", linear_within=1.0)
+    (axes,) = figure.axes
+    labels = [text for text in axes.texts if isinstance(text, Annotation)]
+    drawn = {text.get_text(): axes.transAxes.transform(text.xyann)[1] for text in labels}
+    for name, end in (("a", 0), ("b", 99)):
+        assert abs(drawn[name] - axes.transData.transform((1, end))[1]) < 1  # pixel
+    assert drawn["b"] - drawn["a"] > 50
+    assert any("logarithmic beyond ±1" in text.get_text() for text in figure.texts)
+
+
 def test_a_line_is_broken_where_a_named_place_is_left_out() -> None:
     line = Line("source", [0, 1, 3], [effect(1), effect(2), effect(3)])
     ticks = {0: "30 %", 1: "50 %", 3: "2:4"}
