@@ -32,6 +32,9 @@ MIN_IN_FLIGHT = 64
 POLL_SECONDS = 2.0
 """How often one looks whether another run is done with a stage."""
 
+START_SECONDS = 10.0
+"""What the end of a run waits for actors that are still joining."""
+
 _TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -417,15 +420,21 @@ class _Pool:
         ray.kill(self.serving.pop(reference))
 
     def shrink(self) -> None:
-        """End what has no work, beyond the minimum while others are at work."""
-        while self.joining:
-            ray.kill(self.joining.popitem()[1])
+        """End what has no work, beyond the minimum while others are at work.
+
+        One that is joining is ended when it has started: Ray lets a kill pass that comes while an
+        actor is being made, and holds that actor's place for good.
+        """
         kept = self.first.resources.min_replicas if self.serving else 0
         while self.idle and self.size > kept:
             ray.kill(self.idle.pop())
 
     def release(self) -> None:
-        for actor in (*self.idle, *self.serving.values(), *self.joining.values()):
+        for actor in (*self.idle, *self.serving.values()):
+            ray.kill(actor)
+        if self.joining:  # see `shrink`
+            ray.wait([*self.joining], num_returns=len(self.joining), timeout=START_SECONDS)
+        for actor in self.joining.values():
             ray.kill(actor)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from cluster.graph import Graph, Resources, Stage
 from cluster.run import WorkerLostError, run
@@ -286,6 +287,24 @@ def test_a_pool_waits_while_other_stages_take_all_the_workers(tmp_path: Path) ->
     )  # fmt: skip
     outcome = run(plan, list(plan), add, store, VERSIONS, workers=1)
     assert set(outcome.made) == set(plan)
+
+
+def test_actors_that_are_not_wanted_before_they_have_started_keep_no_place(tmp_path: Path) -> None:
+    """With one stage at a time the task's turn comes while both pools' actors are being made, at
+    one moment of that or another."""
+    for attempt in range(8):
+        store = Store(str(tmp_path / str(attempt)))
+        plan = graph(stage("a", "1", pool="p"), stage("b", "1", pool="q"), stage("task", "sleep 0"))
+
+        def started(stage: Stage, seconds: float = 0.01 * attempt) -> None:
+            time.sleep(seconds)
+
+        outcome = run(plan, list(plan), add, store, VERSIONS, workers=1, started=started)
+        assert set(outcome.made) == set(plan)
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "an actor that nobody has holds a CPU"
+        time.sleep(0.2)
 
 
 def test_a_pool_outlives_more_lost_replicas_than_one_stage_may_lose(tmp_path: Path) -> None:
