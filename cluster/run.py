@@ -2,8 +2,10 @@
 
 import heapq
 import logging
+import os
 import platform
 import re
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping
@@ -32,8 +34,8 @@ MIN_IN_FLIGHT = 64
 POLL_SECONDS = 2.0
 """How often one looks whether another run is done with a stage."""
 
-START_SECONDS = 10.0
-"""What the end of a run waits for actors that are still joining."""
+CALL_SECONDS = 20.0
+"""How long an actor waits for its first call, which is sent as soon as it is asked for."""
 
 _TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -420,21 +422,15 @@ class _Pool:
         ray.kill(self.serving.pop(reference))
 
     def shrink(self) -> None:
-        """End what has no work, beyond the minimum while others are at work.
-
-        One that is joining is ended when it has started: Ray lets a kill pass that comes while an
-        actor is being made, and holds that actor's place for good.
-        """
+        """End what has no work, beyond the minimum while others are at work."""
+        while self.joining:
+            ray.kill(self.joining.popitem()[1])
         kept = self.first.resources.min_replicas if self.serving else 0
         while self.idle and self.size > kept:
             ray.kill(self.idle.pop())
 
     def release(self) -> None:
-        for actor in (*self.idle, *self.serving.values()):
-            ray.kill(actor)
-        if self.joining:  # see `shrink`
-            ray.wait([*self.joining], num_returns=len(self.joining), timeout=START_SECONDS)
-        for actor in self.joining.values():
+        for actor in (*self.idle, *self.serving.values(), *self.joining.values()):
             ray.kill(actor)
 
 
@@ -486,13 +482,24 @@ def _made(stage: Stage, maker: Maker, store: Store) -> Manifest:
 
 
 class Replica:
-    """An actor that makes one stage after another, and keeps what its process has loaded."""
+    """An actor that makes one stage after another, and keeps what its process has loaded.
+
+    Its process ends if it is not called soon. Ray passes over a kill that comes while an actor is
+    being made: without that the process would be nobody's, and hold its place for good.
+    """
+
+    def __init__(self) -> None:
+        self._forgotten = threading.Timer(CALL_SECONDS, os._exit, (1,))
+        self._forgotten.daemon = True
+        self._forgotten.start()
 
     def start(self) -> None:
         """Answer, once the process is there."""
+        self._forgotten.cancel()
 
     def make(self, stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest | Held:
         """Make one stage."""
+        self._forgotten.cancel()
         return _make_artifact(stage, maker, dead)
 
 

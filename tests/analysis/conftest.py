@@ -127,6 +127,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         files.mkdir("analysis-tests")
         yield files
     finally:
+        files.rm("analysis-tests", recursive=True)  # servers of one process share what they hold
         server.stop()
         fsspec.filesystem("s3").clear_instance_cache()
 

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from cluster.graph import Graph, Resources, Stage
-from cluster.run import WorkerLostError, run
+from cluster.run import CALL_SECONDS, Replica, WorkerLostError, run
 from cluster.store import Failure, Manifest, Partial, Store
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -49,9 +49,15 @@ def add(
         word, argument = "sleep", "0"
     if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if word == "sleep":
+    if word in ("sleep", "wait-for", "tell"):
         (output / "started").write_text(str(time.time()))
-        time.sleep(float(argument))
+        if word == "sleep":
+            time.sleep(float(argument))
+        elif word == "tell":
+            Path(argument).touch()
+        deadline = time.monotonic() + 60
+        while word == "wait-for" and not Path(argument).exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
         (output / "pid").write_text(str(os.getpid()))
         (output / "ended").write_text(str(time.time()))
         word = "1"
@@ -268,8 +274,8 @@ def test_a_replica_joins_when_the_cluster_has_room_and_leaves_when_it_has_no_wor
         stage("begin", "1"),  # with `other`, so that this has its CPU before the pool asks for one
         *(stage(f"early-{n}", "sleep 0.2", "begin", pool="p", **bounds) for n in range(3)),
         *(stage(f"late-{n}", "sleep 0.5", "other", pool="p", **bounds) for n in range(4)),
-        stage("long", "sleep 3", "other", pool="p", **bounds),
-        stage("last", "sleep 0", *(f"late-{n}" for n in range(4))),
+        stage("long", f"wait-for {tmp_path / 'last'}", "other", pool="p", **bounds),
+        stage("last", f"tell {tmp_path / 'last'}", *(f"late-{n}" for n in range(4))),
     )
     outcome = run(plan, list(plan), add, store, VERSIONS)
     assert set(outcome.made) == set(plan)
@@ -289,22 +295,22 @@ def test_a_pool_waits_while_other_stages_take_all_the_workers(tmp_path: Path) ->
     assert set(outcome.made) == set(plan)
 
 
-def test_actors_that_are_not_wanted_before_they_have_started_keep_no_place(tmp_path: Path) -> None:
-    """With one stage at a time the task's turn comes while both pools' actors are being made, at
-    one moment of that or another."""
-    for attempt in range(8):
-        store = Store(str(tmp_path / str(attempt)))
-        plan = graph(stage("a", "1", pool="p"), stage("b", "1", pool="q"), stage("task", "sleep 0"))
-
-        def started(stage: Stage, seconds: float = 0.01 * attempt) -> None:
-            time.sleep(seconds)
-
-        outcome = run(plan, list(plan), add, store, VERSIONS, workers=1, started=started)
-        assert set(outcome.made) == set(plan)
-    deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, "an actor that nobody has holds a CPU"
-        time.sleep(0.2)
+@pytest.mark.usefixtures("ray_of_its_own")
+def test_an_actor_that_nobody_calls_gives_its_place_back() -> None:
+    """As one is left that was killed while it was being made."""
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        forgotten, called = (ray.remote(Replica).options(num_cpus=0.5) for _ in range(2))
+        kept = forgotten.remote(), called.remote()
+        ray.get(kept[1].start.remote())
+        deadline = time.monotonic() + 3 * CALL_SECONDS
+        while ray.available_resources().get("CPU") != 0.5:
+            assert time.monotonic() < deadline, "an actor that nobody calls holds a CPU"
+            time.sleep(0.5)
+        time.sleep(CALL_SECONDS / 4)
+        ray.get(kept[1].start.remote())  # the other is there still
+    finally:
+        ray.shutdown()
 
 
 def test_a_pool_outlives_more_lost_replicas_than_one_stage_may_lose(tmp_path: Path) -> None:
