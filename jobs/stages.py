@@ -1,9 +1,10 @@
 """Where a spec meets the function that makes its artifact."""
 
+import gc
 import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
@@ -82,13 +83,12 @@ def execute(
     Raises:
         WorkerLostError: if this process can make no further stage.
     """
-    import torch
-
     keep_freed_memory()
+    spec = _ANY_STAGE.validate_json(payload)
+    module = _imported(MODULES[stage_name(spec)])
+    torch = _imported("torch")
     torch.set_num_threads(cpus)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    spec = _ANY_STAGE.validate_json(payload)
-    module = importlib.import_module(MODULES[stage_name(spec)])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     report: dict[str, Any]
@@ -102,6 +102,19 @@ def execute(
     return report
 
 
+def _imported(name: str) -> Any:
+    """The module. To look for garbage among so many new objects, of which none is, would take a
+    fifth of the time in which a process begins its first stage, and a second now and then later."""
+    first = "torch" not in sys.modules
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        if first:  # a later one would keep what an earlier stage has left
+            gc.freeze()
+        gc.enable()
+
+
 def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Path]:
     """Of what the stage reads from the hub, those that the store has copies of."""
     if not any(key.startswith(HUB) for key in artifacts):
@@ -110,7 +123,7 @@ def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Pat
 
 
 def _run(
-    module: ModuleType,
+    module: Any,
     spec: StageSpec,
     artifacts: Mapping[str, Path],
     output: Path,

@@ -10,7 +10,6 @@ from pathlib import Path
 import boto3
 import psutil
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests.e2e.conftest import (
     RAY,
@@ -19,8 +18,8 @@ from tests.e2e.conftest import (
     calprune,
     command,
     environment,
-    free_port,
 )
+from tests.s3 import S3Server
 
 SECRET = "planted-secret-0123456789"
 
@@ -104,19 +103,18 @@ def test_a_log_goes_on_where_a_lost_connection_left_it_and_ends_with_the_jobs_ex
 
 
 @pytest.fixture
-def bucket() -> Iterator[tuple[str, dict[str, str]]]:
-    """An S3 server with a bucket: its URL, and the environment by which it is reached."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+def throttled() -> Iterator[tuple[S3Server, dict[str, str]]]:
+    """An S3 server with a bucket, and the environment by which it is reached."""
+    server = S3Server()
     variables = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": server.endpoint,
         "AWS_ACCESS_KEY_ID": "calprune",
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     _client(variables).create_bucket(Bucket="bucket")
-    yield "s3://bucket/store", variables
+    server.every = 50
+    yield server, variables
     server.stop()
 
 
@@ -169,13 +167,14 @@ def _kill(node: subprocess.Popen[bytes]) -> None:
     node.wait()
 
 
-def test_a_submitted_grid_outlives_a_node_and_leaves_the_same_table_in_s3_and_no_secret_anywhere(
+def test_a_submitted_grid_outlives_a_node_and_leaves_its_table_in_a_throttled_s3_and_no_secret(
     finished: tuple[Path, Finished],
     grid: Path,
     ray_head: Head,
-    bucket: tuple[str, dict[str, str]],
+    throttled: tuple[S3Server, dict[str, str]],
 ) -> None:
-    url, variables = bucket
+    server, variables = throttled
+    url = "s3://bucket/store"
     s3 = _client(variables)
     node = _join(ray_head)
     words = ["submit", grid, "--store", url, "--address", ray_head.address]
@@ -205,6 +204,8 @@ def test_a_submitted_grid_outlives_a_node_and_leaves_the_same_table_in_s3_and_no
     reader.join()
     log = "".join(output)
     assert code == 0, log
+    assert server.refused > 0
+    server.every = 0
     assert _content(s3, "store/results/tiny.csv") == (finished[0] / "results/tiny.csv").read_bytes()
     assert "bucket/store/results/tiny.parquet" in log
     assert SECRET not in log

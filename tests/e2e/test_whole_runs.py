@@ -84,15 +84,6 @@ def test_plan_prints_stages_and_what_is_there_and_runs_nothing(
     assert [word for word in line.split() if word.isdigit()] == ["11", "11", "0"]
 
 
-def test_one_worker_leaves_the_same_bytes_as_many(
-    finished: Finish, begun: Path, grid: Path
-) -> None:
-    run = calprune("run", grid, "--store", begun, "--workers", "1")
-    assert run.returncode == 0, run.stderr
-    assert checksums(begun) == checksums(finished[0])
-    assert table_bytes(begun) == table_bytes(finished[0])
-
-
 def test_a_killed_driver_loses_no_finished_artifact(
     finished: Finish, begun: Path, grid: Path
 ) -> None:
@@ -206,11 +197,11 @@ def test_a_store_that_cannot_be_written_is_refused(grid: Path, tmp_path: Path) -
     assert "Traceback" not in run.stderr
 
 
-def test_a_submitted_job_leaves_the_same_table(
+def test_a_submitted_job_of_one_worker_leaves_the_same_bytes_as_many(
     finished: Finish, begun: Path, grid: Path, ray_head: Head
 ) -> None:
     project = Path(__file__).parents[2]
-    words = ["run", str(grid), "--store"]
+    words = ["run", str(grid), "--workers", "1", "--store"]
     submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", ray_head.address]
     submit += ["--working-dir", str(project), "--", "python", "-m", "jobs", *words]
     job = subprocess.run([*submit, str(begun)], env=environment(), capture_output=True, text=True)
