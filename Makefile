@@ -22,8 +22,10 @@ demo: $(STAMP)  ## prune the testbed model 52 ways, print the table, write the r
 	$(BIN)/python -m analysis report $(STORE) --grid demo --reference mismatched
 
 # Two files at a time, as most tests wait; a thread each, as torch's wait for each other on few cores.
+# Whole runs come before the many short files, so that neither of the two is idle at the end.
 test: check $(VLLM_STAMP)  ## all checks and tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+		--no-loadscope-reorder
 
 check: $(STAMP)  ## format, lint, types and import rules
 	$(BIN)/ruff format --check .
