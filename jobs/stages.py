@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
@@ -102,7 +103,7 @@ def execute(
     return report
 
 
-def _imported(name: str) -> Any:
+def _imported(name: str) -> ModuleType:
     """The module. To look for garbage among so many new objects, of which none is, would take a
     fifth of the time in which a process begins its first stage, and a second now and then later."""
     first = "torch" not in sys.modules
@@ -123,7 +124,7 @@ def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Pat
 
 
 def _run(
-    module: Any,
+    module: ModuleType,
     spec: StageSpec,
     artifacts: Mapping[str, Path],
     output: Path,

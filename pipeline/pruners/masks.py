@@ -98,7 +98,8 @@ def _smallest_of_few(
     """
     word = _WORDS[group]
     mask = np.empty(len(scores), dtype=np.bool_)
-    later = sum((group - 1 - place) << 8 * place for place in range(group))
+    later = int.from_bytes(reversed(range(group)), "little")
+    ones = int.from_bytes([1] * group, "little")
     step = _CACHED // group * group
     for start in range(0, len(scores), step):
         part = scores[start : start + step]
@@ -109,8 +110,7 @@ def _smallest_of_few(
         for distance in range(1, group):
             # of equal scores the first stands before the other
             np.less_equal(part[:-distance], part[distance:], out=first[:-distance])
-            inside = sum(1 << 8 * place for place in range(group - distance))
-            before = first.view(word) & word(inside)
+            before = first.view(word) & word(ones >> 8 * distance)
             ranks -= before
             ranks += before << word(8 * distance)
         np.less(ranks.view(np.uint8), zeros, out=mask[start : start + step])

@@ -12,8 +12,8 @@ import sys
 import torch
 from pipeline.heap import keep_freed_memory
 
-class Heap(ctypes.Structure):  # struct mallinfo2 of malloc.h
-    _fields_ = [(name, ctypes.c_size_t) for name in (
+class Heap(ctypes.Structure):  # struct mallinfo of malloc.h, which every glibc has
+    _fields_ = [(name, ctypes.c_int) for name in (
         "arena", "ordblks", "smblks", "hblks", "hblkhd",
         "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
     )]
@@ -23,8 +23,8 @@ if sys.argv[1] == "kept":
 blocks = [torch.ones(1 << 20) for _ in range(int(sys.argv[2]))]  # of 4 MiB each
 del blocks
 libc = ctypes.CDLL(None)
-libc.mallinfo2.restype = Heap
-print(libc.mallinfo2().fordblks >> 22)
+libc.mallinfo.restype = Heap
+print(libc.mallinfo().fordblks >> 22)
 """
 
 
