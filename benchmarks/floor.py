@@ -44,8 +44,8 @@ def _hessians(geometry: Geometry) -> int:
 
 
 def _inverses(geometry: Geometry) -> int:
-    """Of each Hessian: Cholesky factor (n^3 / 3), inverse from it (2 n^3 / 3), its factor."""
-    return sum(4 * columns**3 // 3 for columns in _inputs(geometry))
+    """Of each Hessian the inverse's factor: a Cholesky factor (n^3 / 3), and its inverse."""
+    return sum(2 * columns**3 // 3 for columns in _inputs(geometry))
 
 
 def _updates(geometry: Geometry) -> int:

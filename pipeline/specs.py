@@ -697,6 +697,10 @@ class DescribeSpec(StageSpec):
 class PrunerSpec(Spec):
     """The options of a pruner, told apart by its name."""
 
+    version: ClassVar[int] = 1
+    """Raised when it prunes otherwise with the same options: only its own prunings, and what
+    follows them, have other keys then."""
+
     calibrated: ClassVar[bool] = True
     """Whether it takes data."""
 
@@ -736,6 +740,7 @@ class SparseGPT(PrunerSpec):
     """Optimal brain surgeon by column blocks, with weight updates (arXiv 2301.00774)."""
 
     name: Literal["sparsegpt"] = "sparsegpt"
+    version: ClassVar[int] = 2
     updates_weights: ClassVar[bool] = True
 
     damping: float = Field(default=0.01, gt=0.0)
@@ -750,6 +755,7 @@ class DSnoT(PrunerSpec):
     output to zero (arXiv 2310.08915)."""
 
     name: Literal["dsnot"] = "dsnot"
+    version: ClassVar[int] = 2
 
     initial: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
     """Whose score chooses the initial mask, in each row or group; of SparseGPT's the score alone,
@@ -802,6 +808,7 @@ class ALPS(PrunerSpec):
     (arXiv 2406.07831)."""
 
     name: Literal["alps"] = "alps"
+    version: ClassVar[int] = 2
     updates_weights: ClassVar[bool] = True
 
     damping: float = Field(default=0.01, gt=0.0)
@@ -982,11 +989,14 @@ class PruneSpec(StageSpec):
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
-        """As of any stage, and the version of the outliers, whose spec these fields give."""
+        """As of any stage, with the version of the pruner above the first, and that of the
+        outliers, whose spec these fields give."""
         lineage = super().lineage
-        if self.outliers is None:
-            return lineage
-        return {**lineage, "outliers": {"version": self.outliers.version}}
+        if self.pruner.version > 1:
+            lineage["pruner"] = {**lineage["pruner"], "version": self.pruner.version}
+        if self.outliers is not None:
+            lineage["outliers"] = {"version": self.outliers.version}
+        return lineage
 
     def inputs(self) -> tuple[StageSpec, ...]:
         """The model, the calibration set if the pruner takes data, and the outliers."""

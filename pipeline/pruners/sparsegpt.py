@@ -1,6 +1,7 @@
 """SparseGPT: one-shot pruning by the optimal brain surgeon (arXiv 2301.00774)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ DAMPING_RAISES = 5
 """How often the damping is raised tenfold before a Hessian counts as not invertible."""
 
 INNER_COLUMNS = 32
-"""Columns of a block whose errors are taken out of each other one by one, and out of the block's
-later ones together."""
+"""Columns of a block of which the earlier errors are taken out together, and their own one by one.
+A pattern has its groups in their place."""
 
 
 def prune_by_sparsegpt(
@@ -55,41 +56,51 @@ def prune_by_sparsegpt(
 
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # [columns, rows]
     mask = torch.zeros_like(remaining, dtype=torch.bool)
-    group = 1 if pattern is None else pattern[1]
-    width = max(group, options.block_size // group * group)  # cuts no group
-    inner_width = max(group, INNER_COLUMNS // group * group)
+    group, width = INNER_COLUMNS, options.block_size
+    if pattern is not None:
+        group = pattern[1]
+        width = max(group, width // group * group)  # cuts no group
     chosen = 0
     for start in range(0, columns, width):
         end = min(start + width, columns)
-        block = remaining[start:end]
-        errors = torch.zeros_like(block)
+        block, block_mask = remaining[start:end], mask[start:end]
+        block_scale, block_dead = scale[start:end], dead[start:end]
         if pattern is None:
             wanted = zeros_in(sparsity, rows * end) - chosen
-            scores = sparsegpt_scores(block.T, scale[start:end], dead[start:end])
-            mask[start:end] = smallest(scores, wanted).T
+            scores = sparsegpt_scores(block.T, block_scale, block_dead)
+            block_mask.copy_(smallest(scores, wanted).T)
             chosen += wanted
-        for first in range(start, end, inner_width):  # few columns, which a CPU's cache holds
-            last = min(first + inner_width, end)
-            inner = remaining[first:last]
-            inner_errors = errors[first - start : last - start]
-            if pattern is None:
-                inner_errors.copy_(mask[first:last]).div_(diagonal[first:last, None])
-            # views are taken once: on small matrices they would cost more than the arithmetic
-            taken = zip(inner, inner_errors, upper[first:last, first:last], strict=True)
-            for place, (column, error, later) in enumerate(taken):
-                if pattern is not None and place % group == 0:
-                    part = slice(first + place, first + place + group)
-                    scores = sparsegpt_scores(remaining[part].T, scale[part], dead[part])
-                    mask[part] = smallest_in_groups(scores, *pattern).T
-                    chosen_errors = inner_errors[place : place + group]
-                    chosen_errors.copy_(mask[part]).div_(diagonal[part, None])
-                error.mul_(column)  # it was 1 / U_jj where masked, and 0 elsewhere
-                inner[place + 1 :].addr_(later[place + 1 :], error, alpha=-1)
-            remaining[last:end].addmm_(upper[first:last, last:end].T, inner_errors, alpha=-1)
+        errors = torch.zeros_like(block)
+        lower = upper[start:end, start:end].T.contiguous()
+        for first in range(0, end - start, group):
+            part = slice(first, first + group)
+            block[part].addmm_(lower[part, :first], errors[:first], alpha=-1)
+            if pattern is not None:
+                scores = sparsegpt_scores(block[part].T, block_scale[part], block_dead[part])
+                block_mask[part] = smallest_in_groups(scores, *pattern).T
+            torch.div(block_mask[part], diagonal[start:end][part, None], out=errors[part])
+            _take_errors(block[part], errors[part], lower[part, part])
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     mask = mask.T.contiguous()
     updated = remaining.T.contiguous().masked_fill_(mask, 0.0)
     return Pruned(mask=mask, weight=updated, facts={"dead_columns": float(dead.sum()), **facts})
+
+
+def _take_errors(columns: Tensor, errors: Tensor, lower: Tensor) -> None:
+    """Take each column's error out of the later ones, in place.
+
+    Args:
+        columns: of the weight, `[columns, rows]`.
+        errors: 1 / U_jj where a weight is masked, 0 elsewhere, of the same shape; becomes E_j.
+        lower: U^T for these columns.
+    """
+    arrays: list[Any] = [columns, errors, lower]
+    if columns.is_cpu:  # numpy takes a third of torch's time for so little arithmetic
+        arrays = [each.numpy() for each in arrays]
+    columns, errors, lower = arrays
+    for place, (column, error) in enumerate(zip(columns, errors, strict=True)):
+        column -= lower[place, :place] @ errors[:place]
+        error *= column
 
 
 def sparsegpt_scores(weight: Tensor, scale: Tensor, dead: Tensor) -> Tensor:
@@ -123,12 +134,15 @@ def _inverse_factor(
     mean = hessian.diagonal().mean()
     for raises in range(DAMPING_RAISES + 1):
         share = damping * 10**raises
-        damped = hessian.clone()
-        damped.diagonal().add_(share * mean).masked_fill_(dead, 1.0)
+        # From the last column to the first H = R R^T with R upper triangular, so R^-1 is the
+        # factor of the inverse: half the work of inverting and factoring again.
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(share * mean).masked_fill_(dead.flip(0), 1.0)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(upper.isfinite().all()):
+            upper = torch.eye(len(lower), device=lower.device)
+            torch.linalg.solve_triangular(lower.flip(0, 1), upper, upper=True, out=upper)
+            if bool(upper.isfinite().all()):
                 return upper, {"damping": share, "damping_raises": float(raises)}
     raise ValueError(
         f"the Hessian cannot be inverted, even with a damping of {share:g}: use more windows, "

@@ -119,6 +119,16 @@ def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
     }
 
 
+def test_raising_a_pruners_version_changes_what_it_prunes_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = {name: spec.key for name, spec in examples().items()}
+    monkeypatch.setattr(Wanda, "version", 99)
+    after = {name: spec.key for name, spec in examples().items()}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"prune by Wanda", "evaluate", "generate from a pruned model"}
+
+
 def owl_of(**changes: object) -> PruneSpec:
     model = PretrainSpec(mixture={"facts": 1.0})
     fields = {

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.statistics import STATISTICS, Statistic
+from pipeline.statistics import HESSIAN_ROWS, STATISTICS, Statistic
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,16 @@ def test_parts_of_the_windows_merge_to_what_all_of_them_say(
     one.merge(two)
     close(one.value, exact(name, inputs))
     assert torch.equal(two.value, before)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1, HESSIAN_ROWS + 1])
+def test_a_hessian_of_several_strips_is_whole_after_every_batch(beyond: int) -> None:
+    inputs = windows(4, 5, HESSIAN_ROWS + beyond, seed=4)
+    statistic, other = (gathered("hessian", [inputs[[part]]], 4) for part in (0, 1))
+    close(statistic.value, exact("hessian", inputs[:1]))
+    statistic.update(inputs[2:])
+    statistic.merge(other)
+    close(statistic.value, exact("hessian", inputs))
 
 
 @pytest.mark.parametrize("name", STATISTICS)
