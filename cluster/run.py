@@ -58,6 +58,7 @@ class Execute(Protocol):
     ) -> dict[str, Any]: ...
 
 
+Prepare = Callable[[str], None]
 Observe = Callable[[Stage, Manifest | Failure], None]
 Started = Callable[[Stage], None]
 Replicas = Callable[[Mapping[str, int]], None]
@@ -91,6 +92,7 @@ class Maker:
     store: str
     versions: dict[str, str]
     run: str
+    prepare: Prepare = lambda payload: None
 
 
 def run(
@@ -100,6 +102,7 @@ def run(
     store: Store,
     versions: Mapping[str, str],
     *,
+    prepare: Prepare = lambda payload: None,
     workers: int | None = None,
     observe: Observe = lambda stage, result: None,
     started: Started = lambda stage: None,
@@ -108,13 +111,15 @@ def run(
     """Make the targets and all they need that the store does not hold.
 
     Args:
+        prepare: is given a stage's payload before its seconds are counted, for what takes a process
+            long once and is no stage's own.
         workers: stages at work at one time, at the most; None leaves that to the cluster's size.
         observe: told of every stage that ends.
         started: told of every stage that is handed to Ray, again when it is tried again.
         replicas: told how many actors there are for each kind of stage, now and then.
     """
     with leases.Claim(store, graph.keys()) as claim:
-        maker = Maker(execute, store.url, dict(versions), claim.run)
+        maker = Maker(execute, store.url, dict(versions), claim.run, prepare)
         begun = _Run(graph, targets, maker, store, workers, observe)
         begun.started, begun.replicas = started, replicas
         return begun.to_the_end()
@@ -464,6 +469,7 @@ def _make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest
 
 
 def _made(stage: Stage, maker: Maker, store: Store) -> Manifest:
+    maker.prepare(stage.payload)
     started = time.monotonic()
     artifacts = {key: store.fetch(key) for key in stage.inputs}
     with store.attempt(stage.key) as attempt, PeakMemory() as memory:

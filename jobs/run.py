@@ -15,7 +15,7 @@ from cluster.store import Store
 from jobs.fetch import with_copies
 from jobs.plan import Plan
 from jobs.progress import progress_of
-from jobs.stages import execute
+from jobs.stages import execute, prepare
 from jobs.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
             execute,
             store,
             versions,
+            prepare=prepare,
             workers=workers,
             observe=watch.ended,
             started=watch.started,

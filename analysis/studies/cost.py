@@ -69,9 +69,8 @@ def answer(table: pd.DataFrame) -> Answer:
         certainty += "." if more.shown else ", so that more samples pay is not shown."
     dearer = _dearer_pruner(corpus, smallest, prune)
     caveat = (
-        f"{dearer} Seconds are those of this run's machine, all shards added up, and the start of "
-        "a process counts with the set that it made first; a large model generates for much longer "
-        "than it is pruned, unless an engine batches well."
+        f"{dearer} Seconds are those of this run's machine, all shards added up; a large model "
+        "generates for much longer than it is pruned, unless an engine batches well."
     )
     figure = point_figure(
         f"Gain against device-seconds spent, from pruning with the {CORPUS} corpus",

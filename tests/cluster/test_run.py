@@ -3,13 +3,14 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
 from cluster.graph import Graph, Resources, Stage
-from cluster.run import CALL_SECONDS, Replica, WorkerLostError, run
+from cluster.run import CALL_SECONDS, Maker, Replica, WorkerLostError, _made, run
 from cluster.store import Failure, Manifest, Partial, Store
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -93,6 +94,37 @@ def test_stages_run_after_their_inputs_and_leave_artifacts(tmp_path: Path) -> No
     assert manifest.report == {"total": 1112, "cpus": 1}
     assert manifest.versions == VERSIONS
     assert manifest.peak_memory_bytes is None or manifest.peak_memory_bytes > 1 << 20
+
+
+def test_seconds_begin_after_a_process_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [50.0]
+    prepared: list[str] = []
+    monkeypatch.setattr("cluster.run.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def prepare(payload: str) -> None:
+        prepared.append(payload)
+        clock[0] += 100
+
+    def execute(*given: Any) -> dict[str, Any]:
+        clock[0] += 7
+        return add(*given)
+
+    store = Store(str(tmp_path / "store"))
+    maker = Maker(execute, store.url, VERSIONS, "run", prepare)
+    made = _made(stage("a", "1"), maker, store)
+    assert prepared == ["1"]
+    assert made.seconds == 7
+
+
+def test_a_process_that_cannot_be_prepared_is_a_recorded_failure(tmp_path: Path) -> None:
+    def prepare(payload: str) -> None:
+        raise ModuleNotFoundError(f"no module for {payload}")
+
+    store = Store(str(tmp_path / "store"))
+    outcome = run(graph(stage("a", "1")), ["a"], add, store, VERSIONS, prepare=prepare)
+    assert outcome.failed["a"].error == "ModuleNotFoundError: no module for 1"
 
 
 def test_what_is_in_the_store_is_not_made_again(tmp_path: Path) -> None:
