@@ -14,7 +14,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from analysis.evidence import Estimate
 from analysis.figures import COLOURS, GREY, MARKERS, STYLE
@@ -178,15 +180,18 @@ def point_figure(
     log_x: bool = False,
     note: str = "Bars: 95 % intervals over seeds.",
 ) -> Figure:
-    """A panel for each name, named points; groups differ by colour and marker."""
+    """A panel for each name, named points; groups differ by colour and marker. A name stands above
+    its point, or below it where it would touch the name of a higher one."""
     with rc_context(STYLE):
         figure = _figure(title, len(panels), note)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         groups = list(dict.fromkeys(point.group for points in panels.values() for point in points))
         places = [point.x for points in panels.values() for point in points]
+        names: list[list[Annotation]] = []
         for panel, (name, points) in zip(axes, panels.items(), strict=True):
             panel.set_title(name, loc="left")
-            for point in points:
+            names.append([])
+            for point in sorted(points, key=lambda point: -point.y):
                 place = groups.index(point.group)
                 colour = COLOURS[place % len(COLOURS)]
                 if math.isfinite(point.low):
@@ -194,7 +199,7 @@ def point_figure(
                 panel.plot(
                     point.x, point.y, MARKERS[place % len(MARKERS)], color=colour, markersize=5
                 )
-                panel.annotate(
+                label = panel.annotate(
                     point.name,
                     (point.x, point.y),
                     xytext=(5, 3),
@@ -202,6 +207,7 @@ def point_figure(
                     fontsize=7,
                     color=colour,
                 )
+                names[-1].append(label)
             if log_x:
                 panel.set_xscale("log")
                 panel.set_xlim(min(places) / 1.5, 3 * max(places))
@@ -212,7 +218,19 @@ def point_figure(
             panel.grid(color="#e6e6e6", linewidth=0.7)
             panel.margins(y=0.1)
         axes[0].set_ylabel(y_label)
+        figure.draw_without_rendering()
+        for labels in names:
+            _move_apart(labels)
     return figure
+
+
+def _move_apart(labels: Sequence[Annotation]) -> None:
+    """Move a name below its point where it overlaps one before it."""
+    taken: list[Bbox] = []
+    for label in labels:
+        if label.get_window_extent().count_overlaps(taken):
+            label.set_position((5, -10))
+        taken.append(label.get_window_extent())
 
 
 def _figure(title: str, panels: int, note: str, height: float = PANEL[1]) -> Figure:

@@ -61,3 +61,17 @@ def test_equal_points_give_equal_bytes() -> None:
         svg_bytes(point_figure("title", {"all": points}, "x", "y", log_x=True)) for _ in range(2)
     ]
     assert drawn[0] == drawn[1]
+
+
+def test_names_of_neighbouring_points_do_not_overlap() -> None:
+    points = [
+        Point("24 samples", 1.0, 0.0),
+        Point("192 samples", 5.1, 9.9),
+        Point("96 samples", 5.0, 10.0),
+    ]
+    figure = point_figure("title", {"all": points}, "x", "y", log_x=True)
+    labels = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
+    extents = [label.get_window_extent() for label in labels]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2))
+    below = [label.get_text() for label in labels if label.xyann[1] < 0]
+    assert below == ["192 samples"]
