@@ -4,14 +4,14 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from cluster.store import CorruptArtifactError, Manifest, Store
 from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
-from pipeline.specs import LocalModel, Model, PruneSpec, StageSpec
+from pipeline.specs import LocalModel, Model, PruneSpec, StageSpec, without_versions
 
 _AGAIN = "run its grid again, then export"
 
@@ -82,25 +82,12 @@ def stored_spec(manifest: Manifest, kind: type[AnyStage]) -> AnyStage:
     """
     remedy = f"was made by another release of calprune; {_AGAIN}"
     try:
-        spec = kind.model_validate(_without_versions(manifest.spec))
+        spec = kind.model_validate(without_versions(manifest.spec))
     except ValidationError as error:
         raise InputError("key", manifest.key, remedy) from error
     if spec.key != manifest.key:
         raise InputError("key", manifest.key, remedy)
     return spec
-
-
-def _without_versions(lineage: Any) -> Any:
-    """A lineage as the specs' own fields, which the stages' versions are not."""
-    match lineage:
-        case {"kind": _, "version": int(), **fields}:
-            return _without_versions(fields | {"kind": lineage["kind"]})
-        case dict():
-            return {name: _without_versions(value) for name, value in lineage.items()}
-        case list():
-            return [_without_versions(item) for item in lineage]
-        case _:
-            return lineage
 
 
 def _check_dense(model: Model) -> None:

@@ -70,6 +70,21 @@ class StageSpec(Spec):
         return ()
 
 
+def without_versions(lineage: Any) -> Any:
+    """A lineage as the specs' own fields, which the versions in it are not."""
+    if isinstance(lineage, list):
+        return [without_versions(item) for item in lineage]
+    if not isinstance(lineage, dict):
+        return lineage
+    fields = {name: without_versions(value) for name, value in lineage.items()}
+    if "kind" in lineage and isinstance(lineage.get("version"), int):
+        del fields["version"]
+        if fields["kind"] == "prune":
+            fields.pop("outliers", None)
+            fields["pruner"].pop("version", None)
+    return fields
+
+
 def canonical_json(value: object) -> bytes:
     """JSON with sorted keys and no white space: equal values give equal bytes."""
     return json.dumps(

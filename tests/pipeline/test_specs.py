@@ -29,7 +29,9 @@ from pipeline.specs import (
     TestbedTasksSpec,
     Wanda,
     WindowsSpec,
+    canonical_json,
     parse_pattern,
+    without_versions,
 )
 
 KEYS = Path(__file__).with_name("keys.json")
@@ -99,6 +101,12 @@ def test_a_spec_survives_json_with_its_key() -> None:
         again = type(spec).model_validate_json(spec.model_dump_json())
         assert again == spec
         assert again.key == spec.key
+
+
+def test_a_lineage_tells_the_spec_that_it_is_of() -> None:
+    for spec in examples().values():
+        told = json.loads(canonical_json(spec.lineage))
+        assert type(spec).model_validate(without_versions(told)) == spec
 
 
 def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
