@@ -102,11 +102,13 @@ def prune_by_dsnot(
     if pattern is None:
         listed = _both_signs(wanda, -contributions, ~mask, options.max_cycles)
         returning.masked_fill_(listed < 0, -1)  # none comes back for which none is left to go
-        leaving = _from_list(listed)
+        leave = _from_list(listed, returning, contributions)
     else:
-        leaving = _from_group(initial.masked_fill(mask, torch.inf), pattern[1])
+        scores = initial.masked_fill(mask, torch.inf)
+        leave = _from_group(scores, pattern[1], returning, contributions)
     same_sign = options.same_sign or pattern is not None
-    swaps = _swap(mask, contributions, returning, leaving, same_sign, options)
+    error = (contributions * mask).sum(dim=1, dtype=torch.float64)
+    swaps = _swap(mask, error, returning, leave, same_sign, options)
     return Pruned(mask=mask, facts={**swaps, **facts})
 
 
@@ -137,9 +139,9 @@ def _relative(variances: Tensor, power: float) -> Tensor:
 _BEHIND = 1e37
 """Beyond all keys, and far from float32's largest number."""
 
-_Leaving = Callable[[Tensor, Tensor], Tensor]
-"""From where each row is in the flattened `[2, rows, count + 1]` list of what comes back, and the
-column there, to the column that goes, -1 if there is none; all `[rows]`."""
+_Leave = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From where each row is in the flattened `[2, rows, count + 1]` list of what comes back to the
+column that goes, -1 if there is none, and by how much the two change the error; all `[rows]`."""
 
 
 def _both_signs(keys: Tensor, signs: Tensor, candidates: Tensor, count: int) -> Tensor:
@@ -164,12 +166,15 @@ def _ordered(keys: Tensor, candidates: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(columns, (0, 1), value=-1)
 
 
-def _from_list(columns: Tensor) -> _Leaving:
-    """The one in the same place of another list `[2, rows, count + 1]`."""
-    return lambda place, back: columns.take(place)
+def _from_list(listed: Tensor, returning: Tensor, contributions: Tensor) -> _Leave:
+    """What stands in the same place of another list `[2, rows, count + 1]`."""
+    both = contributions.expand(2, *contributions.shape)
+    gone, back = (both.gather(2, each.clamp(min=0)).double() for each in (listed, returning))
+    change = gone - back
+    return lambda place: (listed.take(place), change.take(place))
 
 
-def _from_group(scores: Tensor, group: int) -> _Leaving:
+def _from_group(scores: Tensor, group: int, returning: Tensor, contributions: Tensor) -> _Leave:
     """The smallest score in the group of the column that comes back; each goes once at the most.
 
     Args:
@@ -178,48 +183,51 @@ def _from_group(scores: Tensor, group: int) -> _Leaving:
     rows = torch.arange(len(scores), device=scores.device)
     places = torch.arange(group, device=scores.device)
 
-    def leaving(place: Tensor, back: Tensor) -> Tensor:
-        start = back.clamp(min=0) // group * group
-        column = start + scores.gather(1, start[:, None] + places).argmin(dim=1)
-        found = scores[rows, column].isfinite()
-        scores[rows, column] = torch.inf
-        return torch.where(found, column, -1)
+    def leave(place: Tensor) -> tuple[Tensor, Tensor]:
+        back = returning.take(place).clamp(min=0)
+        start = back // group * group
+        gone = start + scores.gather(1, start[:, None] + places).argmin(dim=1)
+        found = scores[rows, gone].isfinite()
+        scores[rows, gone] = torch.inf
+        change = contributions[rows, gone].double() - contributions[rows, back].double()
+        return torch.where(found, gone, -1), change
 
-    return leaving
+    return leave
 
 
 def _swap(
     mask: Tensor,
-    contributions: Tensor,
+    error: Tensor,
     returning: Tensor,
-    leaving: _Leaving,
+    leave: _Leave,
     same_sign: bool,
     options: DSnoT,
 ) -> dict[str, float]:
     """Change the mask `[rows, columns]` in place: one swap of every row at a time, of which each
-    row keeps those up to its smallest error, or all."""
-    starts = torch.arange(len(mask), device=mask.device) * mask.shape[1]
-    flat, flat_mask = contributions.view(-1), mask.view(-1)
-    # where each row is in the lists of those that come back while its error is of a sign
+    row keeps those up to its smallest error, or all.
+
+    Args:
+        error: of each row, in float64.
+        returning: columns `[2, rows, count + 1]`, as `_both_signs` lists them.
+    """
     count = returning.shape[2]
+    # where each row is in the lists of those that come back while its error is of a sign
     positive = torch.arange(len(mask), device=mask.device) * count
     negative = positive + len(mask) * count
-    first = (contributions * mask).sum(dim=1, dtype=torch.float64)
-    error, size = first, first.abs()
-    active = torch.ones_like(starts, dtype=torch.bool)
-    smallest, kept = size, torch.zeros_like(starts)
+    there = returning >= 0
+    first, size = error, error.abs()
+    active = torch.ones_like(positive, dtype=torch.bool)
+    smallest, kept = size, torch.zeros_like(positive)
     swaps: list[tuple[Tensor, Tensor, Tensor]] = []
     for cycle in range(1, options.max_cycles + 1):
         below = error < 0
         place = torch.where(below, negative, positive)
-        back = returning.take(place)
-        active = active & (size > options.update_threshold) & (back >= 0)
+        active = active & (size > options.update_threshold) & there.take(place)
         if not bool(active.any()):
             break
-        gone = leaving(place, back)
+        gone, change = leave(place)
         swapped = active & (gone >= 0)
-        back, gone = (starts + back).clamp_(min=0), (starts + gone).clamp_(min=0)
-        after = error + flat.take(gone) - flat.take(back)
+        after = error + change
         if same_sign:
             unturned = after.sign() == first.sign()
             active &= unturned | ~swapped
@@ -229,17 +237,17 @@ def _swap(
         below &= active
         negative = negative + below
         positive = positive + (active ^ below)
-        swaps.append((back, gone, swapped))
+        swaps.append((place, gone, swapped))
         better = swapped if options.keep == "all" else size < smallest
         smallest = torch.where(better, size, smallest)
         kept.masked_fill_(better, cycle)
     total = 0
     if swaps:
-        backs, gones, swapped_at = (torch.stack(each) for each in zip(*swaps, strict=True))
+        places, gone, swapped = (torch.stack(each) for each in zip(*swaps, strict=True))
         cycles = torch.arange(1, len(swaps) + 1, device=mask.device)[:, None]
-        lasting = swapped_at & (cycles <= kept)  # no weight is moved twice
-        flat_mask[backs[lasting]] = False
-        flat_mask[gones[lasting]] = True
-        total = int(lasting.sum())
+        at, row = (swapped & (cycles <= kept)).nonzero(as_tuple=True)  # none is moved twice
+        mask[row, returning.take(places[at, row])] = False
+        mask[row, gone[at, row]] = True
+        total = len(row)
     unsettled = (smallest > options.update_threshold).sum()
     return {"swaps": float(total), "rows_unsettled": float(unsettled)}
