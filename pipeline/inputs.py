@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import InputError, NonFiniteError
-from pipeline.matrices import STARVED_TOKENS, Matrix
+from pipeline.matrices import STARVED_TOKENS, Matrix, is_finite
 from pipeline.statistics import STATISTICS, Statistic
 
 Observe = Callable[[Callable[[], object]], None]
@@ -75,7 +75,7 @@ class _Sums:
         for matrix, sums in zip(self._found, self._sums, strict=True):
             matrix.statistics = _totals(sums or {})
             for name, total in matrix.statistics.items():
-                if not bool(total.isfinite().all()):
+                if not is_finite(total):
                     raise NonFiniteError(f"{matrix.name}: its input has NaN or infinite {name}")
             if matrix.is_expert and matrix.tokens < STARVED_TOKENS:
                 width = matrix.weight.shape[1]

@@ -40,6 +40,12 @@ class Matrix:
         return self.is_expert and bool(self.statistics) and self.tokens < STARVED_TOKENS
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Their sum tells, which is one pass, unless it is too
+    large itself."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of a model's decoder layers: the list of modules with most weights.
 

@@ -18,7 +18,7 @@ from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_layers import FinishedLayers, Keep
 from pipeline.first_layer import FirstLayer
 from pipeline.layer_files import Record
-from pipeline.matrices import Matrix, decoder_layers, matrices
+from pipeline.matrices import Matrix, decoder_layers, is_finite, matrices
 from pipeline.models import Artifacts, load_tokenizer
 from pipeline.outliers import read_outlier_ratios
 from pipeline.pruners import PRUNERS, PrunerEntry
@@ -168,7 +168,7 @@ def prune_model(
 
 
 def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
-    if not bool(matrix.weight.isfinite().all()):
+    if not is_finite(matrix.weight):
         raise NonFiniteError(f"{matrix.name}: the weight has NaN or infinite values")
     columns = matrix.weight.shape[1]
     if pattern is not None and columns % pattern[1]:
@@ -190,7 +190,7 @@ def _prune_matrix(
     if pruned.weight is not None:
         assert options.updates_weights, f"{options.name} is said to leave weights as they are"
         weight.copy_(pruned.weight)
-        if not bool(weight.isfinite().all()):
+        if not is_finite(weight):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     weight.masked_fill_(pruned.mask, 0.0)
     check(

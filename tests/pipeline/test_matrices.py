@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.matrices import decoder_layers, matrices
+from pipeline.matrices import decoder_layers, is_finite, matrices
 
 GATED: dict[str, Any] = {
     "vocab_size": 96,
@@ -214,3 +214,14 @@ def test_a_model_without_decoder_layers_is_refused() -> None:
 def test_a_layer_without_linear_layers_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"blocks\.3.*no linear layer"):
         matrices("blocks.3", nn.LayerNorm(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_finite_also_where_their_sum_is_not(dtype: torch.dtype) -> None:
+    largest = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(largest)
+    assert is_finite(torch.zeros(0, 4, dtype=dtype))
+    for wrong in ([torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]):
+        values = torch.ones(3, 5, dtype=dtype)
+        values[1, : len(wrong)] = torch.tensor(wrong, dtype=dtype)
+        assert not is_finite(values)
