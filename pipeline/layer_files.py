@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.matrices import Matrix, decoder_layers, matrices
+from pipeline.pruners.masks import set_to_zero
 from pipeline.specs import canonical_json
 from pipeline.streaming import change
 
@@ -91,7 +92,7 @@ def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Record:
             tensor = file.get_tensor(matrix.name)
             if tensor.dtype == torch.uint8:
                 mask = _unpacked(path, matrix, tensor)
-                matrix.weight.masked_fill_(mask.to(matrix.weight.device), 0.0)
+                set_to_zero(matrix.weight, mask.to(matrix.weight.device))
             else:
                 matrix.weight.copy_(tensor)
         permutations = {

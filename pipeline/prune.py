@@ -22,6 +22,7 @@ from pipeline.matrices import Matrix, decoder_layers, is_finite, matrices
 from pipeline.models import Artifacts, load_tokenizer
 from pipeline.outliers import read_outlier_ratios
 from pipeline.pruners import PRUNERS, PrunerEntry
+from pipeline.pruners.masks import set_to_zero
 from pipeline.pruners.pruned import Pruned
 from pipeline.reuse import first_layer, streamed
 from pipeline.sparsity import MatrixSparsity, check, measure
@@ -192,7 +193,7 @@ def _prune_matrix(
         weight.copy_(pruned.weight)
         if not is_finite(weight):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
-    weight.masked_fill_(pruned.mask, 0.0)
+    set_to_zero(weight, pruned.mask)
     check(
         matrix.name,
         weight,

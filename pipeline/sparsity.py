@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pipeline.pruners.masks import zeros_in
@@ -30,7 +31,8 @@ class MatrixSparsity:
 def measure(name: str, weight: Tensor) -> MatrixSparsity:
     """Count the zeros of a weight `[out_features, in_features]`, whatever made them zero."""
     rows, columns = weight.shape
-    return MatrixSparsity(name, rows, columns, int((weight == 0).sum()))
+    zeros = weight.numel() - int(_nonzero(weight).count_nonzero())
+    return MatrixSparsity(name, rows, columns, zeros)
 
 
 def check(
@@ -64,13 +66,20 @@ def check(
     elif counted_per is not None:
         size = weight.shape[1] if counted_per == "row" else weight.numel()
         _check_count(name, mask, size, counted_per, zeros_in(sparsity, size))
-    left = int(((weight != 0) & mask).sum())
+    left = int((_nonzero(weight) & mask).count_nonzero())
     if left:
         raise SparsityError(f"{name}: {left} pruned weights are not zero")
 
 
+def _nonzero(weight: Tensor) -> Tensor:
+    """Where a weight is not zero."""
+    if weight.is_cpu and weight.dtype == torch.float32:  # numpy is three times as fast as torch
+        return torch.from_numpy(weight.detach().numpy() != 0)
+    return weight != 0
+
+
 def _check_count(name: str, mask: Tensor, size: int, place: str, wanted: int) -> None:
-    chosen = mask.reshape(-1, size).sum(dim=1)
+    chosen = mask.reshape(-1, size).sum(dim=1, dtype=torch.int32)
     wrong = chosen[chosen != wanted]
     if len(wrong):
         raise SparsityError(

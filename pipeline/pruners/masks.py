@@ -19,6 +19,9 @@ _CACHED = 2**16
 _WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 """By the size of a group, the word that has a byte for each of its scores, the first one lowest."""
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of a weight; the integer 0 is the weight 0."""
+
 _NAN = "a score is NaN: the weight or its statistics are not finite"
 
 
@@ -70,6 +73,14 @@ def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
     else:
         mask = smallest_in_rows(scores.reshape(-1, group), group - kept)
     return mask.view(scores.shape)
+
+
+def set_to_zero(weight: Tensor, mask: Tensor) -> None:
+    """Set a weight to zero in its place where the mask is True; all else keeps its bits.
+
+    On a CPU a product of integers is several times as fast as torch's masked fill.
+    """
+    weight.view(_INTEGERS[weight.dtype.itemsize]).mul_(~mask)
 
 
 def refuse_nan(scores: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pipeline.pruners.masks import smallest, smallest_in_groups, zeros_in
+from pipeline.pruners.masks import set_to_zero, smallest, smallest_in_groups, zeros_in
 from pipeline.pruners.pruned import Pruned
 from pipeline.specs import SparseGPT
 
@@ -82,7 +82,8 @@ def prune_by_sparsegpt(
             _take_errors(block[part], errors[part], lower[part, part])
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     mask = mask.T.contiguous()
-    updated = remaining.T.contiguous().masked_fill_(mask, 0.0)
+    updated = remaining.T.contiguous()
+    set_to_zero(updated, mask)
     return Pruned(mask=mask, weight=updated, facts={"dead_columns": float(dead.sum()), **facts})
 
 

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.pruners import masks
-from pipeline.pruners.masks import smallest, smallest_in_groups, smallest_in_rows, zeros_in
+from pipeline.pruners.masks import (
+    set_to_zero,
+    smallest,
+    smallest_in_groups,
+    smallest_in_rows,
+    zeros_in,
+)
 
 
 def scores(rows: int, columns: int, seed: int) -> Tensor:
@@ -129,3 +135,19 @@ def test_a_score_that_is_nan_is_an_error(place: int) -> None:
     ):
         with pytest.raises(ValueError, match="a score is NaN"):
             choose()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_set_to_zero_is_a_positive_zero_and_the_rest_keeps_its_bits(
+    dtype: torch.dtype,
+) -> None:
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0] = torch.tensor([-0.0, torch.nan, -torch.inf, 1e-45], dtype=dtype)
+    mask = torch.rand(6, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[0] = torch.tensor([False, True, True, False])
+    before = weight.clone()
+    expected = before.masked_fill(mask, 0.0)
+    set_to_zero(weight.T, mask.T)  # a view with other strides, as experts may have
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(weight.view(bits), expected.view(bits))
+    assert 0 < int(mask.sum()) < mask.numel()
