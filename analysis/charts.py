@@ -6,7 +6,7 @@ their end, so that no legend has to be matched by colour and a grey print can be
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -187,10 +187,8 @@ def point_figure(
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         groups = list(dict.fromkeys(point.group for points in panels.values() for point in points))
         places = [point.x for points in panels.values() for point in points]
-        names: list[list[Annotation]] = []
         for panel, (name, points) in zip(axes, panels.items(), strict=True):
             panel.set_title(name, loc="left")
-            names.append([])
             for point in sorted(points, key=lambda point: -point.y):
                 place = groups.index(point.group)
                 colour = COLOURS[place % len(COLOURS)]
@@ -199,7 +197,7 @@ def point_figure(
                 panel.plot(
                     point.x, point.y, MARKERS[place % len(MARKERS)], color=colour, markersize=5
                 )
-                label = panel.annotate(
+                panel.annotate(
                     point.name,
                     (point.x, point.y),
                     xytext=(5, 3),
@@ -207,7 +205,6 @@ def point_figure(
                     fontsize=7,
                     color=colour,
                 )
-                names[-1].append(label)
             if log_x:
                 panel.set_xscale("log")
                 panel.set_xlim(min(places) / 1.5, 3 * max(places))
@@ -219,15 +216,15 @@ def point_figure(
             panel.margins(y=0.1)
         axes[0].set_ylabel(y_label)
         figure.draw_without_rendering()
-        for labels in names:
-            _move_apart(labels)
+        for panel in axes:
+            _move_apart(panel.texts)
     return figure
 
 
-def _move_apart(labels: Sequence[Annotation]) -> None:
+def _move_apart(names: Iterable[Text]) -> None:
     """Move a name below its point where it overlaps one before it."""
     taken: list[Bbox] = []
-    for label in labels:
+    for label in names:
         if label.get_window_extent().count_overlaps(taken):
             label.set_position((5, -10))
         taken.append(label.get_window_extent())

@@ -58,7 +58,7 @@ class Execute(Protocol):
     ) -> dict[str, Any]: ...
 
 
-Prepare = Callable[[str], None]
+Prepare = Callable[[str], object]
 Observe = Callable[[Stage, Manifest | Failure], None]
 Started = Callable[[Stage], None]
 Replicas = Callable[[Mapping[str, int]], None]
@@ -92,7 +92,7 @@ class Maker:
     store: str
     versions: dict[str, str]
     run: str
-    prepare: Prepare = lambda payload: None
+    prepare: Prepare
 
 
 def run(
@@ -102,7 +102,7 @@ def run(
     store: Store,
     versions: Mapping[str, str],
     *,
-    prepare: Prepare = lambda payload: None,
+    prepare: Prepare = lambda kind: None,
     workers: int | None = None,
     observe: Observe = lambda stage, result: None,
     started: Started = lambda stage: None,
@@ -111,7 +111,7 @@ def run(
     """Make the targets and all they need that the store does not hold.
 
     Args:
-        prepare: is given a stage's payload before its seconds are counted, for what takes a process
+        prepare: is told a stage's kind before its seconds are counted, for what takes a process
             long once and is no stage's own.
         workers: stages at work at one time, at the most; None leaves that to the cluster's size.
         observe: told of every stage that ends.
@@ -469,7 +469,7 @@ def _make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest
 
 
 def _made(stage: Stage, maker: Maker, store: Store) -> Manifest:
-    maker.prepare(stage.payload)
+    maker.prepare(stage.kind)
     started = time.monotonic()
     artifacts = {key: store.fetch(key) for key in stage.inputs}
     with store.attempt(stage.key) as attempt, PeakMemory() as memory:

@@ -70,9 +70,9 @@ def stage_name(spec: StageSpec) -> str:
     return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
 
 
-def prepare(payload: str) -> None:
-    """Import what the stage is made with, which takes seconds in a new process."""
-    _imported(MODULES[stage_name(_ANY_STAGE.validate_json(payload))])
+def prepare(kind: str) -> ModuleType:
+    """The module that makes stages of a kind; a new process takes seconds to import it."""
+    return _imported(MODULES[kind])
 
 
 def execute(
@@ -91,7 +91,7 @@ def execute(
     """
     keep_freed_memory()
     spec = _ANY_STAGE.validate_json(payload)
-    module = _imported(MODULES[stage_name(spec)])
+    module = prepare(stage_name(spec))
     torch = _imported("torch")
     torch.set_num_threads(cpus)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.pruners.masks import smallest, smallest_in_groups, zeros_in
+from pipeline.matrices import is_finite
+from pipeline.pruners.masks import set_to_zero, smallest, smallest_in_groups, zeros_in
 from pipeline.pruners.pruned import Pruned
 from pipeline.specs import ALPS
 
@@ -57,7 +58,7 @@ def prune_by_alps(
         ValueError: if the Hessian is not finite.
     """
     hessian = statistics["hessian"]
-    if not bool(hessian.isfinite().all()):
+    if not is_finite(hessian):
         raise ValueError("the Hessian has NaN or infinite values")
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -68,7 +69,8 @@ def prune_by_alps(
 
     mask, sparse, facts = _admm(dense, gram, sparsity, pattern)
     updated = _fitted(dense, sparse, gram, mask) / scale
-    updated = torch.where(dead, weight, updated).masked_fill_(mask, 0.0)
+    updated = torch.where(dead, weight, updated)
+    set_to_zero(updated, mask)
     facts = {"dead_columns": float(dead.sum()), "damping": options.damping, **facts}
     return Pruned(mask=mask, weight=updated, facts=facts)
 

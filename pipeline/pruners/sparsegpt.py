@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pipeline.matrices import is_finite
 from pipeline.pruners.masks import set_to_zero, smallest, smallest_in_groups, zeros_in
 from pipeline.pruners.pruned import Pruned
 from pipeline.specs import SparseGPT
@@ -143,7 +144,7 @@ def _inverse_factor(
         if not failed:
             upper = torch.eye(len(lower), device=lower.device)
             torch.linalg.solve_triangular(lower.flip(0, 1), upper, upper=True, out=upper)
-            if bool(upper.isfinite().all()):
+            if is_finite(upper):
                 return upper, {"damping": share, "damping_raises": float(raises)}
     raise ValueError(
         f"the Hessian cannot be inverted, even with a damping of {share:g}: use more windows, "

@@ -103,8 +103,8 @@ def test_seconds_begin_after_a_process_is_prepared(
     prepared: list[str] = []
     monkeypatch.setattr("cluster.run.time", SimpleNamespace(monotonic=lambda: clock[0]))
 
-    def prepare(payload: str) -> None:
-        prepared.append(payload)
+    def prepare(kind: str) -> None:
+        prepared.append(kind)
         clock[0] += 100
 
     def execute(*given: Any) -> dict[str, Any]:
@@ -113,18 +113,18 @@ def test_seconds_begin_after_a_process_is_prepared(
 
     store = Store(str(tmp_path / "store"))
     maker = Maker(execute, store.url, VERSIONS, "run", prepare)
-    made = _made(stage("a", "1"), maker, store)
-    assert prepared == ["1"]
+    made = _made(stage("a-1", "1"), maker, store)
+    assert prepared == ["a"]
     assert made.seconds == 7
 
 
 def test_a_process_that_cannot_be_prepared_is_a_recorded_failure(tmp_path: Path) -> None:
-    def prepare(payload: str) -> None:
-        raise ModuleNotFoundError(f"no module for {payload}")
+    def prepare(kind: str) -> None:
+        raise ModuleNotFoundError(f"no module for {kind}")
 
     store = Store(str(tmp_path / "store"))
-    outcome = run(graph(stage("a", "1")), ["a"], add, store, VERSIONS, prepare=prepare)
-    assert outcome.failed["a"].error == "ModuleNotFoundError: no module for 1"
+    outcome = run(graph(stage("a-1", "1")), ["a-1"], add, store, VERSIONS, prepare=prepare)
+    assert outcome.failed["a-1"].error == "ModuleNotFoundError: no module for a"
 
 
 def test_what_is_in_the_store_is_not_made_again(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from jobs.check import check
 from jobs.gather import gather, write_table
 from jobs.grid import Grid
 from jobs.plan import Plan, make_plan
-from jobs.stages import execute
+from jobs.stages import execute, prepare
 from pipeline.specs import GenerateSpec, ShardSpec
 from pipeline.vllm_engine import vllm_version
 
@@ -135,7 +135,7 @@ def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_and_
     assert len(set(caches)) == len(caches)
 
     alone = Store(str(tmp_path / "alone"))
-    maker = Maker(execute, alone.url, versions={}, run="alone")
+    maker = Maker(execute, alone.url, versions={}, run="alone", prepare=prepare)
     with without_flask():
         for key in needed(plan.graph, list(plan.cells), ()):
             Replica().make(plan.graph[key], maker, frozenset())

@@ -109,14 +109,17 @@ def test_a_lineage_tells_the_spec_that_it_is_of() -> None:
         assert type(spec).model_validate(without_versions(told)) == spec
 
 
+def rekeyed(monkeypatch: pytest.MonkeyPatch, kind: type) -> set[str]:
+    """The examples whose keys change when the version of a stage or a pruner is raised."""
+    before = {name: spec.key for name, spec in examples().items()}
+    monkeypatch.setattr(kind, "version", 99)
+    return {name for name, spec in examples().items() if spec.key != before[name]}
+
+
 def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = {name: spec.key for name, spec in examples().items()}
-    monkeypatch.setattr(FilterSpec, "version", 99)
-    after = {name: spec.key for name, spec in examples().items()}
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {
+    assert rekeyed(monkeypatch, FilterSpec) == {
         "filter",
         "describe",
         "outliers",
@@ -130,11 +133,8 @@ def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
 def test_raising_a_pruners_version_changes_what_it_prunes_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = {name: spec.key for name, spec in examples().items()}
-    monkeypatch.setattr(Wanda, "version", 99)
-    after = {name: spec.key for name, spec in examples().items()}
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"prune by Wanda", "evaluate", "generate from a pruned model"}
+    changed = {"prune by Wanda", "evaluate", "generate from a pruned model"}
+    assert rekeyed(monkeypatch, Wanda) == changed
 
 
 def owl_of(**changes: object) -> PruneSpec:
@@ -184,12 +184,9 @@ def test_a_pruning_reads_the_outliers_and_the_windows_only_if_its_pruner_takes_d
 def test_outliers_of_another_version_change_what_is_pruned_by_them_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = {name: spec.key for name, spec in examples().items()}
     evaluated = EvaluateSpec(model=owl_of(), tasks=(TaskSpec(name="boolq"),)).key
-    monkeypatch.setattr(OutliersSpec, "version", 99)
-    after = {name: spec.key for name, spec in examples().items()}
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"outliers", "prune by magnitude with OWL"}
+    changed = {"outliers", "prune by magnitude with OWL"}
+    assert rekeyed(monkeypatch, OutliersSpec) == changed
     assert EvaluateSpec(model=owl_of(), tasks=(TaskSpec(name="boolq"),)).key != evaluated
 
 
