@@ -8,8 +8,10 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from jobs.grid import (
     CorpusCalibration,
+    CorpusNames,
     GeneratedCalibration,
     Grid,
+    GridCalibration,
     PrunedGenerator,
     explained,
     named,
@@ -189,12 +191,12 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
     assert cell.seqlen is not None
     source: Any
     if isinstance(calibration, CorpusCalibration):
-        source = grid.corpora[calibration.corpus]
+        source = _corpora(grid, calibration.corpus)
     else:
         generator = _generator(grid, cell, calibration)
         samples = GenerateSpec(
             model=generator,
-            prefixes=_prefixes(grid, calibration),
+            prefixes=_corpora(grid, calibration.prefixes),
             num_samples=calibration.num_samples if cell.num_samples is None else cell.num_samples,
             prefix_tokens=calibration.prefix_tokens
             if cell.prefix_tokens is None
@@ -236,13 +238,13 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
     )
 
 
-def _prefixes(grid: Grid, calibration: GeneratedCalibration) -> Corpus | CorpusMixture:
-    if isinstance(calibration.prefixes, str):
-        return grid.corpora[calibration.prefixes]
+def _corpora(grid: Grid, names: CorpusNames) -> Corpus | CorpusMixture:
+    if isinstance(names, str):
+        return grid.corpora[names]
     return CorpusMixture(
         parts={
             name: WeightedCorpus(corpus=grid.corpora[name], weight=weight)
-            for name, weight in calibration.prefixes.items()
+            for name, weight in names.items()
         }
     )
 
@@ -317,11 +319,9 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
         "nsamples": cell.nsamples or 128,
         "seqlen": cell.seqlen or 2048,
     }
+    _check_corpora(grid, cell.calibration, calibration)
     if isinstance(calibration, CorpusCalibration):
-        _get(grid.corpora, calibration.corpus, f"calibrations.{cell.calibration}.corpus")
         return cell.model_copy(update={**defaults, **dict.fromkeys(GENERATED_FIELDS)})
-    for name in calibration.corpora:
-        _get(grid.corpora, name, f"calibrations.{cell.calibration}.prefixes")
     for role in ("generator", "scorer"):
         chosen = getattr(calibration, role)
         where = f"calibrations.{cell.calibration}.{role}"
@@ -345,14 +345,18 @@ def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: 
             raise InputError(where, name, remedy)
         seen.append(name)
         calibration = _get(grid.calibrations, name, where)
+        _check_corpora(grid, name, calibration)
         if not isinstance(calibration, GeneratedCalibration):
-            _get(grid.corpora, calibration.corpus, f"calibrations.{name}.corpus")
             return
-        for corpus in calibration.corpora:
-            _get(grid.corpora, corpus, f"calibrations.{name}.prefixes")
         if not isinstance(calibration.generator, PrunedGenerator):
             return
         generator = calibration.generator
+
+
+def _check_corpora(grid: Grid, name: str, calibration: GridCalibration) -> None:
+    field = "corpus" if isinstance(calibration, CorpusCalibration) else "prefixes"
+    for corpus in calibration.corpora:
+        _get(grid.corpora, corpus, f"calibrations.{name}.{field}")
 
 
 def _get(known: Mapping[str, Any], name: str, field: str) -> Any:

@@ -13,20 +13,24 @@ from pipeline.allocation import allocate
 from pipeline.banned_words import read_words
 from pipeline.corpora import check_corpus
 from pipeline.errors import InputError
-from pipeline.prefixes import check_chat_template, sources
+from pipeline.prefixes import check_chat_template, parts_in_turn, sources
 from pipeline.prefixes import corpora as prefix_corpora
 from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Corpus,
+    CorpusMixture,
     EvaluateSpec,
+    FileCorpus,
     FilterSpec,
     GenerateSpec,
+    HubCorpus,
     HubModel,
     Model,
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
     StageSpec,
+    TestbedCorpus,
     Uniform,
     Vllm,
     WindowsSpec,
@@ -235,9 +239,11 @@ def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:
 def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
     """Corpus, documents, tokens of each, and whether all of them together will do."""
     match spec:
-        case WindowsSpec(source=source) if not isinstance(source, StageSpec):
-            joined = spec.packing == "concat"
-            yield source, spec.nsamples, spec.seqlen, joined
+        case WindowsSpec(source=CorpusMixture() as mixture):
+            for part, count in Counter(parts_in_turn(mixture, spec.nsamples)).items():
+                yield mixture.parts[part].corpus, count, spec.seqlen, spec.packing == "concat"
+        case WindowsSpec(source=HubCorpus() | FileCorpus() | TestbedCorpus() as source):
+            yield source, spec.nsamples, spec.seqlen, spec.packing == "concat"
         case GenerateSpec(prefix_tokens=tokens) if tokens > 0:
             for name, count in Counter(sources(spec)).items():
                 yield prefix_corpora(spec)[name], count, tokens, False

@@ -84,14 +84,32 @@ def _here(value: object) -> object:
     return "vllm" if importlib.util.find_spec("vllm") else "transformers"
 
 
-class CorpusCalibration(Spec):
-    """Windows cut straight from a corpus."""
+CorpusNames = Annotated[
+    Annotated[str, Tag("one-corpus")]
+    | Annotated[Mixture, Field(min_length=2), Tag("corpus-mixture")],
+    Discriminator(lambda value: "one-corpus" if isinstance(value, str) else "corpus-mixture"),
+]
+"""Name of one of the grid's corpora, or the names of several and their weights."""
 
-    corpus: str
-    """Name of one of the grid's corpora."""
+
+def corpus_names(chosen: CorpusNames) -> list[str]:
+    """The grid's corpora that are meant."""
+    return [chosen] if isinstance(chosen, str) else list(chosen)
+
+
+class CorpusCalibration(Spec):
+    """Windows cut straight from a corpus, or from several."""
+
+    corpus: CorpusNames
+    """Where windows are cut from."""
 
     packing: Literal["sample", "concat"] = "sample"
     """How windows are cut."""
+
+    @property
+    def corpora(self) -> list[str]:
+        """Names of the corpora that windows are cut from."""
+        return corpus_names(self.corpus)
 
 
 class PrunedGenerator(Spec):
@@ -125,13 +143,8 @@ Generator = Annotated[
 class GeneratedCalibration(Spec):
     """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
 
-    prefixes: Annotated[
-        Annotated[str, Tag("one-corpus")]
-        | Annotated[Mixture, Field(min_length=2), Tag("corpus-mixture")],
-        Discriminator(lambda value: "one-corpus" if isinstance(value, str) else "corpus-mixture"),
-    ]
-    """Name of the grid's corpus that prefixes are cut from, or the names of several and their
-    weights."""
+    prefixes: CorpusNames
+    """Where prefixes are cut from."""
 
     generator: Generator | None = None
     """What writes: one of the grid's models by name, or `{pruner: magnitude, sparsity: 0.5}` for a
@@ -184,7 +197,7 @@ class GeneratedCalibration(Spec):
     @property
     def corpora(self) -> list[str]:
         """Names of the corpora that prefixes are cut from."""
-        return [self.prefixes] if isinstance(self.prefixes, str) else list(self.prefixes)
+        return corpus_names(self.prefixes)
 
 
 def _calibration_tag(value: object) -> str | None:

@@ -76,9 +76,14 @@ def sources(spec: GenerateSpec) -> list[str | None]:
     """The name in the mixture of each sample's corpus; None without a mixture, or a prefix."""
     if not isinstance(spec.prefixes, CorpusMixture) or spec.prefix_tokens == 0:
         return [None] * spec.num_samples
-    names = sorted(spec.prefixes.parts)  # as in the key, which knows no order of them
-    weights = tuple(spec.prefixes.parts[name].weight for name in names)
-    return [names[place] for place in turns(weights, spec.num_samples)]
+    return list(parts_in_turn(spec.prefixes, spec.num_samples))
+
+
+def parts_in_turn(mixture: CorpusMixture, count: int) -> list[str]:
+    """The name of the part that each of `count` texts is taken from."""
+    names = sorted(mixture.parts)  # as in the key, which knows no order of them
+    weights = tuple(mixture.parts[name].weight for name in names)
+    return [names[place] for place in turns(weights, count)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -220,7 +220,8 @@ class WeightedCorpus(Spec):
 
 
 class CorpusMixture(Spec):
-    """Several corpora that prefixes are taken from in turn, as often as their weights say."""
+    """Several corpora that prefixes or windows are taken from in turn, as often as their weights
+    say."""
 
     kind: Literal["corpus-mixture"] = "corpus-mixture"
 
@@ -660,10 +661,10 @@ class WindowsSpec(StageSpec):
     kind: Literal["windows"] = "windows"
 
     source: Annotated[
-        HubCorpus | FileCorpus | TestbedCorpus | GenerateSpec | FilterSpec,
+        HubCorpus | FileCorpus | TestbedCorpus | CorpusMixture | GenerateSpec | FilterSpec,
         Field(discriminator="kind"),
     ]
-    """A real corpus, or samples that a model wrote."""
+    """A real corpus, several of them by weight, or samples that a model wrote."""
 
     model: Model
     """The model to be pruned, for its tokenizer; samples are not tokenised again."""

@@ -1,6 +1,7 @@
 """Calibration sets: windows of exactly `seqlen` tokens, cut from real or generated text."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,15 @@ import torch
 from pipeline.corpora import Document, documents
 from pipeline.errors import InputError
 from pipeline.models import Artifacts, load_tokenizer
-from pipeline.specs import FilterSpec, GenerateSpec, TestbedCorpus, WindowsSpec
+from pipeline.prefixes import parts_in_turn
+from pipeline.specs import (
+    Corpus,
+    CorpusMixture,
+    FilterSpec,
+    GenerateSpec,
+    TestbedCorpus,
+    WindowsSpec,
+)
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 """Texts to the ids of each."""
@@ -69,23 +78,18 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
         InputError: if the source has too little text.
     """
     tokenizer = load_tokenizer(spec.model, artifacts)
-    joined = spec.packing == "concat"
-    if isinstance(spec.source, GenerateSpec | FilterSpec):
-        texts = read_samples(artifacts[spec.source.key])
-        if joined:
-            texts = strip_ends(texts, end_ids(tokenizer))
-        else:
-            texts = shuffled(list(texts), spec.seed)
-    else:
-        rows = documents(spec.source, spec.seed)
-        if isinstance(spec.source, TestbedCorpus):
-            rows = itertools.islice(rows, TESTBED_TEXTS_PER_WINDOW * spec.nsamples)
-        texts = tokenized(rows, tokenize_with(tokenizer, special_tokens=not joined))
-        if joined:
-            texts = at_most(texts, JOINED_SURPLUS * spec.nsamples * spec.seqlen)
-    cut = (concat_windows if joined else sample_windows)(
-        texts, spec.nsamples, spec.seqlen, spec.seed
-    )
+    match spec.source:
+        case GenerateSpec() | FilterSpec():
+            texts = read_samples(artifacts[spec.source.key])
+            if spec.packing == "concat":
+                texts = strip_ends(texts, end_ids(tokenizer))
+            else:
+                texts = shuffled(list(texts), spec.seed)
+            cut = _cut(texts, spec, spec.nsamples)
+        case CorpusMixture():
+            cut = _cut_mixture(spec.source, spec, tokenizer)
+        case _:
+            cut = _cut_corpus(spec.source, spec, spec.nsamples, tokenizer)
     write_windows(cut.windows, output)
     return {
         "texts_read": cut.texts_read,
@@ -93,6 +97,39 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
         "tokens_read": cut.tokens_read,
         "tokens": spec.nsamples * spec.seqlen,
     }
+
+
+def _cut(texts: Iterable[Tokens], spec: WindowsSpec, nsamples: int) -> Cut:
+    cut = concat_windows if spec.packing == "concat" else sample_windows
+    return cut(texts, nsamples, spec.seqlen, spec.seed)
+
+
+def _cut_corpus(corpus: Corpus, spec: WindowsSpec, nsamples: int, tokenizer: Any) -> Cut:
+    joined = spec.packing == "concat"
+    rows = documents(corpus, spec.seed)
+    if isinstance(corpus, TestbedCorpus):
+        rows = itertools.islice(rows, TESTBED_TEXTS_PER_WINDOW * nsamples)
+    texts = tokenized(rows, tokenize_with(tokenizer, special_tokens=not joined))
+    if joined:
+        texts = at_most(texts, JOINED_SURPLUS * nsamples * spec.seqlen)
+    return _cut(texts, spec, nsamples)
+
+
+def _cut_mixture(mixture: CorpusMixture, spec: WindowsSpec, tokenizer: Any) -> Cut:
+    """The windows that each part alone would give, in turn; documents name their part."""
+    names = parts_in_turn(mixture, spec.nsamples)
+    cuts = {
+        name: _cut_corpus(mixture.parts[name].corpus, spec, count, tokenizer)
+        for name, count in Counter(names).items()
+    }
+    windows = {name: iter(cut.windows) for name, cut in cuts.items()}
+    in_turn = [(name, next(windows[name])) for name in names]
+    return Cut(
+        [window._replace(document=f"{name}:{window.document}") for name, window in in_turn],
+        texts_read=sum(cut.texts_read for cut in cuts.values()),
+        texts_too_short=sum(cut.texts_too_short for cut in cuts.values()),
+        tokens_read=sum(cut.tokens_read for cut in cuts.values()),
+    )
 
 
 def sample_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> Cut:

@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from pipeline.real.prepare import prepare
 from pipeline.testbed import pretrain
 from pipeline.testbed.presets import PRETRAIN_PRESETS
 from tests.once import once
@@ -71,3 +72,13 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) 
         torch.set_num_threads(threads)
 
     return once(tmp_path_factory, worker_id, "tiny", make)
+
+
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A real model, texts and tasks, as `python -m jobs prepare` makes them from the registry."""
+
+    def make(folder: Path) -> None:
+        assert prepare(folder)
+
+    return once(tmp_path_factory, worker_id, "real", make)

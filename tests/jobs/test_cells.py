@@ -336,3 +336,21 @@ def test_every_calibration_set_is_described_where_the_grid_says_so(
         assert spec.reference.source == described.corpora["notes"]
     with pytest.raises(InputError, match=r"describe\.reference"):
         describe_spec(load({**content, "describe": {"reference": "nothing"}}), cells[-1])
+
+
+def test_a_calibration_may_mix_corpora_and_names_each(content: Content, load: Load) -> None:
+    content["calibrations"]["mixed"] = {"corpus": {"true": 1, "other": 3}}
+    content["cells"] |= {"calibration": "mixed", "pruner": "wanda"}
+    grid = load(content)
+    pruned = prune_spec(grid, expand(grid)[1])
+    assert pruned is not None
+    assert pruned.calibration is not None
+    source = pruned.calibration.source
+    assert isinstance(source, CorpusMixture)
+    assert {name: part.weight for name, part in source.parts.items()} == {
+        "true": 1,
+        "other": 3,
+    }
+    content["calibrations"]["mixed"] = {"corpus": {"true": 1, "othr": 3}}
+    with pytest.raises(InputError, match=r"calibrations\.mixed\.corpus: 'othr'.*other"):
+        expand(load(content))

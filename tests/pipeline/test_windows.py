@@ -3,7 +3,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,14 @@ from pipeline.corpora import Document
 from pipeline.errors import InputError
 from pipeline.specs import (
     Corpus,
+    CorpusMixture,
     FileCorpus,
     FilterSpec,
     GenerateSpec,
     LocalModel,
     ScoreSpec,
     TestbedCorpus,
+    WeightedCorpus,
     WindowsSpec,
 )
 from pipeline.testbed.tokenizer import train_tokenizer
@@ -292,3 +294,36 @@ def test_read_windows_gives_the_written_ids_as_a_matrix(
     assert read.tolist() == pq.read_table(tmp_path / "windows.parquet")["token_ids"].to_pylist()
     assert report["tokens"] == 80
     assert report["texts_read"] == 5 + report["texts_too_short"]
+
+
+@pytest.mark.parametrize("packing", ["sample", "concat"])
+def test_a_mixture_has_the_windows_that_each_part_alone_gives_by_weight(
+    packing: Literal["sample", "concat"], corpus: FileCorpus, model: LocalModel, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    lines = [json.dumps({"text": f"other {text(n, 60)}"}) + "\n" for n in range(20)]
+    other.write_text("".join(lines))
+    parts: dict[str, Corpus] = {"one": corpus, "two": FileCorpus(path=str(other))}
+    weights = {"one": 1.0, "two": 2.0}
+    mixture = CorpusMixture(
+        parts={
+            name: WeightedCorpus(corpus=part, weight=weights[name]) for name, part in parts.items()
+        }
+    )
+
+    def cut(source: Corpus | CorpusMixture, nsamples: int) -> list[dict[str, Any]]:
+        folder = tmp_path / f"{source.kind}-{nsamples}"
+        folder.mkdir()
+        spec = WindowsSpec(
+            source=source, model=model, nsamples=nsamples, seqlen=16, packing=packing, seed=3
+        )
+        run(spec, {}, folder)
+        return pq.read_table(folder / "windows.parquet").to_pylist()
+
+    mixed = cut(mixture, 9)
+    for name, count in (("one", 3), ("two", 6)):
+        own = [row for row in mixed if row["document"].startswith(f"{name}:")]
+        alone = cut(parts[name], count)
+        assert [row["token_ids"] for row in own] == [row["token_ids"] for row in alone]
+        assert [row["document"] for row in own] == [f"{name}:{row['document']}" for row in alone]
+    assert [row["window"] for row in mixed] == list(range(9))

