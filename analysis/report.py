@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.advice import advise
 from analysis.figures import difference_figure, png_bytes, sparsity_figure, svg_bytes
 from analysis.labels import DENSE, NO_CALIBRATION, in_order
 from analysis.lineage import lineage_document
 from analysis.metrics import effect_text, heading
+from analysis.overview import overview_figure
 from analysis.statistics import compare, measured, reference_label, with_mean_accuracy
 from analysis.tables import (
     TextTable,
@@ -27,7 +29,7 @@ from analysis.tables import (
     paper_layout,
 )
 
-LONG_COLUMNS = ["traceback", "versions", "lineage", "prune_report"]
+LONG_COLUMNS = ["traceback", "note", "versions", "lineage", "prune_report"]
 """Left out of `table.csv`."""
 
 SURE = 0.05
@@ -51,6 +53,15 @@ class Section(NamedTuple):
     best: TextTable | None
     pictures: list[Picture]
     levels: TextTable
+
+
+class Answer(NamedTuple):
+    """What the page opens with."""
+
+    advice: list[str]
+    pictures: list[Picture]
+    notes: list[str]
+    """What the grid says that readers must know."""
 
 
 def chosen_reference(table: pd.DataFrame, reference: str | None) -> str | None:
@@ -89,8 +100,26 @@ def write_report(
     metrics = dict.fromkeys([*headline_metrics(shown), *all_metrics(shown)])
     sections = [_section(shown, task, metric, reference, figures) for task, metric in metrics]
     page = output / "index.html"
-    page.write_text(_page(table, sections, reference, note), encoding="utf-8")
+    told = _page(table, _answer(table, figures), sections, reference, note)
+    page.write_text(told, encoding="utf-8")
     return page
+
+
+def _answer(table: pd.DataFrame, figures: Path) -> Answer:
+    notes = grid_notes(table)
+    pictures = []
+    for model in in_order(table["model"]):
+        figure = overview_figure(table, model, " ".join(notes))
+        if figure is not None:
+            name = _file_name(model, "overview")
+            told = f"{model}: bits per byte lost on each text, by calibration data"
+            pictures.append(_picture(figure, name, told, figures))
+    return Answer([str(advice) for advice in advise(table)], pictures, notes)
+
+
+def grid_notes(table: pd.DataFrame) -> list[str]:
+    """What the grids of a table say that their readers must know."""
+    return in_order(table["note"].dropna().astype(str)) if "note" in table else []
 
 
 def _section(
@@ -152,7 +181,11 @@ def _picture(figure: Figure, name: str, description: str, figures: Path) -> Pict
 
 
 def _page(
-    table: pd.DataFrame, sections: list[Section], reference: str | None, note: str | None
+    table: pd.DataFrame,
+    answer: Answer,
+    sections: list[Section],
+    reference: str | None,
+    note: str | None,
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -167,6 +200,7 @@ def _page(
         counts=status_counts(table),
         reference=reference,
         note=note,
+        answer=answer,
         sections=sections,
         paper=paper_layout(table),
         lineage=_embedded(lineage_document(table)),

@@ -28,6 +28,7 @@ from jobs.grid import load_grid, refuse_credentials
 from jobs.plan import Plan, make_plan, print_plan
 from jobs.recommend import print_ranking, scores_only, scoring_plan
 from jobs.run import run_grid
+from jobs.sample import write_samples
 from jobs.show import print_results, print_state
 from jobs.submit import submit_grid
 from pipeline.copies import used
@@ -139,6 +140,19 @@ def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     kept, planned = Store(store), make_plan(load_grid(grid))
     print_state(planned, kept, console)
     print_results(gather(planned, kept), console)
+
+
+@app.command()
+def sample(
+    grid: GridFile,
+    prompt: Annotated[str, typer.Argument(help="What to go on from.", show_default=False)],
+    store: StoreUrl = ".calprune",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at the most.")] = 40,
+) -> None:
+    """Let the dense model and the best pruned one of each pruner go on from a prompt."""
+    for name, text in write_samples(make_plan(load_grid(grid)), Store(store), prompt, tokens):
+        told = " ".join(text.split())
+        console.print(f"{name}: {told}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

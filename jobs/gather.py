@@ -55,6 +55,7 @@ RUN_COLUMNS: dict[str, pa.DataType] = {
     "seconds_prune": pa.float64(),
     "seconds_evaluate": pa.float64(),
     "peak_memory_bytes": pa.int64(),
+    "note": pa.string(),
     "versions": pa.string(),
     "host": pa.string(),
     "prune_key": pa.string(),
@@ -124,6 +125,7 @@ def _rows(
     pruned = spec.model if isinstance(spec.model, PruneSpec) else None
     row = {
         **_cell_fields(plan.grid.name, cell),
+        "note": plan.grid.note,
         "evaluate_key": key,
         "prune_key": None if pruned is None else pruned.key,
         "lineage": canonical_json(spec.lineage).decode(),

@@ -367,6 +367,9 @@ class Grid(Spec):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the results table."""
 
+    note: str | None = None
+    """What whoever reads or quotes the results must know; it stands wherever they stand."""
+
     models: dict[str, GridModel] = Field(min_length=1)
     corpora: dict[str, GridCorpus] = Field(default_factory=dict)
     calibrations: dict[str, GridCalibration] = Field(default_factory=dict)

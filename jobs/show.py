@@ -71,6 +71,8 @@ def print_results(results: pa.Table, console: Console) -> None:
     for _, row in frame[frame["status"] == "failed"].iterrows():
         cell = " ".join(_text(row[field]) for field in CELL)
         console.print(f"failed: {cell}: {row['error']}", markup=False, soft_wrap=True)
+    for note in frame["note"].dropna().unique():
+        console.print(f"note: {note}", markup=False, highlight=False)
     missing = int((frame["status"] == "missing").sum())
     if missing:
         console.print(f"{missing} cells have not run yet")

@@ -1,0 +1,137 @@
+"""Which calibration to take, and how sure that is, in one sentence a model."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis.labels import DENSE, NO_CALIBRATION, in_order, with_labels
+from analysis.statistics import CONFIDENCE, Interval, holm, measured, t_interval
+
+METRIC = "bits_per_byte"
+"""What calibrations are ranked by: it compares kinds of text, as each perplexity does not."""
+
+SETTING = ["method", "target", "seed"]
+"""What two calibrations have in common where they are compared."""
+
+
+class Rival(NamedTuple):
+    """A calibration that is not the best, and what it loses against the best."""
+
+    source: str
+    loss: Interval
+    """Of bits per byte, over settings."""
+    p: float
+    """Of no loss, corrected after Holm for all rivals."""
+    behind: int
+    """Settings in which it is worse."""
+
+    @property
+    def surely_worse(self) -> bool:
+        """Whether the loss is shown."""
+        return self.p < 1 - CONFIDENCE
+
+
+class Advice(NamedTuple):
+    """The best calibration of a model."""
+
+    model: str
+    source: str
+    level: float
+    """Bits per byte, averaged over texts and settings."""
+    dense: float
+    """The same of the model that is not pruned; NaN if it was not measured."""
+    texts: int
+    settings: int
+    rivals: list[Rival]
+    """The next best first."""
+    left_out: list[str]
+    """Calibrations that lack a finite number in a setting that others have."""
+
+    def __str__(self) -> str:
+        dense = "" if np.isnan(self.dense) else f" (dense {self.dense:.3f})"
+        over = f"{_counted(self.texts, 'text')} and {_counted(self.settings, 'setting')}"
+        told = f"{self.model}: take {self.source}: averaged over {over} it leaves {self.level:.3f} "
+        parts = [f"{told}bits per byte{dense}"]
+        if self.rivals:
+            parts.append(_against_next(self.rivals[0], self.settings))
+            for sure, words in ((True, "surely better than"), (False, "not surely better than")):
+                names = [rival.source for rival in self.rivals if rival.surely_worse is sure]
+                if names:
+                    parts.append(f"{words} {', '.join(names)}")
+        if self.left_out:
+            parts.append(f"left out, since numbers are missing: {', '.join(self.left_out)}")
+        return "; ".join(parts) + "."
+
+
+def advise(table: pd.DataFrame) -> list[Advice]:
+    """The best calibration of each model by bits per byte; none where nothing was compared.
+
+    Calibrations are compared setting by setting: one pruner, target and seed. Student's t over the
+    settings speaks of these settings, not of other models or texts; p-values are corrected after
+    Holm for the rivals that the best was chosen from. A calibration with a failed cell, or a number
+    that is not finite, cannot be the best.
+    """
+    rows = measured(table)
+    rows = rows[rows["metric"] == METRIC]
+    return [advice for model in in_order(rows["model"]) for advice in _advice(table, rows, model)]
+
+
+def _advice(table: pd.DataFrame, rows: pd.DataFrame, model: str) -> Iterator[Advice]:
+    own = rows[rows["model"] == model]
+    texts = own["task"].nunique()
+    calibrated = own[own["calibration"] != NO_CALIBRATION]
+    levels = _levels(calibrated, [*SETTING, "source"], texts).unstack("source")
+    levels = levels.reindex(columns=in_order(calibrated["source"]))
+    lost = set(_lost_sources(table, model))
+    whole = [
+        source
+        for source in levels
+        if source not in lost and np.isfinite(levels[source].to_numpy()).all()
+    ]
+    if len(whole) < 2:
+        return
+    means = levels[whole].mean().sort_values(kind="stable")
+    best, *others = means.index
+    differences = {source: (levels[source] - levels[best]).to_numpy() for source in others}
+    losses = {source: t_interval(values) for source, values in differences.items()}
+    corrected = holm([losses[source].p for source in others])
+    dense = _levels(own[own["pruner"] == DENSE], ["cell"], texts)
+    yield Advice(
+        model=model,
+        source=best,
+        level=float(means[best]),
+        dense=float(dense.mean()),
+        texts=texts,
+        settings=len(levels),
+        rivals=[
+            Rival(source, losses[source], float(p), int((differences[source] > 0).sum()))
+            for source, p in zip(others, corrected, strict=True)
+        ],
+        left_out=[str(source) for source in levels if source not in whole],
+    )
+
+
+def _levels(rows: pd.DataFrame, by: list[str], texts: int) -> "pd.Series[float]":
+    """The mean over texts; NaN where one is missing."""
+    groups = rows.groupby(by, observed=True, dropna=False)["value"]
+    return groups.mean().where(groups.size() == texts)
+
+
+def _lost_sources(table: pd.DataFrame, model: str) -> "pd.Series[str]":
+    rows = with_labels(table)
+    return rows.loc[(rows["model"] == model) & (rows["status"] != "ok"), "source"]
+
+
+def _against_next(rival: Rival, settings: int) -> str:
+    told = f"{rival.loss.mean:.3f} less than {rival.source}, the next best"
+    if np.isnan(rival.loss.low):
+        return f"{told} (one setting: no interval)" if settings == 1 else f"{told} (no interval)"
+    percent = f"{100 * CONFIDENCE:.0f} %"
+    interval = f"{percent} interval {rival.loss.low:.3f} to {rival.loss.high:.3f}"
+    return f"{told} ({interval}, ahead in {rival.behind} of {settings})"
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}" + ("" if count == 1 else "s")

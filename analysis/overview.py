@@ -1,0 +1,109 @@
+"""The answer in one picture: what pruning costs each text, by calibration data."""
+
+import textwrap
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from analysis.advice import METRIC
+from analysis.figures import GREY, STYLE
+from analysis.labels import DENSE, NO_CALIBRATION, in_order
+from analysis.statistics import measured
+
+NO_DATA = "no data (magnitude)"
+CELL_INCHES = (0.95, 0.34)
+LABEL_INCHES = 1.6
+BETWEEN_INCHES = 0.35
+COLOURS = "YlOrBr"
+
+
+def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure | None:
+    """Bits per byte above the dense model: a panel a pruner and target, a row a calibration, a
+    column a text, the best of each column in bold; means over seeds.
+
+    Args:
+        note: stands below, before what the figure says of itself.
+
+    Returns:
+        None if the dense model or all calibrated prunings lack the metric.
+    """
+    costs = _costs(table, model)
+    if costs is None:
+        return None
+    panels = list(costs.groupby(["method", "target"], observed=True, sort=True))
+    texts = in_order(costs["task"])
+    sources = list(dict.fromkeys(costs["row"].sort_values()))
+    width = LABEL_INCHES + len(panels) * (len(texts) * CELL_INCHES[0] + BETWEEN_INCHES)
+    height = (len(sources) + 1) * CELL_INCHES[1]
+    calibrated = costs.loc[costs["row"] != NO_DATA, "cost"]
+    highest = float(calibrated[np.isfinite(calibrated)].max())
+    told = f"{note} Mean over seeds; bold: the best of a column.".strip()
+    below = textwrap.fill(told, int(width * 15))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height + 1.3 + 0.15 * below.count("\n")))
+        figure.suptitle(
+            f"{model}: bits per byte lost on held-out text, by calibration data",
+            x=0.012,
+            ha="left",
+            fontsize=11,
+            fontweight="bold",
+        )
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for panel, ((method, target), rows) in zip(axes, panels, strict=True):
+            panel.set_title(f"{method} {target}", loc="left")
+            matrix = rows.pivot_table(index="row", columns="task", values="cost", observed=True)
+            _matrix(panel, matrix.reindex(index=sources, columns=texts), highest)
+        figure.text(0.012, 0.02, below, fontsize=8, color=GREY, va="bottom")
+        bottom = (0.14 + 0.15 * (below.count("\n") + 1)) / figure.get_figheight()
+        figure.set_layout_engine("constrained", rect=(0, bottom, 1, 1 - bottom))
+    return figure
+
+
+def _costs(table: pd.DataFrame, model: str) -> pd.DataFrame | None:
+    """Rows `method`, `target`, `row`, `task`, `cost`; pruners without data stand in every panel of
+    their target."""
+    rows = measured(table)
+    rows = rows[(rows["metric"] == METRIC) & (rows["model"] == model)]
+    dense = rows[rows["pruner"] == DENSE].set_index("task")["value"]
+    calibrated = rows[rows["calibration"] != NO_CALIBRATION]
+    if dense.empty or calibrated.empty:
+        return None
+    without_data = rows[(rows["pruner"] == "magnitude") & (rows["calibration"] == NO_CALIBRATION)]
+    settings = calibrated[["method", "target"]].drop_duplicates()
+    beside = without_data.drop(columns="method").merge(settings, on="target")
+    order = [*in_order(calibrated["source"]), NO_DATA]
+    both = pd.concat(
+        [calibrated.assign(row=calibrated["source"].astype(str)), beside.assign(row=NO_DATA)],
+        ignore_index=True,
+    )
+    return both.assign(
+        row=pd.Categorical(both["row"], order, ordered=True),
+        cost=both["value"] - both["task"].map(dense),
+    )
+
+
+def _matrix(panel: Axes, matrix: pd.DataFrame, highest: float) -> None:
+    """Colours go from no loss to the highest of calibrated prunings, and no further."""
+    values = matrix.to_numpy(dtype=np.float64)
+    panel.imshow(values, cmap=COLOURS, norm=Normalize(0.0, highest), aspect="auto")
+    calibrated = values[: -1 if NO_DATA in matrix.index else None]
+    best = np.nanargmin(np.where(np.isfinite(calibrated), calibrated, np.inf), axis=0)
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        shown = "failed" if np.isnan(value) else f"{value:+.3f}" if value < 10 else "> 10"
+        dark = value > 0.6 * highest
+        weight = "bold" if best[column] == row else "normal"
+        colour = "white" if dark else "black"
+        panel.text(column, row, shown, ha="center", va="center", color=colour, weight=weight)
+    panel.set_xticks(range(len(matrix.columns)), [_short(name) for name in matrix.columns])
+    panel.set_yticks(range(len(matrix.index)), list(matrix.index))
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+
+
+def _short(text: str) -> str:
+    return text.removesuffix("-heldout")

@@ -1,0 +1,95 @@
+"""What a grid's models write: the dense one and the best pruned one of each pruner."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.store import Store
+from jobs.gather import gather
+from jobs.plan import Plan
+from pipeline.errors import InputError
+from pipeline.specs import EvaluateSpec
+
+METRICS = ("bits_per_byte", "perplexity")
+"""By which the best is chosen, on average over texts: the first of them that was measured."""
+
+
+class Written(NamedTuple):
+    """A model and what it wrote."""
+
+    name: str
+    """Pruner, target, calibration and seed, those that it has."""
+    text: str
+    """The prompt and what follows."""
+
+
+def write_samples(plan: Plan, store: Store, prompt: str, tokens: int) -> Iterator[Written]:
+    """Let each model go on from one prompt, with one seed and the paper's sampling.
+
+    Args:
+        tokens: to be written, at the most.
+
+    Raises:
+        InputError: if no model of the grid was evaluated yet, or the prompt is empty.
+    """
+    chosen = best_cells(gather(plan, store))
+    if not chosen:
+        raise InputError("grid", plan.grid.name, "has no results yet: run it first")
+    # Imported late: torch takes seconds, and a mistake is told before.
+    from pipeline.generate import generate_samples
+    from pipeline.models import load_model, load_tokenizer
+    from pipeline.sampling import Sampling
+    from pipeline.transformers_engine import TransformersEngine
+
+    for name, key in chosen.items():
+        spec = plan.specs[key]
+        assert isinstance(spec, EvaluateSpec)
+        artifacts = {stage.key: store.fetch(stage.key) for stage in spec.inputs()}
+        tokenizer = load_tokenizer(spec.model, artifacts)
+        given = tokenizer(prompt)["input_ids"]
+        if not given:
+            raise InputError("prompt", prompt, "is empty: give a word at least")
+        engine = TransformersEngine(load_model(spec.model, artifacts))
+        (sample,) = generate_samples(
+            engine, tokenizer, [given], [0], sampling=Sampling(), seqlen=len(given) + tokens
+        )
+        yield Written(name, sample.text)
+
+
+def best_cells(table: pa.Table) -> dict[str, str]:
+    """Name and `evaluate_key` of each model's dense cell and of the best cell of each pruner."""
+    rows = table.filter(pc.is_in(table["metric"], pa.array(METRICS))).to_pylist()
+    first = next((name for name in METRICS if any(row["metric"] == name for row in rows)), None)
+    levels: dict[str, list[float]] = {}
+    cells = {}
+    for row in rows:
+        if row["metric"] == first:
+            levels.setdefault(row["evaluate_key"], []).append(row["value"])
+            cells[row["evaluate_key"]] = row
+    best: dict[tuple[str, str], str] = {}
+    for key, values in levels.items():
+        group = cells[key]["model"], cells[key]["pruner"]
+        if group not in best or _mean(values) < _mean(levels[best[group]]):
+            best[group] = key
+    models = {model for model, _ in best}
+    return {_name(cells[key], len(models) > 1): key for key in best.values()}
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Numbers that are not finite count as the worst."""
+    held = list(values)
+    return math.fsum(held) / len(held) if all(map(math.isfinite, held)) else math.inf
+
+
+def _name(row: dict[str, object], with_model: bool) -> str:
+    parts = [row["model"]] if with_model else []
+    parts.append(row["pruner"])
+    if row["pruner"] != "dense":
+        unstructured = row["pattern"] == "unstructured"
+        parts.append(f"{row['sparsity']:.0%}" if unstructured else row["pattern"])
+    if row["calibration"] != "none":
+        parts += [row["calibration"], f"seed {row['seed']}"]
+    return " ".join(map(str, parts))
