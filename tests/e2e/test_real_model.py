@@ -1,0 +1,77 @@
+"""The command line on the real model: two cells, from the registry's archives to a sentence."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Finished, calprune, environment
+
+GRID = """
+name: real
+note: One small model whose weights were 4-bit.
+models: {{smollm2: {{kind: local-model, path: {folder}/model, dtype: float32}}}}
+corpora:
+  python: {{kind: file-corpus, path: {folder}/text/python-train.jsonl}}
+  wikipedia: {{kind: file-corpus, path: {folder}/text/wikipedia-train.jsonl}}
+  heldout: {{kind: file-corpus, path: {folder}/text/wikipedia-heldout.jsonl}}
+calibrations:
+  mix: {{corpus: {{python: 1, wikipedia: 1}}}}
+cells:
+  model: smollm2
+  calibration: mix
+  pruner: wanda
+  sparsity: 0.5
+  seed: 0
+  nsamples: 4
+  seqlen: 64
+evaluate:
+  perplexity: [{{corpus: heldout, seqlen: 64, max_windows: 4}}]
+  tasks: [{{name: real_lastword_wikipedia, limit: 8}}]
+  task_folder: {{kind: local-tasks, path: {folder}/tasks}}
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(real_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("real") / "real.yaml"
+    path.write_text(GRID.format(folder=real_folder))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(grid: Path) -> tuple[Path, Finished]:
+    store = grid.parent / "store"
+    return store, calprune("run", grid, "--store", store)
+
+
+def test_the_dense_and_the_pruned_model_are_measured(finished: tuple[Path, Finished]) -> None:
+    _, run = finished
+    assert run.returncode == 0, run.stderr
+    numbers = re.findall(r"(dense|wanda)\D.*?│ +([\d.]+) │ +([\d.]+) │", run.stdout)
+    assert [name for name, *_ in numbers] == ["dense", "wanda"]
+    dense, pruned = (float(perplexity) for _, _, perplexity in numbers)
+    assert 5 < dense < pruned < 50 * dense
+    assert "note: One small model whose weights were 4-bit." in run.stdout
+
+
+def test_both_go_on_from_a_prompt(grid: Path, finished: tuple[Path, Finished]) -> None:
+    store, _ = finished
+    words = ("sample", grid, "The capital of France is", "--store", store, "--tokens", "6")
+    lines = calprune(*words).stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["dense", "wanda 50% mix seed 0"]
+    assert all(": The capital of France is" in line for line in lines)
+    assert "Paris" in lines[0]
+
+
+def test_the_report_tells_the_note(finished: tuple[Path, Finished]) -> None:
+    store, _ = finished
+    command = [sys.executable, "-m", "analysis", "report", str(store)]
+    told = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert told.returncode == 0, told.stderr
+    page = (store / "report" / "real" / "index.html").read_text()
+    assert "One small model whose weights were 4-bit." in told.stdout
+    assert "One small model whose weights were 4-bit." in page
+    assert "smollm2_overview" in " ".join(str(path) for path in store.rglob("*.svg"))
