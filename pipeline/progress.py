@@ -26,12 +26,22 @@ def reporting(reporter: Reporter) -> Iterator[None]:
         _phase.reset(phases)
 
 
-def phase(name: str) -> None:
-    """Say what the stage does now, such as `loading the model`; its main work has no name."""
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say what the stage does in the block, or in the function that this decorates, such as
+    `loading the model`. A stage's main work has no name."""
     reporter = _reporter.get()
-    if reporter is not None:
-        _phase.set(name)
-        reporter(name, 0.0, 0.0, "")
+    if reporter is None:
+        yield
+        return
+    before = _phase.get()
+    _phase.set(name)
+    reporter(name, 0.0, 0.0, "")
+    try:
+        yield
+    finally:
+        _phase.set(before)
+        reporter(before, 0.0, 0.0, "")
 
 
 def report(done: float, total: float, unit: str) -> None:
