@@ -41,6 +41,8 @@ class Stage:
     inputs: tuple[str, ...]
     """Keys of the stages that it reads."""
     resources: Resources = field(default_factory=Resources)
+    seconds: float = 1.0
+    """An estimate of what it takes on its own resources. Only the order of work rests on it."""
     pool: str | None = None
     """Stages of one pool run on the same actors, which keep their model loaded. An actor holds all
     its GPUs on one node."""

@@ -69,6 +69,26 @@ QUESTION_TOKENS = 600
 TESTBED_QUESTION_TOKENS = 60
 """Tokens of a question of the testbed's tasks, which take no other."""
 
+FIXED_SECONDS = {
+    "pretrain": 5.0,
+    "testbed-tasks": 1.0,
+    "generate": 2.0,
+    "score": 2.0,
+    "filter": 0.5,
+    "windows": 0.5,
+    "describe": 2.0,
+    "outliers": 2.0,
+    "prune": 2.0,
+    "evaluate": 5.0,
+}
+"""What a stage takes besides its passes: it reads, loads a model, stores."""
+
+JOIN_SECONDS = 0.5
+"""Joining the shards of a stage, which needs no model."""
+
+UNKNOWN_PARAMETERS = 1.0e9
+"""Size that a model of unknown size is given where only the order of work depends on it."""
+
 TOKEN_BYTES = 8
 """An id and its share of the text."""
 
@@ -96,10 +116,28 @@ def estimate(spec: StageSpec, cost: Cost, sizes: dict[str, float]) -> Estimate |
     size = 0.0 if model is None else parameters(model, sizes)
     if size is None:
         return None
-    stage = spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
-    rate = cost.flops_per_second * UTILISATION.get(stage, 1.0)
-    seconds = 2.0 * size * _passes(spec) * _tokens(spec) / rate
-    return Estimate(seconds=seconds, bytes=_bytes(spec, size))
+    return Estimate(seconds=_pass_seconds(spec, cost, size), bytes=_bytes(spec, size))
+
+
+def expected_seconds(spec: StageSpec, cost: Cost, sizes: dict[str, float]) -> float:
+    """What a stage takes on its own resources, to order stages by; more than 0.
+
+    Its passes as in `estimate`, with a stated size where a model's is unknown, and a fixed time.
+
+    Args:
+        sizes: number of parameters by hub name or path of a model.
+    """
+    if isinstance(spec, GenerateSpec | ScoreSpec):
+        return JOIN_SECONDS
+    model = _model(spec)
+    size = 0.0 if model is None else parameters(model, sizes)
+    passes = _pass_seconds(spec, cost, UNKNOWN_PARAMETERS if size is None else size)
+    return FIXED_SECONDS[_stage(spec)] + passes
+
+
+def _pass_seconds(spec: StageSpec, cost: Cost, size: float) -> float:
+    rate = cost.flops_per_second * UTILISATION.get(_stage(spec), 1.0)
+    return 2.0 * size * _passes(spec) * _tokens(spec) / rate
 
 
 def parameters(model: Model, sizes: dict[str, float]) -> float | None:
@@ -141,10 +179,14 @@ def _model(spec: StageSpec) -> Model | None:
             return None  # joins and cuts, no forward pass
 
 
+def _stage(spec: StageSpec) -> str:
+    return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
+
+
 def _passes(spec: StageSpec) -> float:
     if isinstance(spec, PruneSpec):
         return PRUNE_PASSES[spec.pruner.name]
-    return PASSES.get(spec.of.kind if isinstance(spec, ShardSpec) else spec.kind, 0.0)
+    return PASSES.get(_stage(spec), 0.0)
 
 
 def _tokens(spec: StageSpec) -> float:

@@ -10,7 +10,7 @@ from rich.table import Table
 from cluster.graph import Graph, Resources, Stage, needed
 from cluster.store import Store
 from jobs.cells import Cell, describe_spec, evaluate_spec, expand
-from jobs.cost import estimate, model_name, parameters
+from jobs.cost import estimate, expected_seconds, model_name, parameters
 from jobs.grid import GeneratedCalibration, Grid, StageName
 from jobs.stages import stage_name
 from pipeline.specs import (
@@ -88,7 +88,8 @@ def make_plan(grid: Grid) -> Plan:
         if description is not None:
             _collect(description, specs, inputs)
             descriptions[last.key] = description.key
-    graph = {key: _stage(grid, spec, inputs[key]) for key, spec in specs.items()}
+    sizes = _sizes(grid)
+    graph = {key: _stage(grid, spec, inputs[key], sizes) for key, spec in specs.items()}
     return Plan(grid=grid, cells=cells, descriptions=descriptions, specs=specs, graph=graph)
 
 
@@ -199,7 +200,7 @@ def _sizes(grid: Grid) -> dict[str, float]:
     return {model_name(model): given[name] for name, model in grid.models.items() if name in given}
 
 
-def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...]) -> Stage:
+def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...], sizes: dict[str, float]) -> Stage:
     name = stage_name(spec)
     asked = grid.resources.get(cast(StageName, name))
     joins = name in POOLED and not isinstance(spec, ShardSpec)  # and so needs no device
@@ -212,6 +213,7 @@ def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...]) -> Stage:
         payload=spec.model_dump_json(),
         inputs=inputs,
         resources=resources,
+        seconds=expected_seconds(spec, grid.cost, sizes),
         pool=_pool(spec),
         pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
     )

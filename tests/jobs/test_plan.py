@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cluster.store import Store
 from jobs.check import check
-from jobs.cost import estimate, parameters
+from jobs.cost import UNKNOWN_PARAMETERS, estimate, expected_seconds, parameters
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
 from pipeline.pruners import PRUNERS
@@ -221,6 +221,35 @@ def test_estimates_are_flop_over_rate() -> None:
     assert few is not None
     assert all_ is not None
     assert few.seconds < all_.seconds
+
+
+def test_every_stage_is_expected_to_take_a_moment_and_longer_with_more_work(
+    content: Content, load: Load
+) -> None:
+    content["models"]["llama"] = {"kind": "hub-model", "name": "meta-llama/Llama-2-7b-hf"}
+    content["cells"]["model"] = ["testbed", "llama"]  # the second is of unknown size
+    content["cells"]["pruner"] = ["magnitude", "wanda", "sparsegpt"]
+    plan = make_plan(load(content))
+    assert min(stage.seconds for stage in plan.graph.values()) > 0
+    of_pruner: dict[str, set[float]] = {}
+    for key, spec in plan.specs.items():
+        if isinstance(spec, PruneSpec) and isinstance(spec.model, HubModel):
+            of_pruner.setdefault(spec.pruner.name, set()).add(plan.graph[key].seconds)
+    assert max(of_pruner["magnitude"]) < min(of_pruner["wanda"])
+    assert max(of_pruner["wanda"]) < min(of_pruner["sparsegpt"])
+
+
+def test_a_model_of_unknown_size_is_expected_to_take_what_one_of_the_stated_size_does() -> None:
+    model = HubModel(name="m")
+    windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=128, seqlen=2048)
+    pruned = PruneSpec(model=model, pruner=Wanda(), sparsity=0.5, calibration=windows)
+    cost = Cost(flops_per_second=1e14)
+    stated = {"m": UNKNOWN_PARAMETERS}
+    assert expected_seconds(pruned, cost, {}) == expected_seconds(pruned, cost, stated)
+    passes = estimate(pruned, cost, stated)
+    assert passes is not None
+    assert 0 < expected_seconds(windows, cost, {}) < expected_seconds(pruned, cost, {})
+    assert expected_seconds(pruned, cost, {}) > passes.seconds
 
 
 def test_the_testbeds_size_is_counted_from_its_spec() -> None:
