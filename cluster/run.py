@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import leases
+from cluster.board import Board, Tell
 from cluster.graph import Graph, Stage, descendants, needed, readers, unlocked
 from cluster.limits import TimeLimitError, time_limit
 from cluster.memory import PeakMemory
@@ -59,6 +61,7 @@ class Execute(Protocol):
 
 
 Prepare = Callable[[str], object]
+Reporting = Callable[[Tell], AbstractContextManager[None]]
 Observe = Callable[[Stage, Manifest | Failure], None]
 Started = Callable[[Stage], None]
 Replicas = Callable[[Mapping[str, int]], None]
@@ -93,6 +96,8 @@ class Maker:
     versions: dict[str, str]
     run: str
     prepare: Prepare
+    board: Board | None = None
+    reporting: Reporting = lambda tell: nullcontext()
 
 
 def run(
@@ -103,6 +108,8 @@ def run(
     versions: Mapping[str, str],
     *,
     prepare: Prepare = lambda kind: None,
+    board: Board | None = None,
+    reporting: Reporting = lambda tell: nullcontext(),
     workers: int | None = None,
     observe: Observe = lambda stage, result: None,
     started: Started = lambda stage: None,
@@ -113,13 +120,15 @@ def run(
     Args:
         prepare: is told a stage's kind before its seconds are counted, for what takes a process
             long once and is no stage's own.
+        board: where workers write what they do; None has them write nothing.
+        reporting: in this context, given what writes on the board, a stage is prepared and made.
         workers: stages at work at one time, at the most; None leaves that to the cluster's size.
         observe: told of every stage that ends.
         started: told of every stage that is handed to Ray, again when it is tried again.
         replicas: told how many actors there are for each kind of stage, now and then.
     """
     with leases.Claim(store, graph.keys()) as claim:
-        maker = Maker(execute, store.url, dict(versions), claim.run, prepare)
+        maker = Maker(execute, store.url, dict(versions), claim.run, prepare, board, reporting)
         begun = _Run(graph, targets, maker, store, workers, observe)
         begun.started, begun.replicas = started, replicas
         return begun.to_the_end()
@@ -142,6 +151,7 @@ class _Run:
         self.replicas: Replicas = lambda counts: None
         self.workers = workers
         self.maker = ray.put(maker)
+        self.board = maker.board
         self.pools: dict[str | None, _Pool] = {}
         self.remakes: Counter[str] = Counter()
         self.progress = Progress()
@@ -284,6 +294,8 @@ class _Run:
         stage = self.graph[key]
         pool = None if stage.pool is None else self.pools[stage.pool]
         self.tasks -= pool is None
+        if self.board is not None:
+            self.board.end(key)
         try:
             result: Manifest | Held = ray.get(reference)
         except RayError as error:
@@ -469,22 +481,31 @@ def _make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest
 
 
 def _made(stage: Stage, maker: Maker, store: Store) -> Manifest:
-    maker.prepare(stage.kind)
-    started = time.monotonic()
-    artifacts = {key: store.fetch(key) for key in stage.inputs}
-    with store.attempt(stage.key) as attempt, PeakMemory() as memory:
-        report = maker.execute(
-            stage.payload, artifacts, attempt.folder, stage.resources.cpus, attempt.partial
-        )
-        return attempt.commit(
-            kind=stage.kind,
-            spec=dict(stage.spec),
-            report=report,
-            seconds=time.monotonic() - started,
-            peak_memory_bytes=memory.peak(),
-            versions=maker.versions,
-            host=platform.node(),
-        )
+    tell: Tell = _nobody if maker.board is None else maker.board.start(stage.key)
+    with maker.reporting(tell):
+        maker.prepare(stage.kind)
+        started = time.monotonic()
+        tell("reading inputs", 0, 0, "")
+        artifacts = {key: store.fetch(key) for key in stage.inputs}
+        tell("", 0, 0, "")
+        with store.attempt(stage.key) as attempt, PeakMemory() as memory:
+            report = maker.execute(
+                stage.payload, artifacts, attempt.folder, stage.resources.cpus, attempt.partial
+            )
+            tell("storing", 0, 0, "")
+            return attempt.commit(
+                kind=stage.kind,
+                spec=dict(stage.spec),
+                report=report,
+                seconds=time.monotonic() - started,
+                peak_memory_bytes=memory.peak(),
+                versions=maker.versions,
+                host=platform.node(),
+            )
+
+
+def _nobody(phase: str, done: float, total: float, unit: str) -> None:
+    """Writes nowhere what a stage tells."""
 
 
 class Replica:
