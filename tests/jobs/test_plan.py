@@ -80,7 +80,7 @@ def test_labels_tell_prunings_with_an_allocation_apart(content: Content, load: L
         "allocation": ["uniform", "owl"],
     }
     labels = {stage.label for stage in make_plan(load(content)).graph.values()}
-    assert {"prune wanda 50% seed 0", "prune wanda 50% owl seed 0", "outliers seed 0"} <= labels
+    assert {"prune true wanda 50%", "prune true wanda 50% owl", "outliers true"} <= labels
 
 
 def test_every_stage_comes_after_its_inputs(content: Content, load: Load) -> None:
@@ -278,5 +278,8 @@ def test_planning_lists_the_shards_of_a_stage_as_often_for_many_as_for_few(
         listed.clear()
         labels = {stage.label for stage in make_plan(load(content)).graph.values()}
         counts.append(len(listed))
-        assert {f"generate shard {samples} of {samples}", f"score shard 1 of {samples}"} <= labels
+        assert {
+            f"generate own seed 1 shard {samples} of {samples}",
+            f"score own seed 1 shard 1 of {samples}",
+        } <= labels
     assert 0 < counts[0] == counts[1]

@@ -135,7 +135,9 @@ def test_samples_to_make_are_those_of_the_missing_shards(
 ) -> None:
     """Two seeds of 80 samples in shards of 64: of the one with 16 nothing is missing."""
     plan = make_plan(load(content))
-    last = next(key for key, each in plan.graph.items() if each.label == "generate shard 2 of 2")
+    last = next(
+        key for key, each in plan.graph.items() if each.label == "generate own seed 1 shard 2 of 2"
+    )
     progress = progress_of(plan, [key for key in plan.graph if key != last])
     assert progress.samples_to_make == 2 * 80 - 16
     assert progress.lines["generate shard"].total == 3
