@@ -11,10 +11,14 @@ from rich.text import Text
 
 from cluster.graph import Stage
 from cluster.store import Failure, Manifest
+from jobs.cost import UTILISATION
 from jobs.plan import ORDER, POOLED, Plan
 from pipeline.specs import GenerateSpec, ShardSpec
 
 LAST_ERRORS = 5
+
+COMPUTING = {f"{kind} shard" if kind in POOLED else kind for kind in UTILISATION}
+"""Lines whose stages pass tokens through a model."""
 
 
 @dataclass
@@ -186,6 +190,11 @@ class Progress:
         """Actors of a line; the stages that join shards have none."""
         kind = name.removesuffix(" shard")
         return self.replicas.get(kind) if name != kind or kind not in POOLED else None
+
+
+def computes(stage: Stage) -> bool:
+    """Whether a stage's time depends on the device's rate."""
+    return line_name(stage) in COMPUTING
 
 
 def line_name(stage: Stage) -> str:
