@@ -258,6 +258,7 @@ def _follow(client: Client, job: str) -> None:
 
 def _checked_plan(grid: Path, store: str) -> Plan:
     """The plan of a grid in which no mistake was found."""
+    logger.info("reading and checking %s", grid)
     read, kept = load_grid(grid), Store(store)
     with used(model_copies(read, kept) if kept.local else {}):
         planned = make_plan(read)
@@ -290,6 +291,7 @@ def _check_shared(url: str) -> None:
 
 
 def _show(planned: Plan, store: Store) -> None:
+    logger.info("gathering the results")
     table: pa.Table = gather(planned, store)
     path = write_table(table, planned.grid.name, store)
     print_results(table, console)

@@ -3,7 +3,7 @@ out on the cluster's room."""
 
 import heapq
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -94,8 +94,19 @@ class Forecast:
 
     def failed(self, key: str) -> None:
         """Neither the stage nor what waits for it takes time any more."""
-        for name in (key, *descendants(self._read_by, key)):
-            self._left.pop(name, None)
+        if key in self._left:  # an artifact that was damaged and made again is not
+            for name in (key, *descendants(self._read_by, key)):
+                self._left.pop(name, None)
+
+    def waiting(self, at_work: Collection[str]) -> tuple[Counter[str], Counter[str]]:
+        """By kind, how many stages could begin if there was room, and how many wait for others."""
+        ready: Counter[str] = Counter()
+        lacking: Counter[str] = Counter()
+        left = set(self._left)  # the run goes on meanwhile, in another thread
+        for key in left.difference(at_work):
+            lacks = not left.isdisjoint(self.stages[key].inputs)
+            (lacking if lacks else ready)[self.kind(self.stages[key])] += 1
+        return ready, lacking
 
     def seconds_left(self, at_work: Mapping[str, Position], room: Room) -> float | None:
         """None as long as nothing was measured.
@@ -103,13 +114,13 @@ class Forecast:
         Args:
             at_work: of stages on workers, how far they are.
         """
-        running = {key: at for key, at in at_work.items() if key in self._left}
+        left = list(self._left)  # the run goes on meanwhile, in another thread
+        running = {key: at_work[key] for key in left if key in at_work}
         scales = self._scales(running)
         if scales is None:
             return None
         expected = {
-            key: self.stages[key].seconds * scales[self.kind(self.stages[key])]
-            for key in self._left
+            key: self.stages[key].seconds * scales[self.kind(self.stages[key])] for key in left
         }
         for key, position in running.items():
             expected[key] = remaining(position, expected[key])
@@ -117,7 +128,9 @@ class Forecast:
 
     def _scales(self, running: Mapping[str, Position]) -> dict[str, float] | None:
         """By kind, what estimates are to be multiplied with."""
-        sums = {name: _Sums(each.measured, each.estimated) for name, each in self._sums.items()}
+        sums = {
+            name: _Sums(each.measured, each.estimated) for name, each in list(self._sums.items())
+        }
         for key, position in running.items():
             if not position.phase and position.share >= LEAST_SHARE:
                 done = position.share * self.stages[key].seconds
