@@ -10,7 +10,14 @@ from rich.table import Table
 from cluster.graph import Graph, Resources, Stage, needed
 from cluster.store import Store
 from jobs.cells import Cell, describe_spec, evaluate_spec, expand
-from jobs.cost import estimate, expected_seconds, model_name, parameters
+from jobs.cost import (
+    CORE_FLOPS,
+    GPU_FLOPS,
+    estimate,
+    expected_seconds,
+    model_name,
+    parameters,
+)
 from jobs.grid import GeneratedCalibration, Grid, StageName
 from jobs.labels import labels
 from jobs.sizes import checkpoint_parameters
@@ -120,7 +127,10 @@ def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
     for stage in ORDER:
         keys = [key for key, spec in plan.specs.items() if line_of(spec) == stage]
         to_make = [key for key in keys if key in missing]
-        guesses = [estimate(plan.specs[key], plan.grid.cost, plan.sizes) for key in to_make]
+        guesses = [
+            estimate(plan.specs[key], plan.grid.cost, plan.sizes, plan.graph[key].resources)
+            for key in to_make
+        ]
         known = [guess for guess in guesses if guess is not None]
         lines.append(
             StageCount(
@@ -160,10 +170,7 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
         )
     console.print(table)
     console.print(f"store: {store.url}", soft_wrap=True)
-    console.print(
-        f"estimate: {plan.grid.cost.flops_per_second:.3g} FLOP/s a device; "
-        "jobs/cost.py states the model"
-    )
+    console.print(f"estimate: {_rests_on(plan)}; jobs/cost.py states the model", soft_wrap=True)
     for name, calibration in plan.grid.calibrations.items():
         if isinstance(calibration, GeneratedCalibration):
             console.print(f"calibrations.{name}: {_engine(calibration.backend)} generates")
@@ -172,6 +179,15 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
     for name, model in plan.grid.models.items():
         if parameters(model, plan.sizes) is None:
             console.print(f"not in the estimate: model {name}; give cost.parameters.{name}")
+
+
+def _rests_on(plan: Plan) -> str:
+    given = plan.grid.cost.flops_per_second
+    if given is not None:
+        return f"{given:.3g} FLOP/s for a stage (cost.flops_per_second)"
+    on_gpus = any(stage.resources.gpus for stage in plan.graph.values())
+    per = [f"{CORE_FLOPS:.3g} FLOP/s a CPU core", *([f"{GPU_FLOPS:.3g} a GPU"] if on_gpus else [])]
+    return f"{' and '.join(per)} that a stage asks for; a run scales it by what it measures"
 
 
 def _engine(backend: Literal["transformers"] | Vllm) -> str:
@@ -229,7 +245,7 @@ def _stage(
         payload=spec.model_dump_json(),
         inputs=inputs,
         resources=resources,
-        seconds=expected_seconds(spec, grid.cost, sizes),
+        seconds=expected_seconds(spec, grid.cost, sizes, resources),
         pool=_pool(spec),
         pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
     )

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from textwrap import shorten
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cluster.board import Position
 from cluster.graph import Graph, Stage
-from cluster.store import Failure, Manifest
+from cluster.store import Failure, Manifest, Store
 from jobs.cost import UTILISATION
 from jobs.forecast import Forecast, Room
 from jobs.plan import ORDER, POOLED, Plan
@@ -22,6 +22,9 @@ LAST_ERRORS = 5
 
 MOST_SHOWN = 8
 """Stages at work that are named; of more, as on a large cluster, their number is told."""
+
+MOST_RECALLED = 3
+"""Artifacts of each kind whose seconds are read where a run goes on."""
 
 LONGEST_PHASE = 60
 """Characters of a phase that are shown; an evaluation's names all its tasks."""
@@ -215,7 +218,8 @@ class Progress:
     def _figures(self, busy: Busy | None) -> Iterator[str]:
         if self.samples_to_make and self.samples < self.samples_to_make:
             yield f"{self.samples:,} of {self.samples_to_make:,} samples"
-            yield f"{self.tokens_a_second():,.0f} tokens/s"
+            if self.tokens:
+                yield f"{self.tokens_a_second():,.0f} tokens/s"
         present = [f"{name} {count}" for name, count in self.replicas.items() if count]
         if present:
             yield f"replicas: {', '.join(present)}"
@@ -256,6 +260,18 @@ def progress_of(plan: Plan, missing: Collection[str]) -> Progress:
     wanted = set(missing)
     stages = {key: stage for key, stage in plan.graph.items() if key in wanted}
     return Progress(totals, samples, stages)
+
+
+def recall(progress: Progress, plan: Plan, store: Store, present: Iterable[str]) -> None:
+    """Let artifacts that earlier runs made tell how long a few stages of each kind took."""
+    recalled: Counter[str] = Counter()
+    for key in present:
+        stage = plan.graph[key]
+        name = line_name(stage)
+        manifest = store.manifest(key) if recalled[name] < MOST_RECALLED else None
+        if manifest is not None:
+            recalled[name] += 1
+            progress.forecast.measured(stage, manifest.seconds)
 
 
 def how_far(position: Position) -> str:

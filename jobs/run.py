@@ -15,7 +15,7 @@ from cluster.session import check_resources, session
 from cluster.store import Store
 from jobs.fetch import with_copies
 from jobs.plan import Plan
-from jobs.progress import progress_of
+from jobs.progress import progress_of, recall
 from jobs.stages import execute, prepare
 from jobs.watch import Watch
 from pipeline.progress import reporting
@@ -53,6 +53,7 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
     versions = {name: metadata.version(name) for name in RECORDED}
     graph, variables = with_copies(plan, store)
     progress = progress_of(plan, missing)
+    recall(progress, plan, store, sorted(present - remade))
     logger.info("joining the cluster at %s", address) if address else logger.info("starting Ray")
     with session(address, (pipeline, cluster, jobs), variables):
         logger.info("Ray is there; starting workers")

@@ -5,11 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
+from cluster.graph import Resources
 from cluster.store import Store
 from jobs.check import check
-from jobs.cost import UNKNOWN_PARAMETERS, estimate, expected_seconds, parameters
+from jobs.cost import (
+    CHOOSE_SECONDS,
+    CORE_FLOPS,
+    FIXED_SECONDS,
+    GPU_FLOPS,
+    LOAD_SECONDS,
+    UNKNOWN_PARAMETERS,
+    Estimate,
+    estimate,
+    expected_seconds,
+    parameters,
+    rate,
+)
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
 from pipeline.pruners import PRUNERS
@@ -19,11 +33,13 @@ from pipeline.specs import (
     GenerateSpec,
     HubCorpus,
     HubModel,
+    LocalTasks,
     Magnitude,
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
     ShardSpec,
+    StageSpec,
     TaskSpec,
     Wanda,
     WindowsSpec,
@@ -197,30 +213,63 @@ def test_estimates_are_flop_over_rate() -> None:
     windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=128, seqlen=2048)
     pruned = PruneSpec(model=model, pruner=Wanda(), sparsity=0.5, calibration=windows)
     cost = Cost(flops_per_second=1e14)
-    guess = estimate(pruned, cost, {"m": 7e9})
-    assert guess is not None
-    # two passes of 2 FLOP a parameter and token, at half the rate
-    assert guess.seconds == pytest.approx(2 * 2 * 7e9 * 128 * 2048 / 0.5e14)
-    assert guess.bytes == 7e9 / 8
-    whole = estimate(pruned.model_copy(update={"checkpoint": True}), cost, {"m": 7e9})
-    assert whole is not None
-    assert whole.bytes == 14e9
+    gpu = Resources(gpus=1)
+
+    def guess(spec: StageSpec, cost: Cost = cost, resources: Resources = gpu) -> Estimate:
+        found = estimate(spec, cost, {"m": 7e9}, resources)
+        assert found is not None
+        return found
+
+    # two passes of 2 FLOP a parameter and token, at half the rate, besides what tokens do not move
+    empty = windows.model_copy(update={"nsamples": 0})
+    fixed = guess(pruned.model_copy(update={"calibration": empty})).seconds
+    passes = 2 * 2 * 7e9 * 128 * 2048
+    assert guess(pruned).seconds - fixed == pytest.approx(passes / 0.5e14)
+    assert fixed == pytest.approx(FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + CHOOSE_SECONDS))
+    assert guess(pruned).bytes == 7e9 / 8
+    assert guess(pruned.model_copy(update={"checkpoint": True})).bytes == 14e9
     assert estimate(pruned, cost, {}) is None
     owl = PruneSpec(
         model=model, pruner=Magnitude(), sparsity=0.5, allocation=OWL(), calibration=windows
     )
     assert owl.outliers is not None
-    of_outliers, of_magnitude = (estimate(each, cost, {"m": 7e9}) for each in (owl.outliers, owl))
-    assert of_outliers is not None
-    assert of_magnitude is not None
-    assert of_outliers.seconds == guess.seconds  # statistics and outputs, as Wanda needs them
-    assert of_magnitude.seconds == 0
+    # statistics and outputs, as Wanda needs them
+    assert guess(owl.outliers).seconds == pytest.approx(
+        guess(pruned).seconds - 7e9 * CHOOSE_SECONDS
+    )
+    assert guess(owl).seconds == pytest.approx(fixed)
     limited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t", limit=10),))
     unlimited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t"),))
-    few, all_ = (estimate(spec, cost, {"m": 7e9}) for spec in (limited, unlimited))
-    assert few is not None
-    assert all_ is not None
-    assert few.seconds < all_.seconds
+    assert guess(limited).seconds < guess(unlimited).seconds
+    # where the grid gives no rate, that of the cores or GPUs that the stage asks for
+    for resources, flops in (
+        (Resources(cpus=3), 3 * CORE_FLOPS),
+        (Resources(cpus=3, gpus=2), 2 * 0.5 * GPU_FLOPS),
+    ):
+        seconds = guess(pruned, Cost(), resources).seconds
+        assert seconds - fixed == pytest.approx(passes / flops)
+
+
+def test_questions_in_a_tasks_folder_are_counted(tmp_path: Path) -> None:
+    lines = [f'{{"question": "{"x" * length}"}}\n' for length in (100, 300, 700)]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    task = {"dataset_kwargs": {"data_files": {"test": "t.jsonl"}}, "test_split": "test"}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
+    model = HubModel(name="m")
+    cost, sizes = Cost(flops_per_second=1e10), {"m": 1e8}
+    tokens = []
+    for limit, name in ((2, "t"), (None, "t"), (2, "other")):
+        asked = (TaskSpec(name=name, limit=limit),)
+        folder = LocalTasks(path=str(tmp_path))
+        spec = EvaluateSpec(model=model, tasks=asked, task_folder=folder)
+        found = estimate(spec, cost, sizes)
+        assert found is not None
+        passes = found.seconds - FIXED_SECONDS["evaluate"] - 1e8 * LOAD_SECONDS
+        tokens.append(passes * rate("evaluate", cost, Resources()) / 2e8)
+    questions = list(map(len, lines))
+    assert tokens[0] == pytest.approx(sum(questions[:2]) / 4)
+    assert tokens[1] == pytest.approx(sum(questions) / 4)
+    assert tokens[2] == pytest.approx(2 * 600)
 
 
 def test_every_stage_is_expected_to_take_a_moment_and_longer_with_more_work(
@@ -246,10 +295,10 @@ def test_a_model_of_unknown_size_is_expected_to_take_what_one_of_the_stated_size
     cost = Cost(flops_per_second=1e14)
     stated = {"m": UNKNOWN_PARAMETERS}
     assert expected_seconds(pruned, cost, {}) == expected_seconds(pruned, cost, stated)
-    passes = estimate(pruned, cost, stated)
-    assert passes is not None
+    known = estimate(pruned, cost, stated)
+    assert known is not None
+    assert expected_seconds(pruned, cost, stated) == known.seconds
     assert 0 < expected_seconds(windows, cost, {}) < expected_seconds(pruned, cost, {})
-    assert expected_seconds(pruned, cost, {}) > passes.seconds
 
 
 def test_the_testbeds_size_is_counted_from_its_spec() -> None:

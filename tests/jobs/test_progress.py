@@ -18,7 +18,7 @@ from cluster.store import Failure, Manifest, Store
 from jobs.forecast import Room
 from jobs.grid import Grid
 from jobs.plan import make_plan
-from jobs.progress import Busy, Progress, duration, progress_of
+from jobs.progress import Busy, Progress, duration, progress_of, recall
 from jobs.show import print_state
 from jobs.watch import Watch
 
@@ -149,7 +149,7 @@ def test_a_summary_and_a_view_have_all_figures(clock: list[float]) -> None:
     rows = [re.findall(r"[\w. -]+", line) for line in screen.getvalue().splitlines()]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert ["generate shard", "1", "0", "2", "4", "20.0", "8"] in cells
-    assert "prune: ValueError: odd (k)" in screen.getvalue()
+    assert "prune: ValueError: odd (failed)" in screen.getvalue()
     for line in lines[1:]:
         assert line in screen.getvalue()
 
@@ -219,6 +219,21 @@ def test_samples_to_make_are_those_of_the_missing_shards(
     assert progress.samples_to_make == 2 * 80 - 16
     assert progress.lines["generate shard"].total == 3
     assert progress.lines["generate"].total == 2
+
+
+def test_a_run_that_goes_on_knows_how_long_stages_took_before(
+    tmp_path: Path, content: dict[str, Any], load: Callable[[dict[str, Any]], Grid]
+) -> None:
+    store, plan = Store(str(tmp_path / "store")), make_plan(load(content))
+    windows = [key for key, each in plan.graph.items() if each.kind == "windows"]
+    made, missing = windows[:1], windows[1:]
+    seconds = 7 * plan.graph[made[0]].seconds
+    store.write(f"manifests/{made[0]}.json", manifest(seconds).model_dump_json().encode())
+    progress = progress_of(plan, missing)
+    recall(progress, plan, store, made)
+    progress.look({}, Room(1))
+    expected = 7 * sum(plan.graph[key].seconds for key in missing)
+    assert progress.seconds_left() == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(
