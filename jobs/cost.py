@@ -7,6 +7,7 @@ estimates by what it measures (`jobs.forecast`).
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,17 @@ PRUNE_PASSES = {
     "wanda": 2.0,
     "ria": 2.0,
     "dsnot": 2.5,
-    "sparsegpt": 3.0,
+    "sparsegpt": 2.7,
     "alps": 8.0,
 }
-"""Statistics and outputs of every layer; SparseGPT's Hessians and updates cost a half of that more
-(docs/benchmarks.md), and the eigenvectors and iterations of ALPS several times that."""
+"""Statistics and outputs of every layer, and Hessians; the iterations of ALPS cost more."""
+
+COLUMN_PASSES = {"sparsegpt": 4.0, "alps": 16.0}
+"""Passes of as many tokens as a matrix has inputs, which inverses and the updates of later columns
+cost however few the tokens are."""
+
+LAYERS = 30
+"""Of a decoder, about: with its parameters they say how many inputs its matrices have."""
 
 TASK_TOKENS = 2_000_000
 """Tokens of an lm-eval task with all its questions and choices, on average."""
@@ -106,8 +113,8 @@ FIXED_SECONDS = {
 LOAD_SECONDS = 2.0e-9
 """Of each parameter of a model that a stage loads: two bytes, at a GB a second."""
 
-CHOOSE_SECONDS = 1.0e-8
-"""Of each parameter that a stage prunes: chosen, checked, packed and stored."""
+CHOOSE_SECONDS = (3.0e-8, 2.0e-9)
+"""Of each parameter that a CPU core, or a GPU, prunes: chosen, checked, packed and stored."""
 
 JOIN_SECONDS = 0.5
 """Joining the shards of a stage, which needs no model."""
@@ -165,9 +172,13 @@ def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> 
         return JOIN_SECONDS
     if _model(spec) is None:
         return FIXED_SECONDS[_stage(spec)]
-    each = LOAD_SECONDS + (CHOOSE_SECONDS if isinstance(spec, PruneSpec) else 0.0)
-    passes = 2.0 * size * _passes(spec) * _tokens(spec)
-    return FIXED_SECONDS[_stage(spec)] + each * size + passes / rate(_stage(spec), cost, resources)
+    each, tokens = LOAD_SECONDS, _passes(spec) * _tokens(spec)
+    if isinstance(spec, PruneSpec):
+        on_core, on_gpu = CHOOSE_SECONDS
+        each += on_gpu if resources.gpus else on_core / resources.cpus
+        tokens += COLUMN_PASSES.get(spec.pruner.name, 0.0) * math.sqrt(size / (12 * LAYERS))
+    passes = 2.0 * size * tokens / rate(_stage(spec), cost, resources)
+    return FIXED_SECONDS[_stage(spec)] + each * size + passes
 
 
 def rate(stage: str, cost: Cost, resources: Resources) -> float:

@@ -39,6 +39,7 @@ from pipeline.specs import (
     PruneSpec,
     ScoreSpec,
     ShardSpec,
+    SparseGPT,
     StageSpec,
     TaskSpec,
     Wanda,
@@ -225,7 +226,7 @@ def test_estimates_are_flop_over_rate() -> None:
     fixed = guess(pruned.model_copy(update={"calibration": empty})).seconds
     passes = 2 * 2 * 7e9 * 128 * 2048
     assert guess(pruned).seconds - fixed == pytest.approx(passes / 0.5e14)
-    assert fixed == pytest.approx(FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + CHOOSE_SECONDS))
+    assert fixed == pytest.approx(FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + CHOOSE_SECONDS[1]))
     assert guess(pruned).bytes == 7e9 / 8
     assert guess(pruned.model_copy(update={"checkpoint": True})).bytes == 14e9
     assert estimate(pruned, cost, {}) is None
@@ -235,19 +236,37 @@ def test_estimates_are_flop_over_rate() -> None:
     assert owl.outliers is not None
     # statistics and outputs, as Wanda needs them
     assert guess(owl.outliers).seconds == pytest.approx(
-        guess(pruned).seconds - 7e9 * CHOOSE_SECONDS
+        guess(pruned).seconds - 7e9 * CHOOSE_SECONDS[1]
     )
     assert guess(owl).seconds == pytest.approx(fixed)
     limited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t", limit=10),))
     unlimited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t"),))
     assert guess(limited).seconds < guess(unlimited).seconds
     # where the grid gives no rate, that of the cores or GPUs that the stage asks for
-    for resources, flops in (
-        (Resources(cpus=3), 3 * CORE_FLOPS),
-        (Resources(cpus=3, gpus=2), 2 * 0.5 * GPU_FLOPS),
+    for resources, flops, choose in (
+        (Resources(cpus=3), 3 * CORE_FLOPS, CHOOSE_SECONDS[0] / 3),
+        (Resources(cpus=3, gpus=2), 2 * 0.5 * GPU_FLOPS, CHOOSE_SECONDS[1]),
     ):
-        seconds = guess(pruned, Cost(), resources).seconds
-        assert seconds - fixed == pytest.approx(passes / flops)
+        fixed = FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + choose)
+        assert guess(pruned, Cost(), resources).seconds - fixed == pytest.approx(passes / flops)
+
+
+def test_sparsegpts_columns_cost_the_same_for_few_tokens_as_for_many() -> None:
+    """That of LLaMA-2-7B's shape, with 4,096 inputs, is within a factor of two."""
+    model = HubModel(name="m")
+    cost, seconds = Cost(flops_per_second=1e12), []
+    for nsamples in (0, 1, 2):
+        windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=1, seqlen=2048)
+        windows = windows.model_copy(update={"nsamples": nsamples})
+        spec = PruneSpec(model=model, pruner=SparseGPT(), sparsity=0.5, calibration=windows)
+        found = estimate(spec, cost, {"m": 6.7e9})
+        assert found is not None
+        seconds.append(found.seconds)
+    none, one, two = seconds
+    assert two - one == pytest.approx(one - none)
+    fixed = FIXED_SECONDS["prune"] + 6.7e9 * (LOAD_SECONDS + CHOOSE_SECONDS[0])
+    columns = (none - fixed) * 1e12 / (2 * 6.7e9)
+    assert 0.5 < columns / (4 * 4096) < 2
 
 
 def test_questions_in_a_tasks_folder_are_counted(tmp_path: Path) -> None:
