@@ -45,10 +45,6 @@ ORDER = (
 POOLED = ("generate", "score")
 """Stages whose shards run on actors that keep their model loaded."""
 
-PRUNE_SHARE = 0.5
-"""Of the cluster's room: the other half evaluates meanwhile, so that results come as they are made
-and not when all is pruned."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -215,7 +211,6 @@ def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...], sizes: dict[str
         resources=resources,
         seconds=expected_seconds(spec, grid.cost, sizes),
         pool=_pool(spec),
-        pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
     )
 
 
