@@ -51,10 +51,6 @@ ORDER = (
 POOLED = ("generate", "score")
 """Stages whose shards run on actors that keep their model loaded."""
 
-PRUNE_SHARE = 0.5
-"""Of the cluster's room: the other half evaluates meanwhile, so that results come as they are made
-and not when all is pruned."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -247,7 +243,6 @@ def _stage(
         resources=resources,
         seconds=expected_seconds(spec, grid.cost, sizes, resources),
         pool=_pool(spec),
-        pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
     )
 
 

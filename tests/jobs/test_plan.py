@@ -116,7 +116,6 @@ def test_shards_take_the_resources_of_their_stage_and_the_join_none(
     for key, stage in plan.graph.items():
         shard = isinstance(plan.specs[key], ShardSpec)
         assert (stage.pool is not None) == (shard or stage.kind == "prune")
-        assert stage.pool_share == (0.5 if stage.kind == "prune" else 1.0)
         if stage.kind == "generate":
             assert (stage.resources.gpus, stage.resources.cpus) == ((1, 4) if shard else (0, 1))
         if stage.kind == "prune":
