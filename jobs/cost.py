@@ -45,13 +45,13 @@ UTILISATION = {
     "generate": (0.3, 0.1),
     "score": (0.65, 0.5),
     "describe": (0.65, 0.5),
-    "outliers": (1.0, 0.5),
-    "prune": (1.0, 0.5),
-    "evaluate": (0.6, 0.4),
+    "outliers": (0.65, 0.5),
+    "prune": (0.65, 0.5),
+    "evaluate": (0.75, 0.4),
 }
-"""Share of that rate, on a CPU and on a GPU. On a CPU relative to a forward pass, as measured on a
-model of 135 million weights: a step of generation reads every weight for one token of each sample,
-and scores read the logits of a whole vocabulary again."""
+"""Share of that rate, on a CPU and on a GPU. Those of a CPU compare as stages of a model of 135
+million weights did on one machine (bfloat16, AMX); those of a GPU are not measured by stage. A step
+of generation reads every weight for one token of each sample."""
 
 PASSES = {
     "pretrain": 3.0,

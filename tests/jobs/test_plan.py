@@ -243,7 +243,7 @@ def test_estimates_are_flop_over_rate() -> None:
     assert guess(limited).seconds < guess(unlimited).seconds
     # where the grid gives no rate, that of the cores or GPUs that the stage asks for
     for resources, flops, choose in (
-        (Resources(cpus=3), 3 * CORE_FLOPS, CHOOSE_SECONDS[0] / 3),
+        (Resources(cpus=3), 3 * 0.65 * CORE_FLOPS, CHOOSE_SECONDS[0] / 3),
         (Resources(cpus=3, gpus=2), 2 * 0.5 * GPU_FLOPS, CHOOSE_SECONDS[1]),
     ):
         fixed = FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + choose)
