@@ -1,6 +1,6 @@
 """The deduplicated graph of stages that a grid comes down to."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
@@ -41,11 +41,11 @@ class Stage:
     inputs: tuple[str, ...]
     """Keys of the stages that it reads."""
     resources: Resources = field(default_factory=Resources)
+    seconds: float = 1.0
+    """An estimate of what it takes on its own resources. Only the order of work rests on it."""
     pool: str | None = None
     """Stages of one pool run on the same actors, which keep their model loaded. An actor holds all
     its GPUs on one node."""
-    pool_share: float = 1.0
-    """How much of the cluster's room a pool without a maximum takes."""
 
 
 Graph = Mapping[str, Stage]
@@ -89,6 +89,23 @@ def descendants(read_by: Mapping[str, Iterable[str]], key: str) -> set[str]:
         found |= fresh
         waiting.extend(fresh)
     return found
+
+
+def longest_paths(graph: Graph, keys: Sequence[str]) -> dict[str, float]:
+    """Seconds of the longest way from the beginning of each of these stages to the end of the last
+    one on it.
+
+    Args:
+        keys: each after its inputs.
+    """
+    after = dict.fromkeys(keys, 0.0)
+    paths: dict[str, float] = {}
+    for key in reversed(keys):
+        paths[key] = graph[key].seconds + after[key]
+        for name in graph[key].inputs:
+            if name in after:
+                after[name] = max(after[name], paths[key])
+    return paths
 
 
 def unlocked(graph: Graph, keys: Iterable[str]) -> dict[str, int]:

@@ -1,14 +1,14 @@
-"""Running a graph of stages on Ray: tasks, actor pools, retries, bounded work in flight."""
+"""Running a graph of stages on Ray: tasks, actor pools, retries."""
 
-import heapq
 import logging
 import os
 import platform
 import re
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,13 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import leases
-from cluster.graph import Graph, Stage, descendants, needed, readers, unlocked
+from cluster.autoscaler import MOST_MORE, Request
+from cluster.board import Board, Tell
+from cluster.graph import Graph, Stage, descendants, needed, readers
 from cluster.limits import TimeLimitError, time_limit
 from cluster.memory import PeakMemory
 from cluster.remedies import lacks_device_memory, one_line
+from cluster.schedule import EndActor, HandOver, Schedule, StartActor, bundle
 from cluster.store import CorruptArtifactError, Failure, Manifest, Partial, Store, StoreError
 
 logger = logging.getLogger(__name__)
@@ -28,8 +31,8 @@ logger = logging.getLogger(__name__)
 MAX_REMAKES = 3
 """How often one artifact that turns out damaged is made again before the stage counts as failed."""
 
-MIN_IN_FLIGHT = 64
-"""Tasks handed to Ray at one time, at the least, so that an autoscaler sees work waiting."""
+LOOK_SECONDS = 5.0
+"""How often one looks how large the cluster is."""
 
 POLL_SECONDS = 2.0
 """How often one looks whether another run is done with a stage."""
@@ -59,6 +62,7 @@ class Execute(Protocol):
 
 
 Prepare = Callable[[str], object]
+Reporting = Callable[[Tell], AbstractContextManager[None]]
 Observe = Callable[[Stage, Manifest | Failure], None]
 Started = Callable[[Stage], None]
 Replicas = Callable[[Mapping[str, int]], None]
@@ -93,6 +97,8 @@ class Maker:
     versions: dict[str, str]
     run: str
     prepare: Prepare
+    board: Board | None = None
+    reporting: Reporting = lambda tell: nullcontext()
 
 
 def run(
@@ -103,6 +109,8 @@ def run(
     versions: Mapping[str, str],
     *,
     prepare: Prepare = lambda kind: None,
+    board: Board | None = None,
+    reporting: Reporting = lambda tell: nullcontext(),
     workers: int | None = None,
     observe: Observe = lambda stage, result: None,
     started: Started = lambda stage: None,
@@ -113,13 +121,15 @@ def run(
     Args:
         prepare: is told a stage's kind before its seconds are counted, for what takes a process
             long once and is no stage's own.
+        board: where workers write what they do; None has them write nothing.
+        reporting: in this context, given what writes on the board, a stage is prepared and made.
         workers: stages at work at one time, at the most; None leaves that to the cluster's size.
         observe: told of every stage that ends.
         started: told of every stage that is handed to Ray, again when it is tried again.
         replicas: told how many actors there are for each kind of stage, now and then.
     """
     with leases.Claim(store, graph.keys()) as claim:
-        maker = Maker(execute, store.url, dict(versions), claim.run, prepare)
+        maker = Maker(execute, store.url, dict(versions), claim.run, prepare, board, reporting)
         begun = _Run(graph, targets, maker, store, workers, observe)
         begun.started, begun.replicas = started, replicas
         return begun.to_the_end()
@@ -140,9 +150,9 @@ class _Run:
         self.observe = observe
         self.started: Started = lambda stage: None
         self.replicas: Replicas = lambda counts: None
-        self.workers = workers
         self.maker = ray.put(maker)
-        self.pools: dict[str | None, _Pool] = {}
+        self.board = maker.board
+        self.pools: dict[str, _Pool] = {}
         self.remakes: Counter[str] = Counter()
         self.progress = Progress()
         self.others = leases.Observer(store)
@@ -155,47 +165,55 @@ class _Run:
         self.places = {key: place for place, key in enumerate(ordered)}
         self.read_by = readers(graph)
         self.waiting = dict.fromkeys(needed(graph, targets, self.present))
-        self._sort_waiting()
         self.in_flight: dict[ray.ObjectRef, str] = {}
-        self.tasks = 0
-        self.bound = max(MIN_IN_FLIGHT, 4 * int(ray.cluster_resources().get("CPU", 1)))
+        self.schedule = Schedule(graph, workers)
+        self.request = Request()
+        self.looked = -LOOK_SECONDS
+        self._sort_waiting()
 
     def _sort_waiting(self) -> None:
         """Find what is ready among the waiting, and how many inputs each of the others lacks."""
-        self.ready: dict[str | None, _Queue] = defaultdict(_Queue)
         self.lacking: dict[str, int] = {}
-        order = sorted(self.waiting, key=self.places.__getitem__)
-        ahead = unlocked(self.graph, order)
-        self.urgency = {key: (-ahead[key], self.places[key]) for key in order}
-        for key in order:
+        to_come = {*self.waiting, *self.in_flight.values(), *self.held}
+        self.schedule.order(sorted(to_come, key=self.places.__getitem__))
+        for key in self.waiting:
             self.lacking[key] = len(set(self.graph[key].inputs) - self.present)
             if not self.lacking[key]:
                 self._make_ready(key)
 
     def _make_ready(self, key: str) -> None:
         self.waiting[key] = None
-        self.ready[self.graph[key].pool].push(key, self.urgency[key])
+        self.schedule.add(key)
 
     def to_the_end(self) -> Progress:
         try:
             while self.waiting or self.in_flight or self.held:
-                self._submit_ready()
-                self._release_idle_replicas()
+                self._look()
+                self._take_steps()
                 self._tell_replicas()
                 self._wait()
         finally:
             for pool in self.pools.values():
                 pool.release()
+            self.request.take_back()
         return self.progress
+
+    def _look(self) -> None:
+        """See now and then how large the cluster is, and ask for what it has no room for."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return
+        self.looked = now
+        self.schedule.resize([node["Resources"] for node in ray.nodes() if node["Alive"]])
+        self.request.update(*self.schedule.demand(MOST_MORE), now)
 
     def _wait(self) -> None:
         """Take up what ends next, or look again for what other runs are making."""
         joining = {reference: pool for pool in self.pools.values() for reference in pool.joining}
-        assert self.in_flight or joining or self.held, "stages wait for inputs that nobody makes"
+        timeout = POLL_SECONDS if self.held else LOOK_SECONDS
         if self.in_flight or joining:
-            timeout = POLL_SECONDS if self.held else None
             done, _ = ray.wait([*self.in_flight, *joining], num_returns=1, timeout=timeout)
-        else:
+        else:  # for another run, or for a node that some stage fits
             done = []
             time.sleep(POLL_SECONDS)
         for reference in done:
@@ -217,55 +235,39 @@ class _Run:
             del self.held[key]
             self._make_ready(key)
 
-    def _submit_ready(self) -> None:
-        # Pools first: where few stages may be at work, their actors would be ended and made again.
-        for name, queue in sorted(self.ready.items(), key=lambda pool: pool[0] is None):
-            while not self._full() and (name is not None or self.tasks < self.bound):
-                key = queue.first(self.waiting)
-                if key is None:
-                    break
-                reference = self._submit(self.graph[key])
-                if reference is None:
-                    self.pools[name].grow(len(queue))
-                    break
-                queue.pop()
-                del self.waiting[key]
-                self.in_flight[reference] = key
-                self.tasks += name is None
-                self.started(self.graph[key])
+    def _take_steps(self) -> None:
+        while (step := self.schedule.step(time.monotonic())) is not None:
+            match step:
+                case HandOver(stage):
+                    del self.waiting[stage.key]
+                    self.in_flight[self._submit(stage)] = stage.key
+                    self.started(stage)
+                case StartActor(stage):
+                    assert stage.pool is not None
+                    self.pools.setdefault(stage.pool, _Pool(stage)).start()
+                case EndActor(pool):
+                    self.pools[pool].end()
 
-    def _full(self) -> bool:
-        return self.workers is not None and len(self.in_flight) >= self.workers
-
-    def _submit(self, stage: Stage) -> ray.ObjectRef | None:
-        if stage.pool is None:
-            task = _remote_make.options(**_options(stage), max_retries=0)
-            return task.remote(stage, self.maker, self.dead)
-        if stage.pool not in self.pools:
-            self.pools[stage.pool] = _Pool(stage, self.workers)
-        return self.pools[stage.pool].submit(stage, self.maker, self.dead)
+    def _submit(self, stage: Stage) -> ray.ObjectRef:
+        if stage.pool is not None:
+            return self.pools[stage.pool].submit(stage, self.maker, self.dead)
+        task = _remote_make.options(**_options(stage), max_retries=0)
+        return task.remote(stage, self.maker, self.dead)
 
     def _tell_replicas(self) -> None:
         counts: Counter[str] = Counter()
         for pool in self.pools.values():
-            counts[pool.first.kind] += len(pool.idle) + len(pool.serving)
+            counts[pool.kind] += len(pool.idle) + len(pool.serving)
         self.replicas(counts)
-
-    def _release_idle_replicas(self) -> None:
-        """Free what nothing is ready for, or may be given to it: other stages may be waiting for
-        its place."""
-        for name, pool in list(self.pools.items()):
-            if self._full() or self.ready[name].first(self.waiting) is None:
-                pool.shrink()
-            if not pool.size:
-                del self.pools[name]
 
     def _admit(self, pool: "_Pool", reference: ray.ObjectRef) -> None:
         """Take up a replica that has started, or learn that it died before."""
         try:
             pool.admit(reference)
+            self.schedule.joined(pool.name, time.monotonic())
         except RayError as error:
-            first = self.ready[pool.name].first(self.waiting)
+            self.schedule.lost(pool.name)
+            first = self.schedule.first(pool.name)
             if first is not None and not self._tried_again(self.graph[first], error):
                 del self.waiting[first]
                 self._fail(self.graph[first], error, error)
@@ -283,17 +285,19 @@ class _Run:
         key = self.in_flight.pop(reference)
         stage = self.graph[key]
         pool = None if stage.pool is None else self.pools[stage.pool]
-        self.tasks -= pool is None
+        now = time.monotonic()
+        if self.board is not None:
+            self.board.end(key)
         try:
             result: Manifest | Held = ray.get(reference)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             # What Ray itself raises is the loss of a process or a node.
             lost = isinstance(cause, RayError | WorkerLostError)
-            if pool is not None and (lost or lacks_device_memory(cause)):
-                pool.drop(reference)
-            elif pool is not None:
-                pool.free(reference)
+            unfit = lost or lacks_device_memory(cause)
+            if pool is not None:
+                pool.take_back(reference, keep=not unfit)
+            self.schedule.returned(key, now, actor_lost=unfit)
             if isinstance(cause, CorruptArtifactError) and self._remake(cause, key):
                 return
             if (lost or isinstance(cause, TimeLimitError)) and self._tried_again(stage, cause):
@@ -302,11 +306,13 @@ class _Run:
             self._fail(stage, error, cause)
             return
         if pool is not None:
-            pool.free(reference)
+            pool.take_back(reference)
+        self.schedule.returned(key, now)
         if isinstance(result, Held):
             self.held[key] = result.run
             return
         self.present.add(key)
+        self.schedule.discard(key)
         for reader in self.read_by[key]:
             if reader in self.waiting and self.lacking[reader]:
                 self.lacking[reader] -= 1
@@ -346,31 +352,12 @@ class _Run:
         except StoreError as unwritable:  # the log tells it
             logger.error("%s: its failure cannot be kept: %s", stage.label, unwritable)
         self.progress.failed[stage.key] = failure
+        self.schedule.discard(stage.key)
         for key in descendants(self.read_by, stage.key) & self.waiting.keys():
             del self.waiting[key]
+            self.schedule.discard(key)
             self.progress.blocked[key] = stage.key
         self.observe(stage, failure)
-
-
-class _Queue:
-    """Stages that are ready, the most urgent first; what is no longer waiting is passed over."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], str]] = []
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    def push(self, key: str, urgency: tuple[int, int]) -> None:
-        heapq.heappush(self._heap, (urgency, key))
-
-    def first(self, waiting: Container[str]) -> str | None:
-        while self._heap and self._heap[0][1] not in waiting:
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
-
-    def pop(self) -> None:
-        heapq.heappop(self._heap)
 
 
 class _Pool:
@@ -380,27 +367,19 @@ class _Pool:
     nothing up. An actor that is lost is replaced, wherever there is room, as long as there is work.
     """
 
-    def __init__(self, first: Stage, workers: int | None) -> None:
+    def __init__(self, first: Stage) -> None:
         assert first.pool is not None
         self.name = first.pool
-        self.first = first
-        self.workers = workers
+        self.kind = first.kind
+        self.options = _options(first)
         self.idle: list[Any] = []
         self.serving: dict[ray.ObjectRef, Any] = {}
         self.joining: dict[ray.ObjectRef, Any] = {}
 
-    @property
-    def size(self) -> int:
-        return len(self.idle) + len(self.serving) + len(self.joining)
-
-    def grow(self, ready: int) -> None:
-        """Start actors for so many stages that no actor was there for, within the bounds."""
-        resources = self.first.resources
-        most = resources.max_replicas or _room_for(self.first)
-        wanted = max(resources.min_replicas, min(most, len(self.serving) + ready))
-        while self.size < min(wanted, self.workers or wanted):
-            actor = _remote_replica.options(**_options(self.first)).remote()
-            self.joining[actor.start.remote()] = actor
+    def start(self) -> None:
+        """Ask for one more actor."""
+        actor = _remote_replica.options(**self.options).remote()
+        self.joining[actor.start.remote()] = actor
 
     def admit(self, reference: ray.ObjectRef) -> None:
         """Count in an actor that has started."""
@@ -408,51 +387,36 @@ class _Pool:
         ray.get(reference)
         self.idle.append(actor)
 
-    def submit(
-        self, stage: Stage, maker: ray.ObjectRef, dead: frozenset[str]
-    ) -> ray.ObjectRef | None:
-        """Hand the stage to an idle actor; None if there is none."""
-        if not self.idle:
-            return None
-        actor = self.idle.pop(0)
+    def submit(self, stage: Stage, maker: ray.ObjectRef, dead: frozenset[str]) -> ray.ObjectRef:
+        """Hand the stage to an idle actor."""
+        actor = self.idle.pop()  # the last one at work, whose memory is warm
         reference = actor.make.remote(stage, maker, dead)
         self.serving[reference] = actor
         return reference
 
-    def free(self, reference: ray.ObjectRef) -> None:
-        self.idle.append(self.serving.pop(reference))
+    def take_back(self, reference: ray.ObjectRef, *, keep: bool = True) -> None:
+        """Have an actor idle again, or end it if its process is lost, or as good as lost."""
+        actor = self.serving.pop(reference)
+        if keep:
+            self.idle.append(actor)
+        else:
+            ray.kill(actor)
 
-    def drop(self, reference: ray.ObjectRef) -> None:
-        """End an actor whose process is lost, or as good as lost."""
-        ray.kill(self.serving.pop(reference))
-
-    def shrink(self) -> None:
-        """End what has no work, beyond the minimum while others are at work."""
-        while self.joining:
-            ray.kill(self.joining.popitem()[1])
-        kept = self.first.resources.min_replicas if self.serving else 0
-        while self.idle and self.size > kept:
-            ray.kill(self.idle.pop())
+    def end(self) -> None:
+        """End the actor that is idle longest."""
+        ray.kill(self.idle.pop(0))
 
     def release(self) -> None:
+        """End all."""
         for actor in (*self.idle, *self.serving.values(), *self.joining.values()):
             ray.kill(actor)
 
 
-def _room_for(stage: Stage) -> int:
-    total = ray.cluster_resources()
-    rooms = [int(total.get("CPU", 1)) // stage.resources.cpus]
-    if stage.resources.gpus:
-        rooms.append(int(total.get("GPU", 0) / stage.resources.gpus))
-    return max(1, int(min(rooms) * stage.pool_share))
-
-
 def _options(stage: Stage) -> dict[str, Any]:
-    resources = stage.resources
-    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
-    if resources.memory_bytes is not None:
-        options["memory"] = resources.memory_bytes
-    return options
+    """What Ray is asked for, in its words for tasks and actors."""
+    asked = bundle(stage.resources)
+    options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0.0)}
+    return options | ({"memory": asked["memory"]} if "memory" in asked else {})
 
 
 def _make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest | Held:
@@ -469,22 +433,31 @@ def _make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest
 
 
 def _made(stage: Stage, maker: Maker, store: Store) -> Manifest:
-    maker.prepare(stage.kind)
-    started = time.monotonic()
-    artifacts = {key: store.fetch(key) for key in stage.inputs}
-    with store.attempt(stage.key) as attempt, PeakMemory() as memory:
-        report = maker.execute(
-            stage.payload, artifacts, attempt.folder, stage.resources.cpus, attempt.partial
-        )
-        return attempt.commit(
-            kind=stage.kind,
-            spec=dict(stage.spec),
-            report=report,
-            seconds=time.monotonic() - started,
-            peak_memory_bytes=memory.peak(),
-            versions=maker.versions,
-            host=platform.node(),
-        )
+    tell: Tell = _nobody if maker.board is None else maker.board.start(stage.key)
+    with maker.reporting(tell):
+        maker.prepare(stage.kind)
+        started = time.monotonic()
+        tell("reading inputs", 0, 0, "")
+        artifacts = {key: store.fetch(key) for key in stage.inputs}
+        tell("", 0, 0, "")
+        with store.attempt(stage.key) as attempt, PeakMemory() as memory:
+            report = maker.execute(
+                stage.payload, artifacts, attempt.folder, stage.resources.cpus, attempt.partial
+            )
+            tell("storing", 0, 0, "")
+            return attempt.commit(
+                kind=stage.kind,
+                spec=dict(stage.spec),
+                report=report,
+                seconds=time.monotonic() - started,
+                peak_memory_bytes=memory.peak(),
+                versions=maker.versions,
+                host=platform.node(),
+            )
+
+
+def _nobody(phase: str, done: float, total: float, unit: str) -> None:
+    """Writes nowhere what a stage tells."""
 
 
 class Replica:

@@ -20,9 +20,10 @@ from cluster.submission import Client, JobServerError, connect, details, follow,
 from jobs import store_commands
 from jobs.check import check
 from jobs.console import console
+from jobs.cost import parameters
 from jobs.export import export
 from jobs.export_calibration import export_calibration
-from jobs.fetch import copies, fetch, hub_items
+from jobs.fetch import copies, fetch, hub_items, model_copies
 from jobs.gather import gather, write_table
 from jobs.grid import load_grid, refuse_credentials
 from jobs.plan import Plan, make_plan, print_plan
@@ -284,11 +285,15 @@ def _follow(client: Client, job: str) -> None:
 
 def _checked_plan(grid: Path, store: str) -> Plan:
     """The plan of a grid in which no mistake was found."""
-    planned = make_plan(load_grid(grid))
-    kept = Store(store)
+    logger.info("reading and checking %s", grid)
+    read, kept = load_grid(grid), Store(store)
+    with used(model_copies(read, kept) if kept.local else {}):
+        planned = make_plan(read)
     with used(copies(planned, kept) if kept.local else {}):
         for note in check(planned):
             logger.warning("%s", note)
+        if any(parameters(model, planned.sizes) is None for model in read.models.values()):
+            planned = make_plan(read)  # the check has put configurations into the hub's cache
     return planned
 
 
@@ -313,6 +318,7 @@ def _check_shared(url: str) -> None:
 
 
 def _show(planned: Plan, store: Store) -> None:
+    logger.info("gathering the results")
     table: pa.Table = gather(planned, store)
     path = write_table(table, planned.grid.name, store)
     print_results(table, console)

@@ -1,17 +1,27 @@
 """What a stage will take, before anything runs: a stated model, not a measurement.
 
 A stage's work is counted in passes of its tokens through the model, 2 FLOP a parameter and token,
-and divided by the rate of the device and the share of that rate that such work reaches.
+and divided by the rate of its devices and the share of that rate that such work reaches. A fixed
+time and that of loading the model are added. All experts of a mixture count. A run scales the
+estimates by what it measures (`jobs.forecast`).
 """
 
+import functools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import yaml
+
+from cluster.graph import Resources
 from jobs.grid import Cost
 from pipeline.specs import (
     DescribeSpec,
     EvaluateSpec,
     FilterSpec,
     GenerateSpec,
+    LocalTasks,
     Model,
     OutliersSpec,
     PretrainSpec,
@@ -24,16 +34,24 @@ from pipeline.specs import (
     WindowsSpec,
 )
 
+CORE_FLOPS = 5.0e10
+"""FLOP of a CPU core in a second, in matrix products: one with AVX2 or AVX-512."""
+
+GPU_FLOPS = 4.0e14
+"""The same of a GPU: a half of what an H200 reaches in bfloat16."""
+
 UTILISATION = {
-    "pretrain": 0.3,
-    "generate": 0.1,
-    "score": 0.5,
-    "describe": 0.5,
-    "outliers": 0.5,
-    "prune": 0.5,
-    "evaluate": 0.4,
+    "pretrain": (1.0, 0.3),
+    "generate": (0.3, 0.1),
+    "score": (0.65, 0.5),
+    "describe": (0.65, 0.5),
+    "outliers": (0.65, 0.5),
+    "prune": (0.65, 0.5),
+    "evaluate": (0.75, 0.4),
 }
-"""Share of the device's matrix rate. Generation reads every weight for one token a sample."""
+"""Share of that rate, on a CPU and on a GPU. Those of a CPU compare as stages of a model of 135
+million weights did on one machine (bfloat16, AMX); those of a GPU are not measured by stage. A step
+of generation reads every weight for one token of each sample."""
 
 PASSES = {
     "pretrain": 3.0,
@@ -51,14 +69,23 @@ PRUNE_PASSES = {
     "wanda": 2.0,
     "ria": 2.0,
     "dsnot": 2.5,
-    "sparsegpt": 4.0,
+    "sparsegpt": 2.7,
     "alps": 8.0,
 }
-"""Statistics and outputs of every layer; a Hessian and SparseGPT's updates about double that, and
-the eigenvectors and iterations of ALPS double it again."""
+"""Statistics and outputs of every layer, and Hessians; the iterations of ALPS cost more."""
+
+COLUMN_PASSES = {"sparsegpt": 4.0, "alps": 16.0}
+"""Passes of as many tokens as a matrix has inputs, which inverses and the updates of later columns
+cost however few the tokens are."""
+
+LAYERS = 30
+"""Of a decoder, about: with its parameters they say how many inputs its matrices have."""
 
 TASK_TOKENS = 2_000_000
 """Tokens of an lm-eval task with all its questions and choices, on average."""
+
+TOKEN_CHARACTERS = 4
+"""Of a task whose questions are in a file of its folder, by which these are counted."""
 
 MANY_WINDOWS = 256
 """Windows of a perplexity that takes all there are."""
@@ -69,6 +96,32 @@ QUESTION_TOKENS = 600
 TESTBED_QUESTION_TOKENS = 60
 """Tokens of a question of the testbed's tasks, which take no other."""
 
+FIXED_SECONDS = {
+    "pretrain": 5.0,
+    "testbed-tasks": 1.0,
+    "generate": 2.0,
+    "score": 2.0,
+    "filter": 0.5,
+    "windows": 0.5,
+    "describe": 2.0,
+    "outliers": 2.0,
+    "prune": 2.0,
+    "evaluate": 5.0,
+}
+"""What a stage takes besides its passes: it reads and stores, and libraries set up."""
+
+LOAD_SECONDS = 2.0e-9
+"""Of each parameter of a model that a stage loads: two bytes, at a GB a second."""
+
+CHOOSE_SECONDS = (3.0e-8, 2.0e-9)
+"""Of each parameter that a CPU core, or a GPU, prunes: chosen, checked, packed and stored."""
+
+JOIN_SECONDS = 0.5
+"""Joining the shards of a stage, which needs no model."""
+
+UNKNOWN_PARAMETERS = 1.0e9
+"""Size that a model of unknown size is given where only the order of work depends on it."""
+
 TOKEN_BYTES = 8
 """An id and its share of the text."""
 
@@ -78,31 +131,65 @@ MASK_BYTES = 1 / 8
 """Of a weight whose model is stored as masks."""
 
 
+ONE_CORE = Resources()
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds on one device, and bytes left in the store."""
+    """Seconds on what the stage asks for, and bytes left in the store."""
 
     seconds: float
     bytes: float
 
 
-def estimate(spec: StageSpec, cost: Cost, sizes: dict[str, float]) -> Estimate | None:
+def estimate(
+    spec: StageSpec, cost: Cost, sizes: Mapping[str, float], resources: Resources = ONE_CORE
+) -> Estimate | None:
     """What a stage takes; None if it needs a model whose size is unknown.
 
     Args:
         sizes: number of parameters by hub name or path of a model.
+        resources: what the stage runs on.
     """
     model = _model(spec)
     size = 0.0 if model is None else parameters(model, sizes)
     if size is None:
         return None
-    stage = spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
-    rate = cost.flops_per_second * UTILISATION.get(stage, 1.0)
-    seconds = 2.0 * size * _passes(spec) * _tokens(spec) / rate
-    return Estimate(seconds=seconds, bytes=_bytes(spec, size))
+    return Estimate(_seconds(spec, cost, size, resources), _bytes(spec, size))
 
 
-def parameters(model: Model, sizes: dict[str, float]) -> float | None:
+def expected_seconds(
+    spec: StageSpec, cost: Cost, sizes: Mapping[str, float], resources: Resources = ONE_CORE
+) -> float:
+    """The same seconds, with a stated size where a model's is unknown: to order stages by."""
+    known = estimate(spec, cost, sizes, resources)
+    return _seconds(spec, cost, UNKNOWN_PARAMETERS, resources) if known is None else known.seconds
+
+
+def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> float:
+    """More than 0: a fixed time, the model's weights once, and its passes."""
+    if isinstance(spec, GenerateSpec | ScoreSpec):
+        return JOIN_SECONDS
+    if _model(spec) is None:
+        return FIXED_SECONDS[_stage(spec)]
+    each, tokens = LOAD_SECONDS, _passes(spec) * _tokens(spec)
+    if isinstance(spec, PruneSpec):
+        on_core, on_gpu = CHOOSE_SECONDS
+        each += on_gpu if resources.gpus else on_core / resources.cpus
+        tokens += COLUMN_PASSES.get(spec.pruner.name, 0.0) * math.sqrt(size / (12 * LAYERS))
+    passes = 2.0 * size * tokens / rate(_stage(spec), cost, resources)
+    return FIXED_SECONDS[_stage(spec)] + each * size + passes
+
+
+def rate(stage: str, cost: Cost, resources: Resources) -> float:
+    """FLOP a second that a kind of stage reaches on its GPUs, or else on its cores."""
+    on_cpu, on_gpu = UTILISATION[stage]
+    if resources.gpus:
+        return on_gpu * (cost.flops_per_second or GPU_FLOPS * resources.gpus)
+    return on_cpu * (cost.flops_per_second or CORE_FLOPS * resources.cpus)
+
+
+def parameters(model: Model, sizes: Mapping[str, float]) -> float | None:
     """How many a model has; None if neither its spec nor the grid tells."""
     match model:
         case PruneSpec():
@@ -141,10 +228,14 @@ def _model(spec: StageSpec) -> Model | None:
             return None  # joins and cuts, no forward pass
 
 
+def _stage(spec: StageSpec) -> str:
+    return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
+
+
 def _passes(spec: StageSpec) -> float:
     if isinstance(spec, PruneSpec):
         return PRUNE_PASSES[spec.pruner.name]
-    return PASSES.get(spec.of.kind if isinstance(spec, ShardSpec) else spec.kind, 0.0)
+    return PASSES.get(_stage(spec), 0.0)
 
 
 def _tokens(spec: StageSpec) -> float:
@@ -173,7 +264,24 @@ def _tokens(spec: StageSpec) -> float:
 def _task_tokens(spec: EvaluateSpec, task: TaskSpec) -> float:
     if isinstance(spec.task_folder, TestbedTasksSpec):
         return spec.task_folder.questions * TESTBED_QUESTION_TOKENS
+    if isinstance(spec.task_folder, LocalTasks):
+        questions = _questions(Path(spec.task_folder.path), task.name)
+        if questions is not None:
+            return sum(questions[: task.limit]) / TOKEN_CHARACTERS
     return TASK_TOKENS if task.limit is None else task.limit * QUESTION_TOKENS
+
+
+@functools.cache
+def _questions(folder: Path, task: str) -> list[int] | None:
+    """Bytes of each question of a task whose data are JSON Lines in its own folder."""
+    try:
+        content = yaml.safe_load((folder / f"{task}.yaml").read_text())
+        files = content["dataset_kwargs"]["data_files"]
+        name = files if isinstance(files, str) else files[content["test_split"]]
+        with (folder / name).open("rb") as lines:
+            return [len(line) for line in lines]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # it is of another form
+        return None
 
 
 def _bytes(spec: StageSpec, size: float) -> float:

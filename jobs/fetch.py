@@ -9,9 +9,11 @@ from pathlib import Path
 
 from cluster.graph import Graph
 from cluster.store import Store
+from jobs.grid import Grid
 from jobs.plan import Plan
 from jobs.stages import HUB
-from pipeline.copies import HubItem, download, items
+from pipeline.copies import HubItem, download, items, model_item
+from pipeline.specs import HubModel
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,13 @@ def copies(plan: Plan, store: Store) -> dict[HubItem, Path]:
     if not present:
         return {}  # and lm-eval, which takes seconds, is not asked what its tasks read
     return {item: store.fetch(item.key) for item in hub_items(plan) if item.key in present}
+
+
+def model_copies(grid: Grid, store: Store) -> dict[HubItem, Path]:
+    """Of the grid's models, the copies that the store has."""
+    items = [model_item(model) for model in grid.models.values() if isinstance(model, HubModel)]
+    present = _present(store) if items else set()
+    return {item: store.fetch(item.key) for item in items if item.key in present}
 
 
 def _present(store: Store) -> set[str]:

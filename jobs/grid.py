@@ -292,11 +292,12 @@ class Description(Spec):
 class Cost(Spec):
     """What the estimate of a plan rests on."""
 
-    flops_per_second: float = Field(default=4.0e14, gt=0.0)
-    """Rate of matrix products on one device: a half of what an H200 reaches in bfloat16."""
+    flops_per_second: float | None = Field(default=None, gt=0.0)
+    """Rate of matrix products on the devices of one stage; unset, `jobs.cost.GPU_FLOPS` for each
+    GPU that it asks for, or `CORE_FLOPS` for each core."""
 
     parameters: dict[str, float] = Field(default_factory=dict)
-    """Parameters of each model of the grid that does not tell them itself."""
+    """Parameters of models of the grid whose spec, files or configuration do not tell them."""
 
 
 class Replicas(Spec):

@@ -10,18 +10,24 @@ from rich.table import Table
 from cluster.graph import Graph, Resources, Stage, needed
 from cluster.store import Store
 from jobs.cells import Cell, describe_spec, evaluate_spec, expand
-from jobs.cost import estimate, model_name, parameters
+from jobs.cost import (
+    CORE_FLOPS,
+    GPU_FLOPS,
+    estimate,
+    expected_seconds,
+    model_name,
+    parameters,
+)
 from jobs.grid import GeneratedCalibration, Grid, StageName
+from jobs.labels import labels
+from jobs.sizes import checkpoint_parameters
 from jobs.stages import stage_name
 from pipeline.specs import (
-    DescribeSpec,
-    EvaluateSpec,
     GenerateSpec,
-    OutliersSpec,
+    PretrainSpec,
     PruneSpec,
     ShardSpec,
     StageSpec,
-    Uniform,
     Vllm,
     WindowsSpec,
 )
@@ -45,10 +51,6 @@ ORDER = (
 POOLED = ("generate", "score")
 """Stages whose shards run on actors that keep their model loaded."""
 
-PRUNE_SHARE = 0.5
-"""Of the cluster's room: the other half evaluates meanwhile, so that results come as they are made
-and not when all is pruned."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,6 +64,8 @@ class Plan:
     specs: dict[str, StageSpec]
     """Every unique stage, each after its inputs."""
     graph: Graph
+    sizes: dict[str, float]
+    """Parameters by hub name or path of a model, as far as they are known."""
 
     @property
     def targets(self) -> list[str]:
@@ -88,8 +92,12 @@ def make_plan(grid: Grid) -> Plan:
         if description is not None:
             _collect(description, specs, inputs)
             descriptions[last.key] = description.key
-    graph = {key: _stage(grid, spec, inputs[key]) for key, spec in specs.items()}
-    return Plan(grid=grid, cells=cells, descriptions=descriptions, specs=specs, graph=graph)
+    sizes = model_sizes(grid)
+    named = labels(cells, descriptions, specs, inputs)
+    graph = {key: _stage(grid, spec, inputs[key], named[key], sizes) for key, spec in specs.items()}
+    return Plan(
+        grid=grid, cells=cells, descriptions=descriptions, specs=specs, graph=graph, sizes=sizes
+    )
 
 
 @dataclass(frozen=True)
@@ -111,12 +119,14 @@ def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
         stored: keys that the store holds.
     """
     missing = set(needed(plan.graph, plan.targets, stored))
-    sizes = _sizes(plan.grid)
     lines = []
     for stage in ORDER:
         keys = [key for key, spec in plan.specs.items() if line_of(spec) == stage]
         to_make = [key for key in keys if key in missing]
-        guesses = [estimate(plan.specs[key], plan.grid.cost, sizes) for key in to_make]
+        guesses = [
+            estimate(plan.specs[key], plan.grid.cost, plan.sizes, plan.graph[key].resources)
+            for key in to_make
+        ]
         known = [guess for guess in guesses if guess is not None]
         lines.append(
             StageCount(
@@ -156,18 +166,24 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
         )
     console.print(table)
     console.print(f"store: {store.url}", soft_wrap=True)
-    console.print(
-        f"estimate: {plan.grid.cost.flops_per_second:.3g} FLOP/s a device; "
-        "jobs/cost.py states the model"
-    )
+    console.print(f"estimate: {_rests_on(plan)}; jobs/cost.py states the model", soft_wrap=True)
     for name, calibration in plan.grid.calibrations.items():
         if isinstance(calibration, GeneratedCalibration):
             console.print(f"calibrations.{name}: {_engine(calibration.backend)} generates")
     if isinstance(plan.grid.evaluate.backend, Vllm):
         console.print(f"evaluate: {_engine(plan.grid.evaluate.backend)} answers tasks")
     for name, model in plan.grid.models.items():
-        if parameters(model, _sizes(plan.grid)) is None:
+        if parameters(model, plan.sizes) is None:
             console.print(f"not in the estimate: model {name}; give cost.parameters.{name}")
+
+
+def _rests_on(plan: Plan) -> str:
+    given = plan.grid.cost.flops_per_second
+    if given is not None:
+        return f"{given:.3g} FLOP/s for a stage (cost.flops_per_second)"
+    on_gpus = any(stage.resources.gpus for stage in plan.graph.values())
+    per = [f"{CORE_FLOPS:.3g} FLOP/s a CPU core", *([f"{GPU_FLOPS:.3g} a GPU"] if on_gpus else [])]
+    return f"{' and '.join(per)} that a stage asks for; a run scales it by what it measures"
 
 
 def _engine(backend: Literal["transformers"] | Vllm) -> str:
@@ -194,12 +210,25 @@ def line_of(spec: StageSpec) -> str:
     return f"{stage_name(spec)} shard" if isinstance(spec, ShardSpec) else spec.kind
 
 
-def _sizes(grid: Grid) -> dict[str, float]:
-    given = grid.cost.parameters
-    return {model_name(model): given[name] for name, model in grid.models.items() if name in given}
+def model_sizes(grid: Grid) -> dict[str, float]:
+    """Parameters by hub name or path: what the grid gives, else what the model's files tell."""
+    sizes: dict[str, float] = {}
+    for name, model in grid.models.items():
+        if isinstance(model, PretrainSpec):
+            continue  # its spec tells
+        size = grid.cost.parameters.get(name) or checkpoint_parameters(model)
+        if size is not None:
+            sizes[model_name(model)] = size
+    return sizes
 
 
-def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...]) -> Stage:
+def _stage(
+    grid: Grid,
+    spec: StageSpec,
+    inputs: tuple[str, ...],
+    label: str,
+    sizes: dict[str, float],
+) -> Stage:
     name = stage_name(spec)
     asked = grid.resources.get(cast(StageName, name))
     joins = name in POOLED and not isinstance(spec, ShardSpec)  # and so needs no device
@@ -207,13 +236,13 @@ def _stage(grid: Grid, spec: StageSpec, inputs: tuple[str, ...]) -> Stage:
     return Stage(
         key=spec.key,
         kind=name,
-        label=_label(spec),
+        label=label,
         spec=spec.lineage,
         payload=spec.model_dump_json(),
         inputs=inputs,
         resources=resources,
+        seconds=expected_seconds(spec, grid.cost, sizes, resources),
         pool=_pool(spec),
-        pool_share=PRUNE_SHARE if isinstance(spec, PruneSpec) else 1.0,
     )
 
 
@@ -229,22 +258,3 @@ def _pool(spec: StageSpec) -> str | None:
             return f"{spec.kind} {spec.model}"
         case _:
             return None
-
-
-def _label(spec: StageSpec) -> str:
-    match spec:
-        case ShardSpec():
-            return f"{spec.of.kind} shard {spec.index + 1} of {spec.of.shard_count}"
-        case EvaluateSpec(model=PruneSpec() as pruned):
-            return f"evaluate {_label(pruned).removeprefix('prune ')}"
-        case EvaluateSpec():
-            return "evaluate dense"
-        case PruneSpec():
-            seed = "" if spec.calibration is None else f" seed {spec.calibration.seed}"
-            target = spec.pattern or f"{spec.sparsity:.0%}"
-            allocation = "" if spec.allocation == Uniform() else f" {spec.allocation.name}"
-            return f"prune {spec.pruner.name} {target}{allocation}{seed}"
-        case OutliersSpec() | DescribeSpec():
-            return f"{spec.kind} seed {spec.calibration.seed}"
-        case _:
-            return spec.kind

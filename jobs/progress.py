@@ -2,19 +2,35 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from textwrap import shorten
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from cluster.graph import Stage
-from cluster.store import Failure, Manifest
+from cluster.board import Position
+from cluster.graph import Graph, Stage
+from cluster.store import Failure, Manifest, Store
+from jobs.cost import UTILISATION
+from jobs.forecast import Forecast, Room
 from jobs.plan import ORDER, POOLED, Plan
 from pipeline.specs import GenerateSpec, ShardSpec
 
 LAST_ERRORS = 5
+
+MOST_SHOWN = 8
+"""Stages at work that are named; of more, as on a large cluster, their number is told."""
+
+MOST_RECALLED = 3
+"""Artifacts of each kind whose seconds are read where a run goes on."""
+
+LONGEST_PHASE = 60
+"""Characters of a phase that are shown; an evaluation's names all its tasks."""
+
+COMPUTING = {f"{kind} shard" if kind in POOLED else kind for kind in UTILISATION}
+"""Lines whose stages pass tokens through a model."""
 
 
 @dataclass
@@ -24,8 +40,10 @@ class Line:
     total: int = 0
     done: int = 0
     failed: int = 0
+    in_flight: int = 0
+    """Handed to Ray: at work, or waiting for room on the cluster."""
     at_work: int = 0
-    """Handed to Ray: running, or waiting for room on the cluster."""
+    """Begun on a worker, when that was last looked at."""
     seconds: float = 0.0
     """What those that are done took together."""
 
@@ -52,20 +70,30 @@ class Busy:
 class Progress:
     """The figures of a run; each stage that ends costs the same, however many there are."""
 
-    def __init__(self, totals: Mapping[str, int], samples: int = 0) -> None:
+    def __init__(
+        self, totals: Mapping[str, int], samples: int = 0, stages: Graph | None = None
+    ) -> None:
         """
         Args:
             totals: stages to make, by line.
             samples: to be generated.
+            stages: those to make, each after its inputs; without them there is no time left.
         """
         self.lines = {name: Line(totals[name]) for name in ORDER if totals.get(name)}
         self.samples_to_make = samples
         self.samples = self.tokens = 0
+        self.forecast = Forecast(stages or {}, line_name, computes)
         self.replicas: Mapping[str, int] = {}
         self.errors: deque[str] = deque(maxlen=LAST_ERRORS)
         self.began = time.monotonic()
         self.generating_since: float | None = None
-        self._at_work: set[str] = set()
+        self.at_work: dict[str, Position] = {}
+        """By key, how far the stages on workers are; the oldest first."""
+        self.in_flight: dict[str, Stage] = {}
+        """Stages handed to Ray, by key."""
+        self._end: float | None = None
+        """When all is made, in seconds since the run began."""
+        self._waits: list[str] = []
 
     @property
     def seconds(self) -> float:
@@ -89,20 +117,39 @@ class Progress:
 
     def start(self, stage: Stage) -> None:
         """Count a stage that is handed to Ray, maybe once more."""
-        if stage.key not in self._at_work:
-            self._at_work.add(stage.key)
-            self._line(stage).at_work += 1
+        if stage.key not in self.in_flight:
+            self.in_flight[stage.key] = stage
+            self._line(stage).in_flight += 1
+        self.at_work.pop(stage.key, None)
+
+    def look(self, positions: Mapping[str, Position], room: Room) -> None:
+        """Take up how far the stages on workers are, and what room a run has."""
+        here = {key: at for key, at in positions.items() if key in self.in_flight}
+        self.at_work = dict(sorted(here.items(), key=lambda each: -each[1].seconds))
+        counts = Counter(line_name(self.in_flight[key]) for key in here)
+        for name, line in self.lines.items():
+            line.at_work = counts[name]
+        left = self.forecast.seconds_left(here, room)
+        self._end = None if left is None else self.seconds + left
+        ready, lacking = self.forecast.waiting(here)
+        self._waits = [
+            f"{reason}: {', '.join(f'{name} {count}' for name, count in sorted(counts.items()))}"
+            for reason, counts in (("room or a worker", ready), ("other stages", lacking))
+            if counts
+        ]
 
     def end(self, stage: Stage, result: Manifest | Failure) -> None:
         """Count a stage that has ended."""
         line = self._line(stage)
-        if stage.key in self._at_work:
-            self._at_work.remove(stage.key)
-            line.at_work -= 1
+        if self.in_flight.pop(stage.key, None):
+            line.in_flight -= 1
+        self.at_work.pop(stage.key, None)
         if isinstance(result, Failure):
             line.failed += 1
             self.errors.append(f"{stage.label}: {result.error} ({stage.key})")
+            self.forecast.failed(stage.key)
             return
+        self.forecast.made(stage, result.seconds)
         line.done += 1
         line.total = max(line.total, line.done + line.failed)  # a damaged one is made again
         line.seconds += result.seconds
@@ -119,40 +166,41 @@ class Progress:
         return self.tokens / max(time.monotonic() - self.generating_since, 1e-9)
 
     def seconds_left(self) -> float | None:
-        """What is left of each kind at its mean so far, as many at a time as so far on average.
+        """By the last look; None before anything was measured."""
+        return None if self._end is None else max(0.0, self._end - self.seconds)
 
-        Kinds of which none is done yet count with the mean of all: then it is no more than a hint.
-        None before the first is done.
-        """
-        done = sum(line.done for line in self.lines.values())
-        spent = sum(line.seconds for line in self.lines.values())
-        if not spent or not self.seconds:
-            return None
-        mean = spent / done
-        lines = self.lines.values()
-        left = sum(line.left * (line.seconds / line.done if line.done else mean) for line in lines)
-        return left / max(spent / self.seconds, 1e-9)
-
-    def summary(self, busy: Busy | None) -> str:
-        """All figures in a line of a log."""
-        return "; ".join(
+    def summary(self, busy: Busy | None) -> Iterator[str]:
+        """All figures in some lines of a log: what is made, what every worker does, what waits."""
+        yield "; ".join(
             [
                 f"{self.ended}/{self.total} stages in {duration(self.seconds)}",
                 *([f"{self.failed} failed"] if self.failed else []),
                 *(
                     f"{name} {line.done}/{line.total}"
                     for name, line in self.lines.items()
-                    if line.at_work
+                    if line.in_flight
                 ),
                 *self._figures(busy),
             ]
         )
+        yield from self.doing()
+
+    def doing(self) -> Iterator[str]:
+        """What every worker does, the oldest first, and what waits for what."""
+        for key, position in list(self.at_work.items())[:MOST_SHOWN]:
+            stage = self.in_flight.get(key)
+            if stage is not None:
+                yield f"at work: {stage.label}: {how_far(position)}"
+        if len(self.at_work) > MOST_SHOWN:
+            yield f"at work: and {len(self.at_work) - MOST_SHOWN} more"
+        if self._waits:
+            yield f"waiting for {'; for '.join(self._waits)}"
 
     def view(self, busy: Busy | None) -> Group:
         """All figures for a terminal."""
         table = Table(title=None)
         table.add_column("stage")
-        for heading in ("done", "failed", "in flight", "left", "seconds each", "replicas"):
+        for heading in ("done", "failed", "at work", "left", "seconds each", "replicas"):
             table.add_column(heading, justify="right")
         for name, line in self.lines.items():
             each = f"{line.seconds / line.done:.1f}" if line.done else "-"
@@ -164,12 +212,14 @@ class Progress:
         begun = f"{self.ended}/{self.total} stages in {duration(self.seconds)}"
         figures = "; ".join([begun, *self._figures(busy)])
         errors = [Text(error, style="red", no_wrap=True) for error in self.errors]
-        return Group(table, Text(figures), *errors)
+        doing = [Text(line, no_wrap=True, overflow="ellipsis") for line in self.doing()]
+        return Group(table, Text(figures), *doing, *errors)
 
     def _figures(self, busy: Busy | None) -> Iterator[str]:
         if self.samples_to_make and self.samples < self.samples_to_make:
             yield f"{self.samples:,} of {self.samples_to_make:,} samples"
-            yield f"{self.tokens_a_second():,.0f} tokens/s"
+            if self.tokens:
+                yield f"{self.tokens_a_second():,.0f} tokens/s"
         present = [f"{name} {count}" for name, count in self.replicas.items() if count]
         if present:
             yield f"replicas: {', '.join(present)}"
@@ -188,6 +238,11 @@ class Progress:
         return self.replicas.get(kind) if name != kind or kind not in POOLED else None
 
 
+def computes(stage: Stage) -> bool:
+    """Whether a stage's time depends on the device's rate."""
+    return line_name(stage) in COMPUTING
+
+
 def line_name(stage: Stage) -> str:
     """The line of `jobs.plan.ORDER` that a stage belongs to."""
     shard = stage.kind in POOLED and stage.pool is not None
@@ -202,7 +257,33 @@ def progress_of(plan: Plan, missing: Collection[str]) -> Progress:
         match plan.specs[key]:
             case ShardSpec(of=GenerateSpec() as spec, index=index):
                 samples += min(spec.shard_size, spec.num_samples - index * spec.shard_size)
-    return Progress(totals, samples)
+    wanted = set(missing)
+    stages = {key: stage for key, stage in plan.graph.items() if key in wanted}
+    return Progress(totals, samples, stages)
+
+
+def recall(progress: Progress, plan: Plan, store: Store, present: Iterable[str]) -> None:
+    """Let artifacts that earlier runs made tell how long a few stages of each kind took."""
+    recalled: Counter[str] = Counter()
+    for key in present:
+        stage = plan.graph[key]
+        name = line_name(stage)
+        manifest = store.manifest(key) if recalled[name] < MOST_RECALLED else None
+        if manifest is not None:
+            recalled[name] += 1
+            progress.forecast.measured(stage, manifest.seconds)
+
+
+def how_far(position: Position) -> str:
+    """`12 of 30 layers, 45 s`, `loading the model, 3 s`."""
+    unit = position.unit
+    if position.total:
+        counted = f"{position.done:,.0f} of {position.total:,.0f} {unit}"
+    else:
+        counted = f"{position.done:,.0f} {unit}" if position.done else ""
+    phase = shorten(position.phase, LONGEST_PHASE, placeholder=" ...")
+    words = ": ".join(word for word in (phase, counted) if word)
+    return ", ".join(word for word in (words, duration(position.seconds)) if word)
 
 
 def duration(seconds: float) -> str:

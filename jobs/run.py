@@ -7,6 +7,7 @@ import cluster
 import jobs
 import pipeline
 from cluster import leases
+from cluster.board import Board
 from cluster.graph import needed
 from cluster.run import Progress as Outcome
 from cluster.run import run
@@ -14,9 +15,10 @@ from cluster.session import check_resources, session
 from cluster.store import Store
 from jobs.fetch import with_copies
 from jobs.plan import Plan
-from jobs.progress import progress_of
+from jobs.progress import progress_of, recall
 from jobs.stages import execute, prepare
 from jobs.watch import Watch
+from pipeline.progress import reporting
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
     leases.sweep(store, leases.Observer(store))
     store.sweep()
     present = store.keys() & plan.graph.keys()
+    logger.info("checking %d artifacts that the store has", len(present))
     for key, problem in store.damaged(present).items():
         logger.warning("artifact %s is damaged: %s; it is made again", key, problem)
         store.discard(key)
@@ -49,18 +52,25 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
         return Outcome()
     versions = {name: metadata.version(name) for name in RECORDED}
     graph, variables = with_copies(plan, store)
-    watch = Watch(progress_of(plan, missing), plan.grid.name)
-    with session(address, (pipeline, cluster, jobs), variables), watch:
-        check_resources({plan.graph[key].kind: plan.graph[key].resources for key in missing})
-        return run(
-            graph,
-            targets,
-            execute,
-            store,
-            versions,
-            prepare=prepare,
-            workers=workers,
-            observe=watch.ended,
-            started=watch.started,
-            replicas=watch.replicas,
-        )
+    progress = progress_of(plan, missing)
+    recall(progress, plan, store, sorted(present - remade))
+    logger.info("joining the cluster at %s", address) if address else logger.info("starting Ray")
+    with session(address, (pipeline, cluster, jobs), variables):
+        logger.info("Ray is there; starting workers")
+        board = Board()
+        with Watch(progress, plan.grid.name, board, workers) as watch:
+            check_resources({plan.graph[key].kind: plan.graph[key].resources for key in missing})
+            return run(
+                graph,
+                targets,
+                execute,
+                store,
+                versions,
+                prepare=prepare,
+                board=board,
+                reporting=reporting,
+                workers=workers,
+                observe=watch.ended,
+                started=watch.started,
+                replicas=watch.replicas,
+            )

@@ -15,6 +15,7 @@ from cluster.store import Partial
 from pipeline.copies import HubItem, items, used
 from pipeline.errors import EngineDiedError
 from pipeline.heap import keep_freed_memory
+from pipeline.progress import phase
 from pipeline.specs import (
     DescribeSpec,
     EvaluateSpec,
@@ -72,7 +73,8 @@ def stage_name(spec: StageSpec) -> str:
 
 def prepare(kind: str) -> ModuleType:
     """The module that makes stages of a kind; a new process takes seconds to import it."""
-    return _imported(MODULES[kind])
+    with phase("importing libraries"):
+        return _imported(MODULES[kind])
 
 
 def execute(

@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -11,9 +12,11 @@ from ray.util.metrics import Counter, Gauge
 from rich.console import Console, Group
 from rich.live import Live
 
+from cluster.board import Board, Position
 from cluster.graph import Stage
 from cluster.store import Failure, Manifest
-from jobs.progress import Busy, Progress, line_name
+from jobs.forecast import Room
+from jobs.progress import MOST_SHOWN, Busy, Progress, how_far, line_name
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +29,27 @@ SUMMARY_SECONDS = 30.0
 
 class Watch:
     """Tells of a run from entry to exit: a line for every stage that ends, and all figures in a
-    view at the foot of a terminal, or else now and then in the log."""
+    view at the foot of a terminal, or else now and then in the log, with a line for every stage
+    that begins and lasts."""
 
-    def __init__(self, progress: Progress, grid: str) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        grid: str,
+        board: Board | None = None,
+        workers: int | None = None,
+    ) -> None:
+        """
+        Args:
+            board: where workers write what they do.
+            workers: stages at one time, at the most.
+        """
         self.progress = progress
         self.metrics = Metrics(progress, grid)
+        self.board = board
+        self.workers = workers
         self.busy: Busy | None = None
+        self._told: set[str] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look_now_and_then, daemon=True)
         self._live: Live | None = None
@@ -61,6 +79,7 @@ class Watch:
     def started(self, stage: Stage) -> None:
         """Count a stage that is handed to Ray."""
         self.progress.start(stage)
+        self._told.discard(stage.key)
 
     def replicas(self, counts: Mapping[str, int]) -> None:
         """Take up how many actors there are for each kind of stage."""
@@ -88,16 +107,33 @@ class Watch:
         cpus, gpus = everything.get("CPU", 0.0), everything.get("GPU", 0.0)
         free_cpus, free_gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
         self.busy = Busy(cpus - free_cpus, cpus, gpus - free_gpus, gpus)
+        positions = {} if self.board is None else self.board.read()
+        self.progress.look(positions, Room(cpus, gpus, self.workers))
         self.metrics.set()
 
     def _look_now_and_then(self) -> None:
         told = self.progress.began
         while not self._over.wait(LOOK_SECONDS):
             self.look()
+            if self._live is None:
+                self._tell_started()
             now = self.progress.began + self.progress.seconds
             if self._live is None and now - told >= SUMMARY_SECONDS:
                 told = now
-                logger.info("%s", self.progress.summary(self.busy))
+                for line in self.progress.summary(self.busy):
+                    logger.info("%s", line)
+
+    def _tell_started(self) -> None:
+        """Those that have been at work since the last look have ended, or are told here."""
+        at_work = dict(self.progress.at_work)
+        new = [key for key in at_work if key not in self._told]
+        self._told.update(new)
+        for key in new[:MOST_SHOWN]:
+            stage = self.progress.in_flight.get(key)
+            if stage is not None:
+                logger.info("began: %s (%s)", stage.label, how_far(at_work[key]))
+        if len(new) > MOST_SHOWN:
+            logger.info("began: and %d more", len(new) - MOST_SHOWN)
 
     def _view(self) -> Group:
         return self.progress.view(self.busy)
@@ -108,6 +144,7 @@ class Metrics:
 
     def __init__(self, progress: Progress, grid: str) -> None:
         self.progress = progress
+        self._seen: dict[str, Position] = {}
         tags = {"grid": grid}
 
         def gauge(name: str, description: str, *keys: str) -> Gauge:
@@ -124,7 +161,14 @@ class Metrics:
         self.seconds = counter("stage_seconds", "Seconds that made stages took.", "stage")
         self.samples = counter("samples_generated", "Samples generated.")
         self.tokens = counter("tokens_generated", "Tokens generated.")
-        self.at_work = gauge("stages_in_flight", "Stages handed to Ray.", "stage")
+        self.work = counter(
+            "work", "Tokens, layers, windows, requests or steps done.", "stage", "unit"
+        )
+        self.in_flight = gauge("stages_in_flight", "Stages handed to Ray.", "stage")
+        self.at_work = gauge("stages_at_work", "Stages on workers.", "stage")
+        self.share = gauge(
+            "share_done", "Mean share that is done of what stages at work do at present.", "stage"
+        )
         self.left = gauge("stages_left", "Stages that have not ended.", "stage")
         self.replicas = gauge("replicas", "Actors that make stages.", "stage")
         self.seconds_left = gauge("seconds_left", "Estimate of the time left.")
@@ -149,6 +193,7 @@ class Metrics:
     def set(self) -> None:
         """Set what goes up and down."""
         for name, line in list(self.progress.lines.items()):
+            self.in_flight.set(line.in_flight, {"stage": name})
             self.at_work.set(line.at_work, {"stage": name})
             self.left.set(line.left, {"stage": name})
         for kind, count in self.progress.replicas.items():
@@ -156,6 +201,25 @@ class Metrics:
         left = self.progress.seconds_left()
         if left is not None:
             self.seconds_left.set(left)
+        self._set_work()
+
+    def _set_work(self) -> None:
+        """Count what has been done since the last look."""
+        shares: defaultdict[str, list[float]] = defaultdict(list)
+        before, self._seen = self._seen, dict(self.progress.at_work)
+        for key, position in self._seen.items():
+            stage = self.progress.in_flight.get(key)
+            if stage is None or not position.unit:
+                continue
+            last = before.get(key)
+            same = last is not None and (last.phase, last.unit) == (position.phase, position.unit)
+            done = position.done - (last.done if last is not None and same else 0.0)
+            if done > 0:
+                self.work.inc(done, {"stage": line_name(stage), "unit": position.unit})
+            shares[line_name(stage)].append(position.share)
+        for name in self.progress.lines:
+            each = shares[name]
+            self.share.set(sum(each) / len(each) if each else 0.0, {"stage": name})
 
 
 def _log_to_stderr() -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import progress
 from pipeline.copies import link_data_sets
 from pipeline.corpora import documents
 from pipeline.errors import InputError
@@ -109,10 +110,12 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         answers = FinishedAnswers(_identity(spec), Path(scratch, "answers"), keep)
         for wanted in spec.perplexity:
-            taken = take_perplexity(model, tokenizer, wanted, spec.batch_tokens, answers)
+            with progress.phase(f"perplexity {wanted.name}"):
+                taken = take_perplexity(model, tokenizer, wanted, spec.batch_tokens, answers)
             metrics += taken.metrics
             requests += taken.requests
-        report = _gains(spec, model)
+        with progress.phase("measuring size and speed"):
+            report = _gains(spec, model)
         if spec.tasks:
             ask = functools.partial(
                 task_metrics,
@@ -130,7 +133,8 @@ def run(
                     taken = ask(engine)
                 report |= {"backend": "vllm", "backend_version": vllm_version()}
             else:
-                from pipeline.language_model import SharingLM  # imports lm-eval: takes seconds
+                with progress.phase("importing lm-eval"):  # takes seconds
+                    from pipeline.language_model import SharingLM
 
                 language_model = SharingLM(model, tokenizer, spec.batch_tokens, answers)
                 taken = ask(language_model)
@@ -200,12 +204,15 @@ def take_perplexity(
     texts = documents(wanted.corpus, blank=wanted.joined_by is not None)
     windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
     summed = [0.0] * len(windows)
+    done = 0
     for places in batches(windows, batch_tokens, model.config.get_text_config().vocab_size):
         batch = [windows[place] for place in places]
         asked = [window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch]
         found = answers.get(asked, functools.partial(losses, model, batch))
         for place, loss in zip(places, found, strict=True):
             summed[place] = loss
+        done += len(batch)
+        progress.report(done, len(windows), "windows")
     metrics = [
         Metric(wanted.name, name, measured.value, measured.stderr, measured.windows)
         for name, measured in (
@@ -266,19 +273,20 @@ def task_metrics(
                 raise InputError("tasks", task.name, "neither lm-eval nor the task folder has it")
             alike.setdefault((manager, task.num_fewshot, task.limit), []).append(task.name)
         for (manager, num_fewshot, limit), names in alike.items():
-            results = simple_evaluate(
-                model=language_model,
-                tasks=names,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=BOOTSTRAP_SAMPLES,
-                apply_chat_template=chat_template,
-                random_seed=SEED,
-                numpy_random_seed=SEED,
-                torch_random_seed=SEED,
-                fewshot_random_seed=SEED,
-            )
+            with progress.phase(f"tasks {', '.join(names)}"):
+                results = simple_evaluate(
+                    model=language_model,
+                    tasks=names,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    task_manager=manager,
+                    bootstrap_iters=BOOTSTRAP_SAMPLES,
+                    apply_chat_template=chat_template,
+                    random_seed=SEED,
+                    numpy_random_seed=SEED,
+                    torch_random_seed=SEED,
+                    fewshot_random_seed=SEED,
+                )
             for name, used in results["n-shot"].items():
                 if used != num_fewshot:
                     remedy = f"its own file fixes {used}, which lm-eval keeps to: ask for {used}"

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from pipeline.errors import InputError
 from pipeline.models import Artifacts, load_tokenizer
 from pipeline.prefixes import read_prefixes, sources
+from pipeline.progress import phase
 from pipeline.sampling import Sampling, redraw_seed
 from pipeline.shards import Latest, join_shards, loaded, shard_samples
 from pipeline.specs import GenerateSpec, StageSpec, Vllm, canonical_json
@@ -52,7 +53,8 @@ def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path
         InputError: if the source has too few texts that are long enough.
     """
     engine, tokenizer = loaded_engine(spec, artifacts)
-    prefixes = _prefixes.get(spec.key, lambda: read_prefixes(spec, tokenizer))
+    with phase("reading prefixes"):
+        prefixes = _prefixes.get(spec.key, lambda: read_prefixes(spec, tokenizer))
     numbers = list(shard_samples(spec, index))
     samples = generate_samples(
         engine,

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from pipeline.finished_answers import FinishedAnswers
 from pipeline.perplexity import LOGITS
+from pipeline.progress import report
 
 FAMILY_TOKENS = 64
 """Documents that begin with so many tokens in common, few-shot examples as a rule, share them."""
@@ -167,6 +168,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
 
             described = [json.dumps(request.args, sort_keys=True).encode() for request in part]
             texts += self.answers.get(described, generate)
+            report(len(texts), len(requests), "requests")
         return texts
 
     def _loglikelihood_tokens(
@@ -235,6 +237,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
             documents[part][number] = Request(ids, len(continuation))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         batches = self._batches([Document(requests) for requests in documents.values()])
+        done = 0
         for chunk in _chunks(batches, len(pairs) / CHUNKS):
             asked = {
                 number: request
@@ -254,6 +257,8 @@ class SharingLM(HFLM):  # type: ignore[misc]
                 asked, self.answers.get(requests, answer), strict=True
             ):
                 found[number] = (log_likelihood, greedy)
+            done += len(asked)
+            report(done, len(pairs), "requests")
         self._family, self._family_cache = (), None
         return found
 

@@ -12,6 +12,7 @@ from pipeline.copies import copy_of, model_item
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
 from pipeline.layer_files import apply_masks
+from pipeline.progress import phase
 from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
 from pipeline.streaming import load_streamed
 
@@ -45,6 +46,7 @@ def model_dtype(spec: Model) -> str:
             return spec.dtype
 
 
+@phase("loading the model")
 def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = None) -> Any:
     """The model in evaluation mode, in its spec's dtype.
 
@@ -71,6 +73,7 @@ def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = 
     return model.eval().to(device or default_device())
 
 
+@phase("loading the model")
 def stream_model(
     spec: Model, artifacts: Artifacts, scratch: Path, device: torch.device | None = None
 ) -> Any:

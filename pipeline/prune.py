@@ -21,6 +21,7 @@ from pipeline.layer_files import Record
 from pipeline.matrices import Matrix, decoder_layers, is_finite, matrices
 from pipeline.models import Artifacts, load_tokenizer
 from pipeline.outliers import read_outlier_ratios
+from pipeline.progress import phase
 from pipeline.pruners import PRUNERS, PrunerEntry
 from pipeline.pruners.masks import set_to_zero
 from pipeline.pruners.pruned import Pruned
@@ -112,11 +113,12 @@ def prune_model(
         check_length(model, windows)
     root, layers = decoder_layers(model)
     paths: dict[str, str] = {}
-    for number, layer in enumerate(layers):  # all of them, before any forward pass
-        with resident(layer):
-            for matrix in matrices(f"{root}.{number}", layer):
-                _check_matrix(matrix, pattern)
-                paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
+    with phase("checking the weights"):  # all of them, before any forward pass
+        for number, layer in enumerate(layers):
+            with resident(layer):
+                for matrix in matrices(f"{root}.{number}", layer):
+                    _check_matrix(matrix, pattern)
+                    paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
     options = entry.options_by_matrix(pruner, paths)
     allocated = allocate(allocation, sparsity, pattern, layer_sizes(model), outlier_ratios)
     measured: list[MatrixSparsity] = []
@@ -249,7 +251,8 @@ def run(
         first=first,
     )
     if checkpoint is not None:
-        checkpoint.finish()
+        with phase("writing the model"):
+            checkpoint.finish()
         tokenizer.save_pretrained(output / "model")
         if report.permutations:
             save_file(dict(report.permutations), output / "permutations.safetensors")

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.models import Artifacts, checkpoint_location, load_tokenizer
+from pipeline.progress import report
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import ScoreSpec, ShardSpec
 
@@ -175,6 +176,7 @@ def score_samples(
     lengths = [len(ids) for ids in token_ids]
     scored = [place for place, first in enumerate(firsts) if lengths[place] > first]
     scores = [Score(0)] * len(token_ids)
+    done, total = 0, sum(lengths[place] for place in scored)
     for batch in length_batches(scored, lengths, batch_tokens):
         tokens = token_scores(
             model,
@@ -184,6 +186,8 @@ def score_samples(
         )
         for place, own in zip(batch, tokens, strict=True):
             scores[place] = summary(own, token_ids[place][firsts[place] :], min_k_fraction)
+        done += sum(lengths[place] for place in batch)
+        report(done, total, "tokens")
     return scores
 
 

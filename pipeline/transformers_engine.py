@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from pipeline.progress import TokenStream
 from pipeline.sampling import Sampling, logits_processors, uniform_numbers
 
 
@@ -66,6 +67,7 @@ class TransformersEngine:
                 logits_processor=logits_processors(
                     sampling, padding.to(device), uniforms.to(device), longest, ends, seqlen
                 ),
+                streamer=TokenStream(total=len(prefixes) * settings.max_new_tokens),
             )
         return [row[longest:] for row in generated.tolist()]
 

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -32,12 +32,16 @@ from pipeline.models import (
     model_dtype,
     trusts_code,
 )
+from pipeline.progress import phase, report
 from pipeline.sampling import Sampling, request_seed
 from pipeline.specs import GenerateSpec, Model, PruneSpec, Vllm
 from pipeline.transformers_engine import device_name
 
 CPU_BLOCK_TOKENS = 128
 """Tokens of a block of the key-value cache on a CPU: a sample takes whole blocks."""
+
+STARTING = "starting vLLM: it loads the model and compiles"
+"""The phase of an engine's start, which takes minutes on some machines."""
 
 
 def vllm_version() -> str | None:
@@ -73,18 +77,20 @@ class VllmEngine:
             }
         )
         with process_settings(), weights(spec.model, artifacts) as (folder, options):
-            vllm = importlib.import_module("vllm")
-            self.engine = vllm.LLM(
-                model=folder,
-                **options,
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # none: every request says all
-                dtype=model_dtype(spec.model),
-                max_model_len=spec.seqlen,
-                max_num_seqs=spec.shard_size,
-                **engine_arguments(spec.backend),
-                **cache,
-            )
+            with phase("importing vLLM"):
+                vllm = importlib.import_module("vllm")
+            with phase(STARTING):
+                self.engine = vllm.LLM(
+                    model=folder,
+                    **options,
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # none: every request says all
+                    dtype=model_dtype(spec.model),
+                    max_model_len=spec.seqlen,
+                    max_num_seqs=spec.shard_size,
+                    **engine_arguments(spec.backend),
+                    **cache,
+                )
         self.request = vllm.SamplingParams
 
     @property
@@ -126,8 +132,10 @@ class VllmEngine:
         prompts = [{"prompt_token_ids": list(prefix)} for prefix in prefixes]
         # What an earlier shard left in the cache must not decide how this one is computed.
         self.engine.reset_prefix_cache()
+        total = sum(request.max_tokens for request in requests)
         try:
-            answers = self.engine.generate(prompts, requests, use_tqdm=False)
+            with reported_steps(self.engine, lambda tokens, _: report(tokens, total, "tokens")):
+                answers = self.engine.generate(prompts, requests, use_tqdm=False)
         except Exception as error:
             raise EngineDiedError(f"vLLM: {type(error).__name__}: {error}") from error
         return [list(answer.outputs[0].token_ids) for answer in answers]
@@ -139,6 +147,34 @@ class VllmEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def reported_steps(engine: Any, tell: Callable[[int, int], None]) -> Iterator[None]:
+    """Report after every step of an engine: its progress bar counts whole requests, and those of a
+    shard all end at once.
+
+    Args:
+        tell: takes how many tokens, one a step for each unfinished request, and how many requests
+            are done since the block began.
+    """
+    core = engine.llm_engine
+    step = core.step
+    tokens = finished = 0
+
+    def reported_step() -> list[Any]:
+        nonlocal tokens, finished
+        tokens += core.get_num_unfinished_requests()
+        outputs: list[Any] = step()
+        finished += sum(output.finished for output in outputs)
+        tell(tokens, finished)
+        return outputs
+
+    core.step = reported_step
+    try:
+        yield
+    finally:
+        del core.step  # the class has its own
 
 
 def engine_arguments(backend: Vllm) -> dict[str, Any]:

@@ -13,12 +13,15 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.models import Artifacts, load_configs, model_dtype
+from pipeline.progress import phase, report
 from pipeline.specs import EvaluateSpec, Vllm
 from pipeline.vllm_engine import (
+    STARTING,
     cache_folder,
     cpu_cache,
     engine_arguments,
     process_settings,
+    reported_steps,
     vllm_version,
     weights,
 )
@@ -47,16 +50,22 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
         else {"kv_cache_memory_bytes": cpu_cache(spec.model, config, texts, longest)}
     )
     with weights(spec.model, artifacts) as (folder, options), process_settings():
-        language_model = _lm_eval_module().VLLM(
-            pretrained=folder,
-            dtype=model_dtype(spec.model),
-            batch_size="auto",
-            **options,
-            **engine_arguments(spec.backend),
-            **cache,
-        )
+        with phase("importing vLLM"):
+            module = _lm_eval_module()
+        with phase(STARTING):
+            language_model = module.VLLM(
+                pretrained=folder,
+                dtype=model_dtype(spec.model),
+                batch_size="auto",
+                **options,
+                **engine_arguments(spec.backend),
+                **cache,
+            )
     try:
-        yield language_model
+        with reported_steps(
+            language_model.model, lambda _, finished: report(finished, 0, "requests")
+        ):
+            yield language_model
     finally:
         language_model.model.llm_engine.engine_core.shutdown()
         del language_model.model

@@ -14,6 +14,7 @@ from pipeline.first_layer import FirstLayer
 from pipeline.hidden import Shelf
 from pipeline.inputs import observed
 from pipeline.matrices import Matrix, decoder_layers, matrices
+from pipeline.progress import report
 from pipeline.specs import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.streaming import resident
 
@@ -104,6 +105,7 @@ def walk(
     device = device or home
     if windows is None or not statistics:
         for number, layer in enumerate(layers):
+            report(number, len(layers), "layers")
             with resident(layer, device):
                 found = matrices(f"{root}.{number}", layer)
                 if not restore(number, found):
@@ -113,21 +115,25 @@ def walk(
     size = batch_size or max(1, tokens // windows.shape[1])
     with Shelf(device, device_hidden_bytes, host_hidden_bytes) as shelf, _eager_experts(model):
         batches = capture(model, layers, torch.split(windows.to(home), size), shelf)
+        third = 1 / (3 * len(batches))  # statistics, visit and outputs are a third of a layer each
         for number, layer in enumerate(layers):
+            report(number, len(layers), "layers")
             with resident(layer, device):
                 found = matrices(f"{root}.{number}", layer)
                 if not restore(number, found):
                     known = first if number == 0 else None
                     if known is None or not known.recall(found):
                         with observed(found, statistics, len(windows)) as observe:
-                            for batch in batches:
+                            for place, batch in enumerate(batches, start=1):
                                 observe(functools.partial(batch.forward, number, layer))
+                                report(number + place * third, len(layers), "layers")
                         if known is not None:
                             known.remember(found)
                     visit(number, found)
                 if number + 1 < len(layers):
-                    for batch in batches:  # what the pruned layer passes on
+                    for place, batch in enumerate(batches, start=1):  # what it passes on, pruned
                         batch.rise(number, layer)
+                        report(number + 2 / 3 + place * third, len(layers), "layers")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from pipeline.models import Artifacts
+from pipeline.progress import counted, phase
 from pipeline.specs import PretrainSpec
 from pipeline.testbed.tokenizer import train_tokenizer
 from pipeline.testbed.world import documents
@@ -53,6 +54,7 @@ def run(spec: PretrainSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
     }
 
 
+@phase("training the tokenizer")
 def make_tokenizer(spec: PretrainSpec) -> Any:
     """The tokenizer trained on the head of the spec's text."""
     texts = itertools.islice(_texts(spec), TOKENIZER_DOCUMENTS)
@@ -89,6 +91,7 @@ def initial_model(spec: PretrainSpec, tokenizer: Any) -> LlamaForCausalLM:
     return model
 
 
+@phase("reading the text")
 def training_windows(spec: PretrainSpec, tokenizer: Any) -> torch.Tensor:
     """The training text in shuffled windows, none seen twice: int64 `[steps * batch, seqlen]`.
 
@@ -134,7 +137,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _slope(step, steps))
     rows = []
     model.train()
-    for step, batch in enumerate(torch.split(windows, batch_size)):
+    for step, batch in enumerate(counted(torch.split(windows, batch_size), steps, "steps")):
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

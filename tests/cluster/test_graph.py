@@ -1,4 +1,6 @@
-from cluster.graph import Stage, descendants, needed, readers, unlocked
+from dataclasses import replace
+
+from cluster.graph import Stage, descendants, longest_paths, needed, readers, unlocked
 
 
 def stage(key: str, *inputs: str) -> Stage:
@@ -40,3 +42,17 @@ def test_a_stage_unlocks_as_many_others_as_descend_from_it() -> None:
     assert counts == {key: len(descendants(readers(GRAPH), key)) for key in GRAPH}
     assert counts == {"pretrain": 4, "windows": 2, "prune": 1, "evaluate": 0, "dense": 0}
     assert unlocked(GRAPH, ["windows", "evaluate"]) == {"windows": 0, "evaluate": 0}
+
+
+def test_a_stage_has_the_longest_way_to_the_end_before_it() -> None:
+    seconds = {"pretrain": 1.0, "windows": 2.0, "prune": 4.0, "evaluate": 8.0, "dense": 100.0}
+    timed = {key: replace(stage, seconds=seconds[key]) for key, stage in GRAPH.items()}
+    order = needed(timed, timed, ())
+    assert longest_paths(timed, order) == {
+        "evaluate": 8.0,
+        "dense": 100.0,
+        "prune": 4.0 + 8.0,
+        "windows": 2.0 + 4.0 + 8.0,
+        "pretrain": 1.0 + 100.0,
+    }
+    assert longest_paths(timed, ["pretrain", "windows"]) == {"pretrain": 1 + 2.0, "windows": 2.0}

@@ -5,11 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
+from cluster.graph import Resources
 from cluster.store import Store
 from jobs.check import check
-from jobs.cost import estimate, parameters
+from jobs.cost import (
+    CHOOSE_SECONDS,
+    CORE_FLOPS,
+    FIXED_SECONDS,
+    GPU_FLOPS,
+    LOAD_SECONDS,
+    UNKNOWN_PARAMETERS,
+    Estimate,
+    estimate,
+    expected_seconds,
+    parameters,
+    rate,
+)
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
 from pipeline.pruners import PRUNERS
@@ -19,11 +33,14 @@ from pipeline.specs import (
     GenerateSpec,
     HubCorpus,
     HubModel,
+    LocalTasks,
     Magnitude,
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
     ShardSpec,
+    SparseGPT,
+    StageSpec,
     TaskSpec,
     Wanda,
     WindowsSpec,
@@ -80,7 +97,7 @@ def test_labels_tell_prunings_with_an_allocation_apart(content: Content, load: L
         "allocation": ["uniform", "owl"],
     }
     labels = {stage.label for stage in make_plan(load(content)).graph.values()}
-    assert {"prune wanda 50% seed 0", "prune wanda 50% owl seed 0", "outliers seed 0"} <= labels
+    assert {"prune true wanda 50%", "prune true wanda 50% owl", "outliers true"} <= labels
 
 
 def test_every_stage_comes_after_its_inputs(content: Content, load: Load) -> None:
@@ -99,7 +116,6 @@ def test_shards_take_the_resources_of_their_stage_and_the_join_none(
     for key, stage in plan.graph.items():
         shard = isinstance(plan.specs[key], ShardSpec)
         assert (stage.pool is not None) == (shard or stage.kind == "prune")
-        assert stage.pool_share == (0.5 if stage.kind == "prune" else 1.0)
         if stage.kind == "generate":
             assert (stage.resources.gpus, stage.resources.cpus) == ((1, 4) if shard else (0, 1))
         if stage.kind == "prune":
@@ -197,30 +213,110 @@ def test_estimates_are_flop_over_rate() -> None:
     windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=128, seqlen=2048)
     pruned = PruneSpec(model=model, pruner=Wanda(), sparsity=0.5, calibration=windows)
     cost = Cost(flops_per_second=1e14)
-    guess = estimate(pruned, cost, {"m": 7e9})
-    assert guess is not None
-    # two passes of 2 FLOP a parameter and token, at half the rate
-    assert guess.seconds == pytest.approx(2 * 2 * 7e9 * 128 * 2048 / 0.5e14)
-    assert guess.bytes == 7e9 / 8
-    whole = estimate(pruned.model_copy(update={"checkpoint": True}), cost, {"m": 7e9})
-    assert whole is not None
-    assert whole.bytes == 14e9
+    gpu = Resources(gpus=1)
+
+    def guess(spec: StageSpec, cost: Cost = cost, resources: Resources = gpu) -> Estimate:
+        found = estimate(spec, cost, {"m": 7e9}, resources)
+        assert found is not None
+        return found
+
+    # two passes of 2 FLOP a parameter and token, at half the rate, besides what tokens do not move
+    empty = windows.model_copy(update={"nsamples": 0})
+    fixed = guess(pruned.model_copy(update={"calibration": empty})).seconds
+    passes = 2 * 2 * 7e9 * 128 * 2048
+    assert guess(pruned).seconds - fixed == pytest.approx(passes / 0.5e14)
+    assert fixed == pytest.approx(FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + CHOOSE_SECONDS[1]))
+    assert guess(pruned).bytes == 7e9 / 8
+    assert guess(pruned.model_copy(update={"checkpoint": True})).bytes == 14e9
     assert estimate(pruned, cost, {}) is None
     owl = PruneSpec(
         model=model, pruner=Magnitude(), sparsity=0.5, allocation=OWL(), calibration=windows
     )
     assert owl.outliers is not None
-    of_outliers, of_magnitude = (estimate(each, cost, {"m": 7e9}) for each in (owl.outliers, owl))
-    assert of_outliers is not None
-    assert of_magnitude is not None
-    assert of_outliers.seconds == guess.seconds  # statistics and outputs, as Wanda needs them
-    assert of_magnitude.seconds == 0
+    # statistics and outputs, as Wanda needs them
+    assert guess(owl.outliers).seconds == pytest.approx(
+        guess(pruned).seconds - 7e9 * CHOOSE_SECONDS[1]
+    )
+    assert guess(owl).seconds == pytest.approx(fixed)
     limited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t", limit=10),))
     unlimited = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="t"),))
-    few, all_ = (estimate(spec, cost, {"m": 7e9}) for spec in (limited, unlimited))
-    assert few is not None
-    assert all_ is not None
-    assert few.seconds < all_.seconds
+    assert guess(limited).seconds < guess(unlimited).seconds
+    # where the grid gives no rate, that of the cores or GPUs that the stage asks for
+    for resources, flops, choose in (
+        (Resources(cpus=3), 3 * 0.65 * CORE_FLOPS, CHOOSE_SECONDS[0] / 3),
+        (Resources(cpus=3, gpus=2), 2 * 0.5 * GPU_FLOPS, CHOOSE_SECONDS[1]),
+    ):
+        fixed = FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + choose)
+        assert guess(pruned, Cost(), resources).seconds - fixed == pytest.approx(passes / flops)
+
+
+def test_sparsegpts_columns_cost_the_same_for_few_tokens_as_for_many() -> None:
+    """That of LLaMA-2-7B's shape, with 4,096 inputs, is within a factor of two."""
+    model = HubModel(name="m")
+    cost, seconds = Cost(flops_per_second=1e12), []
+    for nsamples in (0, 1, 2):
+        windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=1, seqlen=2048)
+        windows = windows.model_copy(update={"nsamples": nsamples})
+        spec = PruneSpec(model=model, pruner=SparseGPT(), sparsity=0.5, calibration=windows)
+        found = estimate(spec, cost, {"m": 6.7e9})
+        assert found is not None
+        seconds.append(found.seconds)
+    none, one, two = seconds
+    assert two - one == pytest.approx(one - none)
+    fixed = FIXED_SECONDS["prune"] + 6.7e9 * (LOAD_SECONDS + CHOOSE_SECONDS[0])
+    columns = (none - fixed) * 1e12 / (2 * 6.7e9)
+    assert 0.5 < columns / (4 * 4096) < 2
+
+
+def test_questions_in_a_tasks_folder_are_counted(tmp_path: Path) -> None:
+    lines = [f'{{"question": "{"x" * length}"}}\n' for length in (100, 300, 700)]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    task = {"dataset_kwargs": {"data_files": {"test": "t.jsonl"}}, "test_split": "test"}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
+    model = HubModel(name="m")
+    cost, sizes = Cost(flops_per_second=1e10), {"m": 1e8}
+    tokens = []
+    for limit, name in ((2, "t"), (None, "t"), (2, "other")):
+        asked = (TaskSpec(name=name, limit=limit),)
+        folder = LocalTasks(path=str(tmp_path))
+        spec = EvaluateSpec(model=model, tasks=asked, task_folder=folder)
+        found = estimate(spec, cost, sizes)
+        assert found is not None
+        passes = found.seconds - FIXED_SECONDS["evaluate"] - 1e8 * LOAD_SECONDS
+        tokens.append(passes * rate("evaluate", cost, Resources()) / 2e8)
+    questions = list(map(len, lines))
+    assert tokens[0] == pytest.approx(sum(questions[:2]) / 4)
+    assert tokens[1] == pytest.approx(sum(questions) / 4)
+    assert tokens[2] == pytest.approx(2 * 600)
+
+
+def test_every_stage_is_expected_to_take_a_moment_and_longer_with_more_work(
+    content: Content, load: Load
+) -> None:
+    content["models"]["llama"] = {"kind": "hub-model", "name": "meta-llama/Llama-2-7b-hf"}
+    content["cells"]["model"] = ["testbed", "llama"]  # the second is of unknown size
+    content["cells"]["pruner"] = ["magnitude", "wanda", "sparsegpt"]
+    plan = make_plan(load(content))
+    assert min(stage.seconds for stage in plan.graph.values()) > 0
+    of_pruner: dict[str, set[float]] = {}
+    for key, spec in plan.specs.items():
+        if isinstance(spec, PruneSpec) and isinstance(spec.model, HubModel):
+            of_pruner.setdefault(spec.pruner.name, set()).add(plan.graph[key].seconds)
+    assert max(of_pruner["magnitude"]) < min(of_pruner["wanda"])
+    assert max(of_pruner["wanda"]) < min(of_pruner["sparsegpt"])
+
+
+def test_a_model_of_unknown_size_is_expected_to_take_what_one_of_the_stated_size_does() -> None:
+    model = HubModel(name="m")
+    windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=128, seqlen=2048)
+    pruned = PruneSpec(model=model, pruner=Wanda(), sparsity=0.5, calibration=windows)
+    cost = Cost(flops_per_second=1e14)
+    stated = {"m": UNKNOWN_PARAMETERS}
+    assert expected_seconds(pruned, cost, {}) == expected_seconds(pruned, cost, stated)
+    known = estimate(pruned, cost, stated)
+    assert known is not None
+    assert expected_seconds(pruned, cost, stated) == known.seconds
+    assert 0 < expected_seconds(windows, cost, {}) < expected_seconds(pruned, cost, {})
 
 
 def test_the_testbeds_size_is_counted_from_its_spec() -> None:
@@ -249,5 +345,8 @@ def test_planning_lists_the_shards_of_a_stage_as_often_for_many_as_for_few(
         listed.clear()
         labels = {stage.label for stage in make_plan(load(content)).graph.values()}
         counts.append(len(listed))
-        assert {f"generate shard {samples} of {samples}", f"score shard 1 of {samples}"} <= labels
+        assert {
+            f"generate own seed 1 shard {samples} of {samples}",
+            f"score own seed 1 shard 1 of {samples}",
+        } <= labels
     assert 0 < counts[0] == counts[1]

@@ -4,6 +4,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import ray
 from rich.console import Console
 
+from cluster.board import Board, Position
 from cluster.graph import Stage
 from cluster.store import Failure, Manifest, Store
+from jobs.forecast import Room
 from jobs.grid import Grid
 from jobs.plan import make_plan
-from jobs.progress import Busy, Progress, duration, progress_of
+from jobs.progress import Busy, Progress, duration, progress_of, recall
 from jobs.show import print_state
 from jobs.watch import Watch
 
@@ -73,17 +76,20 @@ def test_the_log_tells_samples_and_tokens_a_second_since_generation_began(
     ]
 
 
-def test_time_left_is_what_is_left_at_the_pace_so_far(clock: list[float]) -> None:
-    """Two at a time: after 30 s, four prunings of 10 s and one evaluation of 20 s are done."""
-    progress = Progress({"prune": 6, "evaluate": 4})
+def test_time_left_is_the_estimates_scaled_by_what_was_measured(clock: list[float]) -> None:
+    """Estimated at 10 s each and taking 20; at the last look, a second ago, four were left."""
+    stages = {str(number): stage("prune", "pool", key=str(number)) for number in range(6)}
+    stages = {key: replace(each, seconds=10.0) for key, each in stages.items()}
+    progress = Progress({"prune": 6}, stages=stages)
+    progress.look({}, Room(2))
     assert progress.seconds_left() is None
-    clock[0] += 30.0
-    for _ in range(4):
-        progress.end(stage("prune", "pool"), manifest(10.0))
-    progress.end(stage("evaluate"), manifest(20.0))
-    assert progress.seconds_left() == pytest.approx((2 * 10.0 + 3 * 20.0) / 2)
-    progress.end(stage("evaluate"), FAILURE)
-    assert progress.seconds_left() == pytest.approx((2 * 10.0 + 2 * 20.0) / 2)
+    for key in ("0", "1"):
+        progress.start(stages[key])
+        clock[0] += 20.0
+        progress.end(stages[key], manifest(20.0))
+    progress.look({}, Room(2))
+    clock[0] += 1.0
+    assert progress.seconds_left() == pytest.approx(2 * 20.0 - 1.0, rel=0.05)
 
 
 def test_a_stage_that_is_tried_again_is_in_flight_once(clock: list[float]) -> None:
@@ -91,32 +97,103 @@ def test_a_stage_that_is_tried_again_is_in_flight_once(clock: list[float]) -> No
     for _ in range(2):
         progress.start(stage("prune", "pool", key="a"))
     progress.start(stage("prune", "pool", key="b"))
-    assert progress.lines["prune"].at_work == 2
+    assert progress.lines["prune"].in_flight == 2
     progress.end(stage("prune", "pool", key="a"), FAILURE)
-    assert progress.lines["prune"].at_work == 1
+    assert progress.lines["prune"].in_flight == 1
 
 
 def test_a_summary_and_a_view_have_all_figures(clock: list[float]) -> None:
-    progress = Progress({"generate shard": 79, "prune": 2}, samples=5000)
-    shard = stage("generate", "pool")
-    progress.start(shard)
+    shards = [
+        Stage(
+            key=f"shard-{number}",
+            kind="generate",
+            label=f"generate own shard {number}",
+            spec={},
+            payload="",
+            inputs=(),
+            pool="pool",
+            seconds=10.0,
+        )
+        for number in range(5)
+    ]
+    pruning = replace(stage("prune", "pool"), inputs=("shard-4",))
+    stages = {each.key: each for each in (*shards, pruning)}
+    progress = Progress({"generate shard": 5, "prune": 2}, samples=5000, stages=stages)
+    for shard in shards[:4]:
+        progress.start(shard)
     clock[0] += 50.0
     progress.replicas = {"generate": 8}
-    progress.end(shard, manifest(20.0, samples=64, tokens_generated=40_000))
-    progress.start(stage("generate", "pool", key="next"))
-    progress.end(stage("prune", "pool"), FAILURE)
+    progress.end(shards[0], manifest(20.0, samples=64, tokens_generated=40_000))
+    other = stage("prune", "pool", key="failed")
+    progress.start(other)
+    progress.end(other, FAILURE)
+    positions = {
+        "shard-1": Position(3.0, "loading the model", 3.0),
+        "shard-2": Position(15.0, "", 12.0, 1200, 4000, "tokens"),
+        "gone": Position(99.0),
+    }
+    progress.look(positions, Room(2))
     busy = Busy(cpus=12, all_cpus=16, gpus=3.5, all_gpus=4)
-    assert progress.summary(busy) == (
-        "2/81 stages in 50 s; 1 failed; generate shard 1/79; 64 of 5,000 samples; 2,000 tokens/s; "
-        "replicas: generate 8; busy: CPUs 12/16, GPUs 3.5/4; about 66 min left"
+    lines = list(progress.summary(busy))
+    assert re.sub(r"about \d+ s", "about N s", lines[0]) == (
+        "2/7 stages in 50 s; 1 failed; generate shard 1/5; 64 of 5,000 samples; 2,000 tokens/s; "
+        "replicas: generate 8; busy: CPUs 12/16, GPUs 3.5/4; about N s left"
     )
+    assert lines[1:] == [
+        "at work: generate own shard 2: 1,200 of 4,000 tokens, 15 s",
+        "at work: generate own shard 1: loading the model, 3 s",
+        "waiting for room or a worker: generate shard 2; for other stages: prune 1",
+    ]
     screen = io.StringIO()
     Console(file=screen, width=200).print(progress.view(busy))
     rows = [re.findall(r"[\w. -]+", line) for line in screen.getvalue().splitlines()]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert ["generate shard", "1", "0", "1", "78", "20.0", "8"] in cells
-    assert "prune: ValueError: odd (k)" in screen.getvalue()
-    assert "about 66 min left" in screen.getvalue()
+    assert ["generate shard", "1", "0", "2", "4", "20.0", "8"] in cells
+    assert "prune: ValueError: odd (failed)" in screen.getvalue()
+    for line in lines[1:]:
+        assert line in screen.getvalue()
+
+
+def test_of_hundreds_at_work_the_oldest_eight_are_named(clock: list[float]) -> None:
+    stages = {str(number): stage("prune", "pool", key=str(number)) for number in range(128)}
+    progress = Progress({"prune": 128}, stages=stages)
+    for each in stages.values():
+        progress.start(each)
+    progress.look({key: Position(float(key)) for key in stages}, Room(128))
+    lines = list(progress.doing())
+    assert lines == [f"at work: prune: {duration(127 - n)}" for n in range(8)] + [
+        "at work: and 120 more"
+    ]
+
+
+def test_the_log_says_what_began_and_every_half_minute_what_every_worker_does(
+    local_ray: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.watch.LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("jobs.watch.SUMMARY_SECONDS", 0.8)
+    stages = {key: replace(stage("prune", "pool", key=key), label=f"prune {key}") for key in "abc"}
+    board = Board()
+    with (
+        caplog.at_level(logging.INFO),
+        Watch(Progress({"prune": 3}, stages=stages), "grid", board) as watch,
+    ):
+        for each in stages.values():
+            watch.started(each)
+        board.start("a")("", 12, 30, "layers")
+        board.start("b")("starting vLLM", 0, 0, "")
+        deadline = time.monotonic() + 30
+        while "waiting" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
+    board.close()
+    told = [re.sub(r"\d+ s\b", "N s", record.message) for record in caplog.records]
+    began = ["began: prune a (12 of 30 layers, N s)", "began: prune b (starting vLLM, N s)"]
+    assert sorted(told[:2]) == began
+    assert told.count(began[0]) == 1
+    summary = told.index("waiting for room or a worker: prune 1")
+    assert told[summary - 2 : summary] == [
+        "at work: prune a: 12 of 30 layers, N s",
+        "at work: prune b: starting vLLM, N s",
+    ]
 
 
 def test_the_figures_stay_as_small_for_many_stages(clock: list[float]) -> None:
@@ -126,7 +203,7 @@ def test_the_figures_stay_as_small_for_many_stages(clock: list[float]) -> None:
         progress.start(each)
         progress.end(each, FAILURE if number % 2 else manifest(1.0))
     assert progress.ended == 10_000
-    assert not progress._at_work
+    assert not progress.in_flight
     assert len(progress.errors) == 5
 
 
@@ -135,11 +212,28 @@ def test_samples_to_make_are_those_of_the_missing_shards(
 ) -> None:
     """Two seeds of 80 samples in shards of 64: of the one with 16 nothing is missing."""
     plan = make_plan(load(content))
-    last = next(key for key, each in plan.graph.items() if each.label == "generate shard 2 of 2")
+    last = next(
+        key for key, each in plan.graph.items() if each.label == "generate own seed 1 shard 2 of 2"
+    )
     progress = progress_of(plan, [key for key in plan.graph if key != last])
     assert progress.samples_to_make == 2 * 80 - 16
     assert progress.lines["generate shard"].total == 3
     assert progress.lines["generate"].total == 2
+
+
+def test_a_run_that_goes_on_knows_how_long_stages_took_before(
+    tmp_path: Path, content: dict[str, Any], load: Callable[[dict[str, Any]], Grid]
+) -> None:
+    store, plan = Store(str(tmp_path / "store")), make_plan(load(content))
+    windows = [key for key, each in plan.graph.items() if each.kind == "windows"]
+    made, missing = windows[:1], windows[1:]
+    seconds = 7 * plan.graph[made[0]].seconds
+    store.write(f"manifests/{made[0]}.json", manifest(seconds).model_dump_json().encode())
+    progress = progress_of(plan, missing)
+    recall(progress, plan, store, made)
+    progress.look({}, Room(1))
+    expected = 7 * sum(plan.graph[key].seconds for key in missing)
+    assert progress.seconds_left() == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +290,13 @@ def test_in_a_terminal_the_figures_stay_below_the_lines_of_the_log(
 
 
 def test_the_figures_are_metrics_of_ray(local_ray: None) -> None:
-    watch = Watch(Progress({"generate shard": 3}, samples=96), "metrics-grid")
-    shard = stage("generate", "pool")
+    board = Board()
+    watch = Watch(Progress({"generate shard": 3}, samples=96), "metrics-grid", board)
+    shard, other = stage("generate", "pool"), stage("generate", "pool", key="other")
+    watch.started(other)
+    board.start("other")("", 30, 40, "tokens")
+    while not board.read():
+        time.sleep(0.1)
     watch.started(shard)
     watch.ended(shard, manifest(1.0, samples=32, tokens_generated=4000))
     watch.replicas({"generate": 2})
@@ -212,6 +311,9 @@ def test_the_figures_are_metrics_of_ray(local_ray: None) -> None:
         "ray_calprune_tokens_generated_total": 4000.0,
         'ray_calprune_replicas.*stage="generate"': 2.0,
         'ray_calprune_stages_left.*stage="generate shard"': 2.0,
+        'ray_calprune_stages_at_work.*stage="generate shard"': 1.0,
+        'ray_calprune_share_done.*stage="generate shard"': 0.75,
+        'ray_calprune_work_total.*stage="generate shard".*unit="tokens"': 30.0,
     }
     deadline = time.monotonic() + 40
     found: dict[str, float] = {}
@@ -225,4 +327,5 @@ def test_the_figures_are_metrics_of_ray(local_ray: None) -> None:
             for line in lines
             if re.search(pattern, line)
         }
+    board.close()
     assert found == wanted

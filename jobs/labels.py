@@ -1,0 +1,165 @@
+"""What a person is told that a stage is: its kind, then what varies in the grid, the calibration
+first, as in `prune wikipedia wanda 2:4 seed 1`.
+
+A stage that several cells share is named by what these have in common.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from jobs.cells import NO_CALIBRATION, Cell
+from pipeline.specs import (
+    Allocation,
+    DescribeSpec,
+    EvaluateSpec,
+    Pruner,
+    PruneSpec,
+    ShardSpec,
+    StageSpec,
+    Uniform,
+)
+
+NUMBERS = (
+    "nsamples",
+    "seqlen",
+    "prefix_tokens",
+    "num_samples",
+    "temperature",
+    "drop_fraction",
+    "seed",
+)
+"""Fields of a cell that stand before their value, in this order."""
+
+IRRELEVANT = {
+    "pretrain": ("calibration", *NUMBERS),
+    "testbed-tasks": ("calibration", "model", *NUMBERS),
+    "generate": ("nsamples", "drop_fraction"),
+    "score": ("nsamples", "drop_fraction"),
+    "filter": ("nsamples",),
+}
+"""Fields that make no difference to a kind of stage, even where all its cells agree in them."""
+
+AS_REFERENCE = "as reference"
+"""Windows that calibration sets are compared with."""
+
+MOST_NAMES = 3
+"""So many calibrations that share a stage are named; of more their number is told."""
+
+Owners = dict[str, set[Any]]
+"""Of the cells that a stage is made for, the values of each field."""
+
+
+def labels(
+    cells: Mapping[str, Cell],
+    descriptions: Mapping[str, str],
+    specs: Mapping[str, StageSpec],
+    inputs: Mapping[str, tuple[str, ...]],
+) -> dict[str, str]:
+    """Label of every stage by key.
+
+    Args:
+        cells: key of each cell's last stage to the cell.
+        descriptions: key of each cell's last stage to that of its calibration set's description.
+        specs: every stage, each after its inputs.
+        inputs: keys of each stage's inputs.
+    """
+    own: dict[str, Owners] = {}
+    """By key, of the cells that the stage is made for itself;"""
+    aside: dict[str, tuple[str, Owners]] = {}
+    """of those for which it makes only what generates, or what is compared with; and which."""
+    for key, cell in cells.items():
+        for last in (key, descriptions.get(key)):
+            if last is not None:
+                _add(own.setdefault(last, {}), _fields(cell))
+    for key, spec in reversed(list(specs.items())):  # what reads a stage comes before it
+        for name in inputs[key]:
+            use = _use(spec, specs[name])
+            if key in aside:
+                _add(aside.setdefault(name, (aside[key][0], {}))[1], aside[key][1])
+            if key in own and use == AS_REFERENCE:  # for whatever calibrations
+                without = {each: own[key][each] for each in own[key] if each != "calibration"}
+                _add(aside.setdefault(name, (use, {}))[1], without)
+            elif key in own and use:
+                _add(aside.setdefault(name, (use, {}))[1], own[key])
+            elif key in own:
+                _add(own.setdefault(name, {}), own[key])
+    words = _Words(cells.values(), specs.values())
+    return {
+        key: words.label(spec, own[key])
+        if key in own
+        else f"{words.label(spec, aside[key][1])} {aside[key][0]}"
+        for key, spec in specs.items()
+    }
+
+
+def _use(reader: StageSpec, read: StageSpec) -> str:
+    """What a stage is read for, where it is not of its reader's own cells."""
+    if isinstance(reader, ShardSpec) and isinstance(read, PruneSpec):
+        return "for generating"
+    if isinstance(reader, DescribeSpec) and reader.reference == read != reader.calibration:
+        return AS_REFERENCE
+    return ""
+
+
+def _fields(cell: Cell) -> Owners:
+    values = {name: getattr(cell, name) for name in ("calibration", "model", *NUMBERS)}
+    return {name: {value} for name, value in values.items() if value not in (None, NO_CALIBRATION)}
+
+
+def _add(owners: Owners, more: Owners) -> None:
+    for name, values in more.items():
+        owners.setdefault(name, set()).update(values)
+
+
+class _Words:
+    """The words of a grid: only what varies in it is said."""
+
+    def __init__(self, cells: Iterable[Cell], specs: Iterable[StageSpec]) -> None:
+        whole: Owners = {}
+        parts: dict[str, Owners] = {}
+        for cell in cells:
+            _add(whole, _fields(cell))
+            _add(parts.setdefault(cell.calibration, {}), _fields(cell))
+        # What differs between calibrations only is said by their names.
+        self.varies = {name for name in ("calibration", "model") if len(whole.get(name, ())) > 1}
+        self.varies |= {
+            name for part in parts.values() for name in NUMBERS if len(part.get(name, ())) > 1
+        }
+        prunings = [spec for spec in specs if isinstance(spec, PruneSpec)]
+        chosen = {spec.pruner for spec in prunings} | {spec.allocation for spec in prunings}
+        self.variants = Counter(each.name for each in chosen)
+        """How many pruners, or allocations, of a name there are."""
+
+    def label(self, spec: StageSpec, owners: Owners) -> str:
+        if isinstance(spec, ShardSpec):
+            shard = f"shard {spec.index + 1} of {spec.of.shard_count}"
+            return f"{self.label(spec.of, owners)} {shard}"
+        return " ".join([spec.kind, *self._words(spec, owners)])
+
+    def _words(self, spec: StageSpec, owners: Owners) -> Iterator[str]:
+        said = self.varies.difference(IRRELEVANT.get(spec.kind, ())) & owners.keys()
+        if "calibration" in said:
+            names = sorted(owners["calibration"])
+            yield "+".join(names) if len(names) <= MOST_NAMES else f"{len(names)} calibrations"
+        if "model" in said and len(owners["model"]) == 1:
+            yield from owners["model"]
+        pruned = spec.model if isinstance(spec, EvaluateSpec) else spec
+        if isinstance(pruned, PruneSpec):
+            yield self._variant(pruned.pruner)
+            yield pruned.pattern or f"{100 * pruned.sparsity:g}%"
+            if pruned.allocation != Uniform():
+                yield self._variant(pruned.allocation)
+        elif isinstance(spec, EvaluateSpec):
+            yield "dense"
+        for name in NUMBERS:
+            if name in said and len(owners[name]) == 1:
+                (value,) = owners[name]
+                yield f"{name} {value:g}"
+
+    def _variant(self, chosen: Pruner | Allocation) -> str:
+        """Its name, and how it differs from the defaults where the grid has others of that name."""
+        if self.variants[chosen.name] == 1:
+            return chosen.name
+        fields = chosen.model_dump(exclude={"name"}, exclude_defaults=True)
+        return " ".join([chosen.name, *(f"{name} {value}" for name, value in fields.items())])

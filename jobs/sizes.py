@@ -1,0 +1,107 @@
+"""How many parameters a checkpoint has, from its files: nothing is loaded, nothing downloaded."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from pipeline.copies import copy_of, model_item
+from pipeline.specs import HubModel, LocalModel
+
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Of a weight, by the dtype that a configuration names."""
+
+
+def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
+    """Parameters of a model in a local folder, in a copy that is in use, or in the hub's cache.
+
+    From the headers of its safetensors files; else from the bytes of its pickles; else from its
+    configuration alone. All experts of a mixture count.
+
+    Returns:
+        None if none of them is there.
+    """
+    folder = _folder(model)
+    if folder is None:
+        return None
+    for count in (_in_safetensors, _in_pickles):
+        found = count(folder)
+        if found is not None:
+            return float(found)
+    return _of_config(str(folder), model.trust_remote_code)
+
+
+def _folder(model: HubModel | LocalModel) -> Path | None:
+    if isinstance(model, LocalModel):
+        return Path(model.path) if Path(model.path).is_dir() else None
+    copy = copy_of(model_item(model))
+    if copy is not None:
+        return copy
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model.name, revision=model.revision, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _in_safetensors(folder: Path) -> int | None:
+    """From the headers, which say every tensor's shape."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    files = [whole] if whole.is_file() else list(folder.glob("*.safetensors"))
+    try:
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            files = [folder / name for name in names]
+        return sum(map(_tensors, files)) if files else None
+    except (OSError, ValueError, KeyError, SafetensorError):  # a run says what is wrong
+        return None
+
+
+def _tensors(file: Path) -> int:
+    with safe_open(file, framework="numpy") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+
+
+def _in_pickles(folder: Path) -> float | None:
+    """From their bytes, and the dtype in the configuration."""
+    config = _config(folder)
+    files = list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.bin"))
+    if not files or config is None:
+        return None
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return sum(file.stat().st_size for file in files) / BYTES.get(dtype, 4)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config
+
+
+@functools.cache
+def _of_config(folder: str, trust_remote_code: bool) -> float | None:
+    """From a model without weights, which takes the seconds of importing torch."""
+    if _config(Path(folder)) is None:
+        return None
+    from transformers import AutoConfig
+
+    from pipeline.models import weightless_model
+
+    local = LocalModel(path=folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = weightless_model(config, local)
+    except (OSError, ValueError, KeyError, ImportError):  # a check of the grid says what is wrong
+        return None
+    model.tie_weights()
+    return float(sum(parameter.numel() for parameter in model.parameters()))

@@ -1,0 +1,135 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.board import Board, Position, Tell
+from cluster.graph import Graph, Stage
+from cluster.run import run
+from cluster.store import Partial, Store
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+_tell: list[Tell] = []
+
+
+@contextmanager
+def reporting(tell: Tell) -> Iterator[None]:
+    _tell.append(tell)
+    try:
+        yield
+    finally:
+        _tell.pop()
+
+
+def work(
+    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+) -> dict[str, Any]:
+    """Goes on until the file that the payload names is there."""
+    _tell[-1]("loading the model", 0, 0, "")
+    _tell[-1]("", 12, 30, "layers")
+    deadline = time.monotonic() + 60
+    while not Path(payload).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return {}
+
+
+def stages(payload: str, count: int) -> Graph:
+    return {
+        f"k-{number}": Stage(
+            key=f"k-{number}", kind="k", label="", spec={}, payload=payload, inputs=()
+        )
+        for number in range(count)
+    }
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    made = Board()
+    yield made
+    made.close()
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_the_board_tells_how_far_a_stage_is_until_it_ends(board: Board) -> None:
+    tell = board.start("k")
+    tell("loading the model", 0, 0, "")
+    tell("", 12, 30, "layers")
+    assert soon(lambda: board.read()["k"].done == 12)
+    position = board.read()["k"]
+    assert (position.phase, position.total, position.unit) == ("", 30, "layers")
+    assert position.share == pytest.approx(0.4)
+    assert 0 <= position.phase_seconds <= position.seconds < 30
+    board.end("k")
+    tell("storing", 0, 0, "")  # what comes too late
+    assert soon(lambda: not board.read())
+
+
+def test_a_stage_writes_once_a_second_and_every_phase(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[object, ...]] = []
+    monkeypatch.setattr(Board, "_write", lambda self, *arguments: written.append(arguments))
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    tell = board.start("k")
+    for step in range(101):
+        clock[0] = step / 10
+        tell("", step, 100, "tokens")
+    tell("storing", 0, 0, "")
+    assert [each[3] for each in written[1:-1]] == list(range(0, 101, 10))
+    assert written[-1] == ("update", "k", "storing", 0, 0, "")
+
+
+def test_what_waits_for_room_is_not_at_work(tmp_path: Path, board: Board) -> None:
+    """Of four stages, two have room."""
+    at_work: list[int] = []
+    go = tmp_path / "go"
+
+    def look() -> None:
+        soon(lambda: len(board.read()) == 2)
+        time.sleep(0.5)  # no more than two come
+        at_work.append(len(board.read()))
+        go.touch()
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    store = Store(str(tmp_path / "store"))
+    graph = stages(str(go), 4)
+    outcome = run(graph, list(graph), work, store, {}, board=board, reporting=reporting)
+    looker.join()
+    assert len(outcome.made) == 4
+    assert at_work == [2]
+    assert soon(lambda: not board.read())
+
+
+def test_a_run_goes_on_without_its_board(tmp_path: Path) -> None:
+    board = Board()
+    assert board.read() == {}
+    ray.kill(board._notes)
+    (tmp_path / "go").touch()
+    graph = stages(str(tmp_path / "go"), 3)
+    store = Store(str(tmp_path / "store"))
+    outcome = run(graph, list(graph), work, store, {}, board=board, reporting=reporting)
+    assert len(outcome.made) == 3
+    assert board.read() == {}
+
+
+def test_the_board_takes_no_cpu(board: Board) -> None:
+    assert board.read() == {}  # so it is up
+    assert soon(lambda: ray.available_resources().get("CPU") == 2)
+
+
+def test_a_phase_without_a_known_end_has_no_share() -> None:
+    assert Position(1.0, done=7, unit="requests").share == 0.0

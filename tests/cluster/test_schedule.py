@@ -1,0 +1,242 @@
+"""What is handed over next, on simulated clusters: no Ray, and virtual time."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.simulated_schedule import (
+    TARGET,
+    Case,
+    Simulation,
+    list_schedule,
+    lower_bound,
+    overtaken,
+    random_case,
+)
+from cluster.graph import Graph, Resources, Stage, needed
+from cluster.schedule import (
+    IDLE_SECONDS,
+    START_SECONDS,
+    EndActor,
+    HandOver,
+    Schedule,
+    StartActor,
+    bundle,
+)
+
+
+def stage(
+    key: str, seconds: float, *inputs: str, pool: str | None = None, **resources: float
+) -> Stage:
+    return Stage(
+        key=key, kind="k", label=key, spec={}, payload="", inputs=inputs, pool=pool,
+        seconds=seconds, resources=Resources(**resources),
+    )  # fmt: skip
+
+
+def schedule(
+    *stages: Stage, cpus: float, gpus: float = 0.0, workers: int | None = None
+) -> Schedule:
+    """With those stages ready that read nothing."""
+    graph: Graph = {each.key: each for each in stages}
+    made = Schedule(graph, workers)
+    made.resize([{"CPU": cpus, "GPU": gpus}])
+    made.order(needed(graph, graph, ()))
+    for each in stages:
+        if not each.inputs:
+            made.add(each.key)
+    return made
+
+
+def steps(of: Schedule, now: float = 0.0) -> list[str]:
+    """All that is to be done now."""
+
+    def told() -> Iterator[str]:
+        while (step := of.step(now)) is not None:
+            match step:
+                case HandOver(stage):
+                    yield stage.key
+                case StartActor(stage):
+                    yield f"start {stage.pool}"
+                case EndActor(pool):
+                    yield f"end {pool}"
+
+    return list(told())
+
+
+CASES = [random_case(random.Random(seed)) for seed in range(200)]
+
+
+def test_random_grids_take_hardly_longer_than_by_list_scheduling_with_perfect_knowledge() -> None:
+    ratios = [Simulation(case).run() / list_schedule(case) for case in CASES]
+    assert max(ratios) <= TARGET
+    assert sum(ratios) / len(ratios) <= 1.02
+
+
+def test_the_measure_is_itself_a_schedule_and_a_good_one() -> None:
+    """Graham's bound for equal machines: less than twice the best makespan."""
+    for case in CASES:
+        assert lower_bound(case) * (1 - 1e-9) <= list_schedule(case)
+        if len(case.nodes) == 1 and "GPU" not in case.nodes[0]:
+            assert list_schedule(case) <= 2 * lower_bound(case)
+
+
+@pytest.mark.parametrize("workers", [None, 1, 3])
+def test_nothing_that_others_wait_for_begins_after_what_nobody_waits_for(
+    workers: int | None,
+) -> None:
+    for case in CASES[:100]:
+        simulation = Simulation(case, workers=workers)
+        simulation.run()
+        assert list(overtaken(case.graph, simulation.times)) == []
+
+
+def test_the_last_stage_handed_over_fits_the_room() -> None:
+    many = [stage(f"s-{number}", 1.0) for number in range(300)]
+    assert len(steps(schedule(*many, cpus=2.0))) == 2
+    assert len(steps(schedule(*many, cpus=100.0))) == 102  # a fiftieth waits with Ray
+    assert len(steps(schedule(*many, cpus=100.0, workers=7))) == 7
+
+
+def test_the_longest_remaining_path_goes_first_whatever_the_plan_says() -> None:
+    made = schedule(
+        stage("short", 1.0), stage("long", 5.0), stage("filter", 0.1),
+        stage("reads-short", 1.0, "short"), stage("reads-filter", 50.0, "filter"), cpus=3.0,
+    )  # fmt: skip
+    assert steps(made) == ["filter", "short", "long"]  # nobody waits for `long`
+
+
+def test_a_stage_that_waits_for_a_place_keeps_it_from_those_that_nobody_waits_for() -> None:
+    made = schedule(
+        stage("at-work", 9.0, cpus=3), stage("reads", 1.0, "at-work"),
+        stage("wide", 1.0, cpus=2), stage("reads-wide", 1.0, "wide"), stage("leaf", 9.0), cpus=4.0,
+    )  # fmt: skip
+    assert steps(made) == ["at-work"]
+    made.returned("at-work", 1.0)
+    made.discard("at-work")
+    assert steps(made) == ["wide", "leaf"]
+
+
+def test_what_waits_for_a_gpu_leaves_the_processors_to_others() -> None:
+    made = schedule(
+        stage("a", 9.0, gpus=1), stage("b", 9.0, gpus=1), stage("leaf", 1.0),
+        stage("reads", 1.0, "a", "b"), cpus=4.0, gpus=1.0,
+    )  # fmt: skip
+    assert steps(made) == ["a", "leaf"]
+
+
+def test_fractions_of_a_gpu_add_up() -> None:
+    made = schedule(*(stage(f"s-{n}", 1.0, gpus=0.1) for n in range(20)), cpus=50.0, gpus=1.0)
+    assert len(steps(made)) == 10
+
+
+def test_a_pool_has_an_actor_for_each_stage_that_there_is_room_for() -> None:
+    shards = [stage(f"s-{number}", 30.0, pool="p") for number in range(5)]
+    made = schedule(*shards, cpus=3.0)
+    assert steps(made) == ["start p"] * 3
+    made.joined("p", 1.0)
+    assert steps(made) == ["s-0"]
+    made.lost("p")
+    assert steps(made) == ["start p"]  # another for the one that died
+
+
+def test_actors_of_a_pool_are_as_many_as_its_minimum_and_no_more_than_its_maximum() -> None:
+    one = stage("s", 1.0, pool="p", min_replicas=2, max_replicas=3)
+    assert steps(schedule(one, cpus=9.0)) == ["start p"] * 2
+    many = [stage(f"s-{number}", 1.0, pool="p", max_replicas=3) for number in range(9)]
+    assert steps(schedule(*many, cpus=9.0)) == ["start p"] * 3
+
+
+def test_an_idle_actor_makes_way_for_what_is_more_urgent_than_the_next_of_its_pool() -> None:
+    p = [stage(f"p-{number}", 5.0, pool="p") for number in range(2)]
+    for seconds, expected in ((2.0, ["p-1"]), (5.0 + 2 * START_SECONDS, ["end p", "start q"])):
+        made = schedule(*p, stage("late", 1.0), stage("q", seconds, "late", pool="q"), cpus=1.0)
+        assert steps(made) == ["late"]  # others wait for it
+        made.returned("late", 1.0)
+        made.discard("late")
+        assert steps(made) == ["start p"]
+        made.joined("p", 2.0)
+        assert steps(made) == ["p-0"]
+        made.returned("p-0", 3.0)
+        made.add("q")
+        assert steps(made) == expected
+
+
+def test_an_idle_actor_without_work_is_kept_until_its_place_is_needed_or_for_a_while() -> None:
+    late = stage("late", 1.0, "wait")
+    made = schedule(stage("p", 1.0, pool="p"), stage("wait", 1.0, "p"), late, cpus=1.0)
+    assert steps(made) == ["start p"]
+    made.joined("p", 1.0)
+    assert steps(made) == ["p"]
+    made.returned("p", 2.0)
+    made.discard("p")
+    assert steps(made, 3.0) == []
+    made.add("wait")
+    assert steps(made, 4.0) == ["end p", "wait"]
+    made = schedule(stage("p", 1.0, pool="p"), cpus=1.0)
+    steps(made)
+    made.joined("p", 1.0)
+    steps(made)
+    made.returned("p", 2.0)
+    made.discard("p")
+    assert steps(made, 2.0 + IDLE_SECONDS) == []
+    assert steps(made, 3.0 + IDLE_SECONDS) == ["end p"]
+
+
+def test_a_cluster_with_no_room_at_all_gets_one_stage_of_each_sort_and_is_asked_for_all() -> None:
+    made = schedule(
+        *(stage(f"s-{number}", 1.0) for number in range(3)),
+        *(stage(f"g-{number}", 1.0, gpus=1, pool="p") for number in range(2)), cpus=0.0,
+    )  # fmt: skip
+    assert steps(made) == ["s-0", "start p"]
+    taken, ready = made.demand(most=10)
+    assert taken == [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}]
+    assert ready == [{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}]
+    assert made.demand(most=2)[1] == ready[:2]
+    made.resize([{"CPU": 2.0}])
+    assert steps(made) == ["s-1"]
+
+
+def test_what_fits_no_node_holds_nothing_up() -> None:
+    made = schedule(
+        stage("big", 99.0, cpus=8), stage("reads", 1.0, "big"), stage("leaf", 1.0), cpus=2.0
+    )
+    assert steps(made) == ["big", "leaf"]  # with Ray, `big` waits for a node
+
+
+def test_the_demand_of_a_bounded_run_is_bounded() -> None:
+    made = schedule(*(stage(f"s-{number}", 1.0) for number in range(9)), cpus=2.0, workers=3)
+    assert len(steps(made)) == 2
+    taken, ready = made.demand(most=100)
+    assert (len(taken), len(ready)) == (2, 1)
+
+
+def test_memory_is_a_resource_like_others() -> None:
+    assert bundle(Resources(cpus=2, memory_bytes=5)) == {"CPU": 2.0, "memory": 5.0}
+    made = schedule(*(stage(f"s-{n}", 1.0, memory_bytes=6) for n in range(3)), cpus=9.0)
+    made.resize([{"CPU": 9.0, "memory": 12.0}])
+    assert len(steps(made)) == 2
+
+
+def test_a_stage_that_comes_back_is_ready_again_in_its_old_place() -> None:
+    made = schedule(stage("a", 5.0), stage("b", 4.0), cpus=1.0)
+    assert steps(made) == ["a"]
+    made.returned("a", 1.0)
+    made.add("a")
+    assert steps(made) == ["a"]
+    made.returned("a", 2.0)
+    made.discard("a")
+    made.discard("b")
+    assert steps(made) == []
+
+
+def test_a_simulated_grid_runs_every_stage_once_and_after_its_inputs() -> None:
+    case: Case = CASES[3]
+    simulation = Simulation(case, START_SECONDS)
+    simulation.run()
+    times = simulation.times
+    for key, each in case.graph.items():
+        assert times[key].started >= times[key].ready
+        assert times[key].ended == pytest.approx(times[key].started + case.seconds[key])
+        assert all(times[name].ended <= times[key].started for name in each.inputs)
