@@ -25,6 +25,7 @@ from pipeline.finished_layers import Keep
 from pipeline.gains import bytes_by_format, speed_2_4
 from pipeline.measured import METRICS_SCHEMA, REQUESTS_SCHEMA
 from pipeline.models import Artifacts, load_model, load_tokenizer, model_dtype
+from pipeline.output_layer import head_is_linear
 from pipeline.perplexity import batches, bits_per_byte, losses, perplexity, protocol_windows
 from pipeline.specs import (
     EvaluateSpec,
@@ -205,10 +206,12 @@ def take_perplexity(
     windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
     summed = [0.0] * len(windows)
     done = 0
-    for places in batches(windows, batch_tokens, model.config.get_text_config().vocab_size):
+    chunked = head_is_linear(model)
+    vocabulary = None if chunked else model.config.get_text_config().vocab_size
+    for places in batches(windows, batch_tokens, vocabulary):
         batch = [windows[place] for place in places]
         asked = [window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch]
-        found = answers.get(asked, functools.partial(losses, model, batch))
+        found = answers.get(asked, functools.partial(losses, model, batch, chunked))
         for place, loss in zip(places, found, strict=True):
             summed[place] = loss
         done += len(batch)

@@ -16,9 +16,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.finished_answers import FinishedAnswers
+from pipeline.output_layer import OutputLayer
 from pipeline.perplexity import LOGITS
 from pipeline.progress import report
 
@@ -115,7 +115,14 @@ class SharingLM(HFLM):  # type: ignore[misc]
         self.batch_tokens = batch_tokens
         self.answers = answers
         self.asked = 0
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._layer = OutputLayer(model)
+        self._keeps_logits = (
+            not self._layer.chunked
+            and "logits_to_keep" in inspect.signature(model.forward).parameters
+        )
+        first = torch.tensor([[self.prefix_token_id]], device=self.device)
+        with torch.inference_mode():
+            self._dtype = model(first, use_cache=False).logits.dtype
         self.shares = not getattr(model, "_is_stateful", False)
         if self.shares:  # as far as its class tells
             cache = self._forward([(self.prefix_token_id,)], None, 1)[1]
@@ -287,8 +294,8 @@ class SharingLM(HFLM):  # type: ignore[misc]
         longest = max(document.longest for document in documents)
         predicted = longest - min(document.shared for document in documents)
         vocabulary = self.model.config.get_text_config().vocab_size
-        tokens, logits = rows * longest, rows * predicted * vocabulary
-        return tokens <= self.batch_tokens and logits <= LOGITS
+        logits = 0 if self._layer.chunked else rows * predicted * vocabulary
+        return rows * longest <= self.batch_tokens and logits <= LOGITS
 
     def _run(self, batch: Batch) -> dict[int, tuple[float, bool]]:
         """By number, what `_answer` gives."""
@@ -310,24 +317,49 @@ class SharingLM(HFLM):  # type: ignore[misc]
             for document in documents
             for request in document.requests.values()
         ]
-        logits, _ = self._forward(rest, cache, longest - min(firsts))
-        offset = longest - logits.shape[1] + begun  # of the logits' first position in a row
-        logs = functional.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
-        likeliest = logs.argmax(dim=-1)
-        numbers, values, greedy = [], [], []
-        place = 0
+        states, _ = self._forward(rest, cache, longest - min(firsts))
+        begun += longest - states.shape[1]  # tokens of a row before its first state
+        numbers: list[int] = []
+        scored: list[int] = []
+        places: list[tuple[int, int]] = []
+        targets: list[int] = []
+        row = 0
         for document in documents:
             for answered in document.rows.values():
                 for number in answered:
                     request = document.requests[number]
-                    inside = slice(request.given - offset, request.given - offset + request.scored)
-                    wanted = torch.tensor(request.ids[-request.scored :], device=self.device)
+                    start = request.given - begun
                     numbers.append(number)
-                    values.append(logs[place, inside].gather(1, wanted[:, None]).sum())
-                    greedy.append((likeliest[place, inside] == wanted).all())
-                place += 1
-        answers = zip(torch.stack(values).tolist(), torch.stack(greedy).tolist(), strict=True)
-        return dict(zip(numbers, answers, strict=True))
+                    scored.append(request.scored)
+                    places += [(row, start + place) for place in range(request.scored)]
+                    targets += request.ids[-request.scored :]
+                row += 1
+        values, greedy = (
+            torch.split(tokens, scored) for tokens in self._token_answers(states, places, targets)
+        )
+        return {
+            number: (float(own.sum()), bool(alike.all()))
+            for number, own, alike in zip(numbers, values, greedy, strict=True)
+        }
+
+    @torch.inference_mode()
+    def _token_answers(
+        self, states: Tensor, places: list[tuple[int, int]], targets: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of each target at its place (row, column), and whether it is the
+        likeliest token there, both [targets].
+
+        They are rounded to the type of the model's logits before they are compared, as in lm-eval:
+        of tokens that are then alike the first is the likeliest.
+        """
+        rows, columns = torch.tensor(places).unbind(dim=1)
+        wanted = torch.tensor(targets, device=states.device)
+        values, greedy = [], []
+        for part, logits in self._layer.logits(states, rows, columns):
+            logs = logits.log_softmax(dim=-1).to(self._dtype)
+            values.append(logs.gather(1, wanted[part, None]).squeeze(1))
+            greedy.append(logs.argmax(dim=-1) == wanted[part])
+        return torch.cat(values).cpu(), torch.cat(greedy).cpu()
 
     def _begun(self, family: tuple[int, ...], rows: int) -> Any:
         """Keys and values of the family's tokens for so many rows; None where there are none."""
@@ -343,7 +375,8 @@ class SharingLM(HFLM):  # type: ignore[misc]
     def _forward(
         self, rows: Sequence[tuple[int, ...]], cache: Any, positions: int
     ) -> tuple[Tensor, Any]:
-        """Logits [rows, positions, vocabulary] of the last positions, and keys and values.
+        """States of the last positions at least, as `OutputLayer.forward` gives them, and keys and
+        values.
 
         Rows are padded on the right, where nothing that counts looks.
         """
@@ -356,8 +389,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
             options["past_key_values"] = cache
         if self._keeps_logits:
             options["logits_to_keep"] = positions
-        output = self.model(ids, **options)
-        return output.logits[:, -positions:], output.get("past_key_values")
+        return self._layer.forward(input_ids=ids, **options)
 
 
 def fingerprint(arguments: Iterable[Any]) -> str:

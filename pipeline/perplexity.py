@@ -11,13 +11,12 @@ import numpy.typing as npt
 import torch
 
 from pipeline.errors import InputError
+from pipeline.output_layer import OutputLayer
 from pipeline.specs import PerplexityProtocol
 
 LOGITS = 2**28
-"""Logits of one forward pass at the most (half a GiB in bfloat16), unless one window has more."""
-
-POSITIONS = 1024
-"""Positions whose log-probabilities are held in float32 at once."""
+"""Logits of one forward pass at the most (half a GiB in bfloat16), unless one window has more;
+where the output layer gives them in parts there is no such limit."""
 
 TEXTS = 32
 """Texts tokenised at once."""
@@ -190,37 +189,44 @@ def _bos(tokenizer: Any) -> int:
 # ----------------------------------------------------------------------------------------- losses
 
 
-def batches(windows: list[Window], tokens: int, vocabulary: int) -> Iterator[list[int]]:
-    """The places of windows that go through the model together: long ones first, as many as have
-    that many tokens with their padding and as have logits that fit."""
+def batches(windows: list[Window], tokens: int, vocabulary: int | None) -> Iterator[list[int]]:
+    """The places of windows that go through the model together, long ones first.
+
+    Args:
+        tokens: of a batch at the most, padding included; one window at least.
+        vocabulary: logits that a pass makes of each token, for `LOGITS`; None if it makes none.
+    """
     ordered = sorted(range(len(windows)), key=lambda place: -len(windows[place].ids))
+    limit = tokens if vocabulary is None else min(tokens, LOGITS // vocabulary)
     start = 0
     while start < len(ordered):
-        length = len(windows[ordered[start]].ids)
-        size = max(1, min(tokens // length, LOGITS // (length * vocabulary)))
+        size = max(1, limit // len(windows[ordered[start]].ids))
         yield ordered[start : start + size]
         start += size
 
 
 @torch.inference_mode()
-def losses(model: Any, batch: list[Window]) -> list[float]:
+def losses(model: Any, batch: list[Window], chunked: bool | None = None) -> list[float]:
     """The loss of each window, summed over its scored tokens, in nats.
 
     Taken in float32 and summed in float64. Shorter windows are padded on the right.
+
+    Args:
+        chunked: take logits a few positions at a time from hidden states; found out if not given.
     """
+    layer = OutputLayer(model, chunked)
     longest = max(len(window.ids) for window in batch)
     token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
     scored = torch.zeros(len(batch), longest, dtype=torch.bool)
     for row, window in enumerate(batch):
         token_ids[row, : len(window.ids)] = torch.from_numpy(window.ids)
         scored[row, window.first : len(window.ids)] = True
-    token_ids, scored = token_ids.to(model.device), scored.to(model.device)
-    logits = model(token_ids, use_cache=False).logits[:, :-1][scored[:, 1:]]
+    states, _ = layer.forward(input_ids=token_ids.to(layer.device), use_cache=False)
+    rows, columns = scored.nonzero(as_tuple=True)
+    targets = token_ids[scored].to(states.device)
     parts = [
-        torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
-        for part, target in zip(
-            torch.split(logits, POSITIONS), torch.split(token_ids[scored], POSITIONS), strict=True
-        )
+        torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+        for part, logits in layer.logits(states, rows, columns - 1)
     ]
     each = torch.split(torch.cat(parts).cpu().double(), [window.scored for window in batch])
     return [float(own.sum()) for own in each]

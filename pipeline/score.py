@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,24 +13,20 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.models import Artifacts, checkpoint_location, load_tokenizer
+from pipeline.output_layer import OutputLayer, head_is_linear
 from pipeline.progress import report
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import ScoreSpec, ShardSpec
 
-POSITIONS = 512
-"""Positions whose distribution over the vocabulary is held in float32 at once."""
-
-PROBE_TOKENS = 16
-"""Tokens, 0 and up, on which it is checked that the output layer alone gives the logits."""
-
 LEAST_DEVIATION = 1e-4
 """Floor of sigma: below it log-probabilities differ by no more than their float32 rounding."""
 
+LEAST_LOGIT = -80.0
+"""Floor of logits, less their maximum, in mu and sigma. exp(-80) is nothing beside the maximum's 1,
+but -inf times its probability of 0 would be NaN, and numbers below 1e-38 are slow."""
+
 QUARTERS = 4
 """Parts of a sample whose mean loss is told apart."""
-
-Head = Callable[[torch.Tensor], torch.Tensor]
-"""Hidden states [positions, hidden] to logits [positions, vocabulary]."""
 
 
 class Score(NamedTuple):
@@ -170,8 +166,7 @@ def score_samples(
         batch_tokens: tokens of a forward pass at the most, padding included; one sample at least.
         chunked: take logits a few positions at a time from hidden states; found out if not given.
     """
-    if chunked is None:
-        chunked = head_is_linear(model)
+    layer = OutputLayer(model, chunked)
     firsts = [1 if include_prefix else max(1, prefix) for prefix in prefix_lengths]
     lengths = [len(ids) for ids in token_ids]
     scored = [place for place, first in enumerate(firsts) if lengths[place] > first]
@@ -179,10 +174,9 @@ def score_samples(
     done, total = 0, sum(lengths[place] for place in scored)
     for batch in length_batches(scored, lengths, batch_tokens):
         tokens = token_scores(
-            model,
+            layer,
             [token_ids[place] for place in batch],
             [firsts[place] for place in batch],
-            chunked,
         )
         for place, own in zip(batch, tokens, strict=True):
             scores[place] = summary(own, token_ids[place][firsts[place] :], min_k_fraction)
@@ -228,25 +222,8 @@ def length_batches(
         yield batch
 
 
-@torch.inference_mode()
-def head_is_linear(model: Any) -> bool:
-    """Whether the output layer alone turns hidden states into the model's logits.
-
-    It does not where logits are capped or scaled; then the whole forward pass has to give them.
-    """
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return False
-    input_ids = torch.arange(PROBE_TOKENS, device=model.device)[None]
-    expected = model(input_ids, use_cache=False).logits
-    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
-    return torch.allclose(
-        head(hidden).float(), expected.float(), rtol=1e-5, atol=1e-6, equal_nan=True
-    )
-
-
 def token_scores(
-    model: Any, token_ids: Sequence[Sequence[int]], firsts: Sequence[int], chunked: bool
+    layer: OutputLayer, token_ids: Sequence[Sequence[int]], firsts: Sequence[int]
 ) -> list[TokenScores]:
     """The scores of each sample's tokens from the place in `firsts` (at least 1) on.
 
@@ -257,23 +234,17 @@ def token_scores(
     padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in token_ids])
     places = torch.arange(longest)
     mask = places < lengths[:, None]
-    inputs = {
-        "input_ids": padded.to(model.device),
-        "attention_mask": mask.long().to(model.device),
-        "use_cache": False,
-    }
-    head: Head
-    if chunked:
-        states, head = model.base_model(**inputs).last_hidden_state, model.get_output_embeddings()
-    else:
-        states, head = model(**inputs).logits, torch.nn.Identity()
+    states, _ = layer.forward(
+        input_ids=padded.to(layer.device),
+        attention_mask=mask.long().to(layer.device),
+        use_cache=False,
+    )
     wanted = mask & (places >= torch.tensor(firsts)[:, None])
     rows, columns = wanted.nonzero(as_tuple=True)
+    targets = padded[rows, columns].to(states.device)
     parts = [
-        _score_positions(head(states[row, column - 1]), padded[row, column].to(model.device))
-        for row, column in zip(
-            torch.split(rows, POSITIONS), torch.split(columns, POSITIONS), strict=True
-        )
+        position_scores(logits, targets[part])
+        for part, logits in layer.logits(states, rows, columns - 1)
     ]
     counts = wanted.sum(dim=1).tolist()
     log_probability = torch.cat([part.log_probability for part in parts]).cpu()
@@ -282,13 +253,19 @@ def token_scores(
     return [TokenScores(*pair) for pair in pairs]
 
 
-def _score_positions(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-    """The scores of `targets` [positions] under `logits` [positions, vocabulary]."""
-    log_probability = logits.float().log_softmax(dim=-1)
-    probability = log_probability.exp()
-    # A token of probability 0 adds nothing; 0 * -inf would be NaN.
-    finite = log_probability.masked_fill(probability == 0, 0.0)
-    mean = (probability * finite).sum(dim=-1, keepdim=True)
-    deviation = (probability * (finite - mean).square()).sum(dim=-1).sqrt()
-    own = log_probability.gather(1, targets[:, None]).squeeze(1)
-    return TokenScores(own, (own - mean.squeeze(1)) / deviation.clamp(min=LEAST_DEVIATION))
+def position_scores(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """The scores of `targets` [positions] under `logits` [positions, vocabulary], float32.
+
+    Overwrites the logits. The variance is taken around the mean: that of squares less the square of
+    the mean would lose its digits where one token is likely and the rest are all alike.
+    """
+    logits -= logits.amax(dim=-1, keepdim=True)
+    own = logits.gather(1, targets[:, None])
+    logits.clamp_(min=LEAST_LOGIT)
+    weights = logits.exp()  # probabilities times their sum
+    total = weights.sum(dim=-1, keepdim=True)
+    mean = (weights * logits).sum(dim=-1, keepdim=True) / total
+    logits -= mean
+    variance = weights.mul_(logits).mul_(logits).sum(dim=-1, keepdim=True) / total
+    normalised = (own - mean) / variance.sqrt().clamp(min=LEAST_DEVIATION)
+    return TokenScores((own - total.log()).squeeze(1), normalised.squeeze(1))

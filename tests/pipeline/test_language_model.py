@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import pipeline.language_model
+import pipeline.output_layer
 from pipeline.finished_answers import FinishedAnswers
 from pipeline.language_model import SharingLM
 from pipeline.testbed.tokenizer import train_tokenizer
@@ -58,6 +59,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         initializer_range=0.3,
         bos_token_id=TOKENIZER.bos_token_id,
         eos_token_id=TOKENIZER.eos_token_id,
+    ),
+    "capped-logits": lambda: transformers.Gemma2Config(
+        **ATTENTION, head_dim=16, final_logit_softcapping=2.0
     ),
     "running-state": lambda: transformers.MambaConfig(**SIZES, state_size=4),
 }
@@ -143,6 +147,33 @@ def test_log_likelihoods_are_those_of_lm_evals_own_model(
         [value for value, _ in found], [value for value, _ in expected], atol=1e-4, rtol=0
     )
     assert np.std([value for value, _ in expected]) > 0.5  # so one answer for all would not pass
+
+
+def test_log_likelihoods_in_half_precision_are_rounded_as_lm_evals() -> None:
+    model = made(llama()).bfloat16()
+    found = ours(model, batch_tokens=1).loglikelihood(REQUESTS["choices"])
+    alone = HFLM(pretrained=model, tokenizer=TOKENIZER, batch_size=1)
+    expected = alone.loglikelihood(REQUESTS["choices"], disable_tqdm=True)
+    values = torch.tensor([value for value, _ in found], dtype=torch.float64)
+    assert torch.equal(values, values.bfloat16().double())
+    np.testing.assert_allclose(values, [value for value, _ in expected], rtol=2**-6)
+
+
+def test_only_tokens_that_are_asked_for_have_logits_and_few_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = made(llama())
+    monkeypatch.setattr(pipeline.output_layer, "LAYER_LOGITS", 5 * len(TOKENIZER))
+    asks = ours(model)
+    sizes: list[int] = []
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, output: sizes.append(output.numel() // len(TOKENIZER))
+    )
+    asks.loglikelihood(REQUESTS["choices"])
+    hook.remove()
+    asked_for = [request.args for request in REQUESTS["choices"]]
+    assert max(sizes) == 5
+    assert sum(sizes) == sum(len(asks._encoded_pairs([pair])[0][1]) for pair in asked_for)
 
 
 def test_whole_texts_are_as_likely_as_for_lm_evals_own_model(model: Any) -> None:
@@ -248,7 +279,7 @@ def test_what_a_killed_evaluation_had_answered_is_not_asked_again(tmp_path: Path
             raise KeyboardInterrupt
 
     first = ours(model, FinishedAnswers(b"a model", tmp_path / "first", kept), 256)
-    hook = model.register_forward_hook(dies)
+    hook = model.base_model.register_forward_hook(dies)
     with pytest.raises(KeyboardInterrupt):
         first.loglikelihood(MANY)
     hook.remove()

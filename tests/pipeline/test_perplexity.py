@@ -1,14 +1,22 @@
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+import pipeline.output_layer
 import pipeline.perplexity
 from pipeline.errors import InputError
 from pipeline.perplexity import (
@@ -30,23 +38,23 @@ DRAWS = np.random.default_rng(0)
 TEXTS = [" ".join(DRAWS.choice(WORDS, size=size)) for size in (9, 14, 5, 21, 1, 17, 12, 30)]
 TOKENIZER = train_tokenizer([text for text in TEXTS if "日" not in text], 290)
 VOCABULARY = len(TOKENIZER)
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            max_position_embeddings=512,
-        )
-        return LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
 
 
 def losses_in_float64(model: Any, ids: list[int], first: int) -> list[float]:
@@ -237,8 +245,47 @@ def test_neither_batches_nor_pieces_move_the_number(
     protocol = PerplexityProtocol(unit="text")
     windows = protocol_windows(iter(TEXTS), TOKENIZER, protocol)
     alone = [losses(model, [window])[0] for window in windows]
-    monkeypatch.setattr(pipeline.perplexity, "POSITIONS", 5)
+    monkeypatch.setattr(pipeline.output_layer, "PART_LOGITS", 5 * VOCABULARY)
     np.testing.assert_allclose(losses(model, windows), alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=2.0)),
+        lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.0625, pad_token_id=0)),
+    ],
+    ids=["capped", "scaled"],
+)
+def test_capped_and_scaled_logits_are_taken_from_the_whole_forward_pass(
+    other: Callable[[], Any],
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = other().eval()
+    windows = protocol_windows(iter(TEXTS), TOKENIZER, PerplexityProtocol(unit="text"))
+    expected = [sum(losses_in_float64(model, window.ids.tolist(), 1)) for window in windows]
+    np.testing.assert_allclose(losses(model, windows), expected, rtol=1e-5)
+    wrong = losses(model, windows, chunked=True)
+    assert abs(wrong[0] / expected[0] - 1) > 0.05
+
+
+def test_only_tokens_that_are_scored_have_logits_and_few_at_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.output_layer, "LAYER_LOGITS", 5 * VOCABULARY)
+    protocol = PerplexityProtocol(seqlen=24, stride=8)
+    windows = protocol_windows(iter(TEXTS), TOKENIZER, protocol)[:4]
+    sizes: list[int] = []
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, output: sizes.append(output.numel() // VOCABULARY)
+    )
+    try:
+        losses(model, windows, chunked=True)
+    finally:
+        hook.remove()
+    assert max(sizes) == 5
+    assert sum(sizes) == sum(window.scored for window in windows) < 4 * 23
 
 
 def test_a_pass_takes_no_more_windows_than_their_tokens_and_logits_allow(
@@ -249,6 +296,7 @@ def test_a_pass_takes_no_more_windows_than_their_tokens_and_logits_allow(
     assert [len(part) for part in batches(windows, 1, VOCABULARY)] == [1] * 7
     monkeypatch.setattr(pipeline.perplexity, "LOGITS", 24 * VOCABULARY * 2)
     assert [len(part) for part in batches(windows, 10_000, VOCABULARY)] == [2, 2, 2, 1]
+    assert [len(part) for part in batches(windows, 24 * 4, None)] == [4, 3]
 
 
 def test_texts_are_read_only_as_far_as_needed() -> None:

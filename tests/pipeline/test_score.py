@@ -17,10 +17,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline import score
+from pipeline import output_layer, score
 from pipeline.errors import InputError
 from pipeline.generate import SCHEMA
-from pipeline.score import Score, distinct, head_is_linear, length_batches, score_samples
+from pipeline.output_layer import head_is_linear
+from pipeline.score import (
+    LEAST_DEVIATION,
+    Score,
+    distinct,
+    length_batches,
+    position_scores,
+    score_samples,
+)
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, ScoreSpec
 
 VOCABULARY = 96
@@ -124,15 +132,17 @@ def test_neither_batches_nor_chunks_nor_the_way_to_the_logits_move_a_score(
     agree(score_samples(model, token_ids, PREFIXES), alone)
     agree(score_samples(model, token_ids, PREFIXES, batch_tokens=64), alone)
     agree(score_samples(model, token_ids, PREFIXES, chunked=False), alone)
-    for positions in (1, 7):
-        monkeypatch.setattr(score, "POSITIONS", positions)
+    for layer, part in ((1, 1), (7, 3), (5, 7)):
+        monkeypatch.setattr(output_layer, "LAYER_LOGITS", layer * VOCABULARY)
+        monkeypatch.setattr(output_layer, "PART_LOGITS", part * VOCABULARY)
         agree(score_samples(model, token_ids, PREFIXES), alone)
+        agree(score_samples(model, token_ids, PREFIXES, chunked=False), alone)
 
 
 def test_logits_are_taken_a_few_positions_at_a_time(
     model: Any, token_ids: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score, "POSITIONS", 5)
+    monkeypatch.setattr(output_layer, "LAYER_LOGITS", 5 * VOCABULARY)
     sizes: list[int] = []
     hook = model.lm_head.register_forward_hook(
         lambda module, inputs, output: sizes.append(output.numel() // VOCABULARY)
@@ -157,6 +167,81 @@ def test_capped_logits_are_noticed_and_taken_from_the_whole_forward_pass(
     agree(score_samples(capped_model, token_ids, PREFIXES), expected)
     wrong = score_samples(capped_model, token_ids, PREFIXES, chunked=True)
     assert abs(wrong[0].perplexity / expected[0].perplexity - 1) > 0.05
+
+
+POSITIONS = 16
+ENTRIES = 50_000
+
+
+def logits_of_kinds() -> dict[str, torch.Tensor]:
+    """Logits [POSITIONS, ENTRIES] of which each kind is hard in its own way."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(POSITIONS, ENTRIES, generator=generator)
+    kinds = {
+        "random": 3 * normal,
+        "bfloat16": (3 * normal).bfloat16().float(),
+        "uniform": torch.full_like(normal, 7.0),
+        "nearly uniform": 1e-2 * normal,
+        "steep": 1e4 * normal,
+        "far from zero": 3 * normal + 1e5,
+        "huge": 1e33 * normal.sign(),
+    }
+    for name, height in (("peaked", 30.0), ("sigma near its floor", 35.0), ("certain", 90.0)):
+        kinds[name] = normal.clone()
+        kinds[name][:, 5] = height
+    kinds["one above a plain"] = torch.full_like(normal, -0.05)
+    kinds["one above a plain"][:, 5] = 0.0
+    kinds["half ruled out"] = (3 * normal).masked_fill(normal < 0, -math.inf)
+    kinds["all but two ruled out"] = torch.full_like(normal, -math.inf)
+    kinds["all but two ruled out"][:, 5:7] = 3 * normal[:, 5:7]
+    return kinds
+
+
+KINDS = logits_of_kinds()
+LOOSE = {"one above a plain": 2e-4}
+"""There sigma is 2e-4 and mu -0.05, of whose rounding z has 200 times as much. The mean of squares
+less the square of the mean would be wrong by 1e-2."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_p_and_z_of_any_logits_are_those_in_float64(kind: str) -> None:
+    logits = KINDS[kind]
+    targets = torch.arange(POSITIONS)  # the peak among them
+    log_p = logits.double().log_softmax(dim=-1)
+    probability = log_p.exp()
+    finite = log_p.masked_fill(probability == 0, 0.0)
+    mean = (probability * finite).sum(dim=-1)
+    deviation = (probability * (finite - mean[:, None]).square()).sum(dim=-1).sqrt()
+    own = log_p[torch.arange(POSITIONS), targets]
+    normalised = (own - mean) / deviation.clamp(min=LEAST_DEVIATION)
+    found = position_scores(logits.clone(), targets)
+    assert found.log_probability.dtype == found.normalised.dtype == torch.float32
+    tolerance = LOOSE.get(kind, 2e-6)
+    torch.testing.assert_close(found.log_probability.double(), own, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found.normalised.double(), normalised, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_logits_that_are_nan_spoil_their_own_position_only() -> None:
+    logits = KINDS["random"].clone()
+    logits[3, 17] = math.nan
+    logits[4, :] = -math.inf
+    logits[5, 17] = math.inf
+    for scores in position_scores(logits, torch.arange(POSITIONS)):
+        assert scores.isnan().nonzero().flatten().tolist() == [3, 4, 5]
+
+
+def test_logits_in_half_precision_are_scored_in_float32(
+    model: Any, token_ids: list[list[int]]
+) -> None:
+    half = copy.deepcopy(model).bfloat16()
+    found = score_samples(half, token_ids, [1] * len(token_ids), batch_tokens=1)
+    for ids, score_found in zip(token_ids, found, strict=True):
+        with torch.no_grad():
+            logits = half(torch.tensor([ids])).logits[0, :-1].double()
+        own = logits.log_softmax(dim=-1).gather(1, torch.tensor(ids[1:])[:, None])
+        assert score_found.perplexity == pytest.approx(float((-own.mean()).exp()), rel=1e-5)
 
 
 def test_a_sample_without_a_token_to_score_has_no_score(model: Any) -> None:
