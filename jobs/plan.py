@@ -160,6 +160,8 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
         f"estimate: {plan.grid.cost.flops_per_second:.3g} FLOP/s a device; "
         "jobs/cost.py states the model"
     )
+    for name, chosen in plan.grid.auto_dtypes.items():
+        console.print(f"models.{name}: {chosen}", soft_wrap=True)
     for name, calibration in plan.grid.calibrations.items():
         if isinstance(calibration, GeneratedCalibration):
             console.print(f"calibrations.{name}: {_engine(calibration.backend)} generates")
