@@ -13,6 +13,8 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     Tag,
     ValidationError,
     field_validator,
@@ -20,6 +22,7 @@ from pydantic import (
 )
 
 from cluster.graph import Resources
+from jobs.dtypes import AutoDtype, with_dtypes
 from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
 from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
@@ -395,6 +398,24 @@ class Grid(Spec):
 
     resources: dict[StageName, StageResources] = Field(default_factory=dict)
     cost: Cost = Cost()
+
+    _auto_dtypes: dict[str, AutoDtype] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _choose_dtypes(cls, content: Any, validate: ModelWrapValidatorHandler["Grid"]) -> "Grid":
+        """`dtype: auto` of a model is settled here, so that specs and keys hold the dtype."""
+        if not isinstance(content, Mapping):
+            return validate(content)
+        content, chosen = with_dtypes(content)
+        grid = validate(content)
+        grid._auto_dtypes.update(chosen)
+        return grid
+
+    @property
+    def auto_dtypes(self) -> Mapping[str, AutoDtype]:
+        """By name, what became of `dtype: auto` in the models whose file says so."""
+        return self._auto_dtypes
 
 
 def load_grid(path: Path) -> Grid:

@@ -167,6 +167,8 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
     console.print(table)
     console.print(f"store: {store.url}", soft_wrap=True)
     console.print(f"estimate: {_rests_on(plan)}; jobs/cost.py states the model", soft_wrap=True)
+    for name, chosen in plan.grid.auto_dtypes.items():
+        console.print(f"models.{name}: {chosen}", soft_wrap=True)
     for name, calibration in plan.grid.calibrations.items():
         if isinstance(calibration, GeneratedCalibration):
             console.print(f"calibrations.{name}: {_engine(calibration.backend)} generates")

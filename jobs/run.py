@@ -48,6 +48,8 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
         len(plan.graph),
         len(missing),
     )
+    for name, chosen in plan.grid.auto_dtypes.items():
+        logger.info("models.%s: %s", name, chosen)
     if not missing:
         return Outcome()
     versions = {name: metadata.version(name) for name in RECORDED}

@@ -44,12 +44,13 @@ def submit_grid(
         variables: names of environment variables whose values the job is to have.
 
     Raises:
-        InputError: if the grid has a mistake that can be seen from here, or a file, a variable or
-            an extra is not there.
+        InputError: if the grid has a mistake that can be seen from here, a file, a variable or an
+            extra is not there, or a model's dtype would depend on which CPU reads the grid.
         JobServerError: if the server refuses it.
     """
     grid = read_grid(path)
     make_plan(grid)
+    _refuse_dtypes_of_this_cpu(grid)
     values = {name: _value(name) for name in variables}
     requirements = [pinned for extra in extras for pinned in pinned_extra(extra)]
     job = f"{grid.name}-{uuid.uuid4().hex[:8]}"
@@ -122,6 +123,18 @@ def _value(name: str) -> str:
     if name not in os.environ:
         raise InputError("env", name, "is not set here; set it, or leave it out")
     return os.environ[name]
+
+
+def _refuse_dtypes_of_this_cpu(grid: Grid) -> None:
+    """The job would settle `auto` by the CPU of the node that it starts on, and `show` here by
+    this one: two dtypes are two sets of keys."""
+    for name, chosen in grid.auto_dtypes.items():
+        if not chosen.on_gpus:
+            remedy = (
+                "depends on the CPU that reads the grid, and the cluster's may be another: write "
+                "bfloat16 or float32, or give the stages their GPUs in resources"
+            )
+            raise InputError(f"models.{name}.dtype", "auto", remedy)
 
 
 def _relative_paths(grid: Grid) -> Iterator[tuple[str, str, bool]]:

@@ -72,9 +72,11 @@ def check(
 
 
 def _nonzero(weight: Tensor) -> Tensor:
-    """Where a weight is not zero."""
-    if weight.is_cpu and weight.dtype == torch.float32:  # numpy is three times as fast as torch
+    """Where a weight is not zero. On a CPU numpy is three times as fast as torch."""
+    if weight.is_cpu and weight.dtype == torch.float32:
         return torch.from_numpy(weight.detach().numpy() != 0)
+    if weight.is_cpu and weight.dtype.itemsize == 2:  # numpy has no bfloat16: all but the sign
+        return torch.from_numpy(weight.detach().view(torch.int16).numpy() & 0x7FFF != 0)
     return weight != 0
 
 

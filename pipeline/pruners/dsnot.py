@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.pruners.masks import refuse_nan, smallest_in_groups, smallest_in_rows, zeros_in
 from pipeline.pruners.pruned import Pruned
-from pipeline.pruners.sparsegpt import inverse_factor, sparsegpt_scores
+from pipeline.pruners.sparsegpt import inverse_factor, score_scale, sparsegpt_scores
 from pipeline.pruners.wanda import wanda_scores
 from pipeline.specs import DSnoT, SparseGPT
 
@@ -123,7 +123,7 @@ def _initial_scores(
         case "sparsegpt":
             dead = statistics["hessian"].diagonal() == 0
             upper, facts = inverse_factor(statistics["hessian"], dead, SparseGPT().damping)
-            scores = sparsegpt_scores(weight, upper.diagonal().square(), dead)
+            scores = sparsegpt_scores(weight, score_scale(upper, dead))
             return scores, {"dead_columns": float(dead.sum()), **facts}
 
 

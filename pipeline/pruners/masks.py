@@ -5,6 +5,7 @@ numpy's vectorised partition and comparisons are several times as fast as torch'
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ _CACHED = 2**16
 
 _WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 """By the size of a group, the word that has a byte for each of its scores, the first one lowest."""
+
+MOST_RANKED = 8
+"""Rows that are ranked by comparing each with each."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the bytes of a weight; the integer 0 is the weight 0."""
@@ -73,6 +77,27 @@ def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
     else:
         mask = smallest_in_rows(scores.reshape(-1, group), group - kept)
     return mask.view(scores.shape)
+
+
+def smallest_in_columns(scores: Any, zeros: int) -> Any:
+    """The `zeros` smallest scores of each column of a tensor, or a numpy array, `[few, columns]`.
+
+    In an array of few rows the rank of each score is how many stand before it: whole rows are
+    compared. There is no look at NaN there; `refuse_nan` can look at many of them at once.
+    """
+    few = len(scores)
+    if isinstance(scores, Tensor):
+        return smallest_in_rows(scores.T, zeros).T
+    if few > MOST_RANKED:
+        return smallest_in_columns(torch.from_numpy(scores), zeros).numpy()
+    ranks = np.empty(scores.shape, dtype=np.int8)
+    ranks[:] = np.arange(few - 1, -1, -1, dtype=np.int8)[:, None]  # all of the later ones
+    for distance in range(1, few):
+        # of equal scores the first stands before the other
+        before = (scores[:-distance] <= scores[distance:]).view(np.int8)
+        ranks[distance:] += before
+        ranks[:-distance] -= before
+    return ranks < zeros
 
 
 def set_to_zero(weight: Tensor, mask: Tensor) -> None:

@@ -1,5 +1,6 @@
 """SparseGPT: one-shot pruning by the optimal brain surgeon (arXiv 2301.00774)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.matrices import is_finite
-from pipeline.pruners.masks import set_to_zero, smallest, smallest_in_groups, zeros_in
+from pipeline.pruners.masks import (
+    refuse_nan,
+    set_to_zero,
+    smallest,
+    smallest_in_columns,
+    zeros_in,
+)
 from pipeline.pruners.pruned import Pruned
 from pipeline.specs import SparseGPT
 
@@ -52,8 +59,7 @@ def prune_by_sparsegpt(
     rows, columns = weight.shape
     dead = statistics["hessian"].diagonal() == 0
     upper, facts = inverse_factor(statistics["hessian"], dead, options.damping)
-    diagonal = upper.diagonal()
-    scale = diagonal.square()
+    diagonal, scale = upper.diagonal()[:, None], score_scale(upper, dead)[:, None]
 
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # [columns, rows]
     mask = torch.zeros_like(remaining, dtype=torch.bool)
@@ -65,22 +71,32 @@ def prune_by_sparsegpt(
     for start in range(0, columns, width):
         end = min(start + width, columns)
         block, block_mask = remaining[start:end], mask[start:end]
-        block_scale, block_dead = scale[start:end], dead[start:end]
+        scores = sparsegpt_scores(block, scale[start:end])
         if pattern is None:
             wanted = zeros_in(sparsity, rows * end) - chosen
-            scores = sparsegpt_scores(block.T, block_scale, block_dead)
-            block_mask.copy_(smallest(scores, wanted).T)
+            block_mask.copy_(smallest(scores.T, wanted).T)
             chosen += wanted
         errors = torch.zeros_like(block)
         lower = upper[start:end, start:end].T.contiguous()
+        arrays = [
+            _as_array(each)
+            for each in (block, block_mask, scores, errors, scale[start:end], diagonal[start:end])
+        ]
+        triangle = _as_array(lower)
         for first in range(0, end - start, group):
             part = slice(first, first + group)
-            block[part].addmm_(lower[part, :first], errors[:first], alpha=-1)
+            if first:
+                block[part].addmm_(lower[part, :first], errors[:first], alpha=-1)
+            own, own_mask, own_scores, own_errors, own_scale, own_diagonal = (
+                each[part] for each in arrays
+            )
             if pattern is not None:
-                scores = sparsegpt_scores(block[part].T, block_scale[part], block_dead[part])
-                block_mask[part] = smallest_in_groups(scores, *pattern).T
-            torch.div(block_mask[part], diagonal[start:end][part, None], out=errors[part])
-            _take_errors(block[part], errors[part], lower[part, part])
+                own_scores[:] = sparsegpt_scores(own, own_scale)
+                own_mask[:] = smallest_in_columns(own_scores, pattern[1] - pattern[0])
+            own_errors[:] = own_mask / own_diagonal
+            _take_errors(own, own_errors, triangle[part, part])
+        if pattern is not None:
+            refuse_nan(scores)  # of all groups at once
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     mask = mask.T.contiguous()
     updated = remaining.T.contiguous()
@@ -88,7 +104,13 @@ def prune_by_sparsegpt(
     return Pruned(mask=mask, weight=updated, facts={"dead_columns": float(dead.sum()), **facts})
 
 
-def _take_errors(columns: Tensor, errors: Tensor, lower: Tensor) -> None:
+def _as_array(values: Tensor) -> Any:
+    """The same memory for numpy, which takes a third of torch's time for so little arithmetic;
+    on any other device than a CPU the tensor itself."""
+    return values.numpy() if values.is_cpu else values
+
+
+def _take_errors(columns: Any, errors: Any, lower: Any) -> None:
     """Take each column's error out of the later ones, in place.
 
     Args:
@@ -96,18 +118,20 @@ def _take_errors(columns: Tensor, errors: Tensor, lower: Tensor) -> None:
         errors: 1 / U_jj where a weight is masked, 0 elsewhere, of the same shape; becomes E_j.
         lower: U^T for these columns.
     """
-    arrays: list[Any] = [columns, errors, lower]
-    if columns.is_cpu:  # numpy takes a third of torch's time for so little arithmetic
-        arrays = [each.numpy() for each in arrays]
-    columns, errors, lower = arrays
     for place, (column, error) in enumerate(zip(columns, errors, strict=True)):
-        column -= lower[place, :place] @ errors[:place]
+        if place:
+            column -= lower[place, :place] @ errors[:place]
         error *= column
 
 
-def sparsegpt_scores(weight: Tensor, scale: Tensor, dead: Tensor) -> Tensor:
-    """W_ij^2 / U_jj^2 of a weight `[rows, columns]` with scale U_jj^2; 0 in dead columns."""
-    return (weight.square() / scale).masked_fill_(dead, 0.0)
+def score_scale(upper: Tensor, dead: Tensor) -> Tensor:
+    """U_jj^2 of each column; infinite in dead columns, so that they score 0."""
+    return upper.diagonal().square().masked_fill_(dead, math.inf)
+
+
+def sparsegpt_scores(weight: Any, scale: Any) -> Any:
+    """W_ij^2 / U_jj^2 of a tensor or an array, whose columns lie as those of the scale do."""
+    return weight * weight / scale
 
 
 def inverse_factor(

@@ -3,10 +3,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from cluster.store import Store
+from jobs import dtypes
 from jobs.grid import Grid, load_grid
+from jobs.plan import make_plan, print_plan
 from pipeline.errors import InputError
-from pipeline.specs import FileCorpus, HubCorpus, TestbedCorpus
+from pipeline.specs import FileCorpus, HubCorpus, HubModel, TestbedCorpus
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -137,3 +141,81 @@ def test_a_url_with_a_password_is_refused_and_not_repeated(content: Content, loa
     with pytest.raises(InputError, match=r"corpora\.notes\.path.*credentials") as caught:
         load(content)
     assert "planted-secret" not in str(caught.value)
+
+
+CPUS = {
+    "amx": "flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\n" * 2,
+    "avx512": "flags\t\t: fpu avx512f avx512_bf16\n" * 2,
+    "older": "flags\t\t: fpu avx2 avx512f\nbugs\t\t: amx_bf16\n",
+    "uneven": "flags\t\t: fpu avx512_bf16\n\nflags\t\t: fpu\n",
+    "arm": "Features\t: fp asimd bf16\n",
+    "not Linux": None,
+}
+
+
+@pytest.fixture
+def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Read the grid on a machine with another CPU."""
+
+    def replace(name: str) -> None:
+        path = tmp_path / "cpuinfo"
+        path.unlink(missing_ok=True)
+        text = CPUS[name]
+        if text is not None:
+            path.write_text(text)
+        monkeypatch.setattr(dtypes, "CPU_INFO", path)
+
+    return replace
+
+
+def with_hub_model(content: Content, dtype: str) -> Content:
+    model = {"kind": "hub-model", "name": "a/b", "dtype": dtype}
+    return {**content, "models": {"m": model}, "cells": {**content["cells"], "model": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "dtype", "reason"),
+    [
+        ("amx", 0, "bfloat16", "this CPU has amx_bf16"),
+        ("avx512", 0, "bfloat16", "this CPU has avx512_bf16"),
+        ("older", 0, "float32", "no amx_bf16 or avx512_bf16"),
+        ("uneven", 0, "float32", "no amx_bf16"),
+        ("arm", 0, "float32", "no amx_bf16"),
+        ("not Linux", 0, "float32", "no amx_bf16"),
+        ("older", 0.5, "bfloat16", "resources ask for GPUs"),
+    ],
+)
+def test_dtype_auto_is_what_the_stages_hardware_multiplies_and_keys_hold_it(
+    content: Content,
+    load: Load,
+    cpu: Callable[[str], None],
+    name: str,
+    gpus: float,
+    dtype: str,
+    reason: str,
+    tmp_path: Path,
+) -> None:
+    cpu(name)
+    content["resources"] = {"prune": {"gpus": gpus}, "evaluate": {"cpus": 1}}
+    grid = load(with_hub_model(content, "auto"))
+    model = grid.models["m"]
+    assert isinstance(model, HubModel)
+    assert model.dtype == dtype
+    assert f"dtype auto is {dtype} (" in str(grid.auto_dtypes["m"])
+    assert reason in str(grid.auto_dtypes["m"])
+    console = Console(record=True, width=120)
+    print_plan(make_plan(grid), Store(str(tmp_path)), console)
+    assert f"models.m: {grid.auto_dtypes['m']}" in console.export_text()
+    named = load(with_hub_model(content, dtype))
+    assert not named.auto_dtypes
+    assert set(make_plan(grid).specs) == set(make_plan(named).specs)
+
+
+def test_a_model_without_a_dtype_or_with_a_wrong_one_is_not_settled(
+    content: Content, load: Load
+) -> None:
+    with pytest.raises(InputError, match=r"models\.m\..*dtype: 'automatic'"):
+        load(with_hub_model(content, "automatic"))
+    content["models"] = {"testbed": {"preset": "testbed-tiny", "dtype": "auto"}}
+    with pytest.raises(InputError, match=r"dtype: 'auto': there is no such field"):
+        load(content)

@@ -97,6 +97,20 @@ def test_a_variable_that_is_not_set_is_named_before_anything_is_sent(
         submit_grid(None, path, "s3://b/s", variables=["NOT_SET_HERE"])
 
 
+def test_a_dtype_that_depends_on_this_machines_cpu_is_not_sent(
+    tmp_path: Path, content: Content
+) -> None:
+    """With GPUs it depends on the grid alone, and the next mistake is found."""
+    content["models"] = {"testbed": {"kind": "hub-model", "name": "a/b", "dtype": "auto"}}
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match=r"models\.testbed\.dtype: 'auto': .*write bfloat16"):
+        submit_grid(None, path, "s3://b/s", variables=["NOT_SET_HERE"])
+    path.write_text(yaml.safe_dump({**content, "resources": {"prune": {"gpus": 1}}}))
+    with pytest.raises(InputError, match="NOT_SET_HERE"):
+        submit_grid(None, path, "s3://b/s", variables=["NOT_SET_HERE"])
+
+
 def test_secrets_come_with_the_code_and_only_its_owner_may_read_them(
     packed: Packed, content: Content
 ) -> None:

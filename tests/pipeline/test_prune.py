@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.matrices import decoder_layers
 from pipeline.prune import prune_model
-from pipeline.sparsity import SparsityError, check
+from pipeline.sparsity import SparsityError, check, measure
 from pipeline.specs import Magnitude, Pruner, SparseGPT, Uniform, Wanda
 
 SMALL: dict[str, Any] = {
@@ -230,3 +230,12 @@ def _table(data: Tensor) -> Any:
     import pyarrow as pa
 
     return pa.table({"token_ids": pa.array(data.tolist(), pa.list_(pa.int32()))})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_zeros_of_either_sign_are_counted_and_the_smallest_values_are_none(
+    dtype: torch.dtype,
+) -> None:
+    smallest = torch.finfo(dtype).smallest_normal
+    values = [0.0, -0.0, smallest, -smallest, 1.0, float("inf"), float("nan"), 0.0]
+    assert measure("m", torch.tensor([values], dtype=dtype).view(2, 4).T).zeros == 3

@@ -12,6 +12,7 @@ from pipeline.pruners import masks
 from pipeline.pruners.masks import (
     set_to_zero,
     smallest,
+    smallest_in_columns,
     smallest_in_groups,
     smallest_in_rows,
     zeros_in,
@@ -106,6 +107,20 @@ def test_groups_of_any_size_lose_the_same_as_rows_of_that_size(
     values = scores(rows, groups * group, seed)
     expected = smallest_in_rows(values.view(-1, group), group - kept).view(values.shape)
     assert smallest_in_groups(values, kept, group).equal(expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 20), st.integers(0, 99), st.data())
+def test_columns_lose_the_same_as_rows_whether_in_an_array_or_a_tensor(
+    few: int, columns: int, seed: int, data: st.DataObject
+) -> None:
+    """Few rows of an array are ranked in another way than many, and than a tensor's."""
+    zeros = data.draw(st.integers(0, few))
+    values = scores(few, columns, seed)
+    values[:, seed % columns] = float("inf")
+    expected = [brute_force(column.tolist(), zeros) for column in values.T]
+    assert smallest_in_columns(values.numpy(), zeros).T.tolist() == expected
+    assert smallest_in_columns(values, zeros).T.tolist() == expected
 
 
 def test_many_groups_are_ranked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

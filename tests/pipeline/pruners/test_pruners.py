@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jobs.cost import PRUNE_PASSES
-from pipeline.pruners import PRUNERS
+from pipeline.pruners import PRUNERS, sparsegpt
 from pipeline.pruners.pruned import Pruned
 from pipeline.pruners.sparsegpt import inverse_factor
 from pipeline.specs import ALPS, Magnitude, Pruner, SparseGPT, Wanda
@@ -416,6 +416,28 @@ def test_later_blocks_make_up_for_earlier_ones() -> None:
         assert whole.weight is not None
         assert other.weight is not None
         torch.testing.assert_close(whole.weight, other.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8), (8, 16)])
+def test_tensors_of_another_device_are_pruned_as_arrays_on_a_cpu_are(
+    pattern: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, inputs = weights(24, 160, seed=13), correlated(400, 160, seed=13)
+    inputs[:, 9] = 0.0
+    in_arrays = prune(SparseGPT(), weight, inputs, 0.5, pattern)
+    monkeypatch.setattr(sparsegpt, "_as_array", lambda values: values)
+    in_tensors = prune(SparseGPT(), weight, inputs, 0.5, pattern)
+    assert in_arrays.mask.equal(in_tensors.mask)
+    assert in_arrays.weight is not None
+    torch.testing.assert_close(in_arrays.weight, in_tensors.weight)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (8, 16)])
+def test_a_weight_that_is_nan_is_an_error_wherever_it_is(pattern: tuple[int, int] | None) -> None:
+    weight, inputs = weights(4, 160, seed=14), correlated(400, 160, seed=14)
+    weight[2, 150] = float("nan")
+    with pytest.raises(ValueError, match="a score is NaN"):
+        prune(SparseGPT(), weight, inputs, 0.5, pattern)
 
 
 def test_block_sizes_that_do_not_divide_the_columns_keep_the_exact_count() -> None:

@@ -1,0 +1,81 @@
+"""`dtype: auto` of a grid's models: bfloat16 where the hardware multiplies it, else float32."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CPU_FEATURES = ("amx_bf16", "avx512_bf16")
+"""Linux's names of what multiplies bfloat16 on a CPU; docs/benchmarks.md says what either gains."""
+
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux lists them; other systems have no such file, and count as CPUs without."""
+
+KINDS = ("hub-model", "local-model")
+"""Models that have a dtype."""
+
+
+@dataclass(frozen=True)
+class AutoDtype:
+    """What `auto` stands for in a grid, and why."""
+
+    dtype: str
+    reason: str
+    on_gpus: bool
+    """Whether the grid itself says where it runs: the CPU that reads it does not matter then."""
+
+    def __str__(self) -> str:
+        return f"dtype auto is {self.dtype} ({self.reason})"
+
+
+def auto_dtype(resources: object) -> AutoDtype:
+    """The dtype for a grid with these `resources`, as they are written in its file.
+
+    Stages that ask for GPUs run there, wherever the grid is read; those that ask for none get
+    none, so that the CPU decides.
+    """
+    if _ask_for_gpus(resources):
+        return AutoDtype("bfloat16", "resources ask for GPUs", on_gpus=True)
+    found = _cpu_features()
+    for feature in CPU_FEATURES:
+        if feature in found:
+            return AutoDtype("bfloat16", f"this CPU has {feature}", on_gpus=False)
+    return AutoDtype("float32", f"this CPU has no {' or '.join(CPU_FEATURES)}", on_gpus=False)
+
+
+def with_dtypes(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, AutoDtype]]:
+    """A grid file's content with `auto` replaced in its models, and what it became in which.
+
+    What else is wrong with the content is left for its validation to find.
+    """
+    models = content.get("models")
+    autos = [
+        name
+        for name, model in (models.items() if isinstance(models, Mapping) else ())
+        if isinstance(model, Mapping) and model.get("kind") in KINDS
+        if model.get("dtype") == "auto"
+    ]
+    if not autos:
+        return dict(content), {}
+    chosen = auto_dtype(content.get("resources"))
+    replaced = {name: {**content["models"][name], "dtype": chosen.dtype} for name in autos}
+    changed = {**content, "models": {**content["models"], **replaced}}
+    return changed, dict.fromkeys(autos, chosen)
+
+
+def _ask_for_gpus(resources: object) -> bool:
+    stages = resources.values() if isinstance(resources, Mapping) else ()
+    asked = [stage.get("gpus") for stage in stages if isinstance(stage, Mapping)]
+    return any(isinstance(gpus, int | float) and gpus > 0 for gpus in asked)
+
+
+def _cpu_features() -> frozenset[str]:
+    """The flags that all of the CPU's cores have; none where the system does not list them."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    cores = [
+        frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")
+    ]
+    return frozenset.intersection(*cores) if cores else frozenset()
