@@ -1,8 +1,12 @@
-"""How the next token is drawn: minimum length, repetition penalty, temperature, top-k, top-p,
+"""How the next token is drawn: repetition penalty, minimum length, temperature, top-k, top-p,
 inverse CDF.
 
 Every sample has uniform numbers of its own, so what is drawn for it does not depend on the samples
 that happen to share its batch.
+
+Passes over the whole vocabulary are dear: with 49,152 tokens a sort of it takes as long as the
+model's forward pass on a CPU. So what comes after top-k sees the tokens that it kept, and the
+processors change the scores in place; `generate` hands them a copy of its own.
 """
 
 from collections.abc import Sequence
@@ -10,12 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, TopPLogitsWarper
+
+VECTOR_WIDTH = 64
+"""A multiple of the numbers that any processor adds up side by side."""
 
 
 class Sampling(NamedTuple):
@@ -46,13 +48,13 @@ class RepetitionPenalty:
         self.padding = padding[:, None]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Penalise `scores` [samples, vocabulary] for the texts `input_ids` [samples, length]."""
+        """Penalise `scores` [samples, vocabulary] in place for `input_ids` [samples, length]."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         first = input_ids.gather(1, self.padding)
         present = torch.where(places < self.padding, first, input_ids)
         logits = scores.gather(1, present)
         penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        return scores.scatter(1, present, penalised)
+        return scores.scatter_(1, present, penalised)
 
 
 class NoEnd:
@@ -67,58 +69,129 @@ class NoEnd:
         self.length = prompt_length + min_new_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Set the ends of `scores` [samples, vocabulary] to -inf while `input_ids` are few."""
+        """Set the ends of `scores` [samples, vocabulary] to -inf, in place, while ids are few."""
         if input_ids.shape[1] >= self.length:
             return scores
         ends = torch.tensor(self.ends, dtype=torch.int64, device=scores.device)
-        return scores.index_fill(1, ends, -torch.inf)
+        return scores.index_fill_(1, ends, -torch.inf)
 
 
-class TemperatureSchedule:
-    """Divide by a temperature that goes from one value to another in a straight line.
+class Temperature:
+    """Divide by a temperature, which may go from one value to another in a straight line.
 
     Of new token i, from 0, it is start + (end - start) * min(1, i / steps) (arXiv 2410.17170).
 
     Args:
+        end: the value at the end; as at the start if None.
         steps: [samples], tokens after which a row is at the end value.
         prompt_length: ids of each row before the first step, padding included.
     """
 
-    def __init__(self, start: float, end: float, steps: torch.Tensor, prompt_length: int) -> None:
+    def __init__(
+        self, start: float, end: float | None, steps: torch.Tensor, prompt_length: int
+    ) -> None:
         self.start = start
         self.end = end
         self.steps = steps
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Divide each row of `scores` [samples, vocabulary]."""
+        """Divide each row of `scores` [samples, vocabulary] in place."""
+        if self.end is None:
+            return scores.div_(self.start)
         step = input_ids.shape[1] - self.prompt_length
         share = (step / self.steps.clamp(min=1)).clamp(max=1.0)
-        return scores / (self.start + (self.end - self.start) * share)[:, None]
+        return scores.div_((self.start + (self.end - self.start) * share)[:, None])
 
 
-class InverseCdf:
-    """Leave only the token at which the cumulative probability passes a given uniform number.
+class Draw:
+    """Leave only the token drawn from what top-k and then top-p keep.
 
-    Tokens stand in the order of the vocabulary, so a logit's last bit hardly ever changes the draw.
+    It is the token at which the cumulative probability passes a given uniform number. Tokens stand
+    in the order of the vocabulary, so a logit's last bit hardly ever changes the draw.
 
     Args:
+        top_k: so many of the likeliest tokens are kept, and all that tie with the last of them; 0
+            keeps all.
+        top_p: of these, the fewest likeliest that hold this probability are kept; 1 keeps all.
         uniforms: [samples, steps] float64 in [0, 1).
         prompt_length: ids of each row before the first step, padding included.
     """
 
-    def __init__(self, uniforms: torch.Tensor, prompt_length: int) -> None:
+    def __init__(
+        self, top_k: int, top_p: float, uniforms: torch.Tensor, prompt_length: int
+    ) -> None:
+        self.top_k = top_k
+        self.top_p = top_p
         self.uniforms = uniforms
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Draw from softmax(`scores`) [samples, vocabulary]; all others become -inf."""
-        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        """Draw from softmax(`scores`) [samples, vocabulary]; all others become -inf, in place."""
+        tokens, logits = likeliest(scores, self.top_k)
+        if self.top_p < 1:
+            logits = self._nucleus(tokens, logits, scores.shape[1])
+        cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
         step = input_ids.shape[1] - self.prompt_length
         targets = self.uniforms[:, step, None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, targets, right=True)
-        drawn = drawn.clamp(max=scores.shape[1] - 1)  # past the end if the logits are NaN
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+        places = torch.searchsorted(cumulative, targets, right=True)
+        places = places.clamp(max=logits.shape[1] - 1)  # past the end if the logits are NaN
+        return scores.fill_(-torch.inf).scatter_(1, tokens.gather(1, places), 0.0)
+
+    def _nucleus(self, tokens: torch.Tensor, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        kept, parted = nucleus(logits, self.top_p)
+        if len(parted) and logits.shape[1] < vocabulary:
+            ids, few = tokens[parted], logits[parted]
+            whole, _ = nucleus(spread(ids, few, vocabulary), self.top_p)
+            kept[parted] = whole.gather(1, ids).masked_fill(few == -torch.inf, -torch.inf)
+        return kept
+
+
+def likeliest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that top-k keeps of `scores` [samples, vocabulary], and their logits.
+
+    Both are [samples, width], in the order of the vocabulary. Rows that keep fewer tokens than
+    others end with the vocabulary's last token at -inf. `top_k: 0` keeps all tokens.
+    """
+    samples, vocabulary = scores.shape
+    everything = torch.arange(vocabulary, device=scores.device).expand(samples, -1)
+    if not 0 < top_k < vocabulary:
+        return everything, scores
+    least = scores.topk(top_k).values[:, -1:]
+    kept = (scores < least).logical_not_()  # all that tie with the last one, and NaN
+    counts = kept.sum(dim=1)
+    width = int(counts.max()) + 1
+    # A sum over so many columns has the last bits of a sum over the whole vocabulary.
+    width += (vocabulary - width) % VECTOR_WIDTH
+    if width >= vocabulary:
+        return everything, scores.masked_fill(~kept, -torch.inf)
+    rows, ids = kept.nonzero(as_tuple=True)
+    columns = torch.arange(len(rows), device=scores.device) - (counts.cumsum(0) - counts)[rows]
+    tokens = torch.full((samples, width), vocabulary - 1, device=scores.device)
+    logits = scores.new_full((samples, width), -torch.inf)
+    tokens[rows, columns] = ids
+    logits[rows, columns] = scores[rows, ids]
+    return tokens, logits
+
+
+def nucleus(logits: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits` [samples, width] with -inf where top-p drops a token, and the rows in doubt.
+
+    In these it keeps some and drops others of equal logits. Which, depends on how the sort orders
+    equal values, and so on how many it sorts: ask again with the whole vocabulary.
+    """
+    kept: torch.Tensor = TopPLogitsWarper(top_p)(None, logits)
+    dropped = kept == -torch.inf
+    lowest_kept = kept.masked_fill(dropped, torch.inf).amin(dim=1)
+    highest_dropped = logits.masked_fill(~dropped, -torch.inf).amax(dim=1)
+    return kept, (lowest_kept == highest_dropped).nonzero().squeeze(1)
+
+
+def spread(tokens: torch.Tensor, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """The scores [samples, vocabulary] that have these `logits` at `tokens`, and -inf elsewhere."""
+    scores = logits.new_full((len(logits), vocabulary), -torch.inf)
+    # The last token may stand there twice, once to fill the row at -inf.
+    return scores.scatter_reduce_(1, tokens, logits, "amax")
 
 
 def uniform_numbers(seed: int, sample_ids: list[int], steps: int) -> torch.Tensor:
@@ -161,17 +234,10 @@ def logits_processors(
         processors.append(NoEnd(ends, sampling.min_new_tokens, prompt_length))
     if sampling.temperature == 0:
         return processors
-    if sampling.temperature_end is None:
-        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    else:
-        last = seqlen - (prompt_length - padding) - 1  # the number of a row's last new token
-        tokens = sampling.temperature_tokens
-        steps = last if tokens is None else torch.full_like(last, tokens)
-        schedule = (sampling.temperature, sampling.temperature_end, steps, prompt_length)
-        processors.append(TemperatureSchedule(*schedule))
-    if sampling.top_k > 0:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(InverseCdf(uniforms, prompt_length))
+    last = seqlen - (prompt_length - padding) - 1  # the number of a row's last new token
+    tokens = sampling.temperature_tokens
+    steps = last if tokens is None else torch.full_like(last, tokens)
+    schedule = (sampling.temperature, sampling.temperature_end, steps, prompt_length)
+    processors.append(Temperature(*schedule))
+    processors.append(Draw(sampling.top_k, sampling.top_p, uniforms, prompt_length))
     return processors

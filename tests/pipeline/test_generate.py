@@ -15,11 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -28,7 +33,7 @@ from pipeline.errors import InputError
 from pipeline.generate import Sample, generate_samples
 from pipeline.prefixes import adds_bos, first_ids, read_prefixes, text_prefixes
 from pipeline.sampling import (
-    InverseCdf,
+    Draw,
     RepetitionPenalty,
     Sampling,
     logits_processors,
@@ -39,7 +44,7 @@ from pipeline.sampling import (
 from pipeline.score import score_samples
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, TestbedCorpus
-from pipeline.transformers_engine import TransformersEngine
+from pipeline.transformers_engine import RoomyLayer, TransformersEngine, cache_with_room
 
 BOS, EOS = 0, 1
 TEXTS = [
@@ -370,7 +375,7 @@ def test_the_temperature_goes_to_its_end_in_a_straight_line(tokens: int | None) 
     schedule = processors[1]
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 6)))
     for step in range(10):
-        found = schedule(torch.zeros(2, 4 + step, dtype=torch.int64), logits)
+        found = schedule(torch.zeros(2, 4 + step, dtype=torch.int64), logits.clone())
         for row, room in enumerate((12 - 4, 12 - 2)):  # new tokens that fit after the prefix
             share = min(1.0, step / (room - 1 if tokens is None else tokens))
             expected = logits[row].numpy() / (2.0 + (0.5 - 2.0) * share)
@@ -425,6 +430,42 @@ def test_the_checkpoints_own_generation_settings_do_not_count(model: Any) -> Non
     own = altered.generation_config
     assert generated(altered, RAGGED, GREEDY) == generated(model, RAGGED, GREEDY)
     assert altered.generation_config is own
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_room_for_keys_and_values_does_not_change_a_bit(
+    request: pytest.FixtureRequest, positions: str, dtype: torch.dtype
+) -> None:
+    fixture = request.getfixturevalue("model" if positions == "rotary" else "gpt2")
+    model = copy.deepcopy(fixture).to(dtype)
+    roomy, plain = cache_with_room(model, 12)["past_key_values"], DynamicCache(config=model.config)
+    assert {type(layer) for layer in roomy.layers} == {RoomyLayer}
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(3, 12, dtype=torch.int64)
+    mask[1, :2] = 0
+    length = 0
+    for tokens in (4, *[1] * 8):
+        ids = torch.randint(0, 300, (3, tokens), generator=generator)
+        length += tokens
+        found, expected = (
+            model(ids, attention_mask=mask[:, :length], past_key_values=cache).logits
+            for cache in (roomy, plain)
+        )
+        assert torch.equal(found, expected)
+    assert roomy.get_seq_length() == plain.get_seq_length() == 12
+
+
+def test_a_model_that_keeps_anything_else_gets_a_cache_of_its_own() -> None:
+    small = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    for model in (
+        MistralForCausalLM(MistralConfig(**small, **heads, sliding_window=4)),
+        MambaForCausalLM(MambaConfig(**small, state_size=4)),
+    ):
+        assert cache_with_room(model, 24) == {}
+        assert len(generated(model.eval(), RAGGED, GREEDY)) == len(RAGGED)
 
 
 def test_a_prefix_that_fills_the_whole_length_is_refused(model: Any) -> None:
@@ -498,7 +539,7 @@ def test_padding_does_not_change_the_penalty() -> None:
     scores = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 9))).float()
     texts = [[3, 5, 3], [7]]
     padded = torch.tensor([[3, 5, 3], [EOS, EOS, 7]])
-    found = RepetitionPenalty(1.5, torch.tensor([0, 2]))(padded, scores)
+    found = RepetitionPenalty(1.5, torch.tensor([0, 2]))(padded, scores.clone())
     for row, text in enumerate(texts):
         expected = penalised(scores[row].double().numpy(), text, 1.5)
         assert found[row].numpy() == pytest.approx(expected, rel=1e-6)
@@ -508,8 +549,8 @@ def test_padding_does_not_change_the_penalty() -> None:
 def test_every_step_draws_with_a_number_of_its_own() -> None:
     uniforms = torch.tensor([[0.0, 0.3, 0.6], [0.8, 0.1, 0.5]], dtype=torch.float64)
     scores = torch.tensor([[0.25, 0.25, 0.5], [0.7, 0.0, 0.3]]).log()
-    draw = InverseCdf(uniforms, prompt_length=4)
-    steps = [draw(torch.zeros(2, 4 + step, dtype=torch.int64), scores) for step in range(3)]
+    draw = Draw(0, 1.0, uniforms, prompt_length=4)
+    steps = [draw(torch.zeros(2, 4 + step, dtype=torch.int64), scores.clone()) for step in range(3)]
     assert [step.argmax(dim=1).tolist() for step in steps] == [[0, 2], [1, 0], [2, 0]]
     assert all(int(step.isfinite().sum()) == 2 for step in steps)
 
