@@ -76,10 +76,11 @@ def measure(
         for name in PRUNER_NAMES
         for axis in ("layers", "nsamples")
     ]
-    return Report(_machine(device, dtype), pruners, masks, growth, targets(pruners, masks))
+    return Report(machine(device, dtype), pruners, masks, growth, targets(pruners, masks))
 
 
-def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What the figures of a run hold for."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
@@ -99,8 +100,8 @@ def show(report: Report, console: Console) -> None:
     console.print(targets_table(report.targets))
 
 
-def as_json(report: Report) -> str:
-    """The report with all that follows from what was measured, such as ratios."""
+def as_json(report: object) -> str:
+    """A dataclass of what was measured, with all that follows from it, such as ratios."""
     return json.dumps(_plain(report), indent=2) + "\n"
 
 

@@ -71,8 +71,10 @@ def targets_table(rows: Sequence[Target]) -> Table:
     """Targets beside what was reached."""
     table = _table("Targets", ["target"], ["wanted", "reached", ""])
     for row in rows:
-        met = "met" if row.met else "missed"
-        table.add_row(row.what, f"{row.wanted:.2f}", f"{row.reached:.2f}", met)
+        bound = "at most " if row.at_most else ""
+        wanted = "" if row.wanted is None else f"{bound}{row.wanted:.2f}"
+        verdict = {None: "", True: "met", False: "missed"}[row.met]
+        table.add_row(row.what, wanted, f"{row.reached:.2f}", verdict)
     return table
 
 

@@ -27,13 +27,18 @@ class Target:
     """A number to reach."""
 
     what: str
-    wanted: float
+    wanted: float | None
+    """None where the number is only shown."""
     reached: float
+    at_most: bool = False
+    """Whether lower is better."""
 
     @property
-    def met(self) -> bool:
-        """Whether it is reached."""
-        return self.reached >= self.wanted
+    def met(self) -> bool | None:
+        """Whether it is reached; None where nothing is wanted."""
+        if self.wanted is None:
+            return None
+        return self.reached <= self.wanted if self.at_most else self.reached >= self.wanted
 
 
 def targets(pruners: Sequence[PrunerRow], masks: Sequence[MaskRow]) -> list[Target]:

@@ -1,5 +1,6 @@
-"""Timing by the best of several runs that take turns, so that what else runs hits all alike."""
+"""Timing of several runs that take turns, so that what else runs hits all alike."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -30,6 +31,35 @@ def best_of(
             seconds[name] = min(seconds[name], _timed(prepare(), device))
         rounds += 1
     return seconds
+
+
+def clock(device: torch.device) -> float:
+    """Seconds when all that was asked of the device is done.
+
+    On a CPU the CPU time of this process: meant for one thread, and less disturbed by other work
+    on the machine than wall time is, which it is on any other device.
+    """
+    _finish(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def median_seconds(
+    contenders: Mapping[str, Callable[[], Callable[[], object]]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median over each contender's runs, by `clock`.
+
+    Args:
+        contenders: each prepares a run, untimed, and returns it.
+        rounds: how often each of them runs, in turns.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, prepare in contenders.items():
+            run = prepare()
+            start = clock(device)
+            run()
+            seconds[name].append(clock(device) - start)
+    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

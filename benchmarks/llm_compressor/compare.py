@@ -1,0 +1,84 @@
+"""Prune one model with the same windows by llm-compressor and by calprune, a process each time."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.targets import Target
+
+FASTER: dict[tuple[str, str | None], float] = {
+    ("wanda", None): 1.5,
+    ("sparsegpt", None): 2.0,
+    ("sparsegpt", "2:4"): 2.0,
+}
+"""By pruner and pattern, how many times less CPU time than llm-compressor's it should take."""
+
+THEIRS = Path(__file__).with_name("theirs.py")
+
+BATCH_SIZE = 1
+"""Windows of a forward pass: llm-compressor's default, with which it is no slower than with 8."""
+
+
+def compare(python: Path, model: Path, windows: Tensor, rounds: int) -> list[Target]:
+    """CPU seconds of llm-compressor over ours, by the medians of rounds in turns.
+
+    Args:
+        python: of an environment made from `requirements.txt` in this folder.
+        model: folder of a checkpoint.
+        windows: token ids `[nsamples, seqlen]`.
+
+    Raises:
+        RuntimeError: if either does not prune half of the weights.
+        subprocess.CalledProcessError: if a process fails; its output has been printed.
+    """
+    ours = [sys.executable, "-m", "benchmarks.llm_compressor.ours"]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        ids = Path(folder, "windows.npy")
+        np.save(ids, windows.numpy())
+        for (pruner, pattern), wanted in FASTER.items():
+            options = ["--model", str(model), "--windows", str(ids), "--pruner", pruner]
+            options += [] if pattern is None else ["--pattern", pattern]
+            seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
+            for _ in range(rounds):
+                batch = ["--batch-size", str(BATCH_SIZE)]
+                seconds["theirs"].append(_run([str(python), str(THEIRS), *options, *batch]))
+                seconds["ours"].append(_run([*ours, *options]))
+            theirs, own = (statistics.median(each) for each in seconds.values())
+            name = pruner if pattern is None else f"{pruner} {pattern}"
+            found += [
+                Target(f"{name}: CPU seconds", None, own),
+                Target(f"{name}: llm-compressor's CPU seconds", None, theirs),
+                Target(f"{name}: times llm-compressor", wanted, theirs / own),
+            ]
+    return found
+
+
+def _run(command: list[str]) -> float:
+    """The CPU seconds that a process reports of its pruning."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "result.json")
+        process = subprocess.run(
+            [*command, "--output", str(output)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if process.returncode:
+            print(process.stdout, file=sys.stderr)
+            process.check_returncode()
+        result = json.loads(output.read_text())
+    if abs(result["sparsity"] - 0.5) > 1e-3:
+        raise RuntimeError(
+            f"{command[1]} left {result['sparsity']:.4f} of the weights zero, not 0.5"
+        )
+    seconds: float = result["cpu_seconds"]
+    return seconds

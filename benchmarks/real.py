@@ -1,0 +1,128 @@
+"""Measure calprune on a real language model: `python -m benchmarks.real`.
+
+It prints which targets are met. All of them are ratios of two ways that take turns in one run, on
+one thread; docs/benchmarks.md says what each way is.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from benchmarks.llm_compressor.compare import compare
+from benchmarks.makespan import measure_makespan
+from benchmarks.prune import as_json, machine
+from benchmarks.real_model import (
+    PREFIX,
+    measure_bfloat16,
+    measure_generation,
+    measure_scoring,
+    on_cpu,
+    real_windows,
+)
+from benchmarks.real_vllm import measure_vllm
+from benchmarks.tables import targets_table
+from benchmarks.targets import Target
+from pipeline.heap import keep_freed_memory
+from pipeline.real.prepare import DISCLOSURE
+
+MODEL = Path(".calprune-real/model")
+
+SEQLEN = 256
+"""Tokens of a window, and of a sample."""
+
+SAMPLES = 40
+"""Of the batch that is generated."""
+
+CALIBRATION = 32
+"""Windows of the comparison with llm-compressor."""
+
+logger = logging.getLogger("benchmarks")
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was measured in one run."""
+
+    machine: dict[str, Any]
+    model: str
+    targets: list[Target]
+
+
+def measure(folder: Path, model: Any, samples: int, seqlen: int) -> list[Target]:
+    """Measure what needs nothing besides a model.
+
+    Args:
+        folder: the model's checkpoint.
+        model: loaded in the type that stages have it in.
+        samples: of the batch that is generated; the rest takes a share of them.
+        seqlen: tokens of a sample.
+    """
+    windows = real_windows(AutoTokenizer.from_pretrained(folder), samples, seqlen)
+    prefixes = windows[:, :PREFIX].tolist()
+    few = max(1, samples // 5)
+    logger.info("generation")
+    found = measure_generation(model, prefixes, seqlen, rounds=2)
+    logger.info("vLLM")
+    found += measure_vllm(folder, prefixes[:few], seqlen // 4, rounds=1)
+    logger.info("scoring")
+    found += measure_scoring(model, windows[:few], rounds=3)
+    logger.info("Wanda in bfloat16")
+    found += measure_bfloat16(folder, windows[:few], rounds=2)
+    return found
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table, and what its figures hold for."""
+    console.print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
+    console.print(report.model)
+    console.print(targets_table(report.targets))
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = MODEL,
+    output: Annotated[Path | None, typer.Option(help="JSON file of what was measured.")] = None,
+    llm_compressor: Annotated[
+        Path | None,
+        typer.Option(help="Python of llm-compressor's environment, to prune in turns with it too."),
+    ] = None,
+    makespan: Annotated[
+        str | None, typer.Option(help="Store of one finished run on this machine, to judge it too.")
+    ] = None,
+) -> None:
+    """Print which targets are met. By default that takes 8 minutes on two idle cores."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    if not (model / "config.json").is_file():
+        remedy = "holds no checkpoint: run `python -m jobs prepare`, or name another folder"
+        raise typer.BadParameter(f"--model: {str(model)!r} {remedy}")
+    keep_freed_memory()  # as every stage does
+    torch.set_num_threads(1)
+    found = []
+    if makespan is not None:
+        try:
+            found.append(measure_makespan(makespan))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    loaded = on_cpu(model)
+    found += measure(model, loaded, SAMPLES, SEQLEN)
+    if llm_compressor is not None:
+        logger.info("llm-compressor")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        windows = real_windows(tokenizer, CALIBRATION, SEQLEN)
+        found += compare(llm_compressor, model, windows, rounds=2)
+    measured = f"{model}: {DISCLOSURE}" if model == MODEL else str(model)
+    report = Report(machine(torch.device("cpu"), loaded.dtype), measured, found)
+    show(report, Console(width=100))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(as_json(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,213 @@
+"""What is measured on a real model: generation, scoring, perplexity and bfloat16, on one thread.
+
+Each function returns targets whose numbers are ratios: both sides do the same work in one process,
+in turns, and their seconds by `benchmarks.timing.clock` are compared.
+"""
+
+import copy
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.baseline.sampling import generate
+from benchmarks.measure import pruner_spec
+from benchmarks.targets import Target
+from benchmarks.timing import clock, median_seconds
+from pipeline.models import load_model
+from pipeline.perplexity import Window, batches, losses
+from pipeline.prune import prune_model
+from pipeline.sampling import Sampling
+from pipeline.score import head_is_linear, score_samples
+from pipeline.specs import LocalModel, Uniform
+from pipeline.transformers_engine import TransformersEngine
+
+PREFIX = 2
+"""Tokens that generation starts from."""
+
+HEAD_POSITIONS = 512
+"""Positions that the output layer is given at once where nothing else is measured: all logits of a
+batch would not fit the processor's caches, and so would take longer."""
+
+GENERATION = 1.7
+"""Times the tokens per second of choosing over the whole vocabulary."""
+
+CHOICE = 0.15
+"""Share of a step that choosing a token may take."""
+
+SCORING = 1.4
+"""Times the forward pass that scores, and perplexities, may take."""
+
+BFLOAT16 = 1.8
+"""Times the speed of Wanda in float32, on a CPU with AMX."""
+
+
+def on_cpu(folder: Path, dtype: str | None = None) -> Any:
+    """The model of a folder on the CPU, in the spec's default type or another."""
+    options = {} if dtype is None else {"dtype": dtype}
+    spec = LocalModel.model_validate({"path": str(folder), **options})
+    return load_model(spec, {}, torch.device("cpu"))
+
+
+def real_windows(tokenizer: Any, nsamples: int, seqlen: int) -> Tensor:
+    """Token ids `[nsamples, seqlen]` of this Python's standard library, real text that is always
+    there."""
+    ids: list[int] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        ids += tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+        if len(ids) >= nsamples * seqlen:
+            break
+    return torch.tensor(ids[: nsamples * seqlen]).reshape(nsamples, seqlen)
+
+
+def has_amx() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices by AMX, as far as Linux says."""
+    information = Path("/proc/cpuinfo")
+    return information.exists() and "amx_bf16" in information.read_text()
+
+
+def measure_generation(
+    model: Any, prefixes: list[list[int]], seqlen: int, rounds: int
+) -> list[Target]:
+    """Compare the transformers engine with choosing each token over the whole vocabulary."""
+    sampling = Sampling()
+    engine = TransformersEngine(model)
+    written: dict[str, list[list[int]]] = {}
+
+    def ours(seqlen: int) -> None:
+        written["ours"] = engine.write(
+            prefixes, range(len(prefixes)), [], sampling=sampling, seqlen=seqlen, seed=0
+        )
+
+    def plain(seqlen: int) -> None:
+        written["plain"] = generate(
+            model,
+            prefixes,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seqlen=seqlen,
+            seed=0,
+        )
+
+    for way in (plain, ours):
+        way(PREFIX + 2)  # first calls allocate
+    shares = []
+
+    def ours_with_share() -> None:
+        start = clock(model.device)
+        with forward_seconds(model) as seconds:
+            ours(seqlen)
+        shares.append(1 - sum(seconds) / (clock(model.device) - start))
+
+    seconds = median_seconds(
+        {"plain": lambda: lambda: plain(seqlen), "ours": lambda: ours_with_share},
+        rounds,
+        model.device,
+    )
+    alike = np.mean([one == other for one, other in zip(*written.values(), strict=True)])
+    tokens = len(prefixes) * (seqlen - len(prefixes[0]))
+    return [
+        Target("generation: tokens/s", None, tokens / seconds["ours"]),
+        Target(
+            "generation: times the whole vocabulary", GENERATION, seconds["plain"] / seconds["ours"]
+        ),
+        Target(
+            "generation: share of choosing a token", CHOICE, float(np.median(shares)), at_most=True
+        ),
+        Target("generation: share of equal samples", 1.0, float(alike)),
+    ]
+
+
+@contextmanager
+def forward_seconds(model: Any) -> Iterator[list[float]]:
+    """Collect the seconds of each forward pass."""
+    seconds: list[float] = []
+    before = model.register_forward_pre_hook(lambda *_: seconds.append(-clock(model.device)))
+
+    def after(*_: object) -> None:
+        seconds[-1] += clock(model.device)
+
+    handles = (before, model.register_forward_hook(after))
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_scoring(model: Any, windows: Tensor, rounds: int) -> list[Target]:
+    """Compare scores, and losses, of windows `[nsamples, seqlen]` with body and output layer."""
+    chunked = head_is_linear(model)
+    texts = windows.tolist()
+    whole = [Window(np.array(ids), 1, 0, 0) for ids in texts]
+    tokens = windows.numel()
+
+    def score() -> None:
+        ones = [1] * len(texts)
+        score_samples(model, texts, ones, chunked=chunked)
+
+    def perplexity() -> None:
+        for places in batches(whole, tokens, model.config.vocab_size):
+            losses(model, [whole[place] for place in places])
+
+    contenders = {
+        "forward": lambda: forward_pass(model, windows),
+        "scores": lambda: score,
+        "losses": lambda: perplexity,
+    }
+    seconds = median_seconds(contenders, rounds, model.device)
+    return [
+        Target("scoring: tokens/s", None, tokens / seconds["scores"]),
+        Target(
+            "scoring: times body and output layer",
+            SCORING,
+            seconds["scores"] / seconds["forward"],
+            at_most=True,
+        ),
+        Target(
+            "perplexity: times body and output layer",
+            SCORING,
+            seconds["losses"] / seconds["forward"],
+            at_most=True,
+        ),
+    ]
+
+
+def forward_pass(model: Any, windows: Tensor) -> Callable[[], None]:
+    """Body and output layer over all positions, in one batch, with no use made of the logits."""
+
+    @torch.inference_mode()
+    def run() -> None:
+        ids = windows.to(model.device)
+        mask = torch.ones_like(ids)
+        hidden = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+        for part in hidden.flatten(0, 1).split(HEAD_POSITIONS):
+            head(part)
+
+    return run
+
+
+def measure_bfloat16(folder: Path, windows: Tensor, rounds: int) -> list[Target]:
+    """Compare Wanda in bfloat16 with Wanda in float32."""
+    models = {dtype: on_cpu(folder, dtype) for dtype in ("float32", "bfloat16")}
+
+    def pruning(dtype: str) -> Callable[[], object]:
+        model = copy.deepcopy(models[dtype])
+        return lambda: prune_model(model, windows, pruner_spec("wanda"), 0.5, None, Uniform())
+
+    contenders = {dtype: lambda dtype=dtype: pruning(dtype) for dtype in models}
+    seconds = median_seconds(contenders, rounds, torch.device("cpu"))
+    ratio = seconds["float32"] / seconds["bfloat16"]
+    wanted = BFLOAT16 if has_amx() else None
+    return [
+        Target("Wanda, float32: tokens/s", None, windows.numel() / seconds["float32"]),
+        Target("Wanda: bfloat16 times float32", wanted, ratio),
+    ]
