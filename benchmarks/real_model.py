@@ -20,10 +20,11 @@ from benchmarks.measure import pruner_spec
 from benchmarks.targets import Target
 from benchmarks.timing import clock, median_seconds
 from pipeline.models import load_model
+from pipeline.output_layer import head_is_linear
 from pipeline.perplexity import Window, batches, losses
 from pipeline.prune import prune_model
 from pipeline.sampling import Sampling
-from pipeline.score import head_is_linear, score_samples
+from pipeline.score import score_samples
 from pipeline.specs import LocalModel, Uniform
 from pipeline.transformers_engine import TransformersEngine
 
