@@ -1,0 +1,106 @@
+"""In which order the stages of a real grid begin, noted by the workers that make them."""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.graph import Stage
+from cluster.run import run
+from cluster.store import Partial, Store
+from jobs.grid import Grid
+from jobs.plan import make_plan
+from jobs.stages import execute, prepare
+
+Content = dict[str, Any]
+
+
+def preparing(kind: str, *, notes: Path) -> object:
+    """Notes when the process turned to its next stage."""
+    with (notes / str(os.getpid())).open("a") as file:
+        file.write(f"{time.time()} ")
+    return prepare(kind)
+
+
+def executing(
+    payload: str,
+    artifacts: Mapping[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    *,
+    notes: Path,
+) -> dict[str, Any]:
+    """Notes which stage it is."""
+    with (notes / str(os.getpid())).open("a") as file:
+        file.write(f"{payload}\n")
+    return execute(payload, artifacts, output, cpus, partial)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_nothing_that_others_wait_for_begins_after_what_nobody_waits_for(
+    content: Content,
+    load: Callable[[Content], Grid],
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = {"kind": "local-model", "path": str(tiny_model_folder / "model"), "dtype": "float32"}
+    content["models"] = {"testbed": model}
+    content["calibrations"]["own"] |= {"num_samples": 32, "shard_size": 8}
+    content["cells"] |= {"seed": 0}
+    del content["evaluate"]["tasks"], content["evaluate"]["task_folder"]  # else evaluations wait
+    plan = make_plan(load(content))
+    graph, notes = plan.graph, tmp_path / "notes"
+    notes.mkdir()
+    handed: dict[str, float] = {}
+    ended: dict[str, float] = {}
+
+    def hand(stage: Stage) -> None:
+        handed[stage.key] = time.time()
+
+    def end(stage: Stage, result: object) -> None:
+        ended[stage.key] = time.time()
+
+    outcome = run(
+        graph,
+        plan.targets,
+        functools.partial(executing, notes=notes),
+        Store(str(tmp_path / "store")),
+        {},
+        prepare=functools.partial(preparing, notes=notes),
+        started=hand,
+        observe=end,
+    )
+    assert outcome.failed == {}
+
+    key_of = {stage.payload: key for key, stage in graph.items()}
+    began: dict[str, float] = {}
+    first: set[str] = set()  # of a process, which was given the stage's place before it was there
+    for path in notes.iterdir():
+        for number, line in enumerate(path.read_text().splitlines()):
+            when, _, payload = line.partition(" ")
+            began[key_of[payload]] = float(when)
+            first |= {key_of[payload]} if number == 0 else set()
+    assert began.keys() == outcome.made
+    ready = {key: max((ended[name] for name in graph[key].inputs), default=0.0) for key in began}
+    awaited = {name for key in began for name in graph[key].inputs}
+    late = [
+        (graph[key].label, graph[leaf].label)
+        for key in awaited - first
+        for leaf in began.keys() - awaited
+        if ready[key] < handed[leaf] and began[leaf] < began[key]
+    ]
+    assert late == []
+    contested = [
+        key
+        for key in awaited
+        for leaf in began.keys() - awaited
+        if ready[leaf] < began[key] and ready[key] < began[leaf]
+    ]
+    assert len(contested) > 10  # else nothing was to be decided
