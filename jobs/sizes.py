@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from pipeline.copies import copy_of, model_item
@@ -43,13 +43,12 @@ def _folder(model: HubModel | LocalModel) -> Path | None:
     if copy is not None:
         return copy
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model.name, revision=model.revision, local_files_only=True
-            )
+        found = huggingface_hub.try_to_load_from_cache(
+            model.name, "config.json", revision=model.revision
         )
-    except (LocalEntryNotFoundError, HFValidationError):
+    except HFValidationError:  # no name that the hub could have
         return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _in_safetensors(folder: Path) -> int | None:
