@@ -9,10 +9,12 @@ import atexit
 import functools
 import gc
 import importlib.util
+import logging
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -38,6 +40,11 @@ from pipeline.transformers_engine import device_name
 
 CPU_BLOCK_TOKENS = 128
 """Tokens of a block of the key-value cache on a CPU: a sample takes whole blocks."""
+
+TOP_K_TOP_P = "calprune_top_k_top_p"
+"""Among the `extra_args` of a request on a CPU: its top_k and top_p, in place of vLLM's own."""
+
+logger = logging.getLogger(__name__)
 
 
 def vllm_version() -> str | None:
@@ -65,15 +72,16 @@ class VllmEngine:
             remedy = "vLLM is not installed: install calprune[vllm], or take backend: transformers"
             raise InputError("backend", "vllm", remedy)
         config, self.generation_config = load_configs(spec.model, artifacts)
-        cache = (
-            {}
-            if torch.cuda.is_available()
-            else {
-                "kv_cache_memory_bytes": cpu_cache(spec.model, config, spec.shard_size, spec.seqlen)
-            }
-        )
+        self.on_cpu = not torch.cuda.is_available()
+        for_cpu = {
+            "kv_cache_memory_bytes": cpu_cache(spec.model, config, spec.shard_size, spec.seqlen),
+            "logits_processors": ["pipeline.vllm_sampling:TopKTopP"],
+        }
+        started = time.monotonic()
         with process_settings(), weights(spec.model, artifacts) as (folder, options):
+            logger.info("vLLM: importing (about a minute)")
             vllm = importlib.import_module("vllm")
+            logger.info("vLLM: starting the engine: loading, compiling")
             self.engine = vllm.LLM(
                 model=folder,
                 **options,
@@ -83,14 +91,15 @@ class VllmEngine:
                 max_model_len=spec.seqlen,
                 max_num_seqs=spec.shard_size,
                 **engine_arguments(spec.backend),
-                **cache,
+                **(for_cpu if self.on_cpu else {}),
             )
         self.request = vllm.SamplingParams
+        logger.info("vLLM: ready after %.0f s", time.monotonic() - started)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Engine, version and device."""
-        device = device_name("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_name("cpu" if self.on_cpu else "cuda")
         return {"backend": "vllm", "backend_version": self.version, "device": device}
 
     def write(
@@ -108,11 +117,15 @@ class VllmEngine:
         Raises:
             EngineDiedError: if the engine is of no more use.
         """
+        kept: dict[str, Any] = {"top_k": sampling.top_k, "top_p": sampling.top_p}
+        if (
+            self.on_cpu and sampling.top_k > 0 and sampling.top_p < 1
+        ):  # else all must be sorted, or none
+            kept = {"extra_args": {TOP_K_TOP_P: [sampling.top_k, sampling.top_p]}}
         requests = [
             self.request(
+                **kept,
                 temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
                 repetition_penalty=sampling.repetition_penalty,
                 min_tokens=sampling.min_new_tokens,
                 max_tokens=seqlen - len(prefix),
