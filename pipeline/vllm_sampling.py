@@ -44,7 +44,8 @@ def keep_few(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     p = torch.full((requests,), top_p)
     tokens, few = likeliest(logits, top_k)
     if few.shape[1] == vocabulary:
-        return apply_top_k_top_p(logits, k, p)
+        whole: torch.Tensor = apply_top_k_top_p(logits, k, p)
+        return whole
     kept, parted = nucleus(few, float(p[0]))  # rounded to float32, as vLLM does
     scores = spread(tokens, kept, vocabulary)
     scores[parted] = apply_top_k_top_p(logits[parted], k[parted], p[parted])
