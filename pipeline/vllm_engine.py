@@ -42,6 +42,8 @@ CPU_BLOCK_TOKENS = 128
 
 STARTING = "starting vLLM: it loads the model and compiles"
 """The phase of an engine's start, which takes minutes on some machines."""
+TOP_K_TOP_P = "calprune_top_k_top_p"
+"""Among the `extra_args` of a request on a CPU: its top_k and top_p, in place of vLLM's own."""
 
 
 def vllm_version() -> str | None:
@@ -69,13 +71,11 @@ class VllmEngine:
             remedy = "vLLM is not installed: install calprune[vllm], or take backend: transformers"
             raise InputError("backend", "vllm", remedy)
         config, self.generation_config = load_configs(spec.model, artifacts)
-        cache = (
-            {}
-            if torch.cuda.is_available()
-            else {
-                "kv_cache_memory_bytes": cpu_cache(spec.model, config, spec.shard_size, spec.seqlen)
-            }
-        )
+        self.on_cpu = not torch.cuda.is_available()
+        for_cpu = {
+            "kv_cache_memory_bytes": cpu_cache(spec.model, config, spec.shard_size, spec.seqlen),
+            "logits_processors": ["pipeline.vllm_sampling:TopKTopP"],
+        }
         with process_settings(), weights(spec.model, artifacts) as (folder, options):
             with phase("importing vLLM"):
                 vllm = importlib.import_module("vllm")
@@ -89,14 +89,14 @@ class VllmEngine:
                     max_model_len=spec.seqlen,
                     max_num_seqs=spec.shard_size,
                     **engine_arguments(spec.backend),
-                    **cache,
+                    **(for_cpu if self.on_cpu else {}),
                 )
         self.request = vllm.SamplingParams
 
     @property
     def facts(self) -> dict[str, Any]:
         """Engine, version and device."""
-        device = device_name("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_name("cpu" if self.on_cpu else "cuda")
         return {"backend": "vllm", "backend_version": self.version, "device": device}
 
     def write(
@@ -114,11 +114,14 @@ class VllmEngine:
         Raises:
             EngineDiedError: if the engine is of no more use.
         """
+        kept: dict[str, Any] = {"top_k": sampling.top_k, "top_p": sampling.top_p}
+        # Without a top_k all must be sorted, and without a top_p nothing.
+        if self.on_cpu and sampling.top_k > 0 and sampling.top_p < 1:
+            kept = {"extra_args": {TOP_K_TOP_P: [sampling.top_k, sampling.top_p]}}
         requests = [
             self.request(
+                **kept,
                 temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
                 repetition_penalty=sampling.repetition_penalty,
                 min_tokens=sampling.min_new_tokens,
                 max_tokens=seqlen - len(prefix),

@@ -140,7 +140,7 @@ def test_the_same_tokens_are_drawn_while_the_temperature_changes(
         assert narrow_draw(scores, sampling, uniforms, step) == expected
 
 
-@pytest.mark.parametrize("top_k", [0, 50])
+@pytest.mark.parametrize("top_k", [0, 40, 50])
 @pytest.mark.parametrize("top_p", [0.95, 1.0])
 def test_logits_that_are_no_numbers_draw_what_they_drew(top_k: int, top_p: float) -> None:
     scores = random_logits(torch.Generator().manual_seed(5), 1000, "float32")
@@ -154,6 +154,8 @@ def test_logits_that_are_no_numbers_draw_what_they_drew(top_k: int, top_p: float
     uniforms = torch.linspace(0, 0.99, ROWS, dtype=torch.float64)
     expected = wide_draw(scores, torch.full((ROWS,), 0.6), sampling, uniforms)
     assert narrow_draw(scores, sampling, uniforms) == expected
+    alone = [narrow_draw(scores[n : n + 1], sampling, uniforms[n : n + 1]) for n in range(ROWS)]
+    assert [row[0] for row in alone] == expected
     assert expected[0] == expected[1] == expected[2] == 999
 
 

@@ -1,5 +1,6 @@
 """The real engine on the trained testbed model: one engine for most of these tests."""
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.errors import EngineDiedError, InputError
 from pipeline.generate import Sample, generate_samples, loaded_engine
 from pipeline.models import load_configs, load_model, load_tokenizer
 from pipeline.prefixes import read_prefixes
+from pipeline.progress import reporting
 from pipeline.sampling import Sampling, request_seed
 from pipeline.specs import (
     GenerateSpec,
@@ -29,7 +31,7 @@ from pipeline.specs import (
     Vllm,
 )
 from pipeline.transformers_engine import TransformersEngine
-from pipeline.vllm_engine import CPU_BLOCK_TOKENS, VllmEngine, cpu_cache, vllm_version
+from pipeline.vllm_engine import CPU_BLOCK_TOKENS, STARTING, VllmEngine, cpu_cache, vllm_version
 
 needs_vllm = pytest.mark.skipif(
     vllm_version() is None,
@@ -181,6 +183,43 @@ def test_first_tokens_are_drawn_as_often_as_their_probability_says(
 
 
 @needs_vllm
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "coarse"])
+@pytest.mark.parametrize("top_k", [1, 50, 290, 10_000])
+@pytest.mark.parametrize("top_p", [0.1, 0.95, 0.999])
+def test_what_is_kept_of_the_logits_is_what_vllm_keeps(kind: str, top_k: int, top_p: float) -> None:
+    """To the bit, so that the same tokens are drawn; coarse logits tie at both limits."""
+    operations = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
+    keep_few = importlib.import_module("pipeline.vllm_sampling").keep_few
+    generator = torch.Generator().manual_seed(0)
+    for vocabulary in (65, 300, 5000):
+        logits = torch.randn(40, vocabulary, generator=generator) * 4 + 12
+        if kind == "bfloat16":
+            logits = logits.bfloat16().float() / 0.6
+        if kind == "coarse":
+            logits = logits.round()
+        k = torch.full((40,), min(top_k, vocabulary), dtype=torch.int32)
+        expected = operations.apply_top_k_top_p(logits.clone(), k, torch.full((40,), top_p))
+        assert torch.equal(keep_few(logits.clone(), top_k, top_p), expected)
+
+
+@needs_vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM does this itself")
+def test_top_k_before_top_p_writes_what_vllm_writes_by_itself(
+    engine: VllmEngine, tokenizer: Any, prefixes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = generated(engine, tokenizer, prefixes, Sampling())
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "on_cpu", False)
+        by_vllm = generated(engine, tokenizer, prefixes, Sampling())
+    assert ours == by_vllm
+    # The settings of one shard must not be left to the next.
+    wide = Sampling(1.0, 0, 1.0)
+    assert generated(engine, tokenizer, prefixes, wide) != by_vllm
+    narrow = generated(engine, tokenizer, prefixes, Sampling(1.0, 2, 0.99))
+    assert narrow != generated(engine, tokenizer, prefixes, wide)
+
+
+@needs_vllm
 def test_the_penalty_falls_on_prefix_and_text_so_far(
     engine: VllmEngine, model: Any, tokenizer: Any, prefixes: list[list[int]]
 ) -> None:
@@ -290,7 +329,10 @@ def test_a_model_that_is_stored_as_masks_writes_as_it_does_with_transformers(
     pruned = PruneSpec(model=spec.model, pruner=Magnitude(), sparsity=0.6)
     prune.run(pruned, {}, tmp_path)
     artifacts = {pruned.key: tmp_path}
-    sparse = VllmEngine(spec.model_copy(update={"model": pruned}), artifacts)
+    phases: dict[str, None] = {}
+    with reporting(lambda phase, done, total, unit: phases.setdefault(phase)):
+        sparse = VllmEngine(spec.model_copy(update={"model": pruned}), artifacts)
+    assert [phase for phase in phases if "vLLM" in phase] == ["importing vLLM", STARTING]
     greedy = Sampling(temperature=0.0, repetition_penalty=1.2)
     ours = generated(sparse, tokenizer, prefixes, greedy)
     sparse.close()
