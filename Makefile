@@ -50,6 +50,7 @@ bench: $(VLLM_STAMP)  ## time pruning, generation, scoring, scheduling; leaves $
 	$(BIN)/python -m benchmarks.replicas --output $(STORE)/benchmark-replicas.json
 	$(BIN)/python -m benchmarks.score --output $(STORE)/benchmark-score.json
 	$(BIN)/python -m benchmarks.schedule --output $(STORE)/benchmark-schedule.json
+	$(BIN)/python -m benchmarks.simulated_schedule
 
 setup: $(STAMP)  ## the environment in .venv
 
