@@ -21,8 +21,7 @@ PROMPT := The history of the city begins
 
 demo: $(STAMP)  ## prune a real language model 27 ways: table, texts, advice and report
 	$(BIN)/python -m jobs prepare
-	$(BIN)/python -m jobs run jobs/grids/demo.yaml --store $(STORE)
-	$(BIN)/python -m jobs sample jobs/grids/demo.yaml "$(PROMPT)" --store $(STORE)
+	$(BIN)/python -m jobs run jobs/grids/demo.yaml --store $(STORE) --prompt "$(PROMPT)"
 	$(BIN)/python -m analysis report $(STORE) --grid demo --reference wikipedia
 
 demo-picture: demo  ## the README's picture of the demo's result

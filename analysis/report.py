@@ -1,6 +1,7 @@
 """A grid's results as a folder: the table, its figures, and one page that holds all of it."""
 
 import base64
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -82,7 +84,8 @@ def write_report(
 ) -> Path:
     """Write `table.csv`, `figures/` in PNG and SVG, and `index.html`, which needs no other file.
 
-    Equal tables give equal bytes.
+    Equal tables give equal bytes. A page that was made of this very table by this very code is left
+    as it is.
 
     Args:
         table: one grid's results as `load` gives them.
@@ -94,15 +97,28 @@ def write_report(
     """
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
+    page = output / "index.html"
+    made_of = _fingerprint(table, reference, note)
+    if page.is_file() and f'content="{made_of}"' in page.read_text(encoding="utf-8"):
+        return page
     kept = table.drop(columns=[column for column in LONG_COLUMNS if column in table])
     kept.to_csv(output / "table.csv", index=False, lineterminator="\n")
     shown = with_mean_accuracy(table)
     metrics = dict.fromkeys([*headline_metrics(shown), *all_metrics(shown)])
     sections = [_section(shown, task, metric, reference, figures) for task, metric in metrics]
-    page = output / "index.html"
-    told = _page(table, _answer(table, figures), sections, reference, note)
-    page.write_text(told, encoding="utf-8")
+    told = _page(table, _answer(table, figures), sections, reference, note, made_of)
+    page.write_text(told, encoding="utf-8")  # last, so that a page stands for the whole folder
     return page
+
+
+def _fingerprint(table: pd.DataFrame, reference: str | None, note: str | None) -> str:
+    """SHA-256 over all that a report is made of: the table, what it is asked, and the code."""
+    digest = hashlib.sha256(table.to_json(orient="split", default_handler=str).encode())
+    digest.update(json.dumps([reference, note, matplotlib.__version__]).encode())
+    for source in sorted(Path(__file__).parent.glob("*")):
+        if source.suffix in (".py", ".html", ".csv"):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 def _answer(table: pd.DataFrame, figures: Path) -> Answer:
@@ -186,6 +202,7 @@ def _page(
     sections: list[Section],
     reference: str | None,
     note: str | None,
+    made_of: str,
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -201,6 +218,7 @@ def _page(
         reference=reference,
         note=note,
         answer=answer,
+        made_of=made_of,
         sections=sections,
         paper=paper_layout(table),
         lineage=_embedded(lineage_document(table)),

@@ -110,6 +110,12 @@ def run(
         typer.Option(help="Ray cluster; unset, the one of `ray job submit`, else a local one."),
     ] = None,
     workers: Workers = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to go on from, by the dense model and the best pruned one of each pruner."
+        ),
+    ] = None,
 ) -> None:
     """Run a grid, or go on where an earlier run stopped, and print its table.
 
@@ -119,6 +125,10 @@ def run(
     kept = _writable_store(store)
     outcome = run_grid(planned, kept, address, workers)
     _show(planned, kept)
+    if prompt is not None:
+        for name, text in write_samples(planned, kept, prompt):
+            told = " ".join(text.split())
+            console.print(f"{name}: {told}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failed:
         logger.error("%d stages failed; the same command tries them again", len(outcome.failed))
         raise typer.Exit(1)
@@ -141,19 +151,6 @@ def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     kept, planned = Store(store), make_plan(load_grid(grid))
     print_state(planned, kept, console)
     print_results(gather(planned, kept), console)
-
-
-@app.command()
-def sample(
-    grid: GridFile,
-    prompt: Annotated[str, typer.Argument(help="What to go on from.", show_default=False)],
-    store: StoreUrl = ".calprune",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at the most.")] = 40,
-) -> None:
-    """Let the dense model and the best pruned one of each pruner go on from a prompt."""
-    for name, text in write_samples(make_plan(load_grid(grid)), Store(store), prompt, tokens):
-        told = " ".join(text.split())
-        console.print(f"{name}: {told}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -13,6 +13,9 @@ from jobs.plan import Plan
 from pipeline.errors import InputError
 from pipeline.specs import EvaluateSpec
 
+TOKENS = 32
+"""To write, at the most."""
+
 METRICS = ("bits_per_byte", "perplexity")
 """By which the best is chosen, on average over texts: the first of them that was measured."""
 
@@ -26,11 +29,8 @@ class Written(NamedTuple):
     """The prompt and what follows."""
 
 
-def write_samples(plan: Plan, store: Store, prompt: str, tokens: int) -> Iterator[Written]:
-    """Let each model go on from one prompt, with one seed and the paper's sampling.
-
-    Args:
-        tokens: to be written, at the most.
+def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
+    """Let each model go on from one prompt by `TOKENS`, with one seed and the paper's sampling.
 
     Raises:
         InputError: if no model of the grid was evaluated yet, or the prompt is empty.
@@ -39,11 +39,14 @@ def write_samples(plan: Plan, store: Store, prompt: str, tokens: int) -> Iterato
     if not chosen:
         raise InputError("grid", plan.grid.name, "has no results yet: run it first")
     # Imported late: torch takes seconds, and a mistake is told before.
+    from transformers.utils.logging import disable_progress_bar
+
     from pipeline.generate import generate_samples
     from pipeline.models import load_model, load_tokenizer
     from pipeline.sampling import Sampling
     from pipeline.transformers_engine import TransformersEngine
 
+    disable_progress_bar()  # of loading, which takes a second
     for name, key in chosen.items():
         spec = plan.specs[key]
         assert isinstance(spec, EvaluateSpec)
@@ -54,7 +57,7 @@ def write_samples(plan: Plan, store: Store, prompt: str, tokens: int) -> Iterato
             raise InputError("prompt", prompt, "is empty: give a word at least")
         engine = TransformersEngine(load_model(spec.model, artifacts))
         (sample,) = generate_samples(
-            engine, tokenizer, [given], [0], sampling=Sampling(), seqlen=len(given) + tokens
+            engine, tokenizer, [given], [0], sampling=Sampling(), seqlen=len(given) + TOKENS
         )
         yield Written(name, sample.text)
 

@@ -172,3 +172,19 @@ def test_calibrations_without_a_seed_in_common_are_shown_uncompared(
     assert "no seed in common" in told
     assert " is ahead of " not in told
     assert not list(tmp_path.glob("figures/*difference*"))
+
+
+def test_a_page_of_this_very_table_is_left_as_it_is(make_table: MakeTable, tmp_path: Path) -> None:
+    def rows(value: float) -> list[dict[str, Any]]:
+        seeds = [{"seed": seed, "value": 0.5 + 0.1 * seed} for seed in (0, 1)]
+        return [*seeds, {**DENSE, "value": value}]
+
+    page = write_report(make_table(rows(0.9)), tmp_path / "report", "corpus")
+    first, made = page.read_text(encoding="utf-8"), page.stat().st_mtime_ns
+    assert write_report(make_table(rows(0.9)), tmp_path / "report", "corpus") == page
+    assert page.stat().st_mtime_ns == made
+    write_report(make_table(rows(0.9)), tmp_path / "report", "corpus", "A note.")
+    noted = page.read_text(encoding="utf-8")
+    assert "A note." in noted
+    write_report(make_table(rows(0.8)), tmp_path / "report", "corpus", "A note.")
+    assert len({first, noted, page.read_text(encoding="utf-8")}) == 3
