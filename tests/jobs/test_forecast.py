@@ -107,7 +107,7 @@ def up_to(factor: float, draw: random.Random) -> float:
     return float(factor ** draw.uniform(-1, 1))
 
 
-GRIDS = [Path("jobs/grids/demo.yaml"), Path("analysis/studies/predictor.yaml")]
+GRIDS = [Path("jobs/grids/demo-testbed.yaml"), Path("analysis/studies/predictor.yaml")]
 
 
 @pytest.mark.parametrize("cpus", [2, 16])

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from cluster.store import Store
 from jobs import dtypes
-from jobs.grid import Grid, load_grid
+from jobs.grid import Grid, load_grid, read_grid
 from jobs.plan import make_plan, print_plan
 from pipeline.errors import InputError
 from pipeline.specs import FileCorpus, HubCorpus, HubModel, TestbedCorpus
@@ -18,8 +18,17 @@ GRIDS = sorted(Path("jobs/grids").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_every_grid_of_the_project_loads_under_its_files_name(path: Path) -> None:
-    assert load_grid(path).name == path.stem
+def test_every_grid_of_the_project_is_valid_under_its_files_name(path: Path) -> None:
+    assert read_grid(path).name == path.stem  # the demo's files are not there before it is prepared
+
+
+def test_the_demo_says_what_makes_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = Path("jobs/grids/demo.yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="python -m jobs prepare"):
+        load_grid(demo)
 
 
 def test_presets_stand_for_specs_and_fields_beside_them_win(content: Content, load: Load) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.grid import Grid, load_grid
+from jobs.grid import Grid, read_grid
 from jobs.plan import make_plan
 
 Content = dict[str, Any]
@@ -110,5 +110,5 @@ def test_what_is_pruned_to_generate_only_says_so(content: Content, load: Load) -
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_no_two_stages_of_a_grid_have_one_label(path: Path) -> None:
-    repeated = [label for label, times in Counter(labels_of(load_grid(path))).items() if times > 1]
+    repeated = [label for label, times in Counter(labels_of(read_grid(path))).items() if times > 1]
     assert repeated == []
