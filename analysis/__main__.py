@@ -71,8 +71,8 @@ def report(
     page = write_report(table, folder, label, note)
     for advice in advise(table):
         console.print(Text(str(advice), "bold"))
-    for told in grid_notes(table):
-        console.print(told, markup=False, highlight=False)
+    for grid_note in grid_notes(table):
+        console.print(grid_note, markup=False, highlight=False)
     console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 
 

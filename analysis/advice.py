@@ -52,8 +52,8 @@ class Advice(NamedTuple):
     def __str__(self) -> str:
         dense = "" if np.isnan(self.dense) else f" (dense {self.dense:.3f})"
         over = f"{_counted(self.texts, 'text')} and {_counted(self.settings, 'setting')}"
-        told = f"{self.model}: take {self.source}: averaged over {over} it leaves {self.level:.3f} "
-        parts = [f"{told}bits per byte{dense}"]
+        level = f"it leaves {self.level:.3f} bits per byte{dense}"
+        parts = [f"{self.model}: take {self.source}: averaged over {over} {level}"]
         if self.rivals:
             parts.append(_against_next(self.rivals[0], self.settings))
             for sure, words in ((True, "surely better than"), (False, "not surely better than")):
@@ -125,12 +125,12 @@ def _lost_sources(table: pd.DataFrame, model: str) -> "pd.Series[str]":
 
 
 def _against_next(rival: Rival, settings: int) -> str:
-    told = f"{rival.loss.mean:.3f} less than {rival.source}, the next best"
+    loss = f"{rival.loss.mean:.3f} less than {rival.source}, the next best"
     if np.isnan(rival.loss.low):
-        return f"{told} (one setting: no interval)" if settings == 1 else f"{told} (no interval)"
+        return f"{loss} (one setting: no interval)" if settings == 1 else f"{loss} (no interval)"
     percent = f"{100 * CONFIDENCE:.0f} %"
     interval = f"{percent} interval {rival.loss.low:.3f} to {rival.loss.high:.3f}"
-    return f"{told} ({interval}, ahead in {rival.behind} of {settings})"
+    return f"{loss} ({interval}, ahead in {rival.behind} of {settings})"
 
 
 def _counted(count: int, name: str) -> str:

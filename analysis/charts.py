@@ -231,7 +231,14 @@ def _move_apart(names: Iterable[Text]) -> None:
 
 
 def _figure(title: str, panels: int, note: str, height: float = PANEL[1]) -> Figure:
-    width = PANEL[0] * panels + 0.6
+    return titled_figure(title, note, PANEL[0] * panels + 0.6, height)
+
+
+def titled_figure(title: str, note: str, width: float, height: float) -> Figure:
+    """An empty figure with a title above and a note below; width and the panels' height in inches.
+
+    Call it within the style that the figure is drawn in.
+    """
     figure = Figure(figsize=(width, height + 0.7))
     figure.suptitle(
         textwrap.fill(title, int(width * 10)), x=0.012, ha="left", fontsize=11, fontweight="bold"

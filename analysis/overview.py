@@ -1,7 +1,5 @@
 """The answer in one picture: what pruning costs each text, by calibration data."""
 
-import textwrap
-
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
@@ -10,7 +8,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from analysis.advice import METRIC
-from analysis.figures import GREY, STYLE
+from analysis.charts import titled_figure
+from analysis.figures import STYLE
 from analysis.labels import DENSE, NO_CALIBRATION, in_order
 from analysis.statistics import measured
 
@@ -41,25 +40,15 @@ def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure |
     height = (len(sources) + 1) * CELL_INCHES[1]
     calibrated = costs.loc[costs["row"] != NO_DATA, "cost"]
     highest = float(calibrated[np.isfinite(calibrated)].max())
-    told = f"{note} Mean over seeds; bold: the best of a column.".strip()
-    below = textwrap.fill(told, int(width * 15))
+    title = f"{model}: bits per byte lost on held-out text, by calibration data"
+    below = f"{note} Mean over seeds; bold: the best of a column.".strip()
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height + 1.3 + 0.15 * below.count("\n")))
-        figure.suptitle(
-            f"{model}: bits per byte lost on held-out text, by calibration data",
-            x=0.012,
-            ha="left",
-            fontsize=11,
-            fontweight="bold",
-        )
+        figure = titled_figure(title, below, width, height + 0.6)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, ((method, target), rows) in zip(axes, panels, strict=True):
             panel.set_title(f"{method} {target}", loc="left")
             matrix = rows.pivot_table(index="row", columns="task", values="cost", observed=True)
             _matrix(panel, matrix.reindex(index=sources, columns=texts), highest)
-        figure.text(0.012, 0.02, below, fontsize=8, color=GREY, va="bottom")
-        bottom = (0.14 + 0.15 * (below.count("\n") + 1)) / figure.get_figheight()
-        figure.set_layout_engine("constrained", rect=(0, bottom, 1, 1 - bottom))
     return figure
 
 
