@@ -445,7 +445,7 @@ class GenerateSpec(StageSpec):
     included), token_ids (those first), text.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     kind: Literal["generate"] = "generate"
 
     model: Model
@@ -576,7 +576,7 @@ class ScoreSpec(StageSpec):
     min_k_plus_plus, loss_1 to loss_4 (mean loss in each quarter), distinct_1 to distinct_3.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     kind: Literal["score"] = "score"
 
     samples: GenerateSpec
@@ -626,7 +626,7 @@ class FilterSpec(StageSpec):
     `duplicate`, `near duplicate` or `perplexity`: the first of them that holds).
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     kind: Literal["filter"] = "filter"
 
     scores: ScoreSpec
@@ -657,7 +657,7 @@ class WindowsSpec(StageSpec):
     Leaves `windows.parquet`: window, document, offset, token_ids.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["windows"] = "windows"
 
     source: Annotated[
@@ -805,6 +805,7 @@ class RIA(PrunerSpec):
     2024)."""
 
     name: Literal["ria"] = "ria"
+    version: ClassVar[int] = 2
 
     activation_power: float = Field(default=0.5, ge=0.0)
     """Power of ||X||_2."""
@@ -889,7 +890,7 @@ class OutliersSpec(StageSpec):
     Leaves `outliers.parquet`: layer, outlier_ratio, weights (how many the layer's matrices have).
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     kind: Literal["outliers"] = "outliers"
 
     model: Model
@@ -920,7 +921,7 @@ class PruneSpec(StageSpec):
     (`pipeline/layer_files.py`); else `model/`, a dense checkpoint with zeros, and the tokenizer.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     kind: Literal["prune"] = "prune"
 
     model: Model
@@ -1171,7 +1172,7 @@ class EvaluateSpec(StageSpec):
     question or window that it was made of; `docs/results.md` describes both.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     unsaid: ClassVar[frozenset[str]] = frozenset({"backend"})
     kind: Literal["evaluate"] = "evaluate"
 
