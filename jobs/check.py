@@ -13,8 +13,8 @@ from pipeline.allocation import allocate
 from pipeline.banned_words import read_words
 from pipeline.corpora import check_corpus
 from pipeline.errors import InputError
-from pipeline.prefixes import check_chat_template, parts_in_turn, sources
 from pipeline.prefixes import corpora as prefix_corpora
+from pipeline.prefixes import parts_in_turn, sources
 from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Corpus,
@@ -56,7 +56,7 @@ def check(plan: Plan) -> list[str]:
 
     sizes: dict[str, Sequence[int]] = {}
     demands: dict[tuple[str, int, int, bool], Corpus] = {}
-    chats: set[str] = set()
+    chats: dict[tuple[str, str], object] = {}
     lists: set[str] = set()
     for spec in plan.specs.values():
         for model, seqlen in _lengths(spec):
@@ -66,7 +66,9 @@ def check(plan: Plan) -> list[str]:
             name = names[_identity(_dense(spec.model))]
             _check_vllm(plan, spec.kind, name, configs[name], spec.backend)
         if isinstance(spec, GenerateSpec) and spec.prompt == "chat":
-            chats.add(names[_identity(_dense(spec.model))])
+            chats[names[_identity(_dense(spec.model))], "prompt"] = "chat"
+        if isinstance(spec, EvaluateSpec) and spec.chat_template:
+            chats[names[_identity(_dense(spec.model))], "evaluate.chat_template"] = True
         if isinstance(spec, FilterSpec) and spec.banned_words is not None:
             lists.add(spec.banned_words.path)
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
@@ -84,8 +86,8 @@ def check(plan: Plan) -> list[str]:
             note = check_corpus(corpus, nsamples, seqlen, joined=joined)
         if note is not None:
             notes[f"corpora.{name}: {note}"] = None
-    for name in sorted(chats):
-        _check_chat(name, plan.grid.models[name], configs[name])
+    for (name, field), value in sorted(chats.items()):
+        _check_chat(name, plan.grid.models[name], configs[name], field, value)
     for path in sorted(lists):
         read_words(path)
     _check_tasks(plan)
@@ -179,16 +181,16 @@ def _check_vllm(plan: Plan, stage: StageName, name: str, config: Any, engine: Vl
         raise InputError("backend.gpu_memory_utilization", engine.gpu_memory_utilization, remedy)
 
 
-def _check_chat(name: str, model: Model, config: Any) -> None:
+def _check_chat(name: str, model: Model, config: Any, field: str, value: object) -> None:
     if config is None:  # out of reach
         return
     if isinstance(model, PretrainSpec):
-        remedy = f"model {name} is no chat model: take prompt: raw, or another model"
-        raise InputError("prompt", "chat", remedy)
+        raise InputError(field, value, f"model {name} is no chat model: take another one")
+    from pipeline.chat import check_chat_template
     from pipeline.models import load_tokenizer
 
     try:
-        check_chat_template(load_tokenizer(model, {}))
+        check_chat_template(load_tokenizer(model, {}), field, value)
     except InputError as error:
         raise InputError(error.field, error.value, f"model {name}: {error.remedy}") from error
 

@@ -17,6 +17,7 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from pipeline.chat import TEMPLATE_ARGUMENTS
 from pipeline.finished_answers import FinishedAnswers
 from pipeline.output_layer import OutputLayer
 from pipeline.perplexity import LOGITS
@@ -111,7 +112,12 @@ class SharingLM(HFLM):  # type: ignore[misc]
     def __init__(
         self, model: Any, tokenizer: Any, batch_tokens: int, answers: FinishedAnswers
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=GENERATION_BATCH)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=GENERATION_BATCH,
+            chat_template_args=dict(TEMPLATE_ARGUMENTS),
+        )
         self.batch_tokens = batch_tokens
         self.answers = answers
         self.asked = 0

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
+from pipeline.chat import chat_ids, check_chat_template
 from pipeline.corpora import documents
 from pipeline.errors import InputError
 from pipeline.specs import Corpus, CorpusMixture, GenerateSpec, TestbedCorpus
@@ -36,7 +37,7 @@ def read_prefixes(spec: GenerateSpec, tokenizer: Any) -> list[list[int]]:
     if spec.prefix_tokens == 0:
         return [[start_id(tokenizer)]] * spec.num_samples
     if spec.prompt == "chat":
-        check_chat_template(tokenizer)
+        check_chat_template(tokenizer, "prompt", "chat")
     names = sources(spec)
     counts = Counter(names)
     parts = {
@@ -122,10 +123,7 @@ def chat_prompts(texts: Iterable[str], tokenizer: Any, prefix_tokens: int) -> It
     """A chat up to its answer, with the beginning of each such text as the user's message."""
     for ids in _long_enough(texts, tokenizer, prefix_tokens):
         message = tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip(CUT_CHARACTER)
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True
-        )
-        yield list(chat["input_ids"])
+        yield chat_ids(tokenizer, message)
 
 
 def _long_enough(texts: Iterable[str], tokenizer: Any, count: int) -> Iterator[list[int]]:
@@ -133,17 +131,6 @@ def _long_enough(texts: Iterable[str], tokenizer: Any, count: int) -> Iterator[l
         ids = first_ids(text, tokenizer, count)
         if len(ids) == count:
             yield ids
-
-
-def check_chat_template(tokenizer: Any) -> None:
-    """See that a tokenizer can write a chat.
-
-    Raises:
-        InputError: if it has no chat template.
-    """
-    if tokenizer.chat_template is None:
-        remedy = "the tokenizer has no chat template: take prompt: raw, or a chat model"
-        raise InputError("prompt", "chat", remedy)
 
 
 def first_ids(text: str, tokenizer: Any, count: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.chat import TEMPLATE_ARGUMENTS
 from pipeline.errors import InputError
 from pipeline.models import Artifacts, load_configs, model_dtype
 from pipeline.progress import phase, report
@@ -52,15 +53,21 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
     with weights(spec.model, artifacts) as (folder, options), process_settings():
         with phase("importing vLLM"):
             module = _lm_eval_module()
+            hugging_face = importlib.import_module("lm_eval.models.huggingface").HFLM
         with phase(STARTING):
             language_model = module.VLLM(
                 pretrained=folder,
                 dtype=model_dtype(spec.model),
                 batch_size="auto",
+                chat_template_args=dict(TEMPLATE_ARGUMENTS),
                 **options,
                 **engine_arguments(spec.backend),
                 **cache,
             )
+    # Its own way passes `enable_thinking=None` too, which some templates take for no.
+    language_model.apply_chat_template = functools.partial(
+        hugging_face.apply_chat_template, language_model
+    )
     try:
         with reported_steps(
             language_model.model, lambda _, finished: report(finished, 0, "requests")
