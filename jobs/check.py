@@ -114,14 +114,19 @@ def _config(name: str, model: Model, notes: dict[str, None]) -> Any:
         return model
     assert not isinstance(model, PruneSpec)
     from pipeline.models import inspect_model  # takes seconds, and the testbed needs it not
+    from pipeline.weight_files import named
 
     with _at(f"models.{name}"):
-        config = inspect_model(model)
-    if config is None:
+        found = inspect_model(model)
+    if found is None:
         notes[f"models.{name} was not looked at: the hub is out of reach"] = None
-    elif isinstance(model, HubModel) and model.revision == "main":
+        return None
+    if found.unexpected_tensors:
+        unused = named(found.unexpected_tensors)
+        notes[f"models.{name}: the model has no use for some tensors: {unused}"] = None
+    if isinstance(model, HubModel) and model.revision == "main":
         notes[f"models.{name}.revision is no commit: a change on the hub will go unnoticed"] = None
-    return config
+    return found.config
 
 
 @contextlib.contextmanager

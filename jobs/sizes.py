@@ -6,11 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from pipeline.copies import copy_of, model_item
+from pipeline.copies import local_folder
 from pipeline.specs import HubModel, LocalModel
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -26,7 +24,7 @@ def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
     Returns:
         None if none of them is there.
     """
-    folder = _folder(model)
+    folder = local_folder(model)
     if folder is None:
         return None
     for count in (_in_safetensors, _in_pickles):
@@ -34,21 +32,6 @@ def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
         if found is not None:
             return float(found)
     return _of_config(str(folder), model.trust_remote_code)
-
-
-def _folder(model: HubModel | LocalModel) -> Path | None:
-    if isinstance(model, LocalModel):
-        return Path(model.path) if Path(model.path).is_dir() else None
-    copy = copy_of(model_item(model))
-    if copy is not None:
-        return copy
-    try:
-        found = huggingface_hub.try_to_load_from_cache(
-            model.name, "config.json", revision=model.revision
-        )
-    except HFValidationError:  # no name that the hub could have
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _in_safetensors(folder: Path) -> int | None:

@@ -10,7 +10,15 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel
 
 from pipeline.errors import InputError
-from pipeline.specs import EvaluateSpec, HubCorpus, HubModel, PruneSpec, StageSpec, canonical_json
+from pipeline.specs import (
+    EvaluateSpec,
+    HubCorpus,
+    HubModel,
+    LocalModel,
+    PruneSpec,
+    StageSpec,
+    canonical_json,
+)
 from pipeline.tasks import task_data_sets
 
 
@@ -113,6 +121,26 @@ def used(copies: Mapping[HubItem, Path]) -> Iterator[None]:
 def copy_of(item: HubItem) -> Path | None:
     """The folder with a copy, if there is one to use."""
     return _copies.get(item)
+
+
+def local_folder(model: HubModel | LocalModel) -> Path | None:
+    """The folder on this machine with a checkpoint, or with some of its files: the model's own, a
+    copy that is in use, or the hub's cache."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    if isinstance(model, LocalModel):
+        return Path(model.path) if Path(model.path).is_dir() else None
+    copy = copy_of(model_item(model))
+    if copy is not None:
+        return copy
+    try:
+        found = huggingface_hub.try_to_load_from_cache(
+            model.name, "config.json", revision=model.revision
+        )
+    except HFValidationError:  # no name that the hub could have
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def link_data_sets(tasks: Iterable[str], folder: Path) -> bool:

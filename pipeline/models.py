@@ -1,33 +1,42 @@
 """Loading whatever can stand where a model stands, and its tokenizer."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from pipeline.copies import copy_of, model_item
+from pipeline.copies import copy_of, local_folder, model_item
 from pipeline.errors import InputError
 from pipeline.hub import hub_answers
 from pipeline.layer_files import apply_masks
 from pipeline.progress import phase
 from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
 from pipeline.streaming import load_streamed
+from pipeline.weight_files import (
+    check_config,
+    check_files,
+    check_tensors,
+    safetensors_files,
+    whole_model,
+)
 
 Artifacts = Mapping[str, Path]
 """A stage's input artifacts: key to local folder."""
 
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-"""Files of weights that are read by unpickling."""
-
 _NO_SAFETENSORS = "weights that are pickles are read with allow_pickle: true only"
-_PICKLE_REMEDY = (
-    "which may run code when it is loaded: convert it to safetensors, or set allow_pickle: true "
-    "for this model if you trust who made it"
-)
+
+
+class Inspected(NamedTuple):
+    """What is known of a checkpoint before its weights are loaded."""
+
+    config: Any
+    tokenizer: Any
+    unexpected_tensors: Sequence[str] = ()
+    """Tensors that the model has no use for, where its files are at hand."""
 
 
 def default_device() -> torch.device:
@@ -54,7 +63,7 @@ def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = 
     for bit what the pruner left.
 
     Raises:
-        InputError: if there is no such model.
+        InputError: if there is no such model, or its checkpoint lacks weights.
         LayerFileError: if masks do not fit their model.
     """
     if isinstance(spec, PruneSpec) and spec.stores_masks:
@@ -62,15 +71,17 @@ def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = 
         apply_masks(model, artifacts[spec.key] / "masks")
         return model
     location, options = checkpoint_location(spec, artifacts)
-    check_weights(spec, location)
     with _named(location):
-        model = AutoModelForCausalLM.from_pretrained(
+        check_checkpoint(spec, artifacts)
+        loaded = AutoModelForCausalLM.from_pretrained(
             location,
             dtype=getattr(torch, model_dtype(spec)),
             use_safetensors=not allows_pickle(spec) or None,
+            ignore_mismatched_sizes=True,  # they are reported, and refused, with their names
+            output_loading_info=True,
             **options,
         )
-    return model.eval().to(device or default_device())
+    return whole_model(location, loaded).eval().to(device or default_device())
 
 
 @phase("loading the model")
@@ -85,7 +96,7 @@ def stream_model(
         device: for all but the decoder layers.
 
     Raises:
-        InputError: if there is no such model.
+        InputError: if there is no such model, or its checkpoint lacks weights.
         LayerFileError: if there are not as many files of masks as decoder layers.
     """
     if isinstance(spec, PruneSpec) and spec.stores_masks:
@@ -93,10 +104,10 @@ def stream_model(
         apply_masks(model, artifacts[spec.key] / "masks")
         return model
     location, options = checkpoint_location(spec, artifacts)
-    check_weights(spec, location)
     dtype = getattr(torch, model_dtype(spec))
     options["use_safetensors"] = not allows_pickle(spec) or None
     with _named(location):
+        check_checkpoint(spec, artifacts)
         model = load_streamed(location, dtype, device or default_device(), scratch, **options)
     return model.eval()
 
@@ -115,30 +126,34 @@ def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:
         raise InputError("model", location, remedy) from error
 
 
-def inspect_model(spec: HubModel | LocalModel) -> Any | None:
-    """The configuration of a model that is not loaded yet, after a look at its tokenizer.
+def inspect_model(spec: HubModel | LocalModel) -> Inspected | None:
+    """Look at all of a model that can be known without loading its weights.
 
     Returns:
         None if the hub is out of reach and the model is not in its cache.
 
     Raises:
-        InputError: if there is no such model, or its tokenizer lacks what generation needs.
+        InputError: if there is no such model, its weights are not all there or of a kind that is
+            not pruned, or its tokenizer lacks what generation needs.
     """
     location, options = checkpoint_location(spec, {})
     copied = isinstance(spec, HubModel) and copy_of(model_item(spec)) is not None
     cached = isinstance(spec, HubModel) and not copied and not hub_answers()
+    options["local_files_only"] = cached
     try:
-        config = AutoConfig.from_pretrained(location, local_files_only=cached, **options)
-        tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=cached, **options)
-    except (OSError, ValueError) as error:
+        unexpected = check_checkpoint(spec, {}, local_files_only=cached)
+        config = AutoConfig.from_pretrained(location, **options)
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
         if cached:
             return None
         raise InputError("model", location, f"cannot be loaded: {_reason(error)}") from error
-    check_weights(spec, location)
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         remedy = "its tokenizer has neither BOS nor EOS, and text cannot begin or end; add one"
         raise InputError("model", location, remedy)
-    return config
+    return Inspected(config, tokenizer, unexpected)
 
 
 def load_configs(spec: Model, artifacts: Artifacts) -> tuple[Any, GenerationConfig]:
@@ -162,11 +177,9 @@ def _named(location: str) -> Iterator[None]:
     """Name the model in what its loading raises."""
     try:
         yield
-    except OSError as error:
-        raise InputError("model", location, f"cannot be loaded: {_reason(error)}") from error
-    except ValueError as error:
-        if not _wants_code(error):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
         raise InputError("model", location, f"cannot be loaded: {_reason(error)}") from error
 
 
@@ -186,18 +199,29 @@ def allows_pickle(spec: Model) -> bool:
     return isinstance(spec, HubModel | LocalModel) and spec.allow_pickle
 
 
-def check_weights(spec: Model, location: str) -> None:
-    """See that a folder's weights need not be unpickled, unless that is allowed.
+def check_checkpoint(
+    spec: Model, artifacts: Artifacts, local_files_only: bool = False
+) -> Sequence[str]:
+    """Check a checkpoint that comes from outside by its files, before any weight is loaded.
+
+    Returns:
+        Tensors that the model has no use for, where its files are at hand.
 
     Raises:
-        InputError: if they do.
+        InputError: if files or tensors are missing, damaged, or of a kind that is not pruned.
     """
-    folder = Path(location)
-    if allows_pickle(spec) or not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = [path.name for form in PICKLES for path in folder.glob(form)]
-    if pickles:
-        raise InputError("model", location, f"{min(pickles)} is a pickle, {_PICKLE_REMEDY}")
+    if not isinstance(spec, HubModel | LocalModel):
+        return ()
+    location, options = checkpoint_location(spec, artifacts)
+    if isinstance(spec, LocalModel) and Path(location).is_file():
+        raise InputError("model", location, "is a file: give the folder that it is in")
+    folder = local_folder(spec)
+    if folder is not None and str(folder) == location:  # the hub's cache may not have all yet
+        check_files(folder, spec.allow_pickle)
+    config = AutoConfig.from_pretrained(location, local_files_only=local_files_only, **options)
+    check_config(location, config)
+    files = [] if folder is None else safetensors_files(folder)
+    return check_tensors(location, files, weightless_model(config, spec)) if files else ()
 
 
 def checkpoint_location(spec: Model, artifacts: Artifacts) -> tuple[str, dict[str, Any]]:

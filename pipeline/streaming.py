@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.matrices import decoder_layers
+from pipeline.weight_files import whole_model
 
 _STORED = "stored_layer"
 """The attribute of a decoder layer that holds its `StoredLayer`."""
@@ -45,7 +46,11 @@ def load_streamed(
         scratch: a folder for layers that transformers holds in another form than the checkpoint
             does, such as the experts of most mixtures; for as long as the model is used.
         options: of `from_pretrained`.
+
+    Raises:
+        InputError: if the checkpoint lacks weights.
     """
+    reported = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     weights_only = {"use_safetensors"}
     of_config = {name: value for name, value in options.items() if name not in weights_only}
     config = AutoConfig.from_pretrained(location, **of_config)
@@ -54,14 +59,15 @@ def load_streamed(
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     root, layers = decoder_layers(skeleton)
     if _share_parameters(layers):
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **options)
-        return model.to(device)
+        loaded = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **reported)
+        return whole_model(location, loaded).to(device)
     device = torch.empty(0, device=device).device  # with its index
     places = {name: str(device) for name in _outside(skeleton, root)}
     places |= {f"{root}.{number}": "disk" for number in range(len(layers))}
-    model = AutoModelForCausalLM.from_pretrained(
-        location, dtype=dtype, device_map=places, offload_folder=scratch, **options
+    loaded = AutoModelForCausalLM.from_pretrained(
+        location, dtype=dtype, device_map=places, offload_folder=scratch, **reported
     )
+    model = whole_model(location, loaded)
     for layer in decoder_layers(model)[1]:
         vars(layer)[_STORED] = StoredLayer(_stored_parameters(layer), device)
     remove_hook_from_submodules(model)

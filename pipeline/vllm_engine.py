@@ -26,7 +26,7 @@ from pipeline.errors import EngineDiedError, InputError
 from pipeline.models import (
     Artifacts,
     allows_pickle,
-    check_weights,
+    check_checkpoint,
     checkpoint_location,
     load_configs,
     model_dtype,
@@ -227,7 +227,7 @@ def weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str,
             yield folder, {"trust_remote_code": trusts_code(model)}
     else:
         folder, options = checkpoint_location(model, artifacts)
-        check_weights(model, folder)
+        check_checkpoint(model, artifacts)
         yield folder, options | ({} if allows_pickle(model) else {"load_format": "safetensors"})
 
 

@@ -17,9 +17,9 @@ Load = Callable[[Content], Grid]
 
 @pytest.fixture
 def uneven(tmp_path: Path) -> dict[str, str]:
-    """A model of four layers with 9,728, 12,800, 9,728 and 12,800 weights; plans read none."""
+    """A model of four layers with 9,728, 12,800, 9,728 and 12,800 weights."""
     folder = tmp_path / "uneven"
-    transformers.Gemma4TextConfig(
+    config = transformers.Gemma4TextConfig(
         vocab_size=96,
         hidden_size=32,
         intermediate_size=64,
@@ -32,7 +32,8 @@ def uneven(tmp_path: Path) -> dict[str, str]:
         hidden_size_per_layer_input=8,
         num_kv_shared_layers=0,
         layer_types=["sliding_attention", "full_attention"] * 2,
-    ).save_pretrained(folder)
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     vocabulary = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="b")
     tokenizer.save_pretrained(folder)

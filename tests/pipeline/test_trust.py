@@ -75,14 +75,17 @@ def test_a_pickle_beside_safetensors_is_not_opened(checkpoint: Path, tmp_path: P
 def with_code(checkpoint: Path, tmp_path: Path) -> Path:
     """The same checkpoint with a configuration of its own, which notes that it was run."""
     config = json.loads((checkpoint / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    config |= {"model_type": "own", "auto_map": {}}
+    config["auto_map"] |= {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     (checkpoint / "config.json").write_text(json.dumps(config))
     (checkpoint / "own.py").write_text(
         "from pathlib import Path\n"
-        "from transformers import LlamaConfig\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
         f"Path({str(tmp_path / 'ran')!r}).touch()\n"
         "class OwnConfig(LlamaConfig):\n"
         "    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n"
+        "    config_class = OwnConfig\n"
     )
     return checkpoint
 
@@ -104,8 +107,8 @@ def test_code_that_the_grid_trusts_is_run(
     with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
-    config = inspect_model(LocalModel(path=str(with_code), trust_remote_code=True))
-    assert type(config).__name__ == "OwnConfig"
+    found = inspect_model(LocalModel(path=str(with_code), trust_remote_code=True))
+    assert type(found.config).__name__ == "OwnConfig"
     assert (tmp_path / "ran").exists()
 
 
