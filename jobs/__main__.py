@@ -25,7 +25,7 @@ from jobs.export import export
 from jobs.export_calibration import export_calibration
 from jobs.fetch import copies, fetch, hub_items, model_copies
 from jobs.gather import gather, write_table
-from jobs.grid import load_grid, refuse_credentials
+from jobs.grid import lines_of, load_grid, refuse_credentials
 from jobs.plan import Plan, make_plan, print_plan
 from jobs.recommend import print_ranking, scores_only, scoring_plan
 from jobs.run import run_grid
@@ -286,7 +286,7 @@ def _checked_plan(grid: Path, store: str) -> Plan:
     read, kept = load_grid(grid), Store(store)
     with used(model_copies(read, kept) if kept.local else {}):
         planned = make_plan(read)
-    with used(copies(planned, kept) if kept.local else {}):
+    with lines_of(read), used(copies(planned, kept) if kept.local else {}):
         for note in check(planned):
             logger.warning("%s", note)
         if any(parameters(model, planned.sizes) is None for model in read.models.values()):

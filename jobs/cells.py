@@ -1,7 +1,8 @@
 """The cells that a grid expands to, and the specs that each comes down to."""
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -13,11 +14,10 @@ from jobs.grid import (
     Grid,
     GridCalibration,
     PrunedGenerator,
-    explained,
     named,
-    suggestion,
 )
-from pipeline.errors import InputError
+from jobs.mistakes import explained
+from pipeline.errors import InputError, did_you_mean
 from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Allocation,
@@ -68,10 +68,19 @@ class Cell(Spec):
     @classmethod
     def _pattern_from_sparsity(cls, fields: Any) -> Any:
         """`sparsity: "2:4"` names a pattern."""
-        if not isinstance(fields, dict) or not isinstance(fields.get("sparsity"), str):
+        asked = fields.get("sparsity") if isinstance(fields, dict) else None
+        if not isinstance(asked, str):
             return fields
-        kept, group = parse_pattern(fields["sparsity"])
-        return {**fields, "pattern": fields["sparsity"], "sparsity": 1 - kept / group}
+        if asked.endswith("%"):
+            remedy = "write a share, as 0.5 for 50 %, or a pattern in quotes, as '2:4'"
+            raise InputError("sparsity", asked, remedy)
+        with contextlib.suppress(ValueError):
+            return {**fields, "sparsity": float(asked)}
+        try:
+            kept, group = parse_pattern(asked)
+        except ValueError as error:
+            raise InputError("sparsity", asked, str(error)) from error
+        return {**fields, "pattern": asked, "sparsity": 1 - kept / group}
 
 
 GENERATED_FIELDS = ("prefix_tokens", "drop_fraction", "num_samples", "temperature")
@@ -88,6 +97,8 @@ def expand(grid: Grid) -> list[Cell]:
     Raises:
         InputError: if a cell is wrong, or there is none.
     """
+    for name, calibration in grid.calibrations.items():
+        _check_corpora(grid, name, calibration)
     blocks = {"cells": grid.cells}
     for number, further in enumerate(grid.include):
         blocks[f"include.{number}"] = {**grid.cells, **further}
@@ -96,6 +107,7 @@ def expand(grid: Grid) -> list[Cell]:
     if not kept:
         raise InputError("exclude", f"all {len(points)} cells", "nothing is left; exclude less")
     cells = [_normal(grid, _cell(where, point)) for where, point in kept]
+    _check_exclusions(grid, [point for _, point in points])
     dense = [Cell(model=model) for model in dict.fromkeys(cell.model for cell in cells)]
     return list(dict.fromkeys([*dense, *cells]))
 
@@ -281,6 +293,18 @@ def _product(where: str, block: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
+def _check_exclusions(grid: Grid, points: Sequence[dict[str, Any]]) -> None:
+    """See that each names fields of cells, and leaves something out."""
+    for number, pattern in enumerate(grid.exclude):
+        for field, value in pattern.items():
+            if field not in Cell.model_fields:
+                remedy = f"there is no such field; {did_you_mean(field, Cell.model_fields)}"
+                raise InputError(f"exclude.{number}.{field}", value, remedy)
+        if not any(_agrees(point, pattern) for point in points):
+            remedy = "no cell agrees with it, so it leaves nothing out: correct or remove it"
+            raise InputError(f"exclude.{number}", pattern, remedy)
+
+
 def _agrees(point: Mapping[str, Any], pattern: Mapping[str, Any]) -> bool:
     return all(
         point.get(field) in (value if isinstance(value, list) else [value])
@@ -292,7 +316,7 @@ def _cell(where: str, point: dict[str, Any]) -> Cell:
     try:
         return Cell.model_validate(point)
     except ValidationError as error:
-        raise explained(error, (where,)) from error
+        raise explained(error, (where,), point) from error
 
 
 def _normal(grid: Grid, cell: Cell) -> Cell:
@@ -319,7 +343,6 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
         "nsamples": cell.nsamples or 128,
         "seqlen": cell.seqlen or 2048,
     }
-    _check_corpora(grid, cell.calibration, calibration)
     if isinstance(calibration, CorpusCalibration):
         return cell.model_copy(update={**defaults, **dict.fromkeys(GENERATED_FIELDS)})
     for role in ("generator", "scorer"):
@@ -345,7 +368,6 @@ def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: 
             raise InputError(where, name, remedy)
         seen.append(name)
         calibration = _get(grid.calibrations, name, where)
-        _check_corpora(grid, name, calibration)
         if not isinstance(calibration, GeneratedCalibration):
             return
         if not isinstance(calibration.generator, PrunedGenerator):
@@ -361,5 +383,5 @@ def _check_corpora(grid: Grid, name: str, calibration: GridCalibration) -> None:
 
 def _get(known: Mapping[str, Any], name: str, field: str) -> Any:
     if name not in known:
-        raise InputError(field, name, f"is not defined in the grid; {suggestion(name, known)}")
+        raise InputError(field, name, f"is not defined in the grid; {did_you_mean(name, known)}")
     return known[name]

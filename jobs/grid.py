@@ -1,13 +1,12 @@
 """Grid files: what a person writes."""
 
-import difflib
+import contextlib
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -23,9 +22,11 @@ from pydantic import (
 
 from cluster.graph import Resources
 from jobs.dtypes import AutoDtype, with_dtypes
+from jobs.mistakes import explained
 from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
+from jobs.yaml_file import line_of, read_yaml
 from pipeline.corpora import fingerprint
-from pipeline.errors import InputError
+from pipeline.errors import InputError, did_you_mean
 from pipeline.presets import CORPUS_PRESETS
 from pipeline.real.prepare import FOLDER
 from pipeline.specs import (
@@ -55,7 +56,7 @@ def _from_preset(presets: Mapping[str, BaseModel], value: object) -> object:
         return entry
     name = entry["preset"]
     if name not in presets:
-        raise ValueError(f"there is no preset {name!r}; {suggestion(str(name), presets)}")
+        raise ValueError(f"there is no preset {name!r}; {did_you_mean(str(name), presets)}")
     return {
         **presets[name].model_dump(),
         **{field: item for field, item in entry.items() if field != "preset"},
@@ -401,6 +402,7 @@ class Grid(Spec):
     cost: Cost = Cost()
 
     _auto_dtypes: dict[str, AutoDtype] = PrivateAttr(default_factory=dict)
+    _path: Path | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -419,6 +421,25 @@ class Grid(Spec):
         return self._auto_dtypes
 
 
+@contextlib.contextmanager
+def lines_of(grid: Grid) -> Iterator[None]:
+    """Add to a mistake the line of the grid's file where its field stands."""
+    try:
+        yield
+    except InputError as error:
+        if grid._path is None:
+            raise
+        raise located(error, grid._path) from error
+
+
+def located(error: InputError, path: Path) -> InputError:
+    """The same mistake with the line of its field in a file, if the file has it."""
+    line = line_of(path, error.field)
+    if line is None:
+        return error
+    return InputError(error.field, error.value, f"{error.remedy} (line {line})")
+
+
 def load_grid(path: Path) -> Grid:
     """Read a grid file, and name the content of every local file that it speaks of.
 
@@ -427,7 +448,8 @@ def load_grid(path: Path) -> Grid:
     """
     grid = read_grid(path)
     try:
-        return _with_fingerprints(grid)
+        with lines_of(grid):
+            return _with_fingerprints(grid)
     except InputError as error:
         if not str(error.value).startswith(FOLDER):
             raise
@@ -441,23 +463,19 @@ def read_grid(path: Path) -> Grid:
     Raises:
         InputError: naming field, value and remedy.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError("grid", str(path), "there is no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError("grid", str(path), f"is not a YAML file: {reason}") from error
+    content = read_yaml("grid", path)
     if not isinstance(content, dict):
         raise InputError("grid", str(path), "must be a mapping with name, models, cells, evaluate")
     _refuse_credentials(content, ())
     try:
         grid = Grid.model_validate(content)
     except ValidationError as error:
-        raise explained(error, ()) from error
+        raise located(explained(error, (), content), path) from error
+    grid._path = path
     for name in grid.cost.parameters:
         if name not in grid.models:
-            raise InputError("cost.parameters", name, suggestion(name, grid.models))
+            mistake = InputError("cost.parameters", name, did_you_mean(name, grid.models))
+            raise located(mistake, path)
     return grid
 
 
@@ -486,36 +504,6 @@ def _refuse_credentials(value: object, where: tuple[str, ...]) -> None:
         case list():
             for item in value:
                 _refuse_credentials(item, where)
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """What a person may have meant by an unknown name."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known are {', '.join(names)}" if names else "none is defined"
-
-
-def explained(error: ValidationError, where: tuple[str, ...]) -> InputError:
-    """The first mistake in a line, with how many more there are."""
-    details = error.errors(include_url=False)
-    first = details[0]
-    tags = {"hub-model", "local-model", "hub-corpus", "file-corpus", "testbed-corpus"}
-    tags |= {"one-corpus", "corpus-mixture"}
-    tags |= {"vllm-engine", "transformers-engine", "CorpusCalibration", "GeneratedCalibration"}
-    tags |= {"ModelName", PrunedGenerator.__name__}
-    path = [str(part) for part in (*where, *first["loc"]) if str(part) not in tags]
-    field = ".".join(path) or "grid"
-    remedy = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        remedy = "there is no such field; remove it or correct its name"
-    elif first["type"] == "missing":
-        remedy = "is missing; add it"
-    if len(details) > 1:
-        remedy += f" (and {len(details) - 1} more)"
-    value = None if first["type"] == "missing" else first["input"]
-    return InputError(field, value, remedy)
 
 
 def _with_fingerprints(grid: Grid) -> Grid:

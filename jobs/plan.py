@@ -18,7 +18,7 @@ from jobs.cost import (
     model_name,
     parameters,
 )
-from jobs.grid import GeneratedCalibration, Grid, StageName
+from jobs.grid import GeneratedCalibration, Grid, StageName, lines_of
 from jobs.labels import labels
 from jobs.sizes import checkpoint_parameters
 from jobs.stages import stage_name
@@ -84,14 +84,15 @@ def make_plan(grid: Grid) -> Plan:
     inputs: dict[str, tuple[str, ...]] = {}
     descriptions: dict[str, str] = {}
     sets: dict[Cell, WindowsSpec] = {}
-    for cell in expand(grid):
-        last = evaluate_spec(grid, cell, sets)
-        cells[last.key] = cell
-        _collect(last, specs, inputs)
-        description = describe_spec(grid, cell, sets)
-        if description is not None:
-            _collect(description, specs, inputs)
-            descriptions[last.key] = description.key
+    with lines_of(grid):
+        for cell in expand(grid):
+            last = evaluate_spec(grid, cell, sets)
+            cells[last.key] = cell
+            _collect(last, specs, inputs)
+            description = describe_spec(grid, cell, sets)
+            if description is not None:
+                _collect(description, specs, inputs)
+                descriptions[last.key] = description.key
     sizes = model_sizes(grid)
     named = labels(cells, descriptions, specs, inputs)
     graph = {key: _stage(grid, spec, inputs[key], named[key], sizes) for key, spec in specs.items()}

@@ -1,6 +1,8 @@
 """Errors that a user can mend."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
@@ -17,6 +19,15 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}: {_short.repr(self.value)}: {self.remedy}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What a person may have meant by an unknown name."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known are {', '.join(names)}" if names else "none is defined"
 
 
 class NonFiniteError(ValueError):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,10 +24,12 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.errors import InputError, did_you_mean
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 """A share in [0, 1)."""
 
-Mixture = Annotated[dict[str, Annotated[float, Field(gt=0.0)]], Field(min_length=1)]
+Mixture = Annotated[dict[str, Annotated[float, Field(gt=0.0, strict=True)]], Field(min_length=1)]
 """Relative weight of each part, all positive; they need not sum to one."""
 
 
@@ -40,6 +42,24 @@ class Spec(BaseModel):
 
     unsaid: ClassVar[frozenset[str]] = frozenset()
     """Fields that no lineage names at their default: they came later, and change nothing then."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_meant(cls, content: Any) -> Any:
+        """Name the nearest field to an unknown one, and take no truth value for a number or text:
+        YAML reads `no` as one, and pydantic reads that as 0."""
+        for name, value in content.items() if isinstance(content, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if field is None:
+                remedy = f"there is no such field; {did_you_mean(str(name), cls.model_fields)}"
+                raise InputError(str(name), value, remedy)
+            if isinstance(value, bool) and field.annotation not in (bool, Any):
+                remedy = (
+                    "this field takes neither true nor false, and YAML reads yes, no, on and off "
+                    "as these: put a name in quotes"
+                )
+                raise InputError(name, value, remedy)
+        return content
 
 
 class StageSpec(Spec):

@@ -62,19 +62,19 @@ def test_other_text_under_the_same_path_is_another_corpus(content: Content, load
         ({"corpora": {"c": {"kind": "file-corpus", "path": "none*.txt"}}}, r"none\*\.txt"),
         ({"calibrations": {"c": {"corpsu": "x"}}}, r"calibrations\.c: .*give corpus"),
         ({"calibrations": {"c": {"prefixes": "x", "topk": 1}}}, r"calibrations\.c\.topk: 1: there"),
-        ({"calibrations": {"c": {"prefixes": {"x": 1}}}}, r"c\.prefixes: .*at least 2 items"),
+        ({"calibrations": {"c": {"prefixes": {"x": 1}}}}, r"c\.prefixes: .*at least 2 entries"),
         (
             {"calibrations": {"c": {"prefixes": {"x": 1, "y": 0}}}},
-            r"c\.prefixes\.y: 0: .*greater than 0",
+            r"c\.prefixes\.y: 0: .*more than 0",
         ),
-        ({"calibrations": {"c": {"prefixes": ["x"]}}}, r"c\.prefixes: .*valid dictionary"),
+        ({"calibrations": {"c": {"prefixes": ["x"]}}}, r"c\.prefixes: .*must be a mapping"),
         (
             {"calibrations": {"c": {"prefixes": "x", "banned_words": "no-list.txt"}}},
             r"no-list\.txt.*no file is there",
         ),
         (
             {"calibrations": {"c": {"prefixes": "x", "near_duplicate_similarity": 80}}},
-            r"c\.near_duplicate_similarity: 80: .*less than or equal to 1",
+            r"c\.near_duplicate_similarity: 80: .*at most 1; write 0\.8",
         ),
         ({"evaluate": {"tasks": ["a", "b", "a"]}}, r"evaluate: .*'a' is measured twice"),
         ({"evaluate": {}}, r"evaluate: .*measures nothing"),

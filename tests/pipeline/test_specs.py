@@ -238,7 +238,7 @@ def test_a_scorer_that_is_not_the_generator_reads_both_models() -> None:
         ({"sparsity": 0.5, "pruner": Wanda(variant=True), "pattern": "2:4"}, "no N:M pattern"),
         ({"sparsity": 0.5, "pruner": RIA(permutation=True)}, "serves N:M patterns"),
         ({"sparsity": 0.5, "pruner": {"name": "dsnot", "initial": "owl"}}, "initial"),
-        ({"sparsity": 0.5, "pruner": Magnitude(), "speed": 1}, "Extra inputs"),
+        ({"sparsity": 0.5, "pruner": Magnitude(), "speed": 1}, "speed: 1: there is no such field"),
     ],
 )
 def test_contradictory_prunings_are_refused(fields: dict[str, object], words: str) -> None:
