@@ -11,6 +11,7 @@ import ray
 from ray._private import ray_constants
 
 from cluster import secrets
+from cluster.address import NoRayError, check_cluster_address
 from cluster.graph import Resources
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,14 @@ def session(
         code: packages that workers of a named cluster need; inside a submitted job they come
             with its working directory.
         variables: environment variables of the workers.
+
+    Raises:
+        NoRayError: if no Ray answers at the address, or none can be started here.
     """
     submitted = "RAY_ADDRESS" in os.environ
+    named = address or os.environ.get("RAY_ADDRESS")
+    if named:
+        check_cluster_address("address" if address else "RAY_ADDRESS", named)
     runtime_env: dict[str, Any] = {}
     if address and not submitted:
         runtime_env["py_modules"] = list(code)
@@ -52,18 +59,36 @@ def session(
     if submitted and secrets.enclosed():
         runtime_env["worker_process_setup_hook"] = f"{secrets.__name__}.{secrets.load.__name__}"
     with contextlib.nullcontext() if address or submitted else _on_loopback():
-        ray.init(
-            # Unless told so, never a cluster that `ray start` left running here for other work.
-            address=address or (None if submitted else "local"),
-            runtime_env=runtime_env or None,
-            include_dashboard=None if address or submitted else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _explained(named):
+            ray.init(
+                # Unless asked for, never a cluster that `ray start` left running for other work.
+                address=address or (None if submitted else "local"),
+                runtime_env=runtime_env or None,
+                include_dashboard=None if address or submitted else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         try:
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _explained(named: str | None) -> Iterator[None]:
+    """Ray's errors in a line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if "AF_UNIX" in reason:
+            name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+            raise NoRayError(
+                f"{name}: {os.environ.get(name)!r}: is too long for the names of Ray's sockets: "
+                "set RAY_TMPDIR to a short folder, such as /tmp"
+            ) from error
+        where = f"address: {named!r}" if named else "Ray"
+        raise NoRayError(f"{where}: cannot be joined: {reason[:200]}") from error
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from cluster.address import ANSWER_SECONDS, answers
+
 logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 600.0
@@ -48,6 +50,12 @@ def connect(address: str | None) -> Client:
     """
     if address is not None:
         os.environ[SERVER_VARIABLE] = address  # which would win over what is asked for
+    asked = os.environ.get(SERVER_VARIABLE) or os.environ.get("RAY_ADDRESS", "auto")
+    if not answers(asked):
+        raise JobServerError(
+            f"address: {asked!r}: nothing answers there within {ANSWER_SECONDS:g} s: give the job "
+            "server's address, http://HOST:8265, and see that the head runs"
+        )
     with _explained("check --address, and that the head runs and its port 8265 is forwarded"):
         return Client(address)
 

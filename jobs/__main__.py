@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from cluster import secrets
+from cluster.address import NoRayError
 from cluster.session import ResourceError
 from cluster.store import Store, StoreError
 from cluster.submission import Client, JobServerError, connect, details, follow, log, stop
@@ -331,7 +332,7 @@ def main() -> None:
     secrets.load()
     try:
         app()
-    except (InputError, StoreError, ResourceError, JobServerError) as error:
+    except (InputError, StoreError, ResourceError, NoRayError, JobServerError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
 

@@ -3,6 +3,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from cluster import address as module
+from cluster.address import NoRayError
+from cluster.session import session
 
 PROGRAM = """
 import os, ray
@@ -67,3 +77,65 @@ def test_workers_get_the_variables_that_are_asked_for() -> None:
     kept.pop("HF_HUB_OFFLINE", None)
     run = subprocess.run([sys.executable, "-c", program], env=kept, capture_output=True, text=True)
     assert run.stdout.strip() == "1", run.stderr
+
+
+@pytest.fixture
+def no_ray_but_a_web_server() -> Iterator[str]:
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "no-such-host.invalid:6379"]
+)
+def test_a_dead_address_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 2.0)
+    with pytest.raises(NoRayError, match="no Ray answers there") as caught, session(address):
+        pass
+    assert str(caught.value).startswith(f"address: {address!r}: ")
+    assert len(str(caught.value)) < 300
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(NoRayError, match=r"^RAY_ADDRESS: "), session(None):
+        pass
+
+
+def test_a_port_of_something_else_is_no_ray(
+    no_ray_but_a_web_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 2.0)
+    with pytest.raises(NoRayError, match="no Ray answers"), session(no_ray_but_a_web_server):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://head:8265", "is a job server's address: use `submit --address http://head:8265`"),
+        ("https://head", "is a job server's address"),
+        ("hello", "'hello': cannot be joined: Invalid address format"),
+    ],
+)
+def test_what_is_no_address_of_a_cluster_is_explained(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NoRayError, match=message) as caught, session(address):
+        pass
+    assert len(str(caught.value)) < 300
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(NoRayError, match=message), session(None):
+        pass
+
+
+def test_a_temporary_folder_with_a_long_name_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 93)))
+    message = r"TMPDIR: .*set RAY_TMPDIR to a short folder"
+    with pytest.raises(NoRayError, match=message), session(None):
+        pass

@@ -8,6 +8,7 @@ import pytest
 import requests
 from ray.job_submission import JobStatus
 
+from cluster import address as cluster_address
 from cluster import submission
 from cluster.submission import JobServerError, follow
 
@@ -62,3 +63,12 @@ def test_a_job_that_went_with_its_head_is_to_be_submitted_again() -> None:
     unknown = RuntimeError("Request failed with status code 404: no such job")
     with pytest.raises(JobServerError, match="submit the grid again"):
         follow(Server([3, unknown], "one\n"), "job", lambda text: None)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_cluster_that_is_dead_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_address, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setenv(submission.SERVER_VARIABLE, "")  # as it is set back at the end
+    with pytest.raises(JobServerError, match=f"address: '{address}': nothing answers") as caught:
+        submission.connect(address)
+    assert len(str(caught.value)) < 300
