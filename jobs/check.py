@@ -12,6 +12,7 @@ from jobs.plan import Plan
 from pipeline.allocation import allocate
 from pipeline.banned_words import read_words
 from pipeline.corpora import check_corpus
+from pipeline.environment import check_environment
 from pipeline.errors import InputError
 from pipeline.prefixes import corpora as prefix_corpora
 from pipeline.prefixes import parts_in_turn, sources
@@ -48,6 +49,7 @@ def check(plan: Plan) -> list[str]:
     Raises:
         InputError: at the first mistake, naming field, value and remedy.
     """
+    check_environment()
     notes: dict[str, None] = {}
     configs = {name: _config(name, model, notes) for name, model in plan.grid.models.items()}
     names = {_identity(model): name for name, model in plan.grid.models.items()}

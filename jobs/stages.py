@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter
 from cluster.run import WorkerLostError
 from cluster.store import Partial
 from pipeline.copies import HubItem, items, used
+from pipeline.environment import check_environment
 from pipeline.errors import EngineDiedError
 from pipeline.heap import keep_freed_memory
 from pipeline.progress import phase
@@ -89,8 +90,11 @@ def execute(
         partial: what an attempt that died has finished; pruning and evaluating take hours.
 
     Raises:
+        InputError: if the spec's inputs are not what it needs, or the node's environment would
+            change numbers.
         WorkerLostError: if this process can make no further stage.
     """
+    check_environment()
     keep_freed_memory()
     spec = _ANY_STAGE.validate_json(payload)
     module = prepare(stage_name(spec))
