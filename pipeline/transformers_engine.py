@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from pipeline.decoding_attention import grouped_queries
 from pipeline.progress import TokenStream
 from pipeline.sampling import Sampling, logits_processors, uniform_numbers
 
@@ -62,7 +63,7 @@ class TransformersEngine:
             eos_token_id=list(ends) or None,
             pad_token_id=filler,
         )
-        with generation_settings(self.model, settings):
+        with generation_settings(self.model, settings), grouped_queries(self.model):
             generated = self.model.generate(
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
