@@ -78,11 +78,12 @@ def measure_generation(
     """Compare the transformers engine with choosing each token over the whole vocabulary."""
     sampling = Sampling()
     engine = TransformersEngine(model)
+    known = range(model.config.vocab_size)
     written: dict[str, list[list[int]]] = {}
 
     def ours(seqlen: int) -> None:
         written["ours"] = engine.write(
-            prefixes, range(len(prefixes)), [], sampling=sampling, seqlen=seqlen, seed=0
+            prefixes, range(len(prefixes)), [], known, sampling=sampling, seqlen=seqlen, seed=0
         )
 
     def plain(seqlen: int) -> None:

@@ -20,7 +20,7 @@ class InputError(ValueError):
 
 
 class NonFiniteError(ValueError):
-    """A weight or an activation is NaN or infinite; the message names the matrix."""
+    """A weight, an activation or a logit is NaN or infinite; the message says where."""
 
 
 class EngineDiedError(RuntimeError):
