@@ -68,8 +68,9 @@ def ways(spec: GenerateSpec, model: Any) -> Iterator[tuple[str, Generate]]:
             for first in range(0, len(prefixes), spec.shard_size):
                 shard = prefixes[first : first + spec.shard_size]
                 numbers = range(first, first + len(shard))
+                known = range(model.config.vocab_size)
                 written = engine.write(
-                    shard, numbers, [], sampling=sampling, seqlen=spec.seqlen, seed=0
+                    shard, numbers, [], known, sampling=sampling, seqlen=spec.seqlen, seed=0
                 )
                 count += sum(map(len, written))
             return count

@@ -83,11 +83,12 @@ def measure_generation(
     transformers' own attention."""
     sampling = Sampling()
     engine = TransformersEngine(model)
+    known = range(model.config.vocab_size)
     written: dict[str, list[list[int]]] = {}
 
     def ours(seqlen: int) -> None:
         written["ours"] = engine.write(
-            prefixes, range(len(prefixes)), [], sampling=sampling, seqlen=seqlen, seed=0
+            prefixes, range(len(prefixes)), [], known, sampling=sampling, seqlen=seqlen, seed=0
         )
 
     def plain(seqlen: int) -> None:

@@ -73,7 +73,15 @@ def _measure(folder: Path, prefixes: list[list[int]], seqlen: int, rounds: int) 
     for round_ in range(rounds + 1):
         for name, engine in engines.items():
             start = time.perf_counter()
-            engine.write(prefixes, numbers, [], sampling=Sampling(), seqlen=seqlen, seed=round_)
+            engine.write(
+                prefixes,
+                numbers,
+                [],
+                range(vllm.rows),
+                sampling=Sampling(),
+                seqlen=seqlen,
+                seed=round_,
+            )
             seconds[name].append(time.perf_counter() - start)
     vllm.close()
     # The first round allocates and compiles.

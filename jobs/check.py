@@ -20,6 +20,7 @@ from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Corpus,
     CorpusMixture,
+    DescribeSpec,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -35,9 +36,13 @@ from pipeline.specs import (
     Uniform,
     Vllm,
     WindowsSpec,
+    generator_of,
     parse_pattern,
 )
 from pipeline.testbed.world import check_mixture
+
+TOKENIZER_FIELDS = {"world", "mixture", "vocab_size", "seed"}
+"""Fields of a testbed model on which its tokenizer depends."""
 
 
 def check(plan: Plan) -> list[str]:
@@ -51,7 +56,10 @@ def check(plan: Plan) -> list[str]:
     """
     check_environment()
     notes: dict[str, None] = {}
-    configs = {name: _config(name, model, notes) for name, model in plan.grid.models.items()}
+    vocabularies: dict[str, Any] = {}
+    configs = {
+        name: _config(name, model, notes, vocabularies) for name, model in plan.grid.models.items()
+    }
     names = {_identity(model): name for name, model in plan.grid.models.items()}
     known = {**CORPUS_PRESETS, **plan.grid.corpora}
     corpora = {_identity(corpus): name for name, corpus in known.items()}
@@ -71,6 +79,9 @@ def check(plan: Plan) -> list[str]:
             chats[names[_identity(_dense(spec.model))], "prompt"] = "chat"
         if isinstance(spec, EvaluateSpec) and spec.chat_template:
             chats[names[_identity(_dense(spec.model))], "evaluate.chat_template"] = True
+        for field, meeting in _meetings(spec):
+            name, reader, writer = (names[_identity(_dense(each))] for each in meeting)
+            _check_vocabularies(field, name, reader, writer, vocabularies)
         if isinstance(spec, FilterSpec) and spec.banned_words is not None:
             lists.add(spec.banned_words.path)
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
@@ -107,15 +118,17 @@ def _dense(model: Model) -> Model:
 # ----------------------------------------------------------------------------------------- models
 
 
-def _config(name: str, model: Model, notes: dict[str, None]) -> Any:
+def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[str, Any]) -> Any:
     """What is known of a model before it is there: the testbed's spec, a configuration, or None
-    where the hub is out of reach."""
+    where the hub is out of reach. Its vocabulary is added, or of the testbed what it depends on."""
     if isinstance(model, PretrainSpec):
         with _at(f"models.{name}"):
             check_mixture(model.mixture)
+        vocabularies[name] = model.model_dump(include=TOKENIZER_FIELDS)
         return model
     assert not isinstance(model, PruneSpec)
     from pipeline.models import inspect_model  # takes seconds, and the testbed needs it not
+    from pipeline.vocabulary import Vocabulary, embedding_rows
     from pipeline.weight_files import named
 
     with _at(f"models.{name}"):
@@ -128,7 +141,30 @@ def _config(name: str, model: Model, notes: dict[str, None]) -> Any:
         notes[f"models.{name}: the model has no use for some tensors: {unused}"] = None
     if isinstance(model, HubModel) and model.revision == "main":
         notes[f"models.{name}.revision is no commit: a change on the hub will go unnoticed"] = None
+    rows = embedding_rows(found.config)
+    vocabularies[name] = Vocabulary(name, found.tokenizer.get_vocab(), rows)
     return found.config
+
+
+def _check_vocabularies(
+    field: str, name: str, reader: str, writer: str, vocabularies: dict[str, Any]
+) -> None:
+    """Check that a model may read what another one wrote, as far as both are known.
+
+    A testbed model's tokenizer is trained with it: its spec stands for it here.
+    """
+    ours, theirs = vocabularies.get(reader), vocabularies.get(writer)
+    if reader == writer or ours is None or theirs is None:
+        return
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        if ours != theirs:
+            fields = ", ".join(sorted(TOKENIZER_FIELDS))
+            remedy = f"{reader} would read token ids of {writer}, whose tokenizer is another: "
+            raise InputError(field, name, f"{remedy}give both the same {fields}")
+    elif not isinstance(ours, dict) and not isinstance(theirs, dict):
+        from pipeline.vocabulary import check_shared
+
+        check_shared(field, name, ours, theirs)
 
 
 @contextlib.contextmanager
@@ -230,6 +266,21 @@ def _check_allocation(name: str, sizes: Sequence[int], spec: PruneSpec) -> None:
         allocate(spec.allocation, spec.sparsity, pattern, sizes, alike)
     except InputError as error:
         raise InputError(error.field, error.value, f"model {name}: {error.remedy}") from error
+
+
+def _meetings(spec: StageSpec) -> Iterator[tuple[str, tuple[Model, Model, Model]]]:
+    """Where a model reads token ids that another one wrote: the grid's field and the model that it
+    names, the reader, the writer."""
+    match spec:
+        case WindowsSpec(source=GenerateSpec() | FilterSpec() as source):
+            writer = generator_of(source)
+            yield "generator", (writer, spec.model, writer)
+        case ScoreSpec():
+            yield "scorer", (spec.model, spec.model, spec.samples.model)
+        case PruneSpec(calibration=WindowsSpec() as calibration):
+            yield "calibration", (calibration.model, spec.model, calibration.model)
+        case DescribeSpec():
+            yield "describe", (spec.model, spec.model, spec.calibration.model)
 
 
 def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:

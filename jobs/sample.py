@@ -45,6 +45,7 @@ def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
     from pipeline.models import load_model, load_tokenizer
     from pipeline.sampling import Sampling
     from pipeline.transformers_engine import TransformersEngine
+    from pipeline.vocabulary import end_ids
 
     disable_progress_bar()  # of loading, which takes a second
     for name, key in chosen.items():
@@ -53,9 +54,11 @@ def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
         artifacts = {stage.key: store.fetch(stage.key) for stage in spec.inputs()}
         tokenizer = load_tokenizer(spec.model, artifacts)
         given = tokenizer(prompt)["input_ids"]
+        engine = TransformersEngine(load_model(spec.model, artifacts))
+        while given and given[-1] in end_ids(engine.generation_config, tokenizer):
+            given.pop()  # some tokenizers end every text
         if not given:
             raise InputError("prompt", prompt, "is empty: give a word at least")
-        engine = TransformersEngine(load_model(spec.model, artifacts))
         (sample,) = generate_samples(
             engine, tokenizer, [given], [0], sampling=Sampling(), seqlen=len(given) + TOKENS
         )

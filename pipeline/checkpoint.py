@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 
 from pipeline.matrices import decoder_layers
 from pipeline.models import Artifacts, load_tokenizer, stream_model
 from pipeline.specs import Model
 from pipeline.streaming import resident
+from pipeline.transformers_engine import generation_settings
 
 INDEX = "model.safetensors.index.json"
 
@@ -54,7 +56,12 @@ class Checkpoint:
 
     def _write(self, number: int, state: dict[str, Tensor]) -> None:
         part = self.folder / "part"  # it would take earlier shards for those of another checkpoint
-        self.model.save_pretrained(part, state_dict=state, max_shard_size=sys.maxsize)
+        own = self.model.generation_config
+        # transformers writes no settings that contradict each other, as some that it reads do.
+        with generation_settings(self.model, GenerationConfig()):
+            self.model.save_pretrained(part, state_dict=state, max_shard_size=sys.maxsize)
+        path = part / "generation_config.json"
+        own.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
         name = f"model-{number + 1:05d}-of-{len(self.layers) + 1:05d}.safetensors"
         self.shards[number] = (part / "model.safetensors").rename(self.folder / name)
         for path in part.iterdir():  # configuration and code, the same every time

@@ -31,7 +31,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class NonFiniteError(ValueError):
-    """A weight or an activation is NaN or infinite; the message names the matrix."""
+    """A weight, an activation or a logit is NaN or infinite; the message says where."""
 
 
 class EngineDiedError(RuntimeError):

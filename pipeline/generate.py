@@ -19,6 +19,7 @@ from pipeline.shards import Latest, join_shards, loaded, shard_samples
 from pipeline.specs import GenerateSpec, StageSpec, Vllm, canonical_json
 from pipeline.transformers_engine import TransformersEngine
 from pipeline.vllm_engine import VllmEngine
+from pipeline.vocabulary import end_ids, known_ids
 
 SCHEMA = pa.schema(
     {
@@ -47,7 +48,7 @@ class Sample(NamedTuple):
 
 
 def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Generate one shard's samples as one batch and write `samples.parquet`.
+    """Generate one shard's samples together and write `samples.parquet`.
 
     Raises:
         InputError: if the source has too few texts that are long enough.
@@ -112,7 +113,7 @@ class Engine(Protocol):
     """What generates: token ids in, token ids out."""
 
     generation_config: GenerationConfig
-    """The checkpoint's own settings, of which only the EOS ids count."""
+    """The checkpoint's own settings, of which only the ids that end a text count."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class Engine(Protocol):
         prefixes: Sequence[Sequence[int]],
         sample_ids: Sequence[int],
         ends: Sequence[int],
+        known: Sequence[int],
         *,
         sampling: Sampling,
         seqlen: int,
@@ -130,8 +132,8 @@ class Engine(Protocol):
     ) -> list[list[int]]:
         """What comes after each prefix, up to the first of `ends` or to `seqlen` ids in all.
 
-        Ids past either may follow. What is drawn depends on the seed and a sample's number, not
-        on the rest of the batch.
+        Ids past either may follow. Only `known` ids, the tokenizer's, are drawn, and which depends
+        on the seed and a sample's number, not on the rest of the batch.
         """
 
 
@@ -146,7 +148,7 @@ def generate_samples(
     seed: int = 0,
     redraws: int = 0,
 ) -> list[Sample]:
-    """Go on from each prefix until EOS or `seqlen` tokens, all in one batch.
+    """Go on from each prefix until EOS or `seqlen` tokens.
 
     Args:
         prefixes: the ids given, at least one of each sample; lengths may differ.
@@ -157,6 +159,7 @@ def generate_samples(
 
     Raises:
         InputError: if a prefix leaves no room in `seqlen`, or less than the least to write.
+        NonFiniteError: if the model's logits are NaN or infinite; it names sample and token.
     """
     longest = max(len(prefix) for prefix in prefixes)
     if longest >= seqlen:
@@ -165,7 +168,7 @@ def generate_samples(
     if longest + sampling.min_new_tokens > seqlen:
         remedy = f"of {seqlen} tokens a prefix already has {longest}: lower it or raise seqlen"
         raise InputError("min_new_tokens", sampling.min_new_tokens, remedy)
-    ends = eos_ids(engine.generation_config, tokenizer)
+    ends, known = end_ids(engine.generation_config, tokenizer), known_ids(tokenizer)
     found: list[list[int]] = [[] for _ in prefixes]
     short = list(range(len(prefixes)))
     for draw in range(1 + redraws):
@@ -173,6 +176,7 @@ def generate_samples(
             [prefixes[place] for place in short],
             [sample_ids[place] for place in short],
             ends,
+            known,
             sampling=sampling,
             seqlen=seqlen,
             seed=redraw_seed(seed, draw) if draw else seed,
@@ -194,13 +198,3 @@ def until_end(ids: list[int], ends: list[int]) -> list[int]:
     """The ids up to the first of `ends`, that one included; none if it comes at once."""
     first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     return ids[: first + 1] if first else []
-
-
-def eos_ids(settings: GenerationConfig, tokenizer: Any) -> list[int]:
-    """The ids that end a text: the checkpoint's generation settings, else the tokenizer's."""
-    ends = settings.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    if ends is None:
-        return []
-    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]

@@ -15,6 +15,7 @@ from pipeline.layer_files import apply_masks
 from pipeline.progress import phase
 from pipeline.specs import HubModel, LocalModel, Model, PretrainSpec, PruneSpec
 from pipeline.streaming import load_streamed
+from pipeline.vocabulary import Vocabulary, check_rows, check_shared, embedding_rows
 from pipeline.weight_files import (
     check_config,
     check_files,
@@ -143,6 +144,7 @@ def inspect_model(spec: HubModel | LocalModel) -> Inspected | None:
     try:
         unexpected = check_checkpoint(spec, {}, local_files_only=cached)
         config = AutoConfig.from_pretrained(location, **options)
+        _generation_settings(location, config, options)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     except InputError:
         raise
@@ -153,17 +155,53 @@ def inspect_model(spec: HubModel | LocalModel) -> Inspected | None:
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         remedy = "its tokenizer has neither BOS nor EOS, and text cannot begin or end; add one"
         raise InputError("model", location, remedy)
+    check_rows(location, tokenizer, embedding_rows(config))
     return Inspected(config, tokenizer, unexpected)
 
 
+def check_shared_vocabulary(
+    field: str, named: Model, reader: Model, writer: Model, artifacts: Artifacts
+) -> None:
+    """Check that a model may read the token ids that another one wrote.
+
+    Args:
+        field, named: what in a grid names which of the two.
+
+    Raises:
+        InputError: if they have not one vocabulary.
+    """
+
+    def vocabulary(model: Model) -> Vocabulary:
+        config, _ = load_configs(model, artifacts)
+        tokenizer = load_tokenizer(model, artifacts)
+        return Vocabulary(location(model), tokenizer.get_vocab(), embedding_rows(config))
+
+    def location(model: Model) -> str:
+        return checkpoint_location(model, artifacts)[0]
+
+    if checkpoint_location(reader, artifacts) != checkpoint_location(writer, artifacts):
+        check_shared(field, location(named), vocabulary(reader), vocabulary(writer))
+
+
 def load_configs(spec: Model, artifacts: Artifacts) -> tuple[Any, GenerationConfig]:
-    """The configuration and the generation settings of a checkpoint, as a loaded model has them."""
-    folder, options = checkpoint_location(spec, artifacts)
-    config = AutoConfig.from_pretrained(folder, **options)
+    """The configuration and the generation settings of a checkpoint, as a loaded model has them.
+
+    Raises:
+        InputError: if there are none that can be read.
+    """
+    location, options = checkpoint_location(spec, artifacts)
+    with _named(location):
+        config = AutoConfig.from_pretrained(location, **options)
+        return config, _generation_settings(location, config, options)
+
+
+def _generation_settings(location: str, config: Any, options: dict[str, Any]) -> GenerationConfig:
     try:
-        return config, GenerationConfig.from_pretrained(folder, **options)
+        return GenerationConfig.from_pretrained(location, **options)
     except OSError:
-        return config, GenerationConfig.from_model_config(config)
+        if Path(location, "generation_config.json").exists():  # and cannot be read
+            raise
+        return GenerationConfig.from_model_config(config)
 
 
 def weightless_model(config: Any, spec: Model) -> Any:

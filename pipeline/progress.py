@@ -79,4 +79,5 @@ class TokenStream:
         self.prompt_is_next = False
 
     def end(self) -> None:
-        """Called after the last step."""
+        """Called after the last step of a batch; another one may follow."""
+        self.prompt_is_next = True

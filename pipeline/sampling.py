@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList, TopPLogitsWarper
 
+from pipeline.errors import NonFiniteError
+
 VECTOR_WIDTH = 64
 """A multiple of the numbers that any processor adds up side by side."""
 
@@ -32,36 +34,87 @@ class Sampling(NamedTuple):
     temperature_tokens: int | None = None
 
 
+class Finite:
+    """Stop at logits that are NaN or infinite, of which any token might be drawn.
+
+    Args:
+        sample_ids: the number of each row's sample.
+        ends: ids after which a row is of no account.
+        prompt_length: ids of each row before the first step.
+    """
+
+    def __init__(self, sample_ids: Sequence[int], ends: Sequence[int], prompt_length: int) -> None:
+        self.sample_ids = sample_ids
+        self.ends = list(ends)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leave `scores` [samples, vocabulary] as they are.
+
+        Raises:
+            NonFiniteError: if the greatest of a row is NaN or infinite.
+        """
+        wrong = scores.amax(dim=1).isfinite().logical_not_()  # NaN is the greatest of its row
+        if bool(wrong.any()):
+            written = input_ids[:, self.prompt_length :]
+            ends = torch.tensor(self.ends, dtype=torch.int64, device=written.device)
+            wrong &= ~torch.isin(written, ends).any(dim=1)
+            if bool(wrong.any()):
+                raise not_finite(self.sample_ids[int(wrong.int().argmax())], written.shape[1])
+        return scores
+
+
+def not_finite(sample_id: int, step: int) -> NonFiniteError:
+    """The error for logits from which no token can be drawn."""
+    return NonFiniteError(
+        f"sample {sample_id}: the model's logits are NaN or infinite at new token {step + 1}: "
+        "check its weights, or take dtype: float32"
+    )
+
+
+class Known:
+    """Rule out ids that the tokenizer lacks: rows of embeddings that only fill up the matrix.
+
+    Args:
+        known: the ids that it has.
+    """
+
+    def __init__(self, known: Sequence[int]) -> None:
+        self.known = torch.tensor(known)
+        self.unknown: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Set those of `scores` [samples, vocabulary] to -inf, in place."""
+        if self.unknown is None:
+            every = torch.arange(scores.shape[1])
+            self.unknown = every[~torch.isin(every, self.known)].to(scores.device)
+        return scores.index_fill_(1, self.unknown, -torch.inf)
+
+
 class RepetitionPenalty:
     """Divide the positive and multiply the negative logits of tokens that a text already has.
 
-    Formula of arXiv 1909.05858, section 4.1. The processor of transformers takes left padding for
-    text, and so penalises EOS where that is the padding.
+    Formula of arXiv 1909.05858, section 4.1; in place, unlike the processor of transformers.
 
     Args:
         penalty: above 1 discourages repetition.
-        padding: [samples], how many leading ids of each row are padding.
     """
 
-    def __init__(self, penalty: float, padding: torch.Tensor) -> None:
+    def __init__(self, penalty: float) -> None:
         self.penalty = penalty
-        self.padding = padding[:, None]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Penalise `scores` [samples, vocabulary] in place for `input_ids` [samples, length]."""
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        first = input_ids.gather(1, self.padding)
-        present = torch.where(places < self.padding, first, input_ids)
-        logits = scores.gather(1, present)
+        logits = scores.gather(1, input_ids)
         penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        return scores.scatter_(1, present, penalised)
+        return scores.scatter_(1, input_ids, penalised)
 
 
 class NoEnd:
     """Make a text go on: none of `ends` before it has `min_new_tokens` new ids.
 
     Args:
-        prompt_length: ids of each row before the first step, padding included.
+        prompt_length: ids of each row before the first step.
     """
 
     def __init__(self, ends: Sequence[int], min_new_tokens: int, prompt_length: int) -> None:
@@ -83,25 +136,21 @@ class Temperature:
 
     Args:
         end: the value at the end; as at the start if None.
-        steps: [samples], tokens after which a row is at the end value.
-        prompt_length: ids of each row before the first step, padding included.
+        steps: tokens after which it is at the end value.
+        prompt_length: ids of each row before the first step.
     """
 
-    def __init__(
-        self, start: float, end: float | None, steps: torch.Tensor, prompt_length: int
-    ) -> None:
+    def __init__(self, start: float, end: float | None, steps: int, prompt_length: int) -> None:
         self.start = start
-        self.end = end
+        self.end = start if end is None else end
         self.steps = steps
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Divide each row of `scores` [samples, vocabulary] in place."""
-        if self.end is None:
-            return scores.div_(self.start)
+        """Divide `scores` [samples, vocabulary] in place."""
         step = input_ids.shape[1] - self.prompt_length
-        share = (step / self.steps.clamp(min=1)).clamp(max=1.0)
-        return scores.div_((self.start + (self.end - self.start) * share)[:, None])
+        share = min(1.0, step / max(1, self.steps))
+        return scores.div_(self.start + (self.end - self.start) * share)
 
 
 class Draw:
@@ -115,7 +164,7 @@ class Draw:
             keeps all.
         top_p: of these, the fewest likeliest that hold this probability are kept; 1 keeps all.
         uniforms: [samples, steps] float64 in [0, 1).
-        prompt_length: ids of each row before the first step, padding included.
+        prompt_length: ids of each row before the first step.
     """
 
     def __init__(
@@ -135,7 +184,7 @@ class Draw:
         step = input_ids.shape[1] - self.prompt_length
         targets = self.uniforms[:, step, None] * cumulative[:, -1:]
         places = torch.searchsorted(cumulative, targets, right=True)
-        places = places.clamp(max=logits.shape[1] - 1)  # past the end if the logits are NaN
+        places = places.clamp(max=logits.shape[1] - 1)  # a product may round to the whole sum
         return scores.fill_(-torch.inf).scatter_(1, tokens.gather(1, places), 0.0)
 
     def _nucleus(self, tokens: torch.Tensor, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -219,24 +268,31 @@ def _stream(seed: int, sample_id: int) -> np.random.SeedSequence:
 
 def logits_processors(
     sampling: Sampling,
-    padding: torch.Tensor,
     uniforms: torch.Tensor,
     prompt_length: int,
+    *,
+    sample_ids: Sequence[int],
+    known: Sequence[int],
     ends: Sequence[int],
     seqlen: int,
 ) -> LogitsProcessorList:
     """The processors in the order in which they work; without the draws at temperature 0.
 
-    `padding` is [samples], `uniforms` [samples, steps], both on the model's device.
+    `uniforms` is [samples, steps], on the model's device; `known` are the tokenizer's ids.
     """
-    processors = LogitsProcessorList([RepetitionPenalty(sampling.repetition_penalty, padding)])
+    processors = LogitsProcessorList(
+        [
+            Finite(sample_ids, ends, prompt_length),
+            Known(known),
+            RepetitionPenalty(sampling.repetition_penalty),
+        ]
+    )
     if sampling.min_new_tokens > 0:
         processors.append(NoEnd(ends, sampling.min_new_tokens, prompt_length))
     if sampling.temperature == 0:
         return processors
-    last = seqlen - (prompt_length - padding) - 1  # the number of a row's last new token
     tokens = sampling.temperature_tokens
-    steps = last if tokens is None else torch.full_like(last, tokens)
+    steps = seqlen - prompt_length - 1 if tokens is None else tokens
     schedule = (sampling.temperature, sampling.temperature_end, steps, prompt_length)
     processors.append(Temperature(*schedule))
     processors.append(Draw(sampling.top_k, sampling.top_p, uniforms, prompt_length))

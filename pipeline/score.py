@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.errors import InputError
-from pipeline.models import Artifacts, checkpoint_location, load_tokenizer
+from pipeline.models import Artifacts, check_shared_vocabulary
 from pipeline.output_layer import OutputLayer, head_is_linear
 from pipeline.progress import report
 from pipeline.shards import join_shards, loaded
@@ -82,9 +81,9 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
     Raises:
         InputError: if the scorer's tokenizer gives the ids another meaning than the generator's.
     """
-    model, tokenizer = loaded(spec.model, artifacts)
-    if spec.model != spec.samples.model:
-        check_vocabulary(spec, tokenizer, artifacts)
+    writer = spec.samples.model
+    check_shared_vocabulary("scorer", spec.model, spec.model, writer, artifacts)
+    model, _ = loaded(spec.model, artifacts)
     shard = artifacts[ShardSpec(of=spec.samples, index=index).key]
     samples = pq.read_table(
         shard / "samples.parquet", columns=["sample_id", "prefix_tokens", "token_ids"]
@@ -113,22 +112,6 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
 def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """Join the shards into one `scores.parquet`, sorted by sample_id."""
     return _report(join_shards(spec.shards(), artifacts, output, "scores.parquet"))
-
-
-def check_vocabulary(spec: ScoreSpec, tokenizer: Any, artifacts: Artifacts) -> None:
-    """See that the scorer's tokenizer has the vocabulary of the generator's.
-
-    Raises:
-        InputError: if it has not.
-    """
-    if tokenizer.get_vocab() != load_tokenizer(spec.samples.model, artifacts).get_vocab():
-        scorer, _ = checkpoint_location(spec.model, artifacts)
-        generator, _ = checkpoint_location(spec.samples.model, artifacts)
-        remedy = (
-            f"its tokenizer has another vocabulary than that of the generator {generator}, whose "
-            "token ids it would score: name a model with the same tokenizer"
-        )
-        raise InputError("scorer", scorer, remedy)
 
 
 def _report(table: pa.Table) -> dict[str, Any]:

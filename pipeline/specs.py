@@ -1045,6 +1045,11 @@ class PruneSpec(StageSpec):
         return tuple(read)
 
 
+def generator_of(source: GenerateSpec | FilterSpec) -> Model:
+    """The model that wrote the texts."""
+    return source.model if isinstance(source, GenerateSpec) else source.scores.samples.model
+
+
 def data_taker(pruner: Pruner, allocation: Allocation) -> str | None:
     """Which of the two needs a calibration set, in words; None if neither does."""
     if pruner.calibrated:

@@ -1,4 +1,8 @@
-"""Generation by transformers: a shard is one left-padded batch."""
+"""Generation by transformers: the prefixes of one length are one batch.
+
+So nothing is padded. Padding would take positions that some models do not have, count as text in
+the state of recurrent layers, and let positions that depend on the length depend on other texts.
+"""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -7,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from pipeline.decoding_attention import grouped_queries
@@ -16,11 +20,7 @@ from pipeline.sampling import Sampling, logits_processors, uniform_numbers
 
 
 class TransformersEngine:
-    """A loaded model that generates.
-
-    Args:
-        model: takes as many more positions than `seqlen` as the lengths of prefixes differ.
-    """
+    """A loaded model that generates."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -35,45 +35,75 @@ class TransformersEngine:
             "device": device_name(self.model.device.type),
         }
 
-    @torch.inference_mode()
     def write(
         self,
         prefixes: Sequence[Sequence[int]],
         sample_ids: Sequence[int],
         ends: Sequence[int],
+        known: Sequence[int],
         *,
         sampling: Sampling,
         seqlen: int,
         seed: int,
     ) -> list[list[int]]:
-        """What comes after each prefix, all in one batch."""
-        longest = max(len(prefix) for prefix in prefixes)
-        shortest = min(len(prefix) for prefix in prefixes)
-        filler = ends[0] if ends else 0
-        padding = torch.tensor([longest - len(prefix) for prefix in prefixes])
-        input_ids = torch.tensor(
-            [[filler] * (longest - len(prefix)) + list(prefix) for prefix in prefixes]
-        )
-        attention_mask = (torch.arange(longest) >= padding[:, None]).long()
-        uniforms = uniform_numbers(seed, list(sample_ids), seqlen)
-        device = self.model.device
+        """What comes after each prefix; those of one length are one batch.
+
+        Raises:
+            NonFiniteError: if the model's logits are NaN or infinite.
+        """
+        batches: dict[int, list[int]] = {}
+        for place, prefix in enumerate(prefixes):
+            batches.setdefault(len(prefix), []).append(place)
+        stream = TokenStream(total=sum(seqlen - len(prefix) for prefix in prefixes))
+        written: dict[int, list[int]] = {}
+        for length, places in batches.items():
+            numbers = [sample_ids[place] for place in places]
+            uniforms = uniform_numbers(seed, numbers, seqlen).to(self.model.device)
+            processors = logits_processors(
+                sampling,
+                uniforms,
+                length,
+                sample_ids=numbers,
+                known=known,
+                ends=ends,
+                seqlen=seqlen,
+            )
+            given = [prefixes[place] for place in places]
+            rows = self._continued(given, processors, ends, seqlen, stream)
+            written |= zip(places, rows, strict=True)
+        return [written[place] for place in range(len(prefixes))]
+
+    @torch.inference_mode()
+    def _continued(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        processors: LogitsProcessorList,
+        ends: Sequence[int],
+        seqlen: int,
+        stream: TokenStream,
+    ) -> list[list[int]]:
+        """What comes after prefixes of equal length."""
+        given = torch.tensor(prefixes, device=self.model.device)
+        length = given.shape[1]
         settings = GenerationConfig(
             do_sample=False,
-            max_new_tokens=seqlen - shortest,  # a longer prefix's surplus is cut off by the caller
+            max_new_tokens=seqlen - length,
             eos_token_id=list(ends) or None,
-            pad_token_id=filler,
+            pad_token_id=ends[0] if ends else 0,
         )
+        # RecurrentGemma's modules keep the state, and would go on from it after a single token.
+        if (clear := getattr(self.model.base_model, "_setup_cache", None)) is not None:
+            clear(self.model.config, len(given), given.device, self.model.dtype)
         with generation_settings(self.model, settings), grouped_queries(self.model):
             generated = self.model.generate(
-                input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                logits_processor=logits_processors(
-                    sampling, padding.to(device), uniforms.to(device), longest, ends, seqlen
-                ),
-                streamer=TokenStream(total=len(prefixes) * settings.max_new_tokens),
-                **cache_with_room(self.model, longest + seqlen - shortest),
+                given,
+                attention_mask=torch.ones_like(given),
+                logits_processor=processors,
+                streamer=stream,
+                **cache_with_room(self.model, seqlen),
             )
-        return [row[longest:] for row in generated.tolist()]
+        rows: list[list[int]] = generated[:, length:].tolist()
+        return rows
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types

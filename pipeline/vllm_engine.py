@@ -33,9 +33,10 @@ from pipeline.models import (
     trusts_code,
 )
 from pipeline.progress import phase, report
-from pipeline.sampling import Sampling, request_seed
+from pipeline.sampling import Sampling, not_finite, request_seed
 from pipeline.specs import GenerateSpec, Model, PruneSpec, Vllm
 from pipeline.transformers_engine import device_name
+from pipeline.vocabulary import embedding_rows
 
 CPU_BLOCK_TOKENS = 128
 """Tokens of a block of the key-value cache on a CPU: a sample takes whole blocks."""
@@ -71,6 +72,7 @@ class VllmEngine:
             remedy = "vLLM is not installed: install calprune[vllm], or take backend: transformers"
             raise InputError("backend", "vllm", remedy)
         config, self.generation_config = load_configs(spec.model, artifacts)
+        self.rows = embedding_rows(config)
         self.on_cpu = not torch.cuda.is_available()
         for_cpu = {
             "kv_cache_memory_bytes": cpu_cache(spec.model, config, spec.shard_size, spec.seqlen),
@@ -104,6 +106,7 @@ class VllmEngine:
         prefixes: Sequence[Sequence[int]],
         sample_ids: Sequence[int],
         ends: Sequence[int],
+        known: Sequence[int],
         *,
         sampling: Sampling,
         seqlen: int,
@@ -113,7 +116,9 @@ class VllmEngine:
 
         Raises:
             EngineDiedError: if the engine is of no more use.
+            NonFiniteError: if the model's logits are NaN or infinite.
         """
+        drawn = [token for token in known if token < self.rows]
         kept: dict[str, Any] = {"top_k": sampling.top_k, "top_p": sampling.top_p}
         # Without a top_k all must be sorted, and without a top_p nothing.
         if self.on_cpu and sampling.top_k > 0 and sampling.top_p < 1:
@@ -126,6 +131,8 @@ class VllmEngine:
                 min_tokens=sampling.min_new_tokens,
                 max_tokens=seqlen - len(prefix),
                 stop_token_ids=list(ends),
+                allowed_token_ids=drawn if len(drawn) < self.rows else None,
+                logprobs=0,  # of the tokens that are drawn, which are NaN where a logit is
                 ignore_eos=True,  # `ends` are all that count
                 seed=request_seed(seed, sample),
                 detokenize=False,
@@ -141,7 +148,12 @@ class VllmEngine:
                 answers = self.engine.generate(prompts, requests, use_tqdm=False)
         except Exception as error:
             raise EngineDiedError(f"vLLM: {type(error).__name__}: {error}") from error
-        return [list(answer.outputs[0].token_ids) for answer in answers]
+        texts = [answer.outputs[0] for answer in answers]
+        for sample, text in zip(sample_ids, texts, strict=True):
+            for step, (token, found) in enumerate(zip(text.token_ids, text.logprobs, strict=True)):
+                if not math.isfinite(found[token].logprob):
+                    raise not_finite(sample, step)
+        return [list(text.token_ids) for text in texts]
 
     def close(self) -> None:
         """End the engine, and free what it held."""

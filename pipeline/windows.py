@@ -14,7 +14,7 @@ import torch
 
 from pipeline.corpora import Document, documents
 from pipeline.errors import InputError
-from pipeline.models import Artifacts, load_tokenizer
+from pipeline.models import Artifacts, check_shared_vocabulary, load_configs, load_tokenizer
 from pipeline.prefixes import parts_in_turn
 from pipeline.specs import (
     Corpus,
@@ -23,7 +23,9 @@ from pipeline.specs import (
     GenerateSpec,
     TestbedCorpus,
     WindowsSpec,
+    generator_of,
 )
+from pipeline.vocabulary import check_ids, edge_ids, embedding_rows
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 """Texts to the ids of each."""
@@ -75,14 +77,17 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
     """Cut a calibration set and write `windows.parquet`.
 
     Raises:
-        InputError: if the source has too little text.
+        InputError: if the source has too little text, or its generator other tokens than the model.
     """
     tokenizer = load_tokenizer(spec.model, artifacts)
     match spec.source:
         case GenerateSpec() | FilterSpec():
+            generator = generator_of(spec.source)
+            check_shared_vocabulary("generator", generator, spec.model, generator, artifacts)
             texts = read_samples(artifacts[spec.source.key])
             if spec.packing == "concat":
-                texts = strip_ends(texts, end_ids(tokenizer))
+                _, settings = load_configs(generator, artifacts)
+                texts = strip_ends(texts, edge_ids(settings, tokenizer))
             else:
                 texts = shuffled(list(texts), spec.seed)
             cut = _cut(texts, spec, spec.nsamples)
@@ -90,6 +95,9 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
             cut = _cut_mixture(spec.source, spec, tokenizer)
         case _:
             cut = _cut_corpus(spec.source, spec, spec.nsamples, tokenizer)
+    config, _ = load_configs(spec.model, artifacts)
+    for window in cut.windows:
+        check_ids(window.ids, embedding_rows(config))
     write_windows(cut.windows, output)
     return {
         "texts_read": cut.texts_read,
@@ -224,12 +232,6 @@ def at_most(texts: Iterable[Tokens], tokens: int) -> Iterator[Tokens]:
         taken += len(text.ids)
         if taken >= tokens:
             return
-
-
-def end_ids(tokenizer: Any) -> list[int]:
-    """The ids that begin, end and pad a text, those that the tokenizer has."""
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return sorted({token for token in ids if token is not None})
 
 
 def strip_ends(texts: Iterable[Tokens], ends: list[int]) -> Iterator[Tokens]:

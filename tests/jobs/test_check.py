@@ -3,7 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from jobs.check import check
@@ -102,6 +104,83 @@ def test_a_chat_needs_a_model_with_a_template(
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(uneven["path"])
     assert check(make_plan(load(content))) == []
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """A small Llama in a folder, with a vocabulary of words and rows for it."""
+
+    def save(name: str, words: str, rows: int = 8) -> dict[str, str]:
+        folder = tmp_path / name
+        config = transformers.LlamaConfig(
+            vocab_size=rows, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=64, eos_token_id=1, bos_token_id=1,
+        )  # fmt: skip
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        ids = {word: number for number, word in enumerate(words)}
+        vocabulary = Tokenizer(models.WordLevel(ids, unk_token=words[0]))
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=vocabulary, eos_token=words[1]
+        )
+        tokenizer.save_pretrained(folder)
+        return {"kind": "local-model", "path": str(folder)}
+
+    return save
+
+
+@pytest.mark.parametrize("field", ["generator", "scorer"])
+def test_models_that_meet_must_share_their_vocabulary(
+    content: Content, load: Load, checkpoint: Callable[..., dict[str, str]], field: str
+) -> None:
+    content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
+    content["models"] = {"testbed": checkpoint("pruned", "abcdef")}
+    content["calibrations"]["own"] |= {field: "other", "prefixes": "notes"}
+    content["models"]["other"] = checkpoint("same", "abcdef")
+    check(make_plan(load(content)))
+    content["models"]["other"] = checkpoint("unlike", "abcxyz")
+    with pytest.raises(InputError, match=rf"{field}: 'other': .* another \('d' is"):
+        check(make_plan(load(content)))
+
+
+def test_a_reader_must_have_rows_for_all_that_the_writer_may_draw(
+    content: Content, load: Load, checkpoint: Callable[..., dict[str, str]]
+) -> None:
+    content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
+    content["models"] = {"testbed": checkpoint("pruned", "abcdef")}
+    content["models"]["wide"] = checkpoint("wide", "abcdef", rows=64)
+    content["calibrations"]["own"] |= {"generator": "wide", "prefixes": "notes"}
+    check(make_plan(load(content)))  # the rows beyond the vocabulary are never drawn
+    content["models"]["testbed"] = checkpoint("narrow", "abcdef", rows=5)
+    message = r"models\.testbed: .*5 rows of embeddings, and its tokenizer ids up to 5 \('f' is 5\)"
+    with pytest.raises(InputError, match=message):
+        check(make_plan(load(content)))
+
+
+def test_testbed_models_meet_where_their_tokenizers_are_trained_alike(
+    content: Content, load: Load
+) -> None:
+    content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
+    content["calibrations"]["own"]["generator"] = "writer"
+    content["models"]["writer"] = {"preset": "testbed-tiny", "steps": 3}
+    check(make_plan(load(content)))
+    content["models"]["writer"] = {"preset": "testbed-tiny", "vocab_size": 600}
+    with pytest.raises(InputError, match=r"generator: 'writer': .*give both the same"):
+        check(make_plan(load(content)))
+
+
+def test_tensors_without_use_are_a_note(
+    content: Content, load: Load, checkpoint: Callable[..., dict[str, str]]
+) -> None:
+    content["models"]["testbed"] = checkpoint("pruned", "abcdef")
+    content["calibrations"] = {"true": {"corpus": "notes"}}
+    content["cells"] |= {"calibration": "true", "pruner": "wanda", "sparsity": 0.5}
+    assert check(make_plan(load(content))) == []
+    file = Path(content["models"]["testbed"]["path"], "model.safetensors")
+    tensors = {**load_file(file), "vision.patch": torch.ones(2)}
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+    (note,) = check(make_plan(load(content)))
+    assert note == "models.testbed: the model has no use for some tensors: vision.patch"
 
 
 def test_every_part_of_a_mixture_must_have_texts_for_its_share(

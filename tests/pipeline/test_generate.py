@@ -29,13 +29,14 @@ from transformers import (
 )
 
 from pipeline import generate
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.generate import Sample, generate_samples
 from pipeline.prefixes import adds_bos, first_ids, read_prefixes, text_prefixes
 from pipeline.sampling import (
     Draw,
     RepetitionPenalty,
     Sampling,
+    Temperature,
     logits_processors,
     redraw_seed,
     request_seed,
@@ -45,6 +46,7 @@ from pipeline.score import score_samples
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, TestbedCorpus
 from pipeline.transformers_engine import RoomyLayer, TransformersEngine, cache_with_room
+from pipeline.vocabulary import end_ids
 
 BOS, EOS = 0, 1
 TEXTS = [
@@ -259,6 +261,98 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(
     assert all(len(sample.token_ids) <= 24 for sample in together)
 
 
+ABSOLUTE: dict[str, Any] = {
+    "gpt2": GPT2Config(n_positions=24, n_embd=32, n_layer=2, n_head=2),
+    "opt": transformers.OPTConfig(
+        max_position_embeddings=24,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        word_embed_proj_dim=32,
+    ),
+    "gptj": transformers.GPTJConfig(n_positions=24, n_embd=32, n_layer=2, n_head=2, rotary_dim=4),
+    "mpt": transformers.MptConfig(max_seq_len=24, d_model=32, n_layers=2, n_heads=2),
+}
+RECURRENT: dict[str, Any] = {
+    "mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4),
+    "recurrent-gemma": transformers.RecurrentGemmaConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        lru_width=32,
+        attention_window_size=8,
+    ),
+}
+LONG_ROPE: dict[str, Any] = {
+    "long-rope": transformers.Phi3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=12,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+        },
+        pad_token_id=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*ABSOLUTE, *RECURRENT, *LONG_ROPE])
+def test_texts_of_other_lengths_beside_it_change_nothing_up_to_the_last_position(
+    name: str,
+) -> None:
+    """Where padding would take positions that there are not, get into the state, or move a text
+    to the other side of the length at which positions switch."""
+    config = copy.deepcopy({**ABSOLUTE, **RECURRENT, **LONG_ROPE}[name])
+    config.vocab_size, config.bos_token_id, config.eos_token_id = len(WITH_BOS), BOS, EOS
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            parameter.data.mul_(3)
+    together = generated(model, RAGGED, Sampling())
+    alone = [generated(model, [ids], Sampling(), first=n)[0] for n, ids in enumerate(RAGGED)]
+    assert together == alone
+    assert any(len(sample.token_ids) == 24 for sample in together)
+
+
+def test_a_model_without_numbers_is_an_error_that_names_sample_and_token(model: Any) -> None:
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[7] = torch.nan
+    for sampling in (GREEDY, Sampling()):
+        with pytest.raises(NonFiniteError, match=r"sample 3: .*NaN or infinite at new token 1:"):
+            generated(broken, [[BOS, 40]], sampling, first=3)
+
+
+def test_rows_that_only_fill_up_the_embeddings_are_never_drawn(model: Any) -> None:
+    padded = copy.deepcopy(model)
+    padded.resize_token_embeddings(len(WITH_BOS) + 20, mean_resizing=False)
+    padded.lm_head.weight.data[len(WITH_BOS) :] = 9 * padded.lm_head.weight.data[40:60]
+    for sampling in (GREEDY, Sampling(1.0, 0, 1.0, 1.0)):
+        for sample in generated(padded, RAGGED, sampling):
+            assert max(sample.token_ids) < len(WITH_BOS)
+
+
+def test_what_ends_a_text_for_the_checkpoint_or_for_the_tokenizer_ends_it(model: Any) -> None:
+    settings = GenerationConfig(eos_token_id=[40, 41, 10_000])
+    assert end_ids(settings, WITH_BOS) == [40, 41, EOS]
+    assert end_ids(GenerationConfig(eos_token_id=EOS), WITH_BOS) == [EOS]
+    assert end_ids(GenerationConfig(), WITH_BOS) == [EOS]
+    ending = copy.deepcopy(model)
+    ending.generation_config.eos_token_id = list(range(2, 60))
+    for sample in generated(ending, [[BOS, 99]] * 40, Sampling(2.0, 0, 1.0, 1.0)):
+        written = sample.token_ids[2:]
+        assert not set(written[:-1]) & {EOS, *range(2, 60)}
+
+
 def test_greedy_generation_takes_the_likeliest_token_after_the_penalty(model: Any) -> None:
     for sample in generated(model, RAGGED, GREEDY):
         for place in range(sample.prefix_tokens, len(sample.token_ids)):
@@ -369,17 +463,23 @@ def test_later_draws_have_seeds_of_their_own() -> None:
 
 @pytest.mark.parametrize("tokens", [None, 4])
 def test_the_temperature_goes_to_its_end_in_a_straight_line(tokens: int | None) -> None:
-    padding = torch.tensor([0, 2])
     sampling = Sampling(2.0, 0, 1.0, 1.0, temperature_end=0.5, temperature_tokens=tokens)
-    processors = logits_processors(sampling, padding, torch.zeros(2, 9), 4, [], 12)
-    schedule = processors[1]
+    processors = logits_processors(
+        sampling,
+        torch.zeros(2, 9),
+        4,
+        sample_ids=[0, 1],
+        known=range(6),
+        ends=[],
+        seqlen=12,
+    )
+    schedule = next(each for each in processors if isinstance(each, Temperature))
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 6)))
-    for step in range(10):
+    for step in range(8):  # the new tokens that fit after the prefix
         found = schedule(torch.zeros(2, 4 + step, dtype=torch.int64), logits.clone())
-        for row, room in enumerate((12 - 4, 12 - 2)):  # new tokens that fit after the prefix
-            share = min(1.0, step / (room - 1 if tokens is None else tokens))
-            expected = logits[row].numpy() / (2.0 + (0.5 - 2.0) * share)
-            assert found[row].numpy() == pytest.approx(expected, rel=1e-6)
+        share = min(1.0, step / (7 if tokens is None else tokens))
+        expected = logits.numpy() / (2.0 + (0.5 - 2.0) * share)
+        assert found.numpy() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_falling_temperature_is_that_of_each_draw(model: Any) -> None:
@@ -535,15 +635,13 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(
     assert scipy.stats.chisquare(observed, awaited).pvalue > 1e-3
 
 
-def test_padding_does_not_change_the_penalty() -> None:
+def test_the_penalty_is_that_of_the_formula() -> None:
     scores = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 9))).float()
-    texts = [[3, 5, 3], [7]]
-    padded = torch.tensor([[3, 5, 3], [EOS, EOS, 7]])
-    found = RepetitionPenalty(1.5, torch.tensor([0, 2]))(padded, scores.clone())
+    texts = [[3, 5, 3], [7, 0, 2]]
+    found = RepetitionPenalty(1.5)(torch.tensor(texts), scores.clone())
     for row, text in enumerate(texts):
         expected = penalised(scores[row].double().numpy(), text, 1.5)
         assert found[row].numpy() == pytest.approx(expected, rel=1e-6)
-    assert found[1, EOS] == scores[1, EOS]
 
 
 def test_every_step_draws_with_a_number_of_its_own() -> None:

@@ -94,10 +94,12 @@ def test_generation_reports_the_tokens_of_every_step() -> None:
     engine = TransformersEngine(tiny_model())
     sampling = Sampling(top_k=5, top_p=1.0, temperature=1.0, repetition_penalty=1.0)
     heard = heard_of(
-        lambda: engine.write([[1], [2]], [0, 1], [], sampling=sampling, seqlen=11, seed=0)
+        lambda: engine.write(
+            [[1], [2, 3], [4]], [0, 1, 2], [], range(64), sampling=sampling, seqlen=11, seed=0
+        )
     )
-    check_counts(heard, "tokens", 2 * 10)
-    assert [told[1] for told in heard] == list(range(2, 21, 2))
+    check_counts(heard, "tokens", 10 + 9 + 10)
+    assert [told[1] for told in heard] == [*range(2, 21, 2), *range(21, 30)]
 
 
 def test_a_walk_reports_layers_and_parts_of_them() -> None:

@@ -1,5 +1,6 @@
 """The draw on few columns against transformers' warpers over the whole vocabulary."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from pipeline.errors import NonFiniteError
 from pipeline.sampling import Draw, Sampling, likeliest, logits_processors
 
 ROWS, PROMPT, STEPS = 12, 3, 6
@@ -33,15 +35,28 @@ def wide_draw(
     return drawn.clamp(max=scores.shape[1] - 1)[:, 0].tolist()
 
 
+def made(
+    sampling: Sampling, uniforms: torch.Tensor, vocabulary: int, ends: Sequence[int] = ()
+) -> Any:
+    """Our processors for texts whose numbers begin at 40, of a tokenizer without holes."""
+    return logits_processors(
+        sampling,
+        uniforms,
+        PROMPT,
+        sample_ids=range(40, 40 + len(uniforms)),
+        known=range(vocabulary),
+        ends=ends,
+        seqlen=PROMPT + STEPS,
+    )
+
+
 def narrow_draw(
     scores: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor, step: int = 0
 ) -> list[int]:
     """What `generate` takes after our processors, at a step for which `uniforms` [rows] are."""
     every = torch.rand(len(scores), STEPS, dtype=torch.float64)
     every[:, step] = uniforms
-    padding = torch.zeros(len(scores), dtype=torch.int64)
-    seqlen = PROMPT + STEPS
-    processors = logits_processors(sampling, padding, every, PROMPT, [], seqlen)
+    processors = made(sampling, every, scores.shape[1])
     texts = torch.zeros(len(scores), PROMPT + step, dtype=torch.int64)
     return processors(texts, scores.clone()).argmax(dim=-1).tolist()
 
@@ -56,7 +71,9 @@ def random_logits(generator: torch.Generator, vocabulary: int, kind: str) -> tor
     if kind == "flat":
         return torch.zeros(ROWS, vocabulary)
     if kind == "few finite":
-        return logits.masked_fill(torch.rand(logits.shape, generator=generator) < 0.97, -torch.inf)
+        dropped = torch.rand(logits.shape, generator=generator) < 0.97
+        dropped[:, -1] = False
+        return logits.masked_fill(dropped, -torch.inf)
     return logits
 
 
@@ -135,28 +152,53 @@ def test_the_same_tokens_are_drawn_while_the_temperature_changes(
     for step in range(STEPS):
         scores = random_logits(generator, 5000, kind)
         uniforms = torch.rand(ROWS, dtype=torch.float64, generator=generator)
-        share = torch.full((ROWS,), step / last).clamp(max=1.0)
-        expected = wide_draw(scores, 2.0 + (0.3 - 2.0) * share, sampling, uniforms)
+        temperature = torch.full((ROWS,), 2.0 + (0.3 - 2.0) * min(1.0, step / last)).double()
+        expected = wide_draw(scores, temperature, sampling, uniforms)
         assert narrow_draw(scores, sampling, uniforms, step) == expected
 
 
-@pytest.mark.parametrize("top_k", [0, 40, 50])
-@pytest.mark.parametrize("top_p", [0.95, 1.0])
-def test_logits_that_are_no_numbers_draw_what_they_drew(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error_that_names_sample_and_token(
+    wrong: float, temperature: float
+) -> None:
+    sampling = Sampling(temperature, 0, 1.0, 1.0)
+    processors = made(sampling, torch.rand(ROWS, STEPS, dtype=torch.float64), 1000, ends=[5])
     scores = random_logits(torch.Generator().manual_seed(5), 1000, "float32")
-    scores[0, 3] = torch.nan
-    scores[1] = torch.nan
-    scores[2] = -torch.inf
-    scores[3, 8] = torch.inf
-    scores[4, 20:] = -torch.inf
-    scores[5, ::2] = torch.nan
-    sampling = Sampling(0.6, top_k, top_p, 1.0)
-    uniforms = torch.linspace(0, 0.99, ROWS, dtype=torch.float64)
-    expected = wide_draw(scores, torch.full((ROWS,), 0.6), sampling, uniforms)
-    assert narrow_draw(scores, sampling, uniforms) == expected
-    alone = [narrow_draw(scores[n : n + 1], sampling, uniforms[n : n + 1]) for n in range(ROWS)]
-    assert [row[0] for row in alone] == expected
-    assert expected[0] == expected[1] == expected[2] == 999
+    texts = torch.zeros(ROWS, PROMPT + 2, dtype=torch.int64)
+    scores[1, 8:20] = -torch.inf  # a model may rule tokens out
+    processors(texts, scores.clone())
+    scores[3, 8] = wrong
+    with pytest.raises(NonFiniteError, match=r"sample 43: .*NaN or infinite at new token 3:"):
+        processors(texts, scores.clone())
+    texts[3, PROMPT] = 5  # and so this text is at its end
+    processors(texts, scores.clone())
+    scores[4] = -torch.inf
+    with pytest.raises(NonFiniteError, match="sample 44"):
+        processors(texts, scores.clone())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_id_that_the_tokenizer_lacks_is_never_drawn(temperature: float) -> None:
+    """The likeliest of 40 are 20 rows that fill up the matrix and a hole in the vocabulary."""
+    scores = torch.zeros(ROWS, 40)
+    scores[:, 20:] = 30.0
+    scores[:, 7] = 30.0
+    sampling = Sampling(temperature, 0, 1.0, 1.0)
+    every = torch.linspace(0, 1 - 2**-53, ROWS, dtype=torch.float64)[:, None].repeat(1, STEPS)
+    processors = logits_processors(
+        sampling,
+        every,
+        PROMPT,
+        sample_ids=range(ROWS),
+        known=[token for token in range(20) if token != 7],
+        ends=[],
+        seqlen=PROMPT + STEPS,
+    )
+    texts = torch.zeros(ROWS, PROMPT, dtype=torch.int64)
+    drawn = set(processors(texts, scores.clone()).argmax(dim=-1).tolist())
+    assert drawn <= set(range(20)) - {7}
+    assert len(drawn) == (1 if temperature == 0 else ROWS)
 
 
 def test_an_end_is_not_drawn_before_the_least_length() -> None:
@@ -164,8 +206,7 @@ def test_an_end_is_not_drawn_before_the_least_length() -> None:
     scores[:, 5] = 20.0
     sampling = Sampling(1.0, 50, 0.95, 1.0, min_new_tokens=2)
     uniforms = torch.rand(2, STEPS, dtype=torch.float64)
-    padding = torch.zeros(2, dtype=torch.int64)
-    processors = logits_processors(sampling, padding, uniforms, PROMPT, [5], PROMPT + STEPS)
+    processors = made(sampling, uniforms, 1000, ends=[5])
     for step in range(4):
         texts = torch.zeros(2, PROMPT + step, dtype=torch.int64)
         drawn = processors(texts, scores.clone()).argmax(dim=-1).tolist()

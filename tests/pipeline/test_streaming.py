@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.checkpoint import INDEX
+from pipeline.checkpoint import INDEX, write_checkpoint
 from pipeline.finished_layers import FinishedLayers
 from pipeline.layer_files import apply_masks, layer_file
 from pipeline.matrices import decoder_layers, matrices
@@ -162,6 +162,26 @@ def test_layers_are_in_memory_for_their_turn_only(dense: Dense, tmp_path: Path) 
         with resident(layer):
             for name, parameter in layer.named_parameters(prefix=f"{root}.{number}"):
                 assert torch.equal(parameter, wanted[name]), name
+
+
+def test_generation_settings_that_contradict_each_other_go_along_as_they_are(
+    tmp_path: Path,
+) -> None:
+    """As Vicuna has them: transformers reads and does not write them."""
+    folder = tmp_path / "dense"
+    transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(folder)
+    save_tokenizer(folder)
+    own = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    dense = Dense(folder)
+    updated = dense.spec(dense.model(), SparseGPT(), sparsity=0.5)
+    artifacts = dense.run(updated, {}, tmp_path / "updated")
+    masked = dense.spec(dense.model(), Wanda(), sparsity=0.5)
+    write_checkpoint(masked, dense.run(masked, {}, tmp_path / "masked"), tmp_path / "exported")
+    for checkpoint in (artifacts[updated.key] / "model", tmp_path / "exported"):
+        written = json.loads((checkpoint / "generation_config.json").read_text())
+        assert {name: written[name] for name in own} == own
+        in_memory(checkpoint)
 
 
 def absent(model: nn.Module) -> set[str]:

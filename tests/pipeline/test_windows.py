@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import GenerationConfig, LlamaConfig
 
 from pipeline.corpora import Document
 from pipeline.errors import InputError
@@ -64,7 +65,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> FileCorpus:
 @pytest.fixture(scope="module")
 def model(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
     folder = tmp_path_factory.mktemp("model")
+    return named(folder, tokenizer)
+
+
+def named(folder: Path, tokenizer: Any, rows: int = 320, **settings: Any) -> LocalModel:
+    """A model without weights, of which windows need none."""
     tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=rows).save_pretrained(folder)
+    GenerationConfig(**settings).save_pretrained(folder)
     return LocalModel(path=str(folder))
 
 
@@ -273,6 +281,45 @@ def test_joined_samples_lose_their_begin_and_end_tokens_and_stand_in_order(
     for row in rows(spec, nsamples=20, seqlen=48, packing="concat"):
         start = int(starts[int(row["document"])]) + row["offset"]
         assert row["token_ids"] == joined[start : start + 48]
+
+
+def test_joined_samples_lose_every_end_that_the_generators_checkpoint_names(
+    model: LocalModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Its generation settings list a second end, as those of chat models do."""
+    _, samples = generated(tmp_path, model)
+    inner = {edge for ids in samples.values() for edge in (ids[1], ids[-2])}
+    second = min(set(range(3, 200)) - inner)
+    generator = named(tmp_path / "generator", tokenizer, eos_token_id=[1, second])
+    spec, _ = generated(tmp_path, generator)
+    rows = [[*ids[:-1], second if number % 2 else 1] for number, ids in samples.items()]
+    columns = {"sample_id": list(samples), "token_ids": pa.array(rows, pa.list_(pa.int32()))}
+    pq.write_table(pa.table(columns), tmp_path / "samples.parquet")
+    cut = WindowsSpec(source=spec, model=model, nsamples=40, seqlen=48, packing="concat")
+    run(cut, {spec.key: tmp_path}, tmp_path)
+    joined = [token for number in range(12) for token in samples[number][1:-1]]
+    found = {tuple(window.tolist()) for window in read_windows(tmp_path)}
+    assert found <= {tuple(joined[place : place + 48]) for place in range(len(joined))}
+
+
+def test_windows_are_cut_only_of_ids_that_mean_the_same_to_the_model(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    writer = named(tmp_path / "writer", tokenizer)
+    spec, _ = generated(tmp_path, writer)
+
+    def cut(reader: LocalModel) -> None:
+        windows = WindowsSpec(source=spec, model=reader, nsamples=4, seqlen=20)
+        run(windows, {spec.key: tmp_path}, tmp_path)
+
+    cut(named(tmp_path / "same", tokenizer))
+    unlike = named(tmp_path / "unlike", train_tokenizer(["quite another language"], 280))
+    with pytest.raises(InputError, match=r"generator: '.*writer': its .*unlike, whose voc.*\('"):
+        cut(unlike)
+    with pytest.raises(InputError, match=r"200 rows of embeddings for 320: none for id 200;"):
+        cut(named(tmp_path / "small", tokenizer, rows=200))
+    with pytest.raises(InputError, match=r"token_ids: 299: .* only 299 rows of embeddings"):
+        cut(named(tmp_path / "unpadded", tokenizer, rows=299))  # 299 is no token's id
 
 
 def test_only_the_ends_of_a_sample_are_stripped() -> None:
