@@ -1,7 +1,9 @@
 """The real engine on the trained testbed model: one engine for most of these tests."""
 
+import copy
 import importlib
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from pipeline import generate, prune, vllm_engine
-from pipeline.errors import EngineDiedError, InputError
+from pipeline.errors import EngineDiedError, InputError, NonFiniteError
 from pipeline.generate import Sample, generate_samples, loaded_engine
 from pipeline.models import load_configs, load_model, load_tokenizer
 from pipeline.prefixes import read_prefixes
@@ -167,6 +169,7 @@ def test_first_tokens_are_drawn_as_often_as_their_probability_says(
         [prefix] * 1500,
         range(1500),
         [tokenizer.eos_token_id],
+        range(len(tokenizer)),
         sampling=sampling,
         seqlen=len(prefix) + 1,
         seed=5,
@@ -342,6 +345,38 @@ def test_a_model_that_is_stored_as_masks_writes_as_it_does_with_transformers(
     dense = generated(TransformersEngine(model), tokenizer, prefixes, greedy)
     assert sum(one == other for one, other in zip(ours, theirs, strict=True)) >= 30  # of 32
     assert sum(one == other for one, other in zip(ours, dense, strict=True)) < 16
+
+
+@needs_vllm
+def test_of_a_checkpoints_own_settings_only_the_ends_count_and_its_fillers_are_never_drawn(
+    spec: GenerateSpec, model: Any, tokenizer: Any, prefixes: list[list[int]], tmp_path: Path
+) -> None:
+    """Then logits that are NaN are an error that names the sample."""
+    bent = copy.deepcopy(model)
+    fillers = range(len(tokenizer), len(tokenizer) + 40)
+    bent.resize_token_embeddings(fillers.stop, mean_resizing=False)
+    bent.lm_head.weight.data[fillers] = 5 * bent.lm_head.weight.data[40:80]
+    bent.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    own = {"repetition_penalty": 9.0, "temperature": 5.0, "top_k": 1, "eos_token_id": [1, 50]}
+    own |= {"suppress_tokens": [60], "bad_words_ids": [[61]], "min_length": 40, "max_length": 20}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    folder = LocalModel(path=str(tmp_path), dtype="float32")
+    engine = VllmEngine(spec.model_copy(update={"model": folder}), {})
+    greedy = Sampling(temperature=0.0, repetition_penalty=1.2)
+    ours = generated(engine, tokenizer, prefixes, greedy)
+    theirs = generated(TransformersEngine(load_model(folder, {})), tokenizer, prefixes, greedy)
+    assert sum(one == other for one, other in zip(ours, theirs, strict=True)) >= 30  # of 32
+    for sample in [*ours, *generated(engine, tokenizer, prefixes, Sampling(1.5, 0, 1.0))]:
+        written = sample.token_ids[sample.prefix_tokens :]
+        assert max(sample.token_ids) < len(tokenizer)
+        assert not {1, 50} & set(written[:-1])
+    executor = engine.engine.llm_engine.engine_core.engine_core.model_executor
+    (loaded,) = executor.collective_rpc("get_model")
+    loaded.model.norm.weight.data[7] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"sample 0: .*NaN or infinite at new token 1:"):
+        generated(engine, tokenizer, prefixes, greedy)
+    engine.close()
 
 
 # ------------------------------------------------------------------------------ without the engine
