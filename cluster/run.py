@@ -128,7 +128,8 @@ def run(
         started: told of every stage that is handed to Ray, again when it is tried again.
         replicas: told how many actors there are for each kind of stage, now and then.
     """
-    with leases.Claim(store, graph.keys()) as claim:
+    inputs = {name for stage in graph.values() for name in stage.inputs}  # copies from the hub too
+    with leases.Claim(store, graph.keys() | inputs) as claim:
         maker = Maker(execute, store.url, dict(versions), claim.run, prepare, board, reporting)
         begun = _Run(graph, targets, maker, store, workers, observe)
         begun.started, begun.replicas = started, replicas

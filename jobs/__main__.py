@@ -32,6 +32,7 @@ from jobs.recommend import print_ranking, scores_only, scoring_plan
 from jobs.run import run_grid
 from jobs.sample import write_samples
 from jobs.show import print_results, print_state
+from jobs.stores import open_store
 from jobs.submit import submit_grid
 from pipeline.copies import used
 from pipeline.errors import InputError
@@ -75,7 +76,7 @@ NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the job
 @app.command()
 def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Print cells, unique stages, what the store holds and an estimate; run nothing."""
-    print_plan(_checked_plan(grid, store), Store(store), console)
+    print_plan(_checked_plan(grid, store), open_store(store), console)
 
 
 @app.command(name="prepare")
@@ -138,7 +139,7 @@ def run(
 @app.command(name="gather")
 def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Write a grid's results table as far as it has come."""
-    kept = Store(store)
+    kept = open_store(store)
     planned = make_plan(load_grid(grid))
     console.print(write_table(gather(planned, kept), planned.grid.name, kept))
 
@@ -149,7 +150,7 @@ def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
 
     The store tells all of it: no cluster is asked.
     """
-    kept, planned = Store(store), make_plan(load_grid(grid))
+    kept, planned = open_store(store), make_plan(load_grid(grid))
     print_state(planned, kept, console)
     print_results(gather(planned, kept), console)
 
@@ -190,7 +191,7 @@ def export_model(
     store: StoreUrl = ".calprune",
 ) -> None:
     """Write a pruned model as an ordinary checkpoint with its tokenizer."""
-    export(Store(store), key, folder)
+    export(open_store(store), key, folder)
     console.print(f"checkpoint: {folder}", soft_wrap=True)
 
 
@@ -207,7 +208,7 @@ def export_calibration_set(
     store: StoreUrl = ".calprune",
 ) -> None:
     """Write a generated calibration set as a data set folder with its card."""
-    samples = export_calibration(Store(store), key, folder)
+    samples = export_calibration(open_store(store), key, folder)
     console.print(f"{samples} samples: {folder}", soft_wrap=True)
 
 
@@ -284,7 +285,7 @@ def _follow(client: Client, job: str) -> None:
 def _checked_plan(grid: Path, store: str) -> Plan:
     """The plan of a grid in which no mistake was found."""
     logger.info("reading and checking %s", grid)
-    read, kept = load_grid(grid), Store(store)
+    read, kept = load_grid(grid), open_store(store)
     with used(model_copies(read, kept) if kept.local else {}):
         planned = make_plan(read)
     with lines_of(read), used(copies(planned, kept) if kept.local else {}):
@@ -298,8 +299,7 @@ def _checked_plan(grid: Path, store: str) -> Plan:
 def _writable_store(url: str) -> Store:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         _check_shared(url)
-    refuse_credentials("store", url)
-    store = Store(url)
+    store = open_store(url)
     store.check_writable()
     return store
 
@@ -329,6 +329,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%d %H:%M:%S")
     for noisy in ("httpx", "httpx2", "datasets", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises what it logs
     secrets.load()
     try:
         app()

@@ -9,8 +9,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from cluster.store import CorruptArtifactError, Manifest, Store
-from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
+from pipeline.files import fingerprint
 from pipeline.specs import LocalModel, Model, PruneSpec, StageSpec, without_versions
 
 _AGAIN = "run its grid again, then export"

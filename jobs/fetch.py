@@ -7,12 +7,15 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from cluster import leases
 from cluster.graph import Graph
-from cluster.store import Store
+from cluster.store import CorruptArtifactError, Store
 from jobs.grid import Grid
 from jobs.plan import Plan
 from jobs.stages import HUB
-from pipeline.copies import HubItem, download, items, model_item
+from pipeline import outside
+from pipeline.copies import HubItem, download, model_item
+from pipeline.errors import InputError
 from pipeline.specs import HubModel
 
 logger = logging.getLogger(__name__)
@@ -23,12 +26,19 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 def hub_items(plan: Plan) -> list[HubItem]:
     """What the grid's stages read from the hub, each once."""
-    found = [item for spec in plan.specs.values() for item in items(spec)]
-    return sorted(set(found), key=lambda item: item.key)
+    found = {item for spec in plan.specs.values() for item in outside.hub_items(spec)}
+    return sorted(found, key=lambda item: item.key)
+
+
+def copy_keys(plan: Plan, store: Store) -> set[str]:
+    """Keys of the store's copies of what the grid's stages read from the hub."""
+    present = _present(store)
+    # Where there is none, lm-eval, which takes seconds, is not asked what its tasks read.
+    return {item.key for item in hub_items(plan)} & present if present else set()
 
 
 def fetch(plan: Plan, store: Store) -> list[HubItem]:
-    """Put copies into the store of what it does not have yet.
+    """Put copies into the store of what it does not have yet, or has only damaged.
 
     Returns:
         What was copied.
@@ -36,38 +46,67 @@ def fetch(plan: Plan, store: Store) -> list[HubItem]:
     Raises:
         InputError: if the hub does not have something, or is out of reach.
     """
+    items = hub_items(plan)
+    for key, problem in store.damaged(copy_keys(plan, store)).items():
+        logger.warning("copy %s is damaged: %s; it is fetched again", key, problem)
+        store.discard(key)
     present = store.keys()
-    missing = [item for item in hub_items(plan) if item.key not in present]
-    for item in missing:
-        logger.info("fetching %s %s", item.kind, item.name)
-        started = time.monotonic()
-        with store.attempt(item.key) as attempt:
-            download(item, attempt.folder)
-            attempt.commit(
-                kind=f"hub-{item.kind}",
-                spec=item._asdict(),
-                report={},
-                seconds=time.monotonic() - started,
-                peak_memory_bytes=None,
-                versions={"huggingface_hub": metadata.version("huggingface_hub")},
-                host=platform.node(),
-            )
+    missing = [item for item in items if item.key not in present]
+    with leases.Claim(store, [item.key for item in items]) as claim:
+        for item in missing:
+            logger.info("fetching %s %s", item.kind, item.name)
+            leases.take(store, item.key, claim.run, ())  # no other may tidy it away meanwhile
+            _fetch(item, store)
+            leases.give_back(store, item.key, claim.run)
     return missing
 
 
+def _fetch(item: HubItem, store: Store) -> None:
+    started = time.monotonic()
+    with store.attempt(item.key) as attempt:
+        download(item, attempt.folder)
+        attempt.commit(
+            kind=f"hub-{item.kind}",
+            spec=item._asdict(),
+            report={},
+            seconds=time.monotonic() - started,
+            peak_memory_bytes=None,
+            versions={"huggingface_hub": metadata.version("huggingface_hub")},
+            host=platform.node(),
+        )
+
+
 def copies(plan: Plan, store: Store) -> dict[HubItem, Path]:
-    """Of what the plan reads from the hub, what the store has, each in a local folder."""
-    present = _present(store)
-    if not present:
-        return {}  # and lm-eval, which takes seconds, is not asked what its tasks read
-    return {item: store.fetch(item.key) for item in hub_items(plan) if item.key in present}
+    """Of what the plan reads from the hub, what the store has, each in a local folder.
+
+    Raises:
+        InputError: if a copy is damaged.
+    """
+    present = copy_keys(plan, store)
+    return {item: _folder(item, store) for item in hub_items(plan) if item.key in present}
 
 
 def model_copies(grid: Grid, store: Store) -> dict[HubItem, Path]:
-    """Of the grid's models, the copies that the store has."""
+    """Of the grid's models, the copies that the store has.
+
+    Raises:
+        InputError: if a copy is damaged.
+    """
     items = [model_item(model) for model in grid.models.values() if isinstance(model, HubModel)]
     present = _present(store) if items else set()
-    return {item: store.fetch(item.key) for item in items if item.key in present}
+    return {item: _folder(item, store) for item in items if item.key in present}
+
+
+def _folder(item: HubItem, store: Store) -> Path:
+    try:
+        return store.fetch(item.key)
+    except CorruptArtifactError as error:
+        raise _damaged(item, error.problem) from error
+
+
+def _damaged(item: HubItem, problem: str) -> InputError:
+    remedy = f"its copy in the store is damaged ({problem}): `fetch` makes it again"
+    return InputError(item.kind, item.name, remedy)
 
 
 def _present(store: Store) -> set[str]:
@@ -77,13 +116,21 @@ def _present(store: Store) -> set[str]:
 
 def with_copies(plan: Plan, store: Store) -> tuple[Graph, dict[str, str]]:
     """The plan's graph, in which stages read the copies that the store has, and the environment for
-    its workers: the hub is switched off where there is a copy of everything."""
-    present = _present(store)
+    its workers: the hub is switched off where there is a copy of everything.
+
+    Raises:
+        InputError: if a copy is damaged.
+    """
+    present = copy_keys(plan, store)
     if not present:
         return plan.graph, {}
+    damaged = store.damaged(present)
+    for item in hub_items(plan):
+        if item.key in damaged:
+            raise _damaged(item, damaged[item.key])
     graph = {}
     for key, stage in plan.graph.items():
-        read = [item.key for item in items(plan.specs[key]) if item.key in present]
+        read = [item.key for item in outside.hub_items(plan.specs[key]) if item.key in present]
         inputs = tuple(dict.fromkeys([*stage.inputs, *read]))
         graph[key] = dataclasses.replace(stage, inputs=inputs)
     whole = {item.key for item in hub_items(plan)} <= present

@@ -25,14 +25,13 @@ from jobs.dtypes import AutoDtype, with_dtypes
 from jobs.mistakes import explained
 from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
 from jobs.yaml_file import line_of, read_yaml
-from pipeline.corpora import fingerprint
 from pipeline.errors import InputError, did_you_mean
+from pipeline.outside import with_fingerprints
 from pipeline.presets import CORPUS_PRESETS
 from pipeline.real.prepare import FOLDER
 from pipeline.specs import (
     Backend,
     Corpus,
-    FileCorpus,
     Fraction,
     HubModel,
     LocalDatasets,
@@ -449,7 +448,7 @@ def load_grid(path: Path) -> Grid:
     grid = read_grid(path)
     try:
         with lines_of(grid):
-            return _with_fingerprints(grid)
+            return with_fingerprints(grid)
     except InputError as error:
         if not str(error.value).startswith(FOLDER):
             raise
@@ -504,38 +503,3 @@ def _refuse_credentials(value: object, where: tuple[str, ...]) -> None:
         case list():
             for item in value:
                 _refuse_credentials(item, where)
-
-
-def _with_fingerprints(grid: Grid) -> Grid:
-    corpora = {
-        name: corpus.model_copy(update={"fingerprint": fingerprint(corpus.path)})
-        if isinstance(corpus, FileCorpus)
-        else corpus
-        for name, corpus in grid.corpora.items()
-    }
-    models = {
-        name: model.model_copy(update={"fingerprint": fingerprint(model.path, whole_files=False)})
-        if isinstance(model, LocalModel)
-        else model
-        for name, model in grid.models.items()
-    }
-    calibrations = {name: _with_words(entry) for name, entry in grid.calibrations.items()}
-    evaluate = grid.evaluate
-    if isinstance(evaluate.task_folder, LocalTasks):
-        folder = evaluate.task_folder
-        tasks = folder.model_copy(update={"fingerprint": fingerprint(folder.path)})
-        evaluate = evaluate.model_copy(update={"task_folder": tasks})
-    if evaluate.datasets is not None:
-        found = fingerprint(evaluate.datasets.path)
-        copies = evaluate.datasets.model_copy(update={"fingerprint": found})
-        evaluate = evaluate.model_copy(update={"datasets": copies})
-    named = {"corpora": corpora, "models": models, "calibrations": calibrations}
-    return grid.model_copy(update={**named, "evaluate": evaluate})
-
-
-def _with_words(calibration: GridCalibration) -> GridCalibration:
-    if not isinstance(calibration, GeneratedCalibration) or calibration.banned_words is None:
-        return calibration
-    words = calibration.banned_words
-    words = words.model_copy(update={"fingerprint": fingerprint(words.path)})
-    return calibration.model_copy(update={"banned_words": words})

@@ -12,10 +12,11 @@ from pydantic import Field, TypeAdapter
 
 from cluster.run import WorkerLostError
 from cluster.store import Partial
-from pipeline.copies import HubItem, items, used
+from pipeline.copies import HubItem, used
 from pipeline.environment import check_environment
 from pipeline.errors import EngineDiedError
 from pipeline.heap import keep_freed_memory
+from pipeline.outside import hub_items
 from pipeline.progress import phase
 from pipeline.specs import (
     DescribeSpec,
@@ -131,7 +132,7 @@ def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Pat
     """Of what the stage reads from the hub, those that the store has copies of."""
     if not any(key.startswith(HUB) for key in artifacts):
         return {}
-    return {item: artifacts[item.key] for item in items(spec) if item.key in artifacts}
+    return {item: artifacts[item.key] for item in hub_items(spec) if item.key in artifacts}
 
 
 def _run(

@@ -13,8 +13,10 @@ from rich.table import Table
 from cluster import garbage
 from cluster.store import CorruptArtifactError, Manifest, Store
 from jobs.console import console
+from jobs.fetch import copy_keys
 from jobs.grid import load_grid
 from jobs.plan import ORDER, make_plan
+from jobs.stores import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ def list_artifacts(store: StoreUrl = ".calprune") -> None:
     table = Table()
     for heading in ("key", "size", "seconds", "made", "host"):
         table.add_column(heading, overflow="fold")
-    for manifest in _manifests(Store(store)):
+    for manifest in _manifests(open_store(store)):
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.finished))
         size, seconds = decimal(manifest.bytes), f"{manifest.seconds:,.1f}"
         table.add_row(manifest.key, size, seconds, made, manifest.host)
@@ -44,12 +46,15 @@ def list_artifacts(store: StoreUrl = ".calprune") -> None:
 @app.command()
 def verify(store: StoreUrl = ".calprune") -> None:
     """Read every file of every artifact and compare its checksum; exit with 1 if one differs."""
-    kept = Store(store)
+    kept = open_store(store)
     keys = kept.keys()
     damaged = kept.damaged(keys, whole=True)
     for key, problem in damaged.items():
         console.print(f"{key}: {problem}", markup=False, soft_wrap=True)
-    console.print(f"{len(keys)} artifacts, {len(damaged)} damaged; a run makes these again")
+    console.print(
+        f"{len(keys)} artifacts, {len(damaged)} damaged; "
+        "a run makes these again, and `fetch` copies from the hub"
+    )
     if damaged:
         raise typer.Exit(1)
 
@@ -57,7 +62,7 @@ def verify(store: StoreUrl = ".calprune") -> None:
 @app.command()
 def du(store: StoreUrl = ".calprune") -> None:
     """Print how much each kind of stage holds."""
-    kept = Store(store)
+    kept = open_store(store)
     artifacts: dict[str, list[Manifest]] = defaultdict(list)
     for manifest in _manifests(kept):
         artifacts[manifest.kind].append(manifest)
@@ -67,7 +72,8 @@ def du(store: StoreUrl = ".calprune") -> None:
     table.add_column("artifacts", footer=str(len(everything)), justify="right")
     total = decimal(sum(manifest.bytes for manifest in everything))
     table.add_column("size", footer=total, justify="right")
-    for kind in sorted(artifacts, key=lambda kind: (kind not in ORDER, ORDER.index(kind))):
+    known = [kind for kind in ORDER if kind in artifacts]
+    for kind in [*known, *sorted(artifacts.keys() - known)]:  # copies from the hub are no stage's
         manifests = artifacts[kind]
         size = decimal(sum(manifest.bytes for manifest in manifests))
         table.add_row(kind, str(len(manifests)), size)
@@ -86,10 +92,11 @@ def gc(
 ) -> None:
     """Remove what no given grid reaches and no run that is under way uses.
 
-    Results tables stay.
+    Results tables stay, and copies from the hub of what the given grids read.
     """
-    kept = Store(store)
-    reached = {key for path in grids for key in make_plan(load_grid(path)).graph}
+    kept = open_store(store)
+    plans = [make_plan(load_grid(path)) for path in grids]
+    reached = {key for plan in plans for key in (*plan.graph, *copy_keys(plan, kept))}
     found = garbage.find(kept, reached)
     for key in found.artifacts:
         console.print(key, soft_wrap=True)

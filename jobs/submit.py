@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cluster.submission import Client
 from jobs.grid import Grid, read_grid
 from jobs.plan import make_plan
 from pipeline.errors import InputError
-from pipeline.specs import FileCorpus, HubCorpus, LocalModel, LocalTasks
+from pipeline.outside import Outside, outside
 
 GRID_FILE = "grid.yaml"
 """What the grid file is called in the job's working directory."""
@@ -83,8 +83,8 @@ def pack(grid: Grid, path: Path, folder: Path) -> None:
     (about / "METADATA").write_text(
         installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
     )
-    for field, pattern, required in _relative_paths(grid):
-        _pack_files(field, pattern, required, folder)
+    for taken in outside(grid):
+        _pack_files(taken, folder)
     shutil.copyfile(path, folder / GRID_FILE)
 
 
@@ -137,43 +137,28 @@ def _refuse_dtypes_of_this_cpu(grid: Grid) -> None:
             raise InputError(f"models.{name}.dtype", "auto", remedy)
 
 
-def _relative_paths(grid: Grid) -> Iterator[tuple[str, str, bool]]:
-    """Field, path or glob, and whether it must be there: a hub's files have relative names too."""
-    found: list[tuple[str, str, bool]] = []
-    for name, corpus in grid.corpora.items():
-        match corpus:
-            case FileCorpus():
-                found.append((f"corpora.{name}.path", corpus.path, True))
-            case HubCorpus(data_files=str() as pattern):
-                found.append((f"corpora.{name}.data_files", pattern, False))
-            case HubCorpus(data_files=tuple() as patterns):
-                found += [(f"corpora.{name}.data_files", pattern, False) for pattern in patterns]
-    for name, model in grid.models.items():
-        if isinstance(model, LocalModel):
-            found.append((f"models.{name}.path", model.path, True))
-    if isinstance(grid.evaluate.task_folder, LocalTasks):
-        found.append(("evaluate.task_folder.path", grid.evaluate.task_folder.path, True))
-    for field, path, required in found:
-        if "://" not in path and not Path(path).is_absolute():
-            yield field, path, required
-
-
-def _pack_files(field: str, pattern: str, required: bool, folder: Path) -> None:
-    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-    if not matches and required:
-        raise InputError(
-            field,
-            pattern,
-            "is not here; give a path below this folder, which goes along with the "
-            "job, or an absolute path or URL that every node reaches",
-        )
-    for match in matches:
-        if ".." in match.parts:
-            remedy = "leads out of this folder; go to one above it, or give an absolute path or URL"
-            raise InputError(field, pattern, remedy)
-        target = folder / match
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if match.is_dir():
-            shutil.copytree(match, target, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(match, target)
+def _pack_files(taken: Outside, folder: Path) -> None:
+    """Copy what has a relative path; all nodes must reach an absolute one or a URL."""
+    for pattern in taken.paths:
+        if "://" in pattern or Path(pattern).is_absolute():
+            continue
+        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+        if not matches:
+            raise InputError(
+                taken.field,
+                pattern,
+                "is not here; give a path below this folder, which goes along with the "
+                "job, or an absolute path or URL that every node reaches",
+            )
+        for match in matches:
+            if ".." in match.parts:
+                remedy = (
+                    "leads out of this folder; go to one above it, or give an absolute path or URL"
+                )
+                raise InputError(taken.field, pattern, remedy)
+            target = folder / match
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if match.is_dir():
+                shutil.copytree(match, target, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(match, target)

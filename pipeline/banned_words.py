@@ -4,11 +4,11 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError
+from pipeline.text import read_text
 
 
 def read_words(path: str) -> list[str]:
@@ -17,13 +17,7 @@ def read_words(path: str) -> list[str]:
     Raises:
         InputError: if the file cannot be read, or holds no word.
     """
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        remedy = f"cannot be read ({error}): give a UTF-8 file with a word a line"
-        raise InputError("banned_words", path, remedy) from error
-    words = [line for line in lines if line]
+    words = [word for line in read_text(path, "banned_words").split("\n") if (word := line.strip())]
     if not words:
         raise InputError("banned_words", path, "holds no word: write one a line, or leave it out")
     return words

@@ -2,23 +2,14 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel
-
 from pipeline.errors import InputError
-from pipeline.specs import (
-    EvaluateSpec,
-    HubCorpus,
-    HubModel,
-    LocalModel,
-    PruneSpec,
-    StageSpec,
-    canonical_json,
-)
+from pipeline.specs import HubCorpus, HubModel, LocalModel, canonical_json
 from pipeline.tasks import task_data_sets
 
 
@@ -38,36 +29,39 @@ class HubItem(NamedTuple):
         return f"hub-{self.kind}-{digest[:24]}"
 
 
+WEB = ("hf://", "http://", "https://")
+"""How the URLs of files begin that are named by where they are, not by what they hold."""
+
 CARDS = ("README.md", "*.json", "*.py", ".huggingface.yaml")
 """Files that tell how the others are to be read."""
 
 _copies: dict[HubItem, Path] = {}
 
 
-def items(spec: StageSpec) -> Iterator[HubItem]:
-    """What a stage reads from the hub itself, not through the stages before it."""
-    yield from _items_in(spec)
-    if isinstance(spec, EvaluateSpec) and spec.tasks:
-        for name, files in task_data_sets(tuple(task.name for task in spec.tasks)):
-            yield HubItem("dataset", name, None, files)
+def on_hub(corpus: HubCorpus) -> bool:
+    """Whether it is a data set of the hub, not a builder or a folder here."""
+    return not is_builder(corpus.path) and not Path(corpus.path).exists()
 
 
-def _items_in(value: object) -> Iterator[HubItem]:
-    match value:
-        case HubModel():
-            yield model_item(value)
-        case HubCorpus() if "/" in value.path and not Path(value.path).exists():
-            yield corpus_item(value)
-        case BaseModel():
-            for name in type(value).model_fields:
-                child = getattr(value, name)
-                if isinstance(child, PruneSpec):
-                    yield from _items_in(child.model)  # masks and tokenizer are for this one
-                elif not isinstance(child, StageSpec):
-                    yield from _items_in(child)
-        case list() | tuple():
-            for child in value:
-                yield from _items_in(child)
+def local_files(corpus: HubCorpus) -> tuple[str, ...]:
+    """Paths, globs or URLs of what a corpus of `datasets` reads that is neither on the hub nor
+    elsewhere on the web: a folder, or the files that a builder is given."""
+    if not is_builder(corpus.path):
+        return () if on_hub(corpus) else (corpus.path,)
+    return tuple(name for name in _named_files(corpus) if not name.startswith(WEB))
+
+
+def is_builder(name: str) -> bool:
+    """Whether it is one of `datasets`' own builders, such as `json`, that reads the files named."""
+    found = importlib.util.find_spec("datasets")
+    if "/" in name or found is None or found.origin is None:
+        return False
+    return Path(found.origin).with_name("packaged_modules").joinpath(name, "__init__.py").is_file()
+
+
+def _named_files(corpus: HubCorpus) -> tuple[str, ...]:
+    files = corpus.data_files
+    return (files,) if isinstance(files, str) else tuple(files or ())
 
 
 def model_item(model: HubModel) -> HubItem:
@@ -77,8 +71,7 @@ def model_item(model: HubModel) -> HubItem:
 
 def corpus_item(corpus: HubCorpus) -> HubItem:
     """The copy that stands for a corpus: its files, or those of its configuration."""
-    named = corpus.data_files
-    files = (named,) if isinstance(named, str) else tuple(named or ())
+    files = _named_files(corpus)
     if not files and corpus.name is not None:
         files = (f"{corpus.name}/*", f"*/{corpus.name}/*")
     return HubItem("dataset", corpus.path, corpus.revision, files)

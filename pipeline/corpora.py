@@ -1,31 +1,27 @@
 """Reading text: a corpus's documents in its own or a seeded order, and checks before any work."""
 
-import hashlib
-import io
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.copies import copy_of, corpus_item
 from pipeline.errors import InputError
+from pipeline.files import files, readable, reason, relative
 from pipeline.hub import hub_answers
 from pipeline.specs import Corpus, FileCorpus, HubCorpus, TestbedCorpus
+from pipeline.text import check_characters, lines
 
 SHUFFLE_BUFFER = 10_000
 """Documents among which a streamed hub corpus draws the next one."""
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
-
-WHOLE_FILE_BYTES = 64 * 2**20
-"""Files up to this size are always hashed whole."""
 
 TESTBED_SAMPLE = 1000
 """Documents of the endless testbed that a check looks at."""
@@ -103,32 +99,6 @@ def check_corpus(
     return None
 
 
-def fingerprint(path: str, *, whole_files: bool = True) -> str:
-    """SHA-256 over the names, below their common folder, and contents of the files at a path.
-
-    A glob stands for the files that match, a folder for all in it but hidden ones and
-    `__pycache__`. With `whole_files=False`, for a model's folder, only the size and 64 evenly
-    spaced pieces of 1 MiB, first and last included, count of a file above 64 MiB.
-
-    Raises:
-        InputError: if there is no file.
-    """
-    filesystem, names = _files(path)
-    digest = hashlib.sha256()
-    for name, relative in zip(names, _relative(names), strict=True):
-        size = filesystem.size(name)
-        digest.update(json.dumps([relative, size]).encode())
-        with filesystem.open(name, "rb") as stream:
-            if whole_files or size <= WHOLE_FILE_BYTES:
-                while piece := stream.read(2**20):
-                    digest.update(piece)
-            else:
-                for start in np.linspace(0, size - 2**20, 64, dtype=np.int64):
-                    stream.seek(int(start))
-                    digest.update(stream.read(2**20))
-    return digest.hexdigest()
-
-
 def _source(corpus: Corpus) -> str:
     if isinstance(corpus, TestbedCorpus):
         return f"testbed {dict(corpus.mixture)}"
@@ -138,44 +108,14 @@ def _source(corpus: Corpus) -> str:
 # ------------------------------------------------------------------------------------------ files
 
 
-def _files(path: str) -> tuple[Any, list[str]]:
-    try:
-        filesystem, stripped = fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise InputError("path", path, f"its file system is not there: {error}") from error
-    if filesystem.isfile(stripped):
-        return filesystem, [stripped]
-    if filesystem.isdir(stripped):
-        inside = len(stripped.rstrip("/")) + 1
-        names = [name for name in filesystem.find(stripped) if _is_plain(name[inside:])]
-    else:
-        names = [name for name in filesystem.glob(stripped) if filesystem.isfile(name)]
-    if not names:
-        raise InputError("path", path, "no file is there: check the path or glob")
-    return filesystem, sorted(names)
-
-
-def _is_plain(relative: str) -> bool:
-    parts = PurePosixPath(relative).parts
-    return not any(part.startswith(".") or part == "__pycache__" for part in parts)
-
-
-def _relative(names: list[str]) -> list[str]:
-    parents = [PurePosixPath(name).parent for name in names]
-    common = parents[0]
-    while not all(parent.is_relative_to(common) for parent in parents):
-        common = common.parent
-    return [str(PurePosixPath(name).relative_to(common)) for name in names]
-
-
 def _file_documents(corpus: FileCorpus, seed: int | None) -> Iterator[Document]:
-    filesystem, names = _files(corpus.path)
+    filesystem, names = files(corpus.path)
     for name in names:
         _format(name)
     rows = (
-        Document(f"{relative}:{row}", text)
-        for name, relative in zip(names, _relative(names), strict=True)
-        for row, text in enumerate(_texts(filesystem, name, corpus.text_field))
+        Document(f"{shown}:{row}", text)
+        for name, shown in zip(names, relative(names), strict=True)
+        for row, text in enumerate(_texts(filesystem, name, corpus))
     )
     if seed is None:
         yield from rows
@@ -187,7 +127,7 @@ def _file_documents(corpus: FileCorpus, seed: int | None) -> Iterator[Document]:
 
 def _format(name: str) -> tuple[str, str | None]:
     """`.jsonl` and the like, and the compression or None."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(name.lower())
     compression = COMPRESSIONS.get(path.suffix)
     ending = path.with_suffix("").suffix if compression else path.suffix
     if ending not in FORMATS or (compression and ending == ".parquet"):
@@ -197,56 +137,81 @@ def _format(name: str) -> tuple[str, str | None]:
     return ending, compression
 
 
-def _texts(filesystem: Any, name: str, text_field: str) -> Iterator[str]:
+def _texts(filesystem: Any, name: str, corpus: FileCorpus) -> Iterator[str]:
     ending, compression = _format(name)
-    with filesystem.open(name, "rb") as stream:
+    with readable("path", corpus.path), filesystem.open(name, "rb") as stream:
         if ending == ".parquet":
-            yield from _parquet_texts(stream, name, text_field)
+            yield from _parquet_texts(stream, name, corpus.text_field)
             return
         opened = pa.CompressedInputStream(stream, compression) if compression else stream
-        lines = enumerate(io.TextIOWrapper(opened, encoding="utf-8"), start=1)
         try:
-            for number, line in lines:
+            for number, line in enumerate(lines(opened, name), start=1):
                 if ending == ".txt":
-                    yield line.rstrip("\n")
+                    yield line
                 else:
-                    yield _json_text(line, f"{name}, line {number}", text_field)
-        except UnicodeDecodeError as error:
-            raise InputError("path", name, f"is not UTF-8: {error}") from error
+                    yield _json_text(line, f"{name}, line {number}", corpus.text_field)
+        except OSError as error:
+            if compression is None or error.errno is not None:
+                raise
+            remedy = f"is no whole {compression} file ({reason(error)}): fetch or pack it again"
+            raise InputError("path", name, remedy) from error
 
 
 def _json_text(line: str, place: str, text_field: str) -> str:
     if not line.strip():
         return ""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line, object_pairs_hook=tuple)  # pairs: a name may stand twice
+    except (ValueError, RecursionError) as error:
         remedy = f"is no JSON ({error}): write one JSON object a line"
         raise InputError("path", place, remedy) from error
-    if not isinstance(row, dict):
+    if not isinstance(row, tuple):
         raise InputError("path", place, "is no JSON object: write one JSON object a line")
-    if text_field not in row:
-        raise InputError("text_field", text_field, f"{place} has only {sorted(row)}")
-    text = row[text_field]
+    texts = [value for name, value in row if name == text_field]
+    if not texts:
+        has = sorted(name for name, _ in row)
+        raise InputError("text_field", text_field, f"{place} has only {has}")
+    if len(texts) > 1:
+        raise InputError("text_field", text_field, f"{place} has it {len(texts)} times: leave one")
+    return _checked(texts[0], text_field, place)
+
+
+def _checked(text: Any, text_field: str, place: str) -> str:
     if not isinstance(text, str | None):
         raise InputError("text_field", text_field, f"{place} holds {text!r} there, not text")
+    check_characters(text or "", "path", place)
     return text or ""
 
 
 def _parquet_texts(stream: Any, name: str, text_field: str) -> Iterator[str]:
+    row = 0
     try:
         table = pq.ParquetFile(stream)
-    except pa.ArrowInvalid as error:
-        raise InputError("path", name, f"is no Parquet file: {error}") from error
-    schema = table.schema_arrow
-    if text_field not in schema.names:
-        raise InputError("text_field", text_field, f"{name} has only {sorted(schema.names)}")
-    kind = schema.field(text_field).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError("text_field", text_field, f"{name} holds {kind} there, not text")
-    for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            yield text or ""
+        schema = table.schema_arrow
+        if text_field not in schema.names:
+            raise InputError("text_field", text_field, f"{name} has only {sorted(schema.names)}")
+        kind = schema.field(text_field).type
+        if not _is_text(kind):
+            raise InputError("text_field", text_field, f"{name} holds {kind} there, not text")
+        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+            for text in batch.column(0):
+                yield text.as_py() or ""
+                row += 1
+    except UnicodeDecodeError as error:
+        remedy = f"is not UTF-8 ({error}): write the column again"
+        raise InputError("path", f"{name}, row {row}", remedy) from error
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        remedy = f"is no Parquet file, or a damaged one ({reason(error)}): fetch it again"
+        raise InputError("path", name, remedy) from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)
 
 
 # -------------------------------------------------------------------------------- hub and testbed

@@ -4,6 +4,9 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
+LINE = 290
+"""Characters of a message at the most."""
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
 
@@ -18,7 +21,18 @@ class InputError(ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.field}: {_short.repr(self.value)}: {self.remedy}"
+        """One line. What is too long loses its middle: first the value, then the remedy."""
+        field, remedy = cut(self.field, 80), " ".join(self.remedy.split())
+        value = cut(_short.repr(self.value), max(80, LINE - len(field) - len(remedy) - 4))
+        return f"{field}: {value}: {cut(remedy, LINE - len(field) - len(value) - 4)}"
+
+
+def cut(text: str, length: int) -> str:
+    """The text, without its middle where it is longer."""
+    if len(text) <= length:
+        return text
+    end = (length - 1) // 2
+    return f"{text[: length - 1 - end]}…{text[len(text) - end :]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

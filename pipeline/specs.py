@@ -170,10 +170,12 @@ class WorldSpec(Spec):
 class HubCorpus(Spec):
     """A `datasets` builder or a data set on the hub."""
 
+    unsaid: ClassVar[frozenset[str]] = frozenset({"fingerprint"})
+
     kind: Literal["hub-corpus"] = "hub-corpus"
 
     path: str = Field(min_length=1)
-    """The builder (`json`, `parquet`) or the hub name (`allenai/c4`)."""
+    """The builder (`json`, `parquet`), the hub name (`allenai/c4`), or a folder with a data set."""
 
     name: str | None = None
     """The configuration, `en` for C4."""
@@ -192,6 +194,10 @@ class HubCorpus(Spec):
 
     revision: str | None = None
     """A commit of the hub's repository; unset, the key does not change when the hub's data does."""
+
+    fingerprint: str | None = None
+    """SHA-256 over the contents of a builder's files or of the folder, filled in when a grid is
+    planned: other text, other key. None for a data set on the hub."""
 
 
 class FileCorpus(Spec):

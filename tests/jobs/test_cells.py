@@ -6,8 +6,8 @@ import pytest
 
 from jobs.cells import Cell, describe_spec, evaluate_spec, expand, prune_spec
 from jobs.grid import Grid
-from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
+from pipeline.files import fingerprint
 from pipeline.specs import (
     OWL,
     ArithmeticProgression,

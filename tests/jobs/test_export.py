@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models
 
 from cluster.store import Store
 from jobs.export import export
-from pipeline.corpora import fingerprint
 from pipeline.errors import InputError
+from pipeline.files import fingerprint
 from pipeline.models import load_model
 from pipeline.prune import run
 from pipeline.specs import LocalModel, Magnitude, PretrainSpec, PruneSpec, StageSpec

@@ -67,7 +67,7 @@ def test_a_list_has_a_word_a_line_and_blank_lines_do_not_count(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\n  \n", "holds no word"), (b"\xff\xfe\x00", "cannot be read")]
+    ("content", "message"), [(b"\n  \n", "holds no word"), (b"\xff\xfe\x00", "is UTF-16")]
 )
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "words.txt"

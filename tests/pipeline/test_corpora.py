@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpora import check_corpus, documents, fingerprint
+from pipeline.corpora import check_corpus, documents
 from pipeline.errors import InputError
+from pipeline.files import fingerprint
 from pipeline.hub import hub_answers
 from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import Corpus, FileCorpus, HubCorpus, TestbedCorpus

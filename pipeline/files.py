@@ -1,0 +1,191 @@
+"""Files on any file system: where they are, what they hold, and what is wrong with them."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import fsspec
+import numpy as np
+
+from pipeline.errors import InputError
+
+ANSWER_SECONDS = 30.0
+"""How long a server may take to say that a bucket is there."""
+
+WHOLE_FILE_BYTES = 64 * 2**20
+"""Files up to this size are always hashed whole."""
+
+PIECE_BYTES = 2**20
+"""What is hashed at once."""
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Protocol to the extra of calprune that brings its client."""
+
+_UNASKED = {"file", "local", "memory", "http", "https", "hf"}
+"""Protocols without a bucket or a name node to ask after."""
+
+_AWS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
+_REFUSED = "access is refused: give credentials that may read and list it"
+_SILENT = "does not answer: check the URL, the network and, for S3, AWS_ENDPOINT_URL"
+_REMEDIES = {
+    "NoCredentialsError": f"there are no credentials: {_AWS}",
+    "PartialCredentialsError": f"the credentials are incomplete: {_AWS}",
+    "ProfileNotFound": "there is no such profile: correct AWS_PROFILE",
+    "DefaultCredentialsError": "there are no credentials: set GOOGLE_APPLICATION_CREDENTIALS",
+    "RefreshError": "the credentials have expired: log in again",
+    "PermissionError": _REFUSED,
+    "TimeoutError": _SILENT,
+    "EndpointConnectionError": _SILENT,
+    "ConnectionError": _SILENT,
+    "HTTPClientError": _SILENT,
+    "ClientConnectionError": _SILENT,
+}
+"""By the name of the exception's class: its package need not be installed."""
+
+
+def locate(path: str, field: str = "path") -> tuple[Any, str]:
+    """The file system of a path or URL, and the path there.
+
+    A remote one is asked once a process whether its bucket, or name node, is there.
+
+    Raises:
+        InputError: if it is not, if it refuses or does not answer, or if its client is missing.
+    """
+    protocol, separator, rest = path.partition("://")
+    with readable(field, path):
+        if separator and "::" not in path and protocol not in _UNASKED:
+            _ask(f"{protocol}://{rest.split('/')[0]}")
+        filesystem, stripped = fsspec.core.url_to_fs(path)
+    return filesystem, stripped
+
+
+@contextlib.contextmanager
+def readable(field: str, path: str) -> Iterator[None]:
+    """Turn the error of any file system or its client into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each client has exceptions of its own
+        raise InputError(field, path, _remedy(error, path)) from error
+
+
+def files(path: str, field: str = "path") -> tuple[Any, list[str]]:
+    """The file system and the sorted files at a path: those that match a glob, or all in a folder
+    but hidden ones and `__pycache__`.
+
+    Raises:
+        InputError: if there is no file, or none can be reached.
+    """
+    filesystem, stripped = locate(path, field)
+    with readable(field, path):
+        if filesystem.isfile(stripped):
+            names = [stripped]
+        elif filesystem.isdir(stripped):
+            inside = len(stripped.rstrip("/")) + 1
+            names = [name for name in filesystem.find(stripped) if _is_plain(name[inside:])]
+        else:
+            names = [name for name in filesystem.glob(stripped) if filesystem.isfile(name)]
+    if not names:
+        raise InputError(field, path, "no file is there: check the path or glob")
+    return filesystem, sorted(names)
+
+
+def relative(names: list[str]) -> list[str]:
+    """The files' names below the deepest folder that holds all of them."""
+    parents = [PurePosixPath(name).parent for name in names]
+    common = parents[0]
+    while not all(parent.is_relative_to(common) for parent in parents):
+        common = common.parent
+    return [str(PurePosixPath(name).relative_to(common)) for name in names]
+
+
+def fingerprint(*paths: str, field: str = "path", whole_files: bool = True) -> str:
+    """SHA-256 over the names, below their common folder, and contents of the files at each path.
+
+    With `whole_files=False`, for a model's folder, only the size and 64 evenly spaced pieces of
+    1 MiB, first and last included, count of a file above 64 MiB.
+
+    Raises:
+        InputError: if there is no file at one of the paths, or one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        filesystem, names = files(path, field)
+        with readable(field, path):
+            for name, shown in zip(names, relative(names), strict=True):
+                size = filesystem.size(name)
+                digest.update(json.dumps([shown, size]).encode())
+                whole = whole_files or size <= WHOLE_FILE_BYTES
+                with filesystem.open(name, "rb") as stream:
+                    for piece in _whole(stream) if whole else _pieces(stream, size):
+                        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _whole(stream: IO[bytes]) -> Iterator[bytes]:
+    while piece := stream.read(PIECE_BYTES):
+        yield piece
+
+
+def _pieces(stream: IO[bytes], size: int) -> Iterator[bytes]:
+    for start in np.linspace(0, size - PIECE_BYTES, 64, dtype=np.int64):
+        stream.seek(int(start))
+        yield stream.read(PIECE_BYTES)
+
+
+@functools.cache
+def _ask(root: str) -> None:
+    """Raise what a remote file system answers to the question after its bucket.
+
+    In a thread, since clients retry for minutes, some before they can be asked anything.
+    """
+    raised: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            filesystem, stripped = fsspec.core.url_to_fs(root)
+            filesystem.info(stripped)
+        except PermissionError:  # who may read a file need not be allowed to look at its bucket
+            pass
+        except Exception as error:
+            raised.append(error)
+
+    asking = threading.Thread(target=ask, name=f"ask {root}", daemon=True)
+    asking.start()
+    asking.join(ANSWER_SECONDS)
+    if asking.is_alive():
+        raise TimeoutError(f"no answer from {root} in {ANSWER_SECONDS:.0f} s")
+    if raised:
+        raise raised[0]
+
+
+def _remedy(error: Exception, path: str) -> str:
+    protocol = path.partition("://")[0] if "://" in path else None
+    if isinstance(error, ImportError):
+        extra = _EXTRAS.get(protocol or "")
+        how = f"install calprune[{extra}]" if extra else str(error)
+        return f"its client is not installed: {how}"
+    if protocol is None:
+        return f"cannot be read: {reason(error)}"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such bucket, or no file of it is there: create it or correct the URL"
+    for kind in type(error).__mro__:
+        if kind.__name__ in _REMEDIES:
+            return _REMEDIES[kind.__name__]
+    return f"its file system is not there: {reason(error)}"
+
+
+def reason(error: BaseException) -> str:
+    """An exception's message in one line, or its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_plain(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return not any(part.startswith(".") or part == "__pycache__" for part in parts)
