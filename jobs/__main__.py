@@ -329,7 +329,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%d %H:%M:%S")
     for noisy in ("httpx", "httpx2", "datasets", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises what it logs
+    for raising in ("gcsfs", "datasets.packaged_modules"):  # they raise what they log
+        logging.getLogger(raising).setLevel(logging.CRITICAL)
     secrets.load()
     try:
         app()

@@ -36,6 +36,7 @@ from pipeline.specs import (
     Uniform,
     Vllm,
     WindowsSpec,
+    dropped,
     generator_of,
     parse_pattern,
 )
@@ -99,6 +100,8 @@ def check(plan: Plan) -> list[str]:
             note = check_corpus(corpus, nsamples, seqlen, joined=joined)
         if note is not None:
             notes[f"corpora.{name}: {note}"] = None
+    for note in _overlaps(plan):
+        notes[note] = None
     for (name, field), value in sorted(chats.items()):
         _check_chat(name, plan.grid.models[name], configs[name], field, value)
     for path in sorted(lists):
@@ -310,6 +313,31 @@ def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
         case EvaluateSpec():
             for entry in spec.perplexity:
                 yield entry.corpus, 1, 1 if entry.unit == "text" else entry.seqlen, True
+
+
+def _overlaps(plan: Plan) -> Iterator[str]:
+    """Warnings where more windows are cut than the texts that a model writes can fill.
+
+    Raises:
+        InputError: if each window needs a text of its own.
+    """
+    for key, cell in plan.cells.items():
+        spec = plan.specs[key]
+        assert isinstance(spec, EvaluateSpec)
+        calibration = spec.model.calibration if isinstance(spec.model, PruneSpec) else None
+        if calibration is None or not isinstance(calibration.source, FilterSpec):
+            continue
+        texts = calibration.source.scores.samples.num_samples
+        texts -= dropped(texts, calibration.source.drop_fraction)
+        if texts < calibration.nsamples:
+            asked = f"{calibration.nsamples} windows of {calibration.seqlen} tokens"
+            if calibration.packing == "sample":
+                remedy = f"too few for {asked}, each of a text: raise num_samples or lower nsamples"
+                raise InputError(f"calibrations.{cell.calibration}", f"{texts} texts kept", remedy)
+            yield (
+                f"calibrations.{cell.calibration}: {asked} will overlap: at most {texts} texts of "
+                "that length are kept; raise num_samples or lower nsamples"
+            )
 
 
 def _check_tasks(plan: Plan) -> None:

@@ -61,6 +61,8 @@ RUN_COLUMNS: dict[str, pa.DataType] = {
     "prune_key": pa.string(),
     "prune_report": pa.string(),
     "calibration_report": pa.string(),
+    "calibration_tokens": pa.int64(),
+    "calibration_overlap": pa.float64(),
     "evaluate_key": pa.string(),
     "bytes_dense": pa.int64(),
     "bytes_masks": pa.int64(),
@@ -208,6 +210,10 @@ def _calibration_fields(
             fields[f"seconds_{name}"] = sum(known) if len(known) == len(shards) else None
     else:
         fields |= {"seconds_generate": 0.0, "seconds_score": 0.0}
+    windows = store.manifest(calibration.key)
+    if windows is not None:
+        fields["calibration_tokens"] = windows.report.get("distinct_tokens")
+        fields["calibration_overlap"] = windows.report.get("overlap")
     described = plan.descriptions.get(key)
     description = None if described is None else store.manifest(described)
     if description is not None:

@@ -1,5 +1,7 @@
 """Print where a grid stands, and its results, for people."""
 
+import math
+
 import pandas as pd
 import pyarrow as pa
 from rich.console import Console
@@ -20,6 +22,10 @@ VARIED = [
     "temperature",
     "pruner_options",
 ]
+
+EVEN_OVERLAP = math.exp(-1)
+"""Share of tokens that windows have in common, on average, where they are cut at random from a text
+as long as all of them. More means that there was less text."""
 
 
 def print_state(plan: Plan, store: Store, console: Console) -> None:
@@ -73,6 +79,11 @@ def print_results(results: pa.Table, console: Console) -> None:
         console.print(f"failed: {cell}: {row['error']}", markup=False, soft_wrap=True)
     for note in frame["note"].dropna().unique():
         console.print(f"note: {note}", markup=False, highlight=False)
+    overlapping = frame[frame["calibration_overlap"] > EVEN_OVERLAP]
+    for name, rows in overlapping.groupby("calibration"):
+        tokens, share = rows["calibration_tokens"].min(), rows["calibration_overlap"].max()
+        told = f"windows overlap by up to {share:.0%}: as few as {tokens:.0f} distinct tokens"
+        console.print(f"calibration {name}: {told}", markup=False, soft_wrap=True)
     missing = int((frame["status"] == "missing").sum())
     if missing:
         console.print(f"{missing} cells have not run yet")

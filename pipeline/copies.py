@@ -48,7 +48,7 @@ def local_files(corpus: HubCorpus) -> tuple[str, ...]:
     elsewhere on the web: a folder, or the files that a builder is given."""
     if not is_builder(corpus.path):
         return () if on_hub(corpus) else (corpus.path,)
-    return tuple(name for name in _named_files(corpus) if not name.startswith(WEB))
+    return tuple(name for name in named_files(corpus) if not name.startswith(WEB))
 
 
 def is_builder(name: str) -> bool:
@@ -59,7 +59,8 @@ def is_builder(name: str) -> bool:
     return Path(found.origin).with_name("packaged_modules").joinpath(name, "__init__.py").is_file()
 
 
-def _named_files(corpus: HubCorpus) -> tuple[str, ...]:
+def named_files(corpus: HubCorpus) -> tuple[str, ...]:
+    """The files that a corpus is restricted to."""
     files = corpus.data_files
     return (files,) if isinstance(files, str) else tuple(files or ())
 
@@ -71,7 +72,7 @@ def model_item(model: HubModel) -> HubItem:
 
 def corpus_item(corpus: HubCorpus) -> HubItem:
     """The copy that stands for a corpus: its files, or those of its configuration."""
-    files = _named_files(corpus)
+    files = named_files(corpus)
     if not files and corpus.name is not None:
         files = (f"{corpus.name}/*", f"*/{corpus.name}/*")
     return HubItem("dataset", corpus.path, corpus.revision, files)

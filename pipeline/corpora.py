@@ -1,5 +1,6 @@
 """Reading text: a corpus's documents in its own or a seeded order, and checks before any work."""
 
+import glob
 import itertools
 import json
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.copies import copy_of, corpus_item
-from pipeline.errors import InputError
+from pipeline.copies import copy_of, corpus_item, local_files, named_files, on_hub
+from pipeline.errors import InputError, cut
 from pipeline.files import files, readable, reason, relative
 from pipeline.hub import hub_answers
 from pipeline.specs import Corpus, FileCorpus, HubCorpus, TestbedCorpus
@@ -71,13 +72,18 @@ def check_corpus(
     surely fail, but what passes may still turn out too short.
 
     Returns:
-        A warning if the corpus could not be looked at because its hub is out of reach.
+        A warning if the corpus could not be looked at because its hub is out of reach, or if
+        windows will overlap since all texts together have fewer tokens.
 
     Raises:
         InputError: if the corpus cannot be read, or is surely too short.
     """
     if isinstance(corpus, HubCorpus):
-        return _check_hub(corpus)
+        note = _check_hub(corpus)
+        if not local_files(corpus):
+            return note
+        # Nothing is prepared for it yet; parts of a split cannot be streamed.
+        corpus = corpus.model_copy(update={"streaming": "[" not in corpus.split})
     rows = documents(corpus)
     if isinstance(corpus, TestbedCorpus):
         rows = itertools.islice(rows, TESTBED_SAMPLE)
@@ -87,6 +93,11 @@ def check_corpus(
         if tokens.sum() < seqlen and not isinstance(corpus, TestbedCorpus):
             remedy = f"holds at most {tokens.sum()} tokens, {seqlen} are needed: lower seqlen"
             raise InputError("corpus", source, remedy)
+        if tokens.sum() < nsamples * seqlen and not isinstance(corpus, TestbedCorpus):
+            return (
+                f"{nsamples} windows of {seqlen} tokens will overlap: all texts have at most "
+                f"{tokens.sum()} tokens, not {nsamples * seqlen}; lower nsamples or give more text"
+            )
         return None
     enough = int((tokens >= seqlen).sum())
     if enough == 0 or (enough < nsamples and not isinstance(corpus, TestbedCorpus)):
@@ -178,7 +189,8 @@ def _json_text(line: str, place: str, text_field: str) -> str:
 
 def _checked(text: Any, text_field: str, place: str) -> str:
     if not isinstance(text, str | None):
-        raise InputError("text_field", text_field, f"{place} holds {text!r} there, not text")
+        shown = "an object" if isinstance(text, tuple | dict) else cut(repr(text), 60)
+        raise InputError("text_field", text_field, f"{place} holds {shown} there, not text")
     check_characters(text or "", "path", place)
     return text or ""
 
@@ -220,21 +232,52 @@ def _is_text(kind: pa.DataType) -> bool:
 def _hub_documents(corpus: HubCorpus, seed: int | None) -> Iterator[Document]:
     import datasets
 
+    number = -1
     try:
         rows = datasets.load_dataset(
             **_hub_source(corpus), split=corpus.split, streaming=corpus.streaming
         )
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError("corpus", corpus.path, f"cannot be loaded: {error}") from error
-    for number, row in _numbered(rows, seed, corpus.streaming):
-        if corpus.text_field not in row:
-            remedy = f"{corpus.path} has only {sorted(row)}"
-            raise InputError("text_field", corpus.text_field, remedy)
-        text = row[corpus.text_field]
-        if not isinstance(text, str | None):
-            remedy = f"{corpus.path} holds {text!r} there, not text"
-            raise InputError("text_field", corpus.text_field, remedy)
-        yield Document(str(number), text or "")
+        for number, row in _numbered(rows, seed, corpus.streaming):
+            if corpus.text_field not in row:
+                remedy = f"{corpus.path} has only {sorted(row)}"
+                raise InputError("text_field", corpus.text_field, remedy)
+            place = f"{corpus.path}, row {number}"
+            text = _checked(row[corpus.text_field], corpus.text_field, place)
+            # The builder `text` leaves a file's byte order mark in its first line.
+            yield Document(str(number), text.removeprefix("\ufeff" * (corpus.path == "text")))
+    except InputError:
+        raise
+    except Exception as error:  # those of `datasets` and of all that it rests on
+        _find_damage(corpus)
+        raise _unloadable(corpus, error) from error
+
+
+def _unloadable(corpus: HubCorpus, error: Exception) -> InputError:
+    """What is wrong with a data set, by the error of `datasets`."""
+    why = reason(error.__cause__ or error)
+    if "scripts are no longer supported" in why:
+        remedy = (
+            "is a Python script, which datasets does not run: set revision: refs/convert/parquet "
+            "if it is on the hub, else convert its data to Parquet"
+        )
+    elif isinstance(error, ConnectionError):
+        remedy = f"its hub is out of reach ({why}): try again, or run `fetch` where it is in reach"
+    else:
+        remedy = f"cannot be loaded: {why}"
+    where = ", ".join(local_files(corpus)) or corpus.path
+    return InputError("corpus", where, remedy)
+
+
+def _find_damage(corpus: HubCorpus) -> None:
+    """Read a builder's files here, since `datasets` names neither file nor line of an error.
+
+    Raises:
+        InputError: naming them.
+    """
+    if corpus.path in ("json", "parquet", "text"):
+        for path in local_files(corpus):
+            for _ in _file_documents(FileCorpus(path=path, text_field=corpus.text_field), None):
+                pass
 
 
 def _numbered(rows: Any, seed: int | None, streaming: bool) -> Iterator[tuple[int, Any]]:
@@ -250,19 +293,36 @@ def _numbered(rows: Any, seed: int | None, streaming: bool) -> Iterator[tuple[in
 def _check_hub(corpus: HubCorpus) -> str | None:
     import datasets
 
+    if Path(corpus.path).is_file() and not corpus.path.endswith(".py"):
+        raise InputError("corpus", corpus.path, "is a file: set kind: file-corpus")
     source = _hub_source(corpus)
-    if "/" in corpus.path and not Path(source["path"]).exists() and not hub_answers():
-        return f"{corpus.path} was not checked: its hub is out of reach"
+    unchecked = f"{corpus.path} was not checked: its hub is out of reach"
+    if on_hub(corpus):
+        if "/" not in corpus.path and any(map(glob.glob, named_files(corpus))):
+            remedy = "is no builder of datasets: json, parquet, csv or text reads files here"
+            raise InputError("corpus", corpus.path, remedy)
+        if source["path"] == corpus.path and not hub_answers():
+            return unchecked
     try:
         builder = datasets.load_dataset_builder(**source)
     except ConnectionError:
-        return f"{corpus.path} was not checked: its hub is out of reach"
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError("corpus", corpus.path, f"cannot be loaded: {error}") from error
+        return unchecked
+    except Exception as error:  # those of `datasets` and of all that it rests on
+        raise _unloadable(corpus, error) from error
     columns = builder.info.features
     if columns is not None and corpus.text_field not in columns:
         raise InputError("text_field", corpus.text_field, f"{corpus.path} has only {list(columns)}")
+    _check_split(corpus, builder)
     return None
+
+
+def _check_split(corpus: HubCorpus, builder: Any) -> None:
+    known = list(map(str, builder.info.splits or builder.config.data_files or ()))
+    wanted = [part.partition("[")[0] for part in corpus.split.split("+")]
+    if known and not {*wanted} <= {*known, "all"}:
+        raise InputError("split", corpus.split, f"{corpus.path} has only {known}")
+    if corpus.streaming and "[" in corpus.split:
+        raise InputError("split", corpus.split, "is part of a split: set streaming: false")
 
 
 def _hub_source(corpus: HubCorpus) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _ask(root: str) -> None:
 
     def ask() -> None:
         try:
-            filesystem, stripped = fsspec.core.url_to_fs(root)
+            filesystem, stripped = fsspec.core.url_to_fs(root, skip_instance_cache=True)
             filesystem.info(stripped)
         except PermissionError:  # who may read a file need not be allowed to look at its bucket
             pass

@@ -1,6 +1,5 @@
 """Drop samples that are of no use, then those of highest perplexity, as many as were asked for."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pipeline.duplicates import duplicates, near_duplicates
 from pipeline.errors import InputError
 from pipeline.models import Artifacts
 from pipeline.score import Score
-from pipeline.specs import FilterSpec
+from pipeline.specs import FilterSpec, dropped
 
 Flags = npt.NDArray[np.bool_]
 """One a sample."""
@@ -99,7 +98,7 @@ def keep(
     kept = np.isfinite(perplexities)
     finite = np.flatnonzero(kept)
     worst_first = finite[np.lexsort((-sample_ids[finite], -perplexities[finite]))]
-    kept[worst_first[: math.floor(drop_fraction * len(finite) + 0.5)]] = False
+    kept[worst_first[: dropped(len(finite), drop_fraction)]] = False
     if not kept.any():
         remedy = (
             f"nothing is left: of {len(kept)} samples {len(finite)} have a finite perplexity; "

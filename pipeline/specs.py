@@ -644,6 +644,11 @@ class WordList(Spec):
     """SHA-256 of the file, filled in when a grid is planned: other words, other key."""
 
 
+def dropped(samples: int, drop_fraction: float) -> int:
+    """How many of the samples with a finite perplexity are dropped for it."""
+    return math.floor(drop_fraction * samples + 0.5)
+
+
 class FilterSpec(StageSpec):
     """Drop the samples of highest perplexity.
 

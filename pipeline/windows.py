@@ -71,6 +71,8 @@ class Cut(NamedTuple):
     texts_read: int
     texts_too_short: int
     tokens_read: int
+    distinct_tokens: int
+    """Of the windows; a token that two of them share counts once."""
 
 
 def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
@@ -99,11 +101,14 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
     for window in cut.windows:
         check_ids(window.ids, embedding_rows(config))
     write_windows(cut.windows, output)
+    tokens = spec.nsamples * spec.seqlen
     return {
         "texts_read": cut.texts_read,
         "texts_too_short": cut.texts_too_short,
         "tokens_read": cut.tokens_read,
-        "tokens": spec.nsamples * spec.seqlen,
+        "tokens": tokens,
+        "distinct_tokens": cut.distinct_tokens,
+        "overlap": 1 - cut.distinct_tokens / tokens,
     }
 
 
@@ -137,6 +142,7 @@ def _cut_mixture(mixture: CorpusMixture, spec: WindowsSpec, tokenizer: Any) -> C
         texts_read=sum(cut.texts_read for cut in cuts.values()),
         texts_too_short=sum(cut.texts_too_short for cut in cuts.values()),
         tokens_read=sum(cut.tokens_read for cut in cuts.values()),
+        distinct_tokens=sum(cut.distinct_tokens for cut in cuts.values()),
     )
 
 
@@ -160,7 +166,7 @@ def sample_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: in
             offset = int(offsets.integers(len(text.ids) - seqlen + 1))
             windows.append(Window(text.document, offset, text.ids[offset : offset + seqlen]))
             if len(windows) == nsamples:
-                return Cut(windows, read, read - nsamples, tokens)
+                return Cut(windows, read, read - nsamples, tokens, nsamples * seqlen)
     remedy = (
         f"{nsamples} windows of {seqlen} tokens were asked for, but of {read} texts only "
         f"{len(windows)} are that long and the longest has {longest} tokens: lower seqlen or "
@@ -186,11 +192,13 @@ def concat_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: in
         raise InputError("seqlen", seqlen, remedy)
     joined = np.concatenate([text.ids for text in held])
     windows = []
-    for start in np.random.default_rng([seed, 1]).integers(total - seqlen + 1, size=nsamples):
+    starts = np.random.default_rng([seed, 1]).integers(total - seqlen + 1, size=nsamples)
+    for start in starts:
         text = int(np.searchsorted(ends, start, side="right"))
         offset = int(start - ends[text]) + len(held[text].ids)
         windows.append(Window(held[text].document, offset, joined[start : start + seqlen]))
-    return Cut(windows, len(held), 0, total)
+    distinct = seqlen + int(np.minimum(np.diff(np.sort(starts)), seqlen).sum())
+    return Cut(windows, len(held), 0, total, distinct)
 
 
 def tokenize_with(tokenizer: Any, *, special_tokens: bool) -> Tokenize:

@@ -185,7 +185,10 @@ def test_a_corpus_passes_the_check_exactly_when_bytes_plus_two_reach_seqlen(tmp_
     for nsamples, seqlen in ((2, 13), (3, 4)):
         with pytest.raises(InputError, match="lower seqlen or nsamples"):
             check_corpus(corpus, nsamples, seqlen)
-    assert check_corpus(corpus, 100, 27, joined=True) is None
+    assert check_corpus(corpus, 1, 27, joined=True) is None
+    warning = check_corpus(corpus, 2, 27, joined=True)
+    assert warning is not None
+    assert "overlap: all texts have at most 27 tokens, not 54" in warning
     with pytest.raises(InputError, match="at most 27 tokens"):
         check_corpus(corpus, 1, 28, joined=True)
 
