@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import threading
@@ -135,6 +136,24 @@ def test_what_is_in_the_store_is_not_made_again(tmp_path: Path) -> None:
     outcome = run(pair, ["b"], add, store, VERSIONS)
     assert set(outcome.made) == {"b"}
     assert count.read_text() == "x"
+
+
+def claims(
+    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+) -> dict[str, Any]:
+    """What runs under way say that they use."""
+    uses = Path(partial.store.root, "uses").glob("*.json")
+    return {"used": [key for path in uses for key in json.loads(path.read_text())]}
+
+
+def test_a_run_claims_what_it_makes_and_what_it_only_reads(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    run(graph(stage("copy", "1")), ["copy"], add, store, VERSIONS)
+    outcome = run(graph(stage("a", "1", "copy")), ["a"], claims, store, VERSIONS)
+    assert set(outcome.made) == {"a"}
+    manifest = store.manifest("a")
+    assert manifest is not None
+    assert manifest.report == {"used": ["a", "copy"]}
 
 
 def test_what_leads_to_most_others_is_made_first(tmp_path: Path) -> None:

@@ -9,8 +9,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from cluster import garbage, leases
 from cluster.store import Store
+from jobs.__main__ import app
 from jobs.fetch import OFFLINE, copies, fetch, hub_items, with_copies
 from jobs.gather import gather
 from jobs.grid import Grid
@@ -107,3 +111,99 @@ def test_what_the_hub_does_not_have_is_named_and_nothing_half_done_is_left(
     with pytest.raises(InputError, match=r"model: 'acme/tiny': cannot be fetched: 404"):
         fetch(plan, store)
     assert all(item.kind == "dataset" for item in copies(plan, store))
+
+
+def call(*words: str | Path, store: Store) -> str:
+    result = CliRunner().invoke(app, ["store", *map(str, words), "--store", store.url])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.usefixtures("hub")
+def test_tidying_keeps_copies_that_a_given_grid_or_a_live_run_reads(
+    grid: Grid, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "PULSE_SECONDS", 0.2)
+    grid_file = tmp_path / "grid.yaml"  # where `load` has written it
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({**content, "models": {"tiny": "testbed-tiny"}}))
+    plan, store = make_plan(grid), Store(str(tmp_path / "store"))
+    fetch(plan, store)
+    copied = store.keys()
+    assert len(copied) == 5
+    summed = call("du", store=store)
+    assert [line.split()[1:4] for line in summed.splitlines() if "hub-" in line] == [
+        ["hub-dataset", "│", "4"],
+        ["hub-model", "│", "1"],
+    ]
+    assert "5 artifacts, 0 damaged" in call("verify", store=store)
+    assert all(key in call("ls", store=store) for key in copied)
+    call("gc", grid_file, "--delete", store=store)
+    assert store.keys() == copied
+    model = {key for key in copied if key.startswith("hub-model")}
+    graph, _ = with_copies(plan, store)
+    # What a run claims is tested where runs are; here it claims what they do.
+    with leases.Claim(store, {name for stage in graph.values() for name in stage.inputs}):
+        call("gc", other, "--delete", store=store)
+        assert store.keys() == copied
+    call("gc", other, "--delete", store=store)
+    assert store.keys() == copied - model
+    call("gc", other, grid_file, "--delete", store=store)
+    assert store.keys() == copied - model
+
+
+@pytest.mark.usefixtures("hub")
+def test_tidying_removes_nothing_for_a_grid_whose_files_are_gone(
+    grid: Grid, content: Content, load: Load, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    fetch(make_plan(grid), store)
+    copied = store.keys()
+    notes = tmp_path / "notes.txt"
+    content["corpora"]["notes"] = {"kind": "file-corpus", "path": str(notes)}
+    load(content)
+    notes.unlink()
+    words = ["store", "gc", str(tmp_path / "grid.yaml"), "--delete", "--store", store.url]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, InputError)
+    assert "corpora.notes.path" in str(result.exception)
+    assert store.keys() == copied
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_copy_under_way_is_no_garbage(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, found = Store(str(tmp_path / "store")), []
+    download = huggingface_hub.snapshot_download
+
+    def watched(*words: Any, **options: Any) -> None:
+        download(*words, **options)
+        monkeypatch.setattr(leases.Observer, "used", lambda observer: set())  # a pulse takes 10 s
+        found.append(garbage.find(store, store.keys()).attempts)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", watched)
+    fetch(make_plan(grid), store)
+    assert found == [[]] * 5
+    assert store.names("runs") == store.names("leases") == set()
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_damaged_copy_is_named_and_fetched_again(grid: Grid, tmp_path: Path) -> None:
+    plan, store = make_plan(grid), Store(str(tmp_path / "store"))
+    fetch(plan, store)
+    manifest = store.manifest(hub_items(plan)[-1].key)
+    assert manifest is not None
+    store.write(f"{manifest.data}/config.json", b"{}")
+    fresh = Store(store.url)  # which has read nothing yet
+    for read in (copies, with_copies):
+        with pytest.raises(InputError, match=r"'acme/tiny': its copy .* is damaged.*`fetch`"):
+            read(plan, fresh)
+    assert [item.name for item in fetch(plan, fresh)] == ["acme/tiny"]
+    assert len(copies(plan, fresh)) == 5
+
+
+def test_a_corpus_of_a_mixture_is_fetched_too(grid: Grid, content: Content, load: Load) -> None:
+    content["calibrations"]["c4"]["corpus"] = {"c4": 1, "wikitext": 1}
+    content["evaluate"]["perplexity"] = []
+    assert hub_items(make_plan(load(content))) == hub_items(make_plan(grid))

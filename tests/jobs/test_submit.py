@@ -66,6 +66,50 @@ def test_files_that_a_grid_names_by_a_relative_path_go_along(
     assert not (folder / "en").exists()
 
 
+def test_everything_that_a_grid_reads_by_a_relative_path_goes_along(
+    packed: Packed, content: Content
+) -> None:
+    """Also what only a calibration, a mixture or the evaluation names."""
+    for name in ("words.txt", "part.txt", "built/a.jsonl", "built/b.jsonl", "set/x.parquet"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(name)
+    for name in ("sets/acme/questions", "tasks", "model"):
+        Path(name).mkdir(parents=True)
+        Path(name, "file").write_text(name)
+    content["corpora"] |= {
+        "part": {"kind": "file-corpus", "path": "./part.txt"},
+        "built": {"kind": "hub-corpus", "path": "json", "data_files": ["built/*.jsonl"]},
+        "folder": {"kind": "hub-corpus", "path": "set"},
+    }
+    content["models"]["mine"] = {"kind": "local-model", "path": "model"}
+    content["calibrations"]["own"] |= {
+        "prefixes": {"part": 1, "other": 1},
+        "banned_words": "words.txt",
+    }
+    content["calibrations"]["nested"] = {
+        "prefixes": "other",
+        "generator": {"pruner": "wanda", "sparsity": 0.5, "calibration": "own"},
+    }
+    content["cells"]["calibration"] = ["nested"]
+    content["evaluate"] |= {
+        "datasets": {"kind": "local-datasets", "path": "sets"},
+        "task_folder": {"kind": "local-tasks", "path": "tasks"},
+    }
+    named = {*Path().rglob("*")}
+    folder = packed(content)
+    assert {path for path in named if not (folder / path).exists()} == set()
+
+
+@pytest.mark.parametrize("name", ["built/none.jsonl", "../outside.jsonl"])
+def test_files_of_a_builder_that_cannot_go_along_are_refused(
+    packed: Packed, content: Content, name: str
+) -> None:
+    Path("../outside.jsonl").write_text("{}")
+    content["corpora"]["built"] = {"kind": "hub-corpus", "path": "json", "data_files": name}
+    with pytest.raises(InputError, match=r"corpora\.built\.data_files: .*(is not here|leads out)"):
+        packed(content)
+
+
 @pytest.mark.parametrize(
     ("path", "remedy"), [("no-such.txt", "is not here"), ("../*.yaml", "leads out of this folder")]
 )

@@ -150,6 +150,16 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         (FileCorpus(path=str(numbers)), ["text_field", "int64"]),
         (FileCorpus(path=str(numbers), text_field="no"), ["'no'", "['body', 'text']"]),
         (broken(tmp_path, "g.txt", "\n  \n"), ["g.txt", "no text"]),
+        (
+            broken(tmp_path, "h.jsonl", '{"text": "x"}\n{"text": "cut \\ud83d"}\n'),
+            ["line 2", "half"],
+        ),
+        (broken(tmp_path, "i.jsonl", '{"text": "a", "text": "b"}\n'), ["line 1", "2 times"]),
+        (broken(tmp_path, "j.jsonl", '{"text": NaN}\n'), ["line 1", "nan", "not text"]),
+        (broken(tmp_path, "k.jsonl", '{"text": {"a": 1}}\n'), ["line 1", "an object"]),
+        (broken(tmp_path, "l.jsonl", "[" * 100_000), ["l.jsonl, line 1", "JSON"]),
+        (broken(tmp_path, "m", "text\n"), ["m", "unknown ending"]),
+        (broken(tmp_path, "n.jsonl.gz", '{"text": "x"}\n'), ["n.jsonl.gz", "no whole gzip file"]),
     ]
     for corpus, said in cases:
         for refuse in (lambda given: list(documents(given)), check_corpus):
@@ -157,6 +167,48 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
                 refuse(corpus)
             for words in said:
                 assert words in str(error.value)
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".txt.gz", ".jsonl.bz2", ".jsonl.zst", ".parquet"])
+def test_a_file_that_was_cut_short_is_named_wherever_it_ends(tmp_path: Path, ending: str) -> None:
+    files = write_every_format(tmp_path)
+    files[".txt.gz"] = tmp_path / "corpus.txt.gz"
+    files[".txt.gz"].write_bytes(gzip.compress(files[".txt"].read_bytes()))
+    content = files[ending].read_bytes()
+    for share in (0.1, 0.5, 0.9):
+        files[ending].write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(InputError, match=rf"corpus{ending}.*(no whole|no Parquet|damaged)"):
+            list(documents(FileCorpus(path=str(files[ending]))))
+
+
+def test_a_damaged_page_of_a_parquet_file_and_text_in_it_that_is_not_utf8_are_named(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "c.parquet"
+    texts = pa.array([b"good", b"caf\xe9"]).cast(pa.binary())
+    damaged = pa.Array.from_buffers(pa.string(), 2, texts.buffers())
+    pq.write_table(pa.table({"text": damaged}), path, use_dictionary=False)
+    with pytest.raises(InputError, match=r"c\.parquet, row 1.*not UTF-8"):
+        list(documents(FileCorpus(path=str(path))))
+    pq.write_table(pa.table({"text": TEXTS}), path, compression="gzip", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[200:220] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"c\.parquet.*damaged"):
+        list(documents(FileCorpus(path=str(path))))
+
+
+def test_text_is_read_as_people_save_it(tmp_path: Path) -> None:
+    windows = "\ufeff" + json_lines(TEXTS).replace("\n", "\r\n")
+    (tmp_path / "a.JSONL").write_bytes(windows.encode())
+    assert texts_of(FileCorpus(path=str(tmp_path / "a.JSONL"))) == TEXTS
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\x0cthree\xe2\x80\xa8four\r\n")
+    assert texts_of(FileCorpus(path=str(tmp_path / "b.txt"))) == ["one", "two\x0cthree\u2028four"]
+    builder = HubCorpus(path="text", data_files=str(tmp_path / "b.txt"))
+    assert texts_of(builder) == ["one", "two\x0cthree\u2028four"]
+    category = pa.table({"text": pa.array(TEXTS).dictionary_encode()})  # as pandas writes one
+    pq.write_table(category, tmp_path / "c.parquet")
+    assert texts_of(FileCorpus(path=str(tmp_path / "c.parquet"))) == TEXTS
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
@@ -174,6 +226,55 @@ def test_a_builder_without_the_text_field_or_split_is_refused(tmp_path: Path) ->
         list(documents(HubCorpus(path="json", data_files=files, split="test", text_field="body")))
     with pytest.raises(InputError, match=r"none\.jsonl"):
         check_corpus(HubCorpus(path="json", data_files=f"{tmp_path}/none.jsonl"))
+
+
+def test_what_datasets_cannot_load_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("script", "empty", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "script" / "script.py").write_text("")
+    card = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "two" / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    for name in ("a", "b"):
+        (tmp_path / "two" / f"{name}.jsonl").write_text(json_lines(TEXTS))
+    (tmp_path / "good.jsonl").write_text(json_lines(TEXTS))
+    (tmp_path / "cut.jsonl").write_text(json_lines(TEXTS) + '{"text": "cut \\ud83d"}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
+    (tmp_path / "packed.jsonl.gz").write_text(json_lines(TEXTS))
+    cases: list[tuple[dict[str, str], str]] = [
+        ({"path": "script"}, "Python script.*set revision: refs/convert/parquet"),
+        ({"path": "script/script.py"}, "Python script"),
+        ({"path": "empty"}, "cannot be loaded: .*any data files"),
+        ({"path": "good.jsonl"}, "is a file: set kind: file-corpus"),
+        ({"path": "jsn", "data_files": "good.jsonl"}, "no builder of datasets"),
+        ({"path": "two"}, r"Config name is missing.*\['a', 'b'\]"),
+        ({"path": "two", "name": "c"}, r"'c' not found.*\['a', 'b'\]"),
+        ({"path": "two", "name": "a", "split": "test"}, r"split: 'test': two has only \['train'\]"),
+        ({"path": "two", "name": "a", "split": "train[:5]"}, "set streaming: false"),
+        ({"path": "two", "name": "a", "text_field": "body"}, "text_field: 'body': .*text"),
+        ({"path": "json", "data_files": "cut.jsonl"}, r"cut\.jsonl, line 41.*half of a surrogate"),
+        ({"path": "json", "data_files": "numbers.jsonl"}, "row 0 holds 1 there, not text"),
+        ({"path": "json", "data_files": "packed.jsonl.gz"}, r"packed\.jsonl\.gz.*no whole gzip"),
+    ]
+    for fields, said in cases:
+        with pytest.raises(InputError, match=said) as error:
+            check_corpus(HubCorpus(**fields))
+        assert len(str(error.value)) < 300
+    assert check_corpus(HubCorpus(path="two", name="a"), 40) is None
+    parts = HubCorpus(path="two", name="a", split="train[:5]", streaming=False)
+    assert texts_of(parts) == TEXTS[:5]
+    with pytest.raises(InputError, match="41 texts of at least 1 tokens are needed"):
+        check_corpus(HubCorpus(path="json", data_files="good.jsonl"), 41)
+
+
+def test_an_endpoint_that_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
+    hub_answers.cache_clear()
+    with pytest.raises(InputError, match=r"'hf-mirror\.com': HF_ENDPOINT is no URL"):
+        check_corpus(HubCorpus(path="nobody/nothing-of-this-name"))
 
 
 def test_a_corpus_passes_the_check_exactly_when_bytes_plus_two_reach_seqlen(tmp_path: Path) -> None:

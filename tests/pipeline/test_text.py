@@ -17,12 +17,12 @@ def lines_of(content: bytes) -> list[str]:
 @pytest.mark.parametrize(
     ("content", "read"),
     [
-        ("one\ntwo\n".encode(), ["one", "two"]),
+        (b"one\ntwo\n", ["one", "two"]),
         ("\ufeffone\r\ntwo\r\n".encode(), ["one", "two"]),  # as Windows saves it
-        ("one\rtwo".encode(), ["one", "two"]),
+        (b"one\rtwo", ["one", "two"]),
         ("\ufeffone\n\ufefftwo\n".encode(), ["one", "two"]),  # two such files joined
         ("a\u2028b\x85c\x0cd\x0be\nf".encode(), ["a\u2028b\x85c\x0cd\x0be", "f"]),
-        ("\n\na\n".encode(), ["", "", "a"]),
+        (b"\n\na\n", ["", "", "a"]),
         (b"", []),
     ],
 )

@@ -213,6 +213,13 @@ def test_concat_joins_the_texts_without_special_tokens_and_cuts_across_them() ->
     assert min(count.values()) > 45  # 75 of each expected, standard deviation 7.5
 
 
+@pytest.mark.parametrize("nsamples", [1, 3, 40])
+def test_a_token_that_two_windows_share_counts_once(nsamples: int) -> None:
+    ids = np.arange(200, dtype=np.int32)  # each once, so that a set counts them
+    cut = concat_windows([Tokens("a", ids[:50]), Tokens("b", ids[50:])], nsamples, 16, seed=0)
+    assert cut.distinct_tokens == len({token for window in cut.windows for token in window.ids})
+
+
 def test_an_empty_text_takes_no_part_in_a_concatenation() -> None:
     ids = np.array([1, 2], np.int32)
     texts = [Tokens("a", ids), Tokens("empty", ids[:0]), Tokens("b", ids)]
@@ -339,7 +346,8 @@ def test_read_windows_gives_the_written_ids_as_a_matrix(
     assert read.shape == (5, 16)
     assert read.dtype == torch.int64
     assert read.tolist() == pq.read_table(tmp_path / "windows.parquet")["token_ids"].to_pylist()
-    assert report["tokens"] == 80
+    assert report["tokens"] == report["distinct_tokens"] == 80
+    assert report["overlap"] == 0.0
     assert report["texts_read"] == 5 + report["texts_too_short"]
 
 
