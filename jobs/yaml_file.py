@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import InputError
+from pipeline.text import read_text
 
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
@@ -90,14 +91,12 @@ def read_yaml(field: str, path: Path) -> Any:
         InputError: if it cannot be read, with the line where it goes wrong.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise InputError(field, str(path), "there is no such file") from error
+        return yaml.load(read_text(str(path), field), _Loader)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
         kind = "" if isinstance(error, _RefusedError) else "is not a YAML file: "
         raise InputError(field, str(path), f"{kind}{line}{error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(field, str(path), f"is not a YAML file: {reason}") from error
 
@@ -108,7 +107,7 @@ def line_of(path: Path, field: str) -> int | None:
     Args:
         field: names and places in lists with dots between them, from the outermost in.
     """
-    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    node = yaml.compose(read_text(str(path), field), Loader=yaml.SafeLoader)
     line: int | None = None
     while field:
         children: dict[str, tuple[yaml.Node, yaml.Node]] = {}

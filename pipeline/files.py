@@ -171,8 +171,10 @@ def _remedy(error: Exception, path: str) -> str:
         extra = _EXTRAS.get(protocol or "")
         how = f"install calprune[{extra}]" if extra else str(error)
         return f"its client is not installed: {how}"
+    if protocol is None and isinstance(error, FileNotFoundError):
+        return "there is no such file"
     if protocol is None:
-        return f"cannot be read: {reason(error)}"
+        return f"cannot be read: {getattr(error, 'strerror', None) or reason(error)}"
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket, or no file of it is there: create it or correct the URL"
     for kind in type(error).__mro__:

@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.errors import InputError
 from pipeline.specs import LocalTasks, TestbedTasksSpec
+from pipeline.text import read_text
 
 _NAME = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
 
@@ -138,7 +139,7 @@ def _lm_eval_names() -> set[str]:
 def _names_in(folder: Path) -> set[str]:
     names: set[str] = set()
     for path in folder.rglob("*.yaml"):
-        names.update(_NAME.findall(path.read_text(encoding="utf-8")))
+        names.update(_NAME.findall(read_text(str(path), "task_folder")))
     return names
 
 
@@ -168,7 +169,7 @@ def copy_tasks(folder: Path, target: Path, cache: Path) -> None:
 
 def _relocated(path: Path, cache: Path) -> str:
     """The YAML text with absolute `data_files`, edited as nodes to keep `!function` tags."""
-    content = path.read_text(encoding="utf-8")
+    content = read_text(str(path), "task_folder")
     try:
         node = yaml.compose(content, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:

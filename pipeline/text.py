@@ -39,7 +39,7 @@ def read_text(path: str, field: str) -> str:
         if filesystem.isdir(stripped):
             raise InputError(field, path, "cannot be read: it is a folder, not a text file")
         with filesystem.open(stripped, "rb") as stream:
-            return "\n".join(lines(stream, path, field))
+            return "".join(_sound(stream, path, field))
 
 
 def lines(stream: IO[bytes], name: str, field: str = "path") -> Iterator[str]:
@@ -51,6 +51,11 @@ def lines(stream: IO[bytes], name: str, field: str = "path") -> Iterator[str]:
     Raises:
         InputError: naming file, line and byte, if it is not UTF-8 or holds a NUL.
     """
+    return (line.removesuffix("\n") for line in _sound(stream, name, field))
+
+
+def _sound(stream: IO[bytes], name: str, field: str) -> Iterator[str]:
+    r"""The lines with `\n` at their ends."""
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape")
     for number, line in enumerate(text, start=1):
         if wrong := _UNSOUND.search(line):
@@ -61,7 +66,7 @@ def lines(stream: IO[bytes], name: str, field: str = "path") -> Iterator[str]:
             remedy = f"is {kind}" if kind else f"is not UTF-8 text: save it as UTF-8 ({found!r})"
             place = f"{name}, line {number}, byte {len(before) + 1}"
             raise InputError(field, name if kind else place, remedy)
-        yield line.removesuffix("\n").removeprefix("\ufeff")
+        yield line.removeprefix("\ufeff")
 
 
 def check_characters(text: str, field: str, place: str) -> None:

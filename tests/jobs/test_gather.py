@@ -1,3 +1,4 @@
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -5,11 +6,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
 
 from cluster.store import Store
 from jobs.gather import gather
 from jobs.grid import Grid
 from jobs.plan import make_plan
+from jobs.show import print_results
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -46,7 +49,11 @@ def test_a_row_tells_its_calibration_sets_description_and_what_generating_it_too
     content["cells"] |= {"pruner": "wanda", "sparsity": 0.5, "seed": 0}
     plan = make_plan(load({**content, "describe": {"reference": "true"}}))
     store = Store(str(tmp_path / "store"))
-    reports = {"evaluate": {}, "prune": {"sparsity": 0.5}, "describe": {"loss": 1.5}}
+    reports: dict[str, dict[str, Any]] = {
+        "prune": {"sparsity": 0.5},
+        "describe": {"loss": 1.5},
+        "windows": {"distinct_tokens": 321, "overlap": 0.6},
+    }
     for place, (key, spec) in enumerate(plan.specs.items()):
         with store.attempt(key) as attempt:
             if spec.kind == "evaluate":
@@ -66,6 +73,15 @@ def test_a_row_tells_its_calibration_sets_description_and_what_generating_it_too
     assert rows["none"]["seconds_generate"] is None
     assert rows["none"]["calibration_report"] is None
     assert rows["true"]["seconds_generate"] == 0.0
+    assert rows["none"]["calibration_overlap"] is None
+    assert rows["true"]["calibration_tokens"] == 321
+    assert rows["true"]["calibration_overlap"] == 0.6
+    shown = io.StringIO()
+    print_results(gather(plan, store), Console(file=shown, width=200))
+    assert (
+        "calibration true: windows overlap by up to 60%: as few as 321 distinct tokens"
+        in shown.getvalue()
+    )
     assert json.loads(rows["true"]["calibration_report"]) == {"loss": 1.5}
     for stage in ("generate", "score"):
         shards = [

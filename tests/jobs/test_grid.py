@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from cluster.store import Store
@@ -127,6 +128,21 @@ def test_what_is_no_grid_is_refused(tmp_path: Path, text: str, message: str) -> 
         load_grid(path)
     with pytest.raises(InputError, match="no such file"):
         load_grid(tmp_path / "other.yaml")
+
+
+def test_a_grid_is_read_as_windows_saves_it_and_no_other_encoding_passes(
+    content: Content, tmp_path: Path
+) -> None:
+    path = tmp_path / "grid.yaml"
+    text = yaml.safe_dump(content)
+    path.write_bytes(f"\ufeff{text}".replace("\n", "\r\n").encode())
+    assert load_grid(path).name == "small"
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(InputError, match=r"^grid: .*grid\.yaml': is UTF-16 text: save it as UTF-8"):
+        load_grid(path)
+    path.write_bytes(f"{text}note: café\n".encode("latin-1"))
+    with pytest.raises(InputError, match=rf"line {text.count(chr(10)) + 1}, byte 10'.*not UTF-8"):
+        load_grid(path)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "/etc/x", "..", "a\\b", "name\n"])
