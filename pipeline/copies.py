@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pipeline.errors import InputError
+from pipeline.files import reason
 from pipeline.specs import HubCorpus, HubModel, LocalModel, canonical_json
 from pipeline.tasks import task_data_sets
 
@@ -95,8 +96,7 @@ def download(item: HubItem, folder: Path) -> None:
             allow_patterns=[*item.files, *CARDS] if item.files else None,
         )
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(item.kind, item.name, f"cannot be fetched: {reason}") from error
+        raise InputError(item.kind, item.name, f"cannot be fetched: {reason(error)}") from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes, with times
 
 
