@@ -1,6 +1,7 @@
 """What a model calls its decoder layers with, captured once and called again layer by layer."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,23 +24,46 @@ class _Call:
     """All but the hidden states: positional and by keyword."""
 
 
+@dataclass(frozen=True)
+class _PassedOn:
+    """Stands for what a layer returns besides its hidden states, where the next one is given it."""
+
+    layer: int
+    place: int
+    """In the layer's output."""
+
+
 class CapturedBatch:
     """The hidden states of some windows on their way up, and what goes with them to each layer."""
 
-    def __init__(self, states: Kept, arguments: list[Any]) -> None:
+    def __init__(self, states: Kept, arguments: list[Any], shelf: Shelf) -> None:
         self._states = states
         self._arguments = arguments
+        self._shelf = shelf
+        self._passed: dict[int, Any] = {}  # by its place in the output of the layer below
 
-    def forward(self, number: int, layer: nn.Module) -> Tensor:
+    def forward(self, number: int, layer: nn.Module) -> Any:
         """The output of the decoder layer with that number, on the hidden states below it."""
-        positional, keywords = _read(self._arguments[number])
-        output = layer(self._states.read(), *positional, **keywords)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        positional, keywords = _read(self._arguments[number], self._passed)
+        return layer(self._states.read(), *positional, **keywords)
 
     def rise(self, number: int, layer: nn.Module) -> None:
-        """Put the output of that layer in the place of its hidden states."""
-        self._states.write(self.forward(number, layer))
+        """Put the output of that layer in the place of its hidden states, and keep what else it
+        passes on."""
+        output = self.forward(number, layer)
+        self._states.write(output if isinstance(output, Tensor) else output[0])
+        if number + 1 < len(self._arguments):
+            for each in _passed_on(self._arguments[number + 1]):
+                self._passed[each.place] = self._kept(each.place, output[each.place])
+
+    def _kept(self, place: int, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        before = self._passed.get(place)
+        if isinstance(before, Kept) and before.takes(value):
+            before.write(value)
+            return before
+        return self._shelf.keep(value)
 
 
 def capture(
@@ -49,7 +73,8 @@ def capture(
     layer, whatever its name. No layer is run for it.
 
     Masks and rotary tables are mostly those of the first batch, and held once, on the device. What
-    differs between batches (embeddings of each layer) goes where the hidden states go. Objects of
+    differs between batches (embeddings of each layer) goes where the hidden states go, and so does
+    what a layer passes on to the next one besides (a router's states, chosen keys). Objects of
     other kinds, through which layers hand each other tensors (shared keys and values), are passed
     on as they are, one to a batch.
 
@@ -58,7 +83,8 @@ def capture(
 
     Raises:
         InputError: if the model does not hand the hidden states from one layer to the next, each
-            called once, or passes to a layer what depends on the layers below.
+            called once, or passes to a layer what depends on the layers below in another way than
+            as an output of the one right below.
     """
     output = _form_of_outputs(model, layers, batches[0][:1])
     captured: list[CapturedBatch] = []
@@ -70,11 +96,11 @@ def capture(
         return other if _same(other, tensor) else shelf.keep(tensor)
 
     for batch in batches:
-        calls = _calls(model, layers, batch, output)
+        calls = _calls(model, layers, batch, output, then_stop=True)
         arguments = [call.arguments for call in calls]
         placed = _replaced_tensors(arguments, first, place, {})
         first = first or placed
-        captured.append(CapturedBatch(shelf.keep(calls[0].states), placed))
+        captured.append(CapturedBatch(shelf.keep(calls[0].states), placed, shelf))
     return captured
 
 
@@ -82,10 +108,25 @@ class _Stop(Exception):
     """The way out of a forward pass."""
 
 
+class _WrongFormError(Exception):
+    """A model cannot go on from what stands for a layer's output."""
+
+
+Form = Callable[[int, Tensor], Any]
+"""From a layer's number and hidden states, its output."""
+
+
 def _calls(
-    model: nn.Module, layers: nn.ModuleList, batch: Tensor, output: Callable[[Tensor], Any]
+    model: nn.Module, layers: nn.ModuleList, batch: Tensor, output: Form, then_stop: bool = False
 ) -> list[_Call]:
-    """The model's calls of its layers, if each returned `output` of its hidden states."""
+    """The model's calls of its layers, if each returned `output` of its hidden states.
+
+    Args:
+        then_stop: go no further than to the last layer; else see that none is called again.
+
+    Raises:
+        _WrongFormError: if the model fails on the output, whatever its error.
+    """
     calls: list[_Call] = []
 
     def stand_in(number: int) -> Callable[..., Any]:
@@ -95,14 +136,26 @@ def _calls(
             else:
                 states = keywords.pop("hidden_states")
             calls.append(_Call(number, states, (positional, keywords)))
-            if number + 1 == len(layers):
+            if then_stop and number + 1 == len(layers):
                 raise _Stop
-            return output(states)
+            return output(number, states)
 
         return forward
 
     with _replaced(layers, stand_in), contextlib.suppress(_Stop):
-        model(input_ids=batch, use_cache=False)
+        try:
+            model(input_ids=batch, use_cache=False)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
+            if calls:
+                raise _WrongFormError from e
+            raise
     if [call.layer for call in calls] != list(range(len(layers))):
         remedy = "does not call its decoder layers one after another, once each; cannot be walked"
         raise InputError("model", type(model).__name__, remedy)
@@ -126,25 +179,41 @@ def _replaced(
                 vars(layer)["forward"] = before
 
 
-def _form_of_outputs(
-    model: nn.Module, layers: nn.ModuleList, window: Tensor
-) -> Callable[[Tensor], Any]:
-    """The form in which the model takes a layer's hidden states, a tensor or a tuple: that which
-    reaches the next layer unchanged."""
-    forms: list[Callable[[Tensor], Any]] = [lambda states: states, lambda states: (states,)]
-    for form in forms:
-        calls = _calls(model, layers, window, form)
-        if all(_same(call.states, calls[0].states) for call in calls):
-            break
-    else:
-        remedy = "changes the hidden states between its decoder layers; cannot be walked"
-        raise InputError("model", type(model).__name__, remedy)
-    others = _calls(model, layers, window, lambda states: form(torch.zeros_like(states)))
+def _form_of_outputs(model: nn.Module, layers: nn.ModuleList, window: Tensor) -> Form:
+    """The form in which the model takes a layer's hidden states, a tensor, or the first of a tuple
+    or a list: that which reaches the next layer unchanged."""
+    form, calls = _first_that_passes(model, layers, window)
+    for call in calls:
+        if any(each.layer + 1 != call.layer for each in _passed_on(call.arguments)):
+            remedy = f"passes to its decoder layer {call.layer} an output of one further below"
+            raise InputError("model", type(model).__name__, f"{remedy}; cannot be walked")
+    others = _calls(
+        model, layers, window, lambda number, states: form(number, torch.zeros_like(states))
+    )
     for one, other in zip(calls, others, strict=True):
         if not _same(one.arguments, other.arguments):
             remedy = f"passes to its decoder layer {one.layer} what depends on those below"
             raise InputError("model", type(model).__name__, f"{remedy}; cannot be walked")
     return form
+
+
+def _first_that_passes(
+    model: nn.Module, layers: nn.ModuleList, window: Tensor
+) -> tuple[Form, list[_Call]]:
+    forms: list[Form] = [lambda number, states: states]
+    for kind, outputs in itertools.product((tuple, list), (1, 2, 3)):
+        forms.append(functools.partial(_output, kind, outputs))
+    for form in forms:
+        with contextlib.suppress(_WrongFormError):
+            calls = _calls(model, layers, window, form)
+            if all(_same(call.states, calls[0].states) for call in calls):
+                return form, calls
+    remedy = "changes the hidden states between its decoder layers; cannot be walked"
+    raise InputError("model", type(model).__name__, remedy)
+
+
+def _output(kind: type, outputs: int, number: int, states: Tensor) -> Any:
+    return kind([states, *(_PassedOn(number, place) for place in range(1, outputs))])
 
 
 # -------------------------------------------------------------------------- arguments and tensors
@@ -162,6 +231,12 @@ def _same(one: Any, other: Any) -> bool:
         return False
     left, right = _items(one), _items(other)
     return len(left) == len(right) and all(map(_same, left, right))
+
+
+def _passed_on(value: Any) -> list[_PassedOn]:
+    if isinstance(value, _PassedOn):
+        return [value]
+    return [found for item in _items(value) for found in _passed_on(item)]
 
 
 def _items(value: Any) -> list[Any]:
@@ -200,7 +275,9 @@ def _replaced_tensors(
     return done[id(value)]
 
 
-def _read(value: Any) -> Any:
+def _read(value: Any, passed: dict[int, Any]) -> Any:
+    if isinstance(value, _PassedOn):
+        value = passed[value.place]
     if isinstance(value, Kept):
         return value.read()
-    return _with_items(value, [_read(item) for item in _items(value)])
+    return _with_items(value, [_read(item, passed) for item in _items(value)])

@@ -20,6 +20,10 @@ class Kept:
         """The tensor on the device; the kept one itself if that is where it lives."""
         return self._tensor.to(self._device, non_blocking=True)
 
+    def takes(self, value: Tensor) -> bool:
+        """Whether a tensor has the kept one's shape and dtype."""
+        return (value.shape, value.dtype) == (self._tensor.shape, self._tensor.dtype)
+
     def write(self, value: Tensor) -> None:
         """Put a tensor of the same shape and dtype in its place."""
         self._tensor.copy_(value, non_blocking=True)

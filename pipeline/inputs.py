@@ -90,7 +90,8 @@ class _Sums:
                 remedy = "what its experts are given cannot be observed; it cannot be pruned"
                 raise InputError("model", matrix.name, remedy)
             if not matrix.is_expert and not matrix.tokens:
-                raise InputError("model", matrix.name, "takes no part in the forward pass")
+                remedy = "takes no part in the forward pass; it cannot be pruned"
+                raise InputError("model", matrix.name, remedy)
 
     def _new(self, width: int, device: torch.device) -> dict[str, Statistic]:
         return {name: STATISTICS[name](width, self._windows, device) for name in self._statistics}
@@ -126,7 +127,7 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self._places = {_identity(matrix.weight): place for place, matrix in enumerate(found)}
         self._tell = tell
-        self._routed = any(matrix.is_expert for matrix in found)
+        self._experts = [matrix.is_expert for matrix in found]
         self._seen: Counter[int] = Counter()
         self._whole: Counter[int] | None = None  # what is seen in a batch, once it is known
 
@@ -135,7 +136,7 @@ class _Products(TorchFunctionMode):
         self._seen = Counter()
         with self, contextlib.suppress(_LastProduct):
             run()
-        if self._whole is None and not self._routed:
+        if self._whole is None and not any(self._experts):
             self._whole = self._seen
 
     def __torch_function__(
@@ -143,13 +144,15 @@ class _Products(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function in _FACTORS:
-            inputs, weight = _FACTORS[function](*args, **kwargs)
-            place = self._places.get(_identity(weight))
-            if place is not None:
-                self._tell(place, inputs)
-                self._seen[place] += 1
-                if self._seen == self._whole:
-                    raise _LastProduct
+            for inputs, weight in _FACTORS[function](*args, **kwargs):
+                place = self._places.get(_identity(weight))
+                if place is not None:
+                    if function in _PADDED and self._experts[place]:
+                        inputs = inputs[inputs.any(dim=1)]
+                    self._tell(place, inputs)
+                    self._seen[place] += 1
+            if self._seen == self._whole:
+                raise _LastProduct
         return function(*args, **kwargs)
 
 
@@ -157,13 +160,42 @@ def _identity(view: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return view.data_ptr(), view.shape, view.stride()
 
 
-_FACTORS: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
-    functional.linear: lambda input, weight, bias=None: (input, weight),
-    torch.matmul: lambda input, other, **_: (input, other.mT),
-    Tensor.matmul: lambda input, other: (input, other.mT),
-    torch.mm: lambda input, mat2, **_: (input, mat2.mT),
-    Tensor.mm: lambda input, mat2: (input, mat2.mT),
-    torch.addmm: lambda input, mat1, mat2, **_: (mat1, mat2.mT),
-    Tensor.addmm: lambda input, mat1, mat2, **_: (mat1, mat2.mT),
+Factors = Iterator[tuple[Tensor, Tensor]]
+"""Pairs that are multiplied: an input `[..., in_features]` and what may be a weight
+`[out_features, in_features]`."""
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Factors:
+    yield input, weight
+
+
+def _matmul(input: Tensor, other: Tensor, **_: Any) -> Factors:
+    if other.dim() > 1:
+        yield input, other.mT
+    if input.dim() == 2 and other.dim() > 1:  # Mamba has its weight on the left
+        yield other.mT, input
+
+
+def _addmm(_: Tensor, mat1: Tensor, mat2: Tensor, **__: Any) -> Factors:
+    yield mat1, mat2.mT
+
+
+def _bmm(input: Tensor, mat2: Tensor, **_: Any) -> Factors:
+    yield from zip(input, mat2.mT, strict=True)
+
+
+_FACTORS: dict[Any, Callable[..., Factors]] = {
+    functional.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.mm: _matmul,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
 }
-"""By function, what is multiplied: an input and a weight `[out_features, in_features]`."""
+
+_PADDED = {torch.bmm, Tensor.bmm}
+"""Here all experts are given as many rows (Llama 4): those of zeros stand for the tokens that are
+not routed there."""

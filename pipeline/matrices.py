@@ -1,8 +1,9 @@
 """Finding what is pruned in a decoder layer: by the form of its parameters, not by class names."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -40,6 +41,44 @@ class Matrix:
         return self.is_expert and bool(self.statistics) and self.tokens < STARVED_TOKENS
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A parameter that is never pruned."""
+
+    name: str
+    shape: tuple[int, ...]
+    why: str
+    """What it is."""
+
+
+KEPT = {
+    ".A_log": "state of a recurrence",
+    ".D": "state of a recurrence",
+    ".dt_bias": "state of a recurrence",
+    ".dt_proj_bias": "state of a recurrence",  # Zamba has one of each for every head
+    ".dt_proj_weight": "state of a recurrence",
+    ".x_proj_weight": "state of a recurrence",
+    ".recurrent_param": "state of a recurrence",  # RecurrentGemma, likewise
+    ".recurrent_gate_weight": "state of a recurrence",
+    ".recurrent_gate_bias": "state of a recurrence",
+    ".input_gate_weight": "state of a recurrence",
+    ".input_gate_bias": "state of a recurrence",
+    ".time_decay": "state of a recurrence",  # RWKV
+    ".time_first": "state of a recurrence",
+    ".time_mix_key": "state of a recurrence",
+    ".time_mix_value": "state of a recurrence",
+    ".time_mix_receptance": "state of a recurrence",
+    ".position_bias": "positions",  # DeepSeek-V4
+    ".rel_logits_proj.proj": "positions",  # Inkling
+    "_hc.fn": "mixing of residual streams",  # DeepSeek-V4's hyper-connections
+    ".modality_router.weight": "mixing of residual streams",  # Gemma 3n's alternating updates
+    ".correction_coefs.weight": "mixing of residual streams",
+    ".prediction_coefs.weight": "mixing of residual streams",
+}
+"""What stays dense by the end of its name, and why: tensors that no linear layer holds, and the few
+linear layers that mix streams as routers mix experts."""
+
+
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite. Their sum tells, which is one pass, unless it is too
     large itself."""
@@ -63,73 +102,95 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def matrices(prefix: str, layer: nn.Module) -> list[Matrix]:
-    """The matrices of a decoder layer that are pruned: every weight of its attention and MLP.
+    """The matrices of a decoder layer that are pruned: the weights of all its linear layers.
 
     These are the weights of `nn.Linear` and of transformers' `Conv1D`, which is stored transposed,
-    and the experts of a mixture: linear layers each, or stacked in one tensor. Left alone are
-
-    - embeddings, norms and biases, those of several heads or experts too: tensors with no more
-      values than the layer's widest matrix has rows or columns, or `[experts, out_features]`;
-    - routers and gates of a mixture: in a module that holds experts next to other weights, a weight
-      that stands by itself (directly in that module, or the only one of its own) and has as many
-      outputs as there are experts, or outputs that no weight nearby could read, like the one
-      output of a shared expert's gate.
+    and the experts of a mixture: linear layers each, or stacked in one tensor. All else stays
+    dense; see `kept_dense`.
 
     Raises:
         InputError: if there is none, or if the layer has weights of another form, which would be
-            missed: convolutions, quantized weights, experts that do not tell their layout.
+            missed: quantized weights, experts whose layout is not known, tensors that no rule
+            names.
     """
-    routers, experts = _mixtures(layer)
-    widest = max((max(each.shape) for each in layer.parameters() if each.dim() == 2), default=0)
-    found: list[Matrix] = []
-    seen = set(routers)
-    for module_name, module in layer.named_modules(prefix=prefix):
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen or parameter.dim() < 2 or isinstance(module, nn.Embedding):
-                continue
-            seen.add(parameter)  # some are shared
-            full_name = f"{module_name}.{name}"
-            views = _views(module, parameter)
-            if parameter.dim() == 3:
-                names = [f"{full_name}.{number}" for number in range(len(views))]
-            else:
-                names = [module_name]
-            if not views and not _is_vector(module, parameter, widest):
-                remedy = (
-                    f"has shape {list(parameter.shape)} and belongs to no linear layer and to no "
-                    "experts that tell their layout; it cannot be pruned"
-                )
-                raise InputError("model", full_name, remedy)
-            if parameter.dtype.itemsize < 2 or not parameter.is_floating_point():
-                remedy = f"is held as {parameter.dtype}; load the model unquantized"
-                raise InputError("model", full_name, remedy)
-            found += [
-                Matrix(each, view, parameter in experts)
-                for each, view in zip(names, views, strict=False)
-            ]
+    found, _ = _sorted_out(prefix, layer)
     if not found:
         raise InputError("model", prefix, "has no linear layer to prune")
     return found
 
 
-def _views(module: nn.Module, parameter: nn.Parameter) -> list[Tensor]:
-    """The matrices `[out_features, in_features]` that are held in a parameter."""
-    weight = parameter.detach()
-    if isinstance(module, nn.Linear):
-        return [weight]
-    if isinstance(module, Conv1D):
-        return [weight.T]
-    if any(parameter is each for each in _stacked_experts(module)):
-        return list(weight.mT if module.is_transposed else weight)
-    return []
+def kept_dense(prefix: str, layer: nn.Module) -> list[Dense]:
+    """The parameters of a decoder layer that are never pruned:
+
+    - embeddings, convolutions, norms, and vectors of any kind, such as biases;
+    - routers and gates of a mixture: in a module that holds experts next to other weights, a weight
+      that stands by itself (directly in that module, or the only one of its own) and has as many
+      outputs as there are experts, or outputs that no weight nearby could read, like the one
+      output of a shared expert's gate; and all that is in a module of a class called a router;
+    - biases of several experts, `[experts, out_features]`;
+    - what `KEPT` lists by name.
+
+    Raises:
+        InputError: as `matrices` does, but for a layer without linear layers.
+    """
+    return _sorted_out(prefix, layer)[1]
 
 
-def _is_vector(module: nn.Module, parameter: nn.Parameter, widest: int) -> bool:
-    """Whether it is a norm's weight or a bias, if of several heads or experts."""
-    if parameter.dim() > 2:
-        return False
+def _sorted_out(prefix: str, layer: nn.Module) -> tuple[list[Matrix], list[Dense]]:
+    routers, experts = _mixtures(layer)
+    found: list[Matrix] = []
+    dense: list[Dense] = []
+    seen: set[Tensor] = set()
+    for module_name, module in layer.named_modules(prefix=prefix):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:  # some are shared
+                continue
+            seen.add(parameter)
+            full_name = f"{module_name}.{name}"
+            why = "router" if parameter in routers else _why_dense(module, full_name, parameter)
+            if why is not None:
+                dense.append(Dense(full_name, tuple(parameter.shape), why))
+                continue
+            stacked = (_stacked_experts(module) or _stacked_groups(module)).get(name)
+            if stacked is not None:
+                views = {f"{full_name}.{number}": view for number, view in enumerate(stacked)}
+            elif isinstance(module, nn.Linear | Conv1D):
+                views = {module_name: _linear(module)}
+            else:
+                remedy = (
+                    f"has shape {list(parameter.shape)} and belongs to no linear layer and to no "
+                    "experts whose layout is known; it cannot be pruned"
+                )
+                raise InputError("model", full_name, remedy)
+            if parameter.dtype.itemsize < 2 or not parameter.is_floating_point():
+                remedy = f"is held as {parameter.dtype}; load the model unquantized"
+                raise InputError("model", full_name, remedy)
+            found += [Matrix(each, view, parameter in experts) for each, view in views.items()]
+    return found, dense
+
+
+def _linear(module: nn.Linear | Conv1D) -> Tensor:
+    """The weight `[out_features, in_features]`."""
+    weight: Tensor = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _why_dense(module: nn.Module, full_name: str, parameter: Tensor) -> str | None:
+    """Why a parameter that is no router is not pruned; None if it should be a matrix."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    for ending, why in KEPT.items():
+        if full_name.endswith(ending):
+            return why
+    if parameter.dim() < 2:
+        return "vector"
     stacked = _stacked_experts(module)
-    return parameter.numel() <= widest or (bool(stacked) and len(parameter) == len(stacked[0]))
+    count = len(next(iter(stacked.values()))) if stacked else None
+    return "vectors of experts" if parameter.dim() == 2 and len(parameter) == count else None
 
 
 # -------------------------------------------------------------------------------------- mixtures
@@ -141,23 +202,59 @@ def _mixtures(layer: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
     experts: set[Tensor] = set()
     for name, module in layer.named_modules():
         stacked = _stacked_experts(module)
-        count = len(stacked[0]) if stacked else _modules_of_one_form(module)
+        count = len(next(iter(stacked.values()))) if stacked else _modules_of_one_form(module)
         if not name or not count:
             continue
         inside = set(module.parameters())
-        found, outputs = _routers(layer.get_submodule(name.rpartition(".")[0]), inside, count)
+        found, outputs = _routers(_block(layer, name), inside, count)
         if stacked or count in outputs:  # a list is one of experts if something chooses from it
             routers |= found
             experts |= inside
     return routers, experts
 
 
-def _stacked_experts(module: nn.Module) -> list[Tensor]:
-    """The tensors `[experts, ..., ...]` of a module that tells, as those of transformers do, which
-    way round they are."""
-    if not isinstance(getattr(module, "is_transposed", None), bool):
-        return []
-    return [each for each in module.parameters(recurse=False) if each.dim() == 3]
+def _stacked_experts(module: nn.Module) -> dict[str, Tensor]:
+    """By their parameter's name, the experts `[experts, out_features, in_features]` that a module
+    holds in one tensor each. Most classes tell which way round they are; `LAYOUTS` lists others."""
+    transposed = getattr(module, "is_transposed", None)
+    if isinstance(transposed, bool):
+        return _transposed(module) if transposed else _as_they_are(module)
+    layout = LAYOUTS.get(type(module).__name__)
+    return {} if layout is None else layout(module)
+
+
+def _stacked_groups(module: Any) -> dict[str, Tensor]:
+    """The same of a linear layer in groups, each with inputs of its own (DeepSeek-V4)."""
+    if type(module).__name__ != "DeepseekV4GroupedLinear":
+        return {}
+    weight = module.weight.detach()
+    return {"weight": weight.view(module.n_groups, -1, weight.shape[1])}
+
+
+def _as_they_are(module: nn.Module) -> dict[str, Tensor]:
+    own = module.named_parameters(recurse=False)
+    return {name: each.detach() for name, each in own if each.dim() == 3}
+
+
+def _transposed(module: nn.Module) -> dict[str, Tensor]:
+    return {name: each.mT for name, each in _as_they_are(module).items()}
+
+
+def _dbrx(module: Any) -> dict[str, Tensor]:
+    """All experts below each other, `[experts * ffn_hidden_size, hidden_size]`."""
+    shape = (-1, module.ffn_hidden_size, module.hidden_size)
+    w1, v1, w2 = (each.detach().view(shape) for each in (module.w1, module.v1, module.w2))
+    return {"w1": w1, "v1": v1, "w2": w2.mT}
+
+
+LAYOUTS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
+    "Llama4TextExperts": _transposed,
+    "JetMoeParallelExperts": _as_they_are,
+    "LongcatFlashExperts": _as_they_are,
+    "InklingSharedExperts": _as_they_are,
+    "DbrxExpertGLU": _dbrx,
+}
+"""How transformers' classes that do not tell it themselves hold their experts, by class name."""
 
 
 def _modules_of_one_form(module: nn.Module) -> int:
@@ -169,6 +266,16 @@ def _modules_of_one_form(module: nn.Module) -> int:
         for child in module.children()
     ]
     return len(forms) if forms and forms[0] and forms.count(forms[0]) == len(forms) else 0
+
+
+def _block(layer: nn.Module, name: str) -> nn.Module:
+    """The module around experts: the innermost that holds other weights too."""
+    inside = set(layer.get_submodule(name).parameters())
+    while name:
+        name = name.rpartition(".")[0]
+        if set(layer.get_submodule(name).parameters()) - inside:
+            break
+    return layer.get_submodule(name)
 
 
 def _routers(block: nn.Module, experts: set[Tensor], count: int) -> tuple[set[Tensor], set[int]]:
@@ -188,4 +295,10 @@ def _routers(block: nn.Module, experts: set[Tensor], count: int) -> tuple[set[Te
         if (not home or neighbours[home] == 1)
         and (view.shape[0] == count or view.shape[0] not in readable)
     }
-    return set(found), set(found.values())
+    of_classes = {
+        weight
+        for module in block.modules()
+        if "router" in type(module).__name__.lower()
+        for weight in module.parameters()
+    }
+    return set(found) | (of_classes - experts), set(found.values())

@@ -1,4 +1,4 @@
-"""Prune every matrix of attention and MLP in a model's decoder layers."""
+"""Prune every linear layer and expert in a model's decoder layers."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_layers import FinishedLayers, Keep
 from pipeline.first_layer import FirstLayer
 from pipeline.layer_files import Record
-from pipeline.matrices import Matrix, decoder_layers, is_finite, matrices
+from pipeline.matrices import Dense, Matrix, decoder_layers, is_finite, kept_dense, matrices
 from pipeline.models import Artifacts, load_tokenizer
 from pipeline.outliers import read_outlier_ratios
 from pipeline.progress import phase
@@ -55,6 +55,8 @@ class PruneReport:
     permutations: Mapping[str, Tensor]
     """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
     that is not their own."""
+    dense: list[Dense]
+    """All other parameters of the model."""
     resumed_layers: int = 0
     """Decoder layers that an earlier attempt had finished."""
 
@@ -113,12 +115,18 @@ def prune_model(
         check_length(model, windows)
     root, layers = decoder_layers(model)
     paths: dict[str, str] = {}
+    dense = [
+        Dense(name, tuple(parameter.shape), "outside the decoder layers")
+        for name, parameter in model.named_parameters()
+        if not name.startswith(f"{root}.")
+    ]
     with phase("checking the weights"):  # all of them, before any forward pass
         for number, layer in enumerate(layers):
             with resident(layer):
                 for matrix in matrices(f"{root}.{number}", layer):
                     _check_matrix(matrix, pattern)
                     paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
+                dense += kept_dense(f"{root}.{number}", layer)
     options = entry.options_by_matrix(pruner, paths)
     allocated = allocate(allocation, sparsity, pattern, layer_sizes(model), outlier_ratios)
     measured: list[MatrixSparsity] = []
@@ -167,7 +175,7 @@ def prune_model(
         restore,
         first,
     )
-    return PruneReport(measured, facts, allocated, numbers, permutations, len(resumed))
+    return PruneReport(measured, facts, allocated, numbers, permutations, dense, len(resumed))
 
 
 def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
@@ -258,6 +266,7 @@ def run(
             save_file(dict(report.permutations), output / "permutations.safetensors")
     shutil.rmtree(scratch, ignore_errors=True)
     pq.write_table(_table(report), output / "sparsity.parquet")
+    pq.write_table(_dense_table(report.dense), output / "dense.parquet")
     return {
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
@@ -280,6 +289,15 @@ def _table(report: PruneReport) -> pa.Table:
         "layer": layers,
         "layer_sparsity": [target.sparsity for target in targets],
         "layer_pattern": [_pattern_text(target) for target in targets],
+    }
+    return pa.table(columns)
+
+
+def _dense_table(dense: Sequence[Dense]) -> pa.Table:
+    columns: Mapping[str, Any] = {
+        "parameter": [each.name for each in dense],
+        "shape": pa.array([each.shape for each in dense], pa.list_(pa.int64())),
+        "why": [each.why for each in dense],
     }
     return pa.table(columns)
 

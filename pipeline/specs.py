@@ -944,12 +944,13 @@ HOST_HIDDEN_BYTES = 16 * 2**30
 
 
 class PruneSpec(StageSpec):
-    """Prune every matrix of attention and MLP in a model's decoder layers, experts too.
+    """Prune every linear layer in a model's decoder layers, experts too.
 
     Leaves `sparsity.parquet` (matrix, rows, columns, zeros, sparsity, layer, layer_sparsity and
-    layer_pattern, those that the allocation gives its decoder layer), and the pruned model: if its
-    pruner only chooses what to zero, `masks/` for the model that it was made from
-    (`pipeline/layer_files.py`); else `model/`, a dense checkpoint with zeros, and the tokenizer.
+    layer_pattern, those that the allocation gives its decoder layer), `dense.parquet` (parameter,
+    shape, why: all that is not pruned), and the pruned model: if its pruner only chooses what to
+    zero, `masks/` for the model that it was made from (`pipeline/layer_files.py`); else `model/`,
+    a dense checkpoint with zeros, and the tokenizer.
     """
 
     version: ClassVar[int] = 3

@@ -39,10 +39,24 @@ def layer_sizes(model: nn.Module) -> list[int]:
         InputError: if the model is of a form that cannot be pruned.
     """
     root, layers = decoder_layers(model)
+    _refuse_shared(root, layers)
     return [
         sum(matrix.weight.numel() for matrix in matrices(f"{root}.{number}", layer))
         for number, layer in enumerate(layers)
     ]
+
+
+def _refuse_shared(root: str, layers: nn.ModuleList) -> None:
+    """Parameters of several layers have several inputs, and the upper ones depend on the mask."""
+    owners: dict[Tensor, int] = {}
+    for number, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            owner = owners.setdefault(parameter, number)
+            if owner != number:
+                remedy = (
+                    f"belongs to decoder layers {owner} and {number}; it cannot be pruned in one"
+                )
+                raise InputError("model", f"{root}.{number}.{name}", remedy)
 
 
 def check_length(model: nn.Module, windows: Tensor) -> None:
@@ -53,7 +67,7 @@ def check_length(model: nn.Module, windows: Tensor) -> None:
     """
     config: Any = model.config
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and windows.shape[1] > longest:
+    if isinstance(longest, int) and 0 < longest < windows.shape[1]:
         remedy = f"the model takes {longest} tokens at the most; lower it"
         raise InputError("seqlen", windows.shape[1], remedy)
 
@@ -101,6 +115,7 @@ def walk(
         NonFiniteError: if an activation is NaN or infinite.
     """
     root, layers = decoder_layers(model)
+    _refuse_shared(root, layers)
     home = next(each.device for each in model.parameters() if not each.is_meta)
     device = device or home
     if windows is None or not statistics:

@@ -175,7 +175,11 @@ def test_a_checkpoint_that_is_asked_for_is_what_the_masks_give(
     assert masks.key != whole.key
     rebuilt = load_model(masks, dense.run(masks, {}, tmp_path / "masks"))
     folder = dense.run(whole, {}, tmp_path / "whole")[whole.key]
-    assert sorted(path.name for path in folder.iterdir()) == ["model", "sparsity.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dense.parquet",
+        "model",
+        "sparsity.parquet",
+    ]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     assert_same_bits(rebuilt, loaded)
     assert_same_bits(rebuilt, load_model(whole, {whole.key: folder}))
@@ -186,7 +190,11 @@ def test_a_mask_takes_one_bit_a_weight(dense: Dense, tmp_path: Path) -> None:
     source = dense.model()
     spec = dense.spec(source, Magnitude(), sparsity=0.5)
     folder = dense.run(spec, {}, tmp_path)[spec.key]
-    assert sorted(path.name for path in folder.iterdir()) == ["masks", "sparsity.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dense.parquet",
+        "masks",
+        "sparsity.parquet",
+    ]
     for path in (folder / "masks").iterdir():
         tensors = load_file(path)
         assert len(tensors) == 7

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.matrices import decoder_layers, is_finite, matrices
+from pipeline.matrices import decoder_layers, is_finite, kept_dense, matrices
 
 GATED: dict[str, Any] = {
     "vocab_size": 96,
@@ -154,46 +154,55 @@ def test_experts_in_a_list_are_experts_if_something_chooses_from_them() -> None:
     assert not any(each.is_expert for each in matrices("layer", unlisted))
 
 
-def test_embeddings_and_norms_of_several_heads_are_left_alone() -> None:
+def test_embeddings_convolutions_norms_and_states_are_left_alone_and_listed() -> None:
+    class HeadNorm(Router):
+        """A weight `[heads, head size]`."""
+
     layer = MLP(8, 16)
+    layer.up_proj.bias = nn.Parameter(torch.zeros(16))
     layer.add_module("positions", nn.Embedding(30, 8))
-    layer.add_module("norm", Router(4, 4))  # a norm's weight [heads, head size]
+    layer.add_module("norm", HeadNorm(4, 4))
+    layer.add_module("convolution", nn.Conv1d(8, 8, 3, bias=False))
+    layer.add_module("mixer", nn.Module())
+    layer.mixer.A_log = nn.Parameter(torch.zeros(16, 4))
     assert names(layer) == ["up_proj", "down_proj"]
+    assert {(each.name, each.shape, each.why) for each in kept_dense("layer", layer)} == {
+        ("layer.up_proj.bias", (16,), "vector"),
+        ("layer.positions.weight", (30, 8), "embedding"),
+        ("layer.norm.weight", (4, 4), "norm"),
+        ("layer.convolution.weight", (8, 8, 3), "convolution"),
+        ("layer.mixer.A_log", (16, 4), "state of a recurrence"),
+    }
+
+
+def test_a_router_of_several_layers_is_left_alone_by_its_class() -> None:
+    class SkippingRouter(nn.Sequential):
+        """The last layer has one more output than there are experts."""
+
+    router = SkippingRouter(nn.Linear(8, 6), nn.Linear(6, 4))
+    layer = Mixture(Experts(3, 8, 5, False), gate=router, shared_expert=MLP(8, 6))
+    assert [name for name in names(layer) if "experts." not in name] == [
+        "shared_expert.up_proj",
+        "shared_expert.down_proj",
+    ]
 
 
 # --------------------------------------------------------------------------------------- refusals
 
 
-def refused(model: nn.Module) -> None:
-    root, layers = decoder_layers(model)
-    for number, layer in enumerate(layers):
-        matrices(f"{root}.{number}", layer)
-
-
 def test_experts_that_do_not_tell_their_layout_are_refused_by_name() -> None:
-    config = transformers.Llama4TextConfig(**GATED, num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(InputError, match=r"layers\.0\.feed_forward\.experts\.gate_up_proj.*layout"):
-        refused(model_of(config))
-
-
-def test_experts_stacked_in_a_matrix_are_refused_by_name() -> None:
-    layer = MLP(8, 16)
-    layer.add_module("experts", Router(8, 3 * 16))
-    with pytest.raises(InputError, match=r"layer\.experts\.weight.*\[48, 8\]"):
+    layer = Mixture(Experts(3, 8, 5, False), gate=nn.Linear(8, 3))
+    del layer.experts.is_transposed
+    with pytest.raises(InputError, match=r"layer\.experts\.gate_up_proj.*layout"):
         matrices("layer", layer)
 
 
-def test_layers_of_more_than_one_kind_are_no_reason_to_prune_another_list() -> None:
-    """Jamba alternates attention and state-space layers; the latter have convolutions."""
-    config = transformers.JambaConfig(**GATED, attn_layer_period=2, attn_layer_offset=1)
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mamba\."):
-        refused(model_of(config))
-
-
-def test_convolutions_are_refused_by_name() -> None:
+@pytest.mark.parametrize("shape", [(3 * 16, 8), (4, 2), (8, 8, 3), (1, 1, 8)])
+def test_a_tensor_that_no_rule_names_is_refused_by_name(shape: tuple[int, ...]) -> None:
     layer = MLP(8, 16)
-    layer.add_module("convolution", nn.Conv1d(8, 8, 3))
-    with pytest.raises(InputError, match=r"layer\.convolution\.weight.*\[8, 8, 3\]"):
+    layer.add_module("novelty", nn.Module())
+    layer.novelty.coefficients = nn.Parameter(torch.zeros(shape))
+    with pytest.raises(InputError, match=r"layer\.novelty\.coefficients.*cannot be pruned"):
         matrices("layer", layer)
 
 

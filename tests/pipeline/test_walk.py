@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.matrices import Matrix, decoder_layers
-from pipeline.walk import walk
+from pipeline.walk import layer_sizes, walk
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -331,9 +331,26 @@ def test_experts_whose_inputs_cannot_be_observed_are_refused_by_name() -> None:
         walk(model, windows(), ("hessian",), look)
 
 
-def test_layers_that_are_called_twice_are_refused() -> None:
+def test_weights_that_two_layers_share_are_refused_by_name() -> None:
     model = model_of(CONFIGS["llama"])
-    model.model.layers[1] = model.model.layers[0]
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    message = r"model\.layers\.1\.mlp\.up_proj\.weight.*belongs to decoder layers 0 and 1"
+    with pytest.raises(InputError, match=message):
+        walk(model, windows(), ("hessian",), look)
+    with pytest.raises(InputError, match=message):
+        layer_sizes(model)
+
+
+def test_layers_that_are_called_again_after_the_last_are_refused() -> None:
+    """The layers of a model that loops."""
+    model = model_of(CONFIGS["llama"])
+    once = model.model.forward
+
+    def twice(**arguments: Any) -> Any:
+        once(**arguments)
+        return once(**arguments)
+
+    model.model.forward = twice
     with pytest.raises(InputError, match=r"LlamaForCausalLM.*once each"):
         walk(model, windows(), ("hessian",), look)
 
