@@ -43,6 +43,29 @@ class Allocated:
     """Numbers of the layers that are at a bound because their share would lie beyond it."""
 
 
+def check_target(sparsity: float, pattern: tuple[int, int] | None) -> None:
+    """See that a share of zeros is one, and a pattern's own if there is a pattern.
+
+    Args:
+        sparsity: share of zeros.
+        pattern: kept and group size.
+
+    Raises:
+        InputError: if they are not.
+    """
+    if not 0 <= sparsity < 1:  # nor NaN
+        raise InputError("sparsity", sparsity, "is no share of zeros: take 0 or more, and below 1")
+    if pattern is None:
+        return
+    kept, group = pattern
+    text = f"{kept}:{group}"
+    if not 0 < kept <= group:
+        raise InputError("pattern", text, "must keep at least one of a group, and at most all")
+    if not math.isclose(sparsity, 1 - kept / group, abs_tol=ROUNDING):
+        remedy = f"contradicts pattern {text}, which is sparsity {1 - kept / group:g}; change one"
+        raise InputError("sparsity", sparsity, remedy)
+
+
 def allocate(
     allocation: Allocation,
     sparsity: float,
@@ -70,8 +93,10 @@ def allocate(
         outlier_ratios: of each decoder layer, for OWL.
 
     Raises:
-        InputError: if the allocation does not fit the model or the sparsity.
+        InputError: if the allocation does not fit the model or the sparsity, or the sparsity not
+            the pattern.
     """
+    check_target(sparsity, pattern)
     if isinstance(allocation, Uniform):
         return Allocated([LayerTarget(sparsity, pattern)] * len(sizes), clamped=[])
     shares = _shares(allocation, sparsity, sizes, outlier_ratios)
@@ -117,10 +142,13 @@ def _owl(
     if len(outlier_ratios) != len(sizes):
         remedy = f"the model has {len(sizes)} decoder layers, not {len(outlier_ratios)}"
         raise InputError("outlier_ratios", list(outlier_ratios), remedy)
+    if not all(0 <= ratio <= 1 for ratio in outlier_ratios):
+        remedy = "are no shares, 0 to 1; count them anew"
+        raise InputError("outlier_ratios", list(outlier_ratios), remedy)
     least, most = min(outlier_ratios), max(outlier_ratios)
     if most == least:
         return [sparsity] * len(sizes)
-    raised = [2 * spread * (ratio - least) / (most - least) for ratio in outlier_ratios]
+    raised = [2 * spread * ((ratio - least) / (most - least)) for ratio in outlier_ratios]
     mean = _mean(raised, sizes)
     return [sparsity - (density - mean) for density in raised]
 

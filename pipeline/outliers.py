@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import NonFiniteError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.matrices import Matrix
 from pipeline.models import Artifacts, load_model
 from pipeline.specs import OutliersSpec
-from pipeline.walk import check_length, walk
+from pipeline.walk import walk
 from pipeline.windows import read_windows
 
 
@@ -48,11 +48,12 @@ def count_outliers(
             `pipeline.walk.BATCH_TOKENS` tokens.
 
     Raises:
-        InputError: if the windows are too long for the model, or it is of a form that cannot be
-            pruned.
+        InputError: if the threshold is not above 0, the windows do not suit the model, or it is of
+            a form that cannot be pruned.
         NonFiniteError: if a weight or an activation is NaN or infinite.
     """
-    check_length(model, windows)
+    if not 0 < threshold < math.inf:
+        raise InputError("threshold", threshold, "must be a finite number above 0")
     layers: list[LayerOutliers] = []
 
     def visit(number: int, found: list[Matrix]) -> None:

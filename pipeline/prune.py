@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.allocation import Allocated, LayerTarget, allocate
+from pipeline.allocation import Allocated, LayerTarget, allocate, check_target
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_layers import FinishedLayers, Keep
@@ -37,7 +37,7 @@ from pipeline.specs import (
     parse_pattern,
 )
 from pipeline.streaming import resident
-from pipeline.walk import check_length, layer_sizes, walk
+from pipeline.walk import check_windows, layer_sizes, walk
 from pipeline.windows import read_windows
 
 
@@ -100,19 +100,21 @@ def prune_model(
         first: the first layer's statistics, which an earlier pruning may have left there.
 
     Raises:
-        InputError: if the windows are missing or too long for the model, a pattern does not fit a
-            matrix, the pruner's options or the allocation do not suit the model, or the model is
-            of a form that cannot be pruned.
+        InputError: if the sparsity is no share of zeros or not the pattern's, the windows are
+            missing or do not suit the model (`pipeline.walk.check_windows`; it must be in
+            evaluation mode), a pattern does not fit a matrix, the pruner's options or the
+            allocation do not suit the model, or the model is of a form that cannot be pruned.
         ValueError: if the pruner's options do not go with a pattern, or without one.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         SparsityError: if a matrix is not as sparse afterwards as it should be.
     """
+    check_target(sparsity, pattern)
     pruner.check_pattern(pattern is not None)
     entry = PRUNERS[pruner.name](pruner)
     if entry.statistics and windows is None:
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
     if windows is not None:
-        check_length(model, windows)
+        check_windows(model, windows)
     root, layers = decoder_layers(model)
     paths: dict[str, str] = {}
     dense = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline.calls import capture
 from pipeline.errors import InputError
@@ -59,17 +60,37 @@ def _refuse_shared(root: str, layers: nn.ModuleList) -> None:
                 raise InputError("model", f"{root}.{number}.{name}", remedy)
 
 
-def check_length(model: nn.Module, windows: Tensor) -> None:
-    """See that windows `[nsamples, seqlen]` are no longer than the model's longest input.
+def check_windows(model: nn.Module, windows: Tensor) -> None:
+    """See that a model can be walked with windows.
+
+    Args:
+        windows: token ids `[nsamples, seqlen]`.
 
     Raises:
-        InputError: if they are.
+        InputError: if the model is in training mode, whose dropout would make other statistics at
+            every walk; or if the windows are of another shape or type, empty, longer than the
+            model's longest input, or have ids that the model has no embedding for.
     """
-    config: Any = model.config
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if any(module.training for module in model.modules()):
+        name = type(model).__name__
+        raise InputError("model", name, "is in training mode, with dropout; call model.eval()")
+    shape = list(windows.shape)
+    if windows.dim() != 2 or not windows.numel():
+        raise InputError("windows", shape, "must be token ids [nsamples, seqlen], one at the least")
+    if windows.dtype not in (torch.int64, torch.int32):
+        raise InputError("windows", str(windows.dtype), "must be token ids, in int64 or int32")
+    if not isinstance(model, PreTrainedModel):
+        return
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and 0 < longest < windows.shape[1]:
         remedy = f"the model takes {longest} tokens at the most; lower it"
         raise InputError("seqlen", windows.shape[1], remedy)
+    embeddings: Any = model.get_input_embeddings()
+    known = len(embeddings.weight)
+    for token in (int(windows.min()), int(windows.max())):
+        if not 0 <= token < known:
+            remedy = f"has no embedding: the model has {known}; use windows of its own tokenizer"
+            raise InputError("token id", token, remedy)
 
 
 @torch.no_grad()
@@ -111,11 +132,16 @@ def walk(
 
     Raises:
         InputError: if the model does not call its decoder layers one after another, leaves a
-            matrix out, or has experts whose inputs cannot be observed.
+            matrix out, shares one between layers, or has experts whose inputs cannot be observed;
+            and as `check_windows` does.
         NonFiniteError: if an activation is NaN or infinite.
     """
     root, layers = decoder_layers(model)
     _refuse_shared(root, layers)
+    if windows is not None:
+        check_windows(model, windows)
+    if batch_size is not None and batch_size < 1:
+        raise InputError("batch_size", batch_size, "take one window at the least")
     home = next(each.device for each in model.parameters() if not each.is_meta)
     device = device or home
     if windows is None or not statistics:

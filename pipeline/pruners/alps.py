@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pipeline.allocation import check_target
 from pipeline.matrices import is_finite
 from pipeline.pruners.masks import set_to_zero, smallest, smallest_in_groups, zeros_in
 from pipeline.pruners.pruned import Pruned
@@ -57,6 +58,7 @@ def prune_by_alps(
     Raises:
         ValueError: if the Hessian is not finite.
     """
+    check_target(sparsity, pattern)
     hessian = statistics["hessian"]
     if not is_finite(hessian):
         raise ValueError("the Hessian has NaN or infinite values")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from pipeline.allocation import check_target
 from pipeline.errors import InputError
 from pipeline.pruners.masks import refuse_nan, smallest_in_groups, smallest_in_rows, zeros_in
 from pipeline.pruners.pruned import Pruned
@@ -86,6 +87,7 @@ def prune_by_dsnot(
     Raises:
         ValueError: if the Hessian cannot be inverted, or a weight or a statistic is not finite.
     """
+    check_target(sparsity, pattern)
     wanda = wanda_scores(weight, statistics["squared_norms"])
     initial, facts = _initial_scores(weight, statistics, wanda, options)
     if pattern is None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from pipeline.allocation import check_target
 from pipeline.pruners.masks import smallest, smallest_in_groups, zeros_in
 from pipeline.pruners.pruned import Pruned
 from pipeline.specs import Magnitude
@@ -22,6 +23,7 @@ def prune_by_magnitude(
         weight: `[out_features, in_features]`.
         statistics: none are used.
     """
+    check_target(sparsity, pattern)
     scores = weight.abs()
     if pattern is not None:
         return Pruned(mask=smallest_in_groups(scores, *pattern))

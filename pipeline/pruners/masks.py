@@ -30,7 +30,13 @@ _NAN = "a score is NaN: the weight or its statistics are not finite"
 
 
 def zeros_in(sparsity: float, count: int) -> int:
-    """floor(sparsity * count): how many of `count` weights are set to zero."""
+    """floor(sparsity * count): how many of `count` weights are set to zero.
+
+    Raises:
+        ValueError: if the sparsity is no share.
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity {sparsity} is no share of zeros, 0 to 1")
     return math.floor(sparsity * count * (1 + _ROUNDING))
 
 
@@ -38,7 +44,7 @@ def smallest(scores: Tensor, zeros: int) -> Tensor:
     """The `zeros` smallest scores of a whole matrix `[rows, columns]`.
 
     Raises:
-        ValueError: if a score is NaN.
+        ValueError: if a score is NaN, or the matrix has fewer scores.
     """
     return smallest_in_rows(scores.reshape(1, -1), zeros).view(scores.shape)
 
@@ -47,8 +53,10 @@ def smallest_in_rows(scores: Tensor, zeros: int) -> Tensor:
     """The `zeros` smallest scores of each row of `[rows, columns]`.
 
     Raises:
-        ValueError: if a score is NaN.
+        ValueError: if a score is NaN, or a row has fewer scores.
     """
+    if not 0 <= zeros <= scores.shape[1]:
+        raise ValueError(f"{zeros} zeros of {scores.shape[1]} scores: take 0 to all of them")
     refuse_nan(scores)
     if zeros == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
@@ -67,9 +75,12 @@ def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
     """All but the `kept` largest of every `group` adjacent scores of a row.
 
     Raises:
-        ValueError: if a score is NaN, or the columns are no multiple of `group`.
+        ValueError: if a score is NaN, the columns are no multiple of `group`, or `kept` is more
+            than it.
     """
     columns = scores.shape[1]
+    if not 0 <= kept <= group or group < 1:
+        raise ValueError(f"pattern {kept}:{group} keeps {kept} of {group}: take 0 to all of them")
     if columns % group:
         raise ValueError(f"{columns} columns are no multiple of the pattern's {group}")
     if scores.is_cpu and group in _WORDS:

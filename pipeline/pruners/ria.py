@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pipeline.allocation import check_target
 from pipeline.pruners.masks import smallest, smallest_in_groups, zeros_in
 from pipeline.pruners.permutation import channel_permutation
 from pipeline.pruners.pruned import Pruned
@@ -33,6 +34,7 @@ def prune_by_ria(
         With a permutation, facts: `retained_score`, the sum of the scores that are kept over the
         sum that the columns' own order would keep; 1 where no better order was found.
     """
+    check_target(sparsity, pattern)
     scores = ria_scores(weight, statistics["squared_norms"], options.activation_power)
     if pattern is None:
         return Pruned(mask=smallest(scores, zeros_in(sparsity, weight.numel())))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pipeline.allocation import check_target
 from pipeline.matrices import is_finite
 from pipeline.pruners.masks import (
     refuse_nan,
@@ -56,6 +57,7 @@ def prune_by_sparsegpt(
     Raises:
         ValueError: if the Hessian cannot be inverted.
     """
+    check_target(sparsity, pattern)
     rows, columns = weight.shape
     dead = statistics["hessian"].diagonal() == 0
     upper, facts = inverse_factor(statistics["hessian"], dead, options.damping)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pipeline.allocation import check_target
 from pipeline.pruners.masks import refuse_nan, smallest_in_groups, smallest_in_rows, zeros_in
 from pipeline.pruners.pruned import Pruned
 from pipeline.specs import Wanda
@@ -33,6 +34,7 @@ def prune_by_wanda(
     Returns:
         With the variant, facts: `share`, of each row's score mass that was removed at the most.
     """
+    check_target(sparsity, pattern)
     scores = wanda_scores(weight, statistics["squared_norms"])
     if pattern is not None:
         return Pruned(mask=smallest_in_groups(scores, *pattern))

@@ -11,11 +11,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from pipeline.allocation import allocate
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.matrices import decoder_layers
+from pipeline.outliers import count_outliers
 from pipeline.prune import prune_model
+from pipeline.pruners import PRUNERS as PRUNER_ENTRIES
 from pipeline.sparsity import SparsityError, check, measure
-from pipeline.specs import Magnitude, Pruner, SparseGPT, Uniform, Wanda
+from pipeline.specs import ALPS, OWL, RIA, DSnoT, Magnitude, Pruner, SparseGPT, Uniform, Wanda
+from pipeline.walk import walk
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -239,3 +243,83 @@ def test_zeros_of_either_sign_are_counted_and_the_smallest_values_are_none(
     smallest = torch.finfo(dtype).smallest_normal
     values = [0.0, -0.0, smallest, -smallest, 1.0, float("inf"), float("nan"), 0.0]
     assert measure("m", torch.tensor([values], dtype=dtype).view(2, 4).T).zeros == 3
+
+
+# ---------------------------------------------------------------------------------- called by hand
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "pattern", "message"),
+    [
+        (0.9, (2, 4), r"sparsity: 0\.9: contradicts pattern 2:4, which is sparsity 0\.5"),
+        (0.0, (2, 4), "contradicts pattern 2:4"),
+        (1.5, None, r"sparsity: 1\.5: is no share"),
+        (1.0, None, r"sparsity: 1\.0: is no share"),
+        (-0.1, None, r"sparsity: -0\.1: is no share"),
+        (NAN, None, "sparsity: nan: is no share"),
+        (NAN, (2, 4), "sparsity: nan: is no share"),
+        (0.5, (4, 2), "pattern: '4:2': must keep"),
+        (0.5, (0, 4), "pattern: '0:4': must keep"),
+    ],
+)
+def test_a_wrong_target_is_an_error_wherever_it_is_given_and_changes_nothing(
+    sparsity: float, pattern: tuple[int, int] | None, message: str
+) -> None:
+    model = model_of("llama")
+    with pytest.raises(InputError, match=message):
+        prune_model(model, windows(), Wanda(), sparsity, pattern, Uniform())
+    for (_, before), (_, after) in zip(
+        model_of("llama").named_parameters(), model.named_parameters(), strict=True
+    ):
+        assert torch.equal(before, after)
+    with pytest.raises(InputError, match=message):
+        allocate(Uniform(), sparsity, pattern, [1, 1])
+    statistics = {"squared_norms": torch.ones(8), "hessian": torch.eye(8)}
+    for options in (Magnitude(), Wanda(), RIA(), SparseGPT(), ALPS(), DSnoT()):
+        with pytest.raises(InputError, match=message):
+            PRUNER_ENTRIES[options.name](options).prune(
+                torch.ones(4, 8), statistics, sparsity, pattern, options
+            )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.zeros(8, dtype=torch.int64), r"windows: \[8\]: must be token ids"),
+        (torch.zeros(1, 4, 8, dtype=torch.int64), r"windows: \[1, 4, 8\]: must be token ids"),
+        (torch.zeros(0, 8, dtype=torch.int64), r"windows: \[0, 8\]: must be token ids"),
+        (torch.zeros(2, 0, dtype=torch.int64), r"windows: \[2, 0\]: must be token ids"),
+        (torch.rand(2, 8), r"windows: 'torch\.float32': must be token ids"),
+        (torch.full((2, 8), 96), "token id: 96: has no embedding: the model has 96"),
+        (torch.full((2, 8), -1), "token id: -1: has no embedding"),
+        (torch.zeros(2, 65, dtype=torch.int64), "seqlen: 65: the model takes 64 tokens"),
+    ],
+)
+def test_windows_that_do_not_suit_the_model_are_an_error(data: Tensor, message: str) -> None:
+    for gather in (
+        lambda model: prune_model(model, data, Wanda(), 0.5, None, Uniform()),
+        lambda model: count_outliers(model, data, 5.0),
+        lambda model: walk(model, data, ("hessian",), lambda number, found: None),
+    ):
+        with pytest.raises(InputError, match=message):
+            gather(model_of("llama"))
+
+
+def test_a_model_in_training_mode_is_an_error_even_if_only_a_part_of_it_is() -> None:
+    model = model_of("llama")
+    model.model.layers[2].self_attn.train()
+    with pytest.raises(InputError, match=r"LlamaForCausalLM.*training mode.*call model\.eval\(\)"):
+        prune_model(model, windows(), Wanda(), 0.5, None, Uniform())
+
+
+def test_other_numbers_that_cannot_be_are_errors() -> None:
+    model = model_of("llama")
+    with pytest.raises(InputError, match="batch_size: 0: take one window"):
+        prune_model(model, windows(), Wanda(), 0.5, None, Uniform(), batch_size=0)
+    for threshold in (0.0, -5.0, NAN, math.inf):
+        with pytest.raises(InputError, match=r"threshold: .*must be a finite number above 0"):
+            count_outliers(model, windows(), threshold)
+    with pytest.raises(InputError, match=r"outlier_ratios: .*no shares"):
+        prune_model(model, windows(), Wanda(), 0.5, None, OWL(), outlier_ratios=[0.1, NAN, 0.2])

@@ -293,7 +293,7 @@ def look(number: int, found: list[Matrix]) -> None:
 
 def test_a_model_that_is_none_of_transformers_own_is_walked_too() -> None:
     totals: list[Tensor] = []
-    model, data = Decoder(), windows()
+    model, data = Decoder().eval(), windows()
     walk(model, data, ("hessian",), lambda _, found: totals.append(found[0].statistics["hessian"]))
     states = model.embedding(data).detach()
     for layer, total in zip(model.layers, totals, strict=True):
@@ -308,7 +308,7 @@ def test_a_model_that_is_none_of_transformers_own_is_walked_too() -> None:
 )
 def test_a_model_that_links_its_layers_otherwise_is_refused(between: str, message: str) -> None:
     with pytest.raises(InputError, match=f"Decoder.*{message}"):
-        walk(Decoder(between), windows(), ("hessian",), look)
+        walk(Decoder(between).eval(), windows(), ("hessian",), look)
 
 
 class Experts(nn.Module):
@@ -325,8 +325,9 @@ class Experts(nn.Module):
 
 
 def test_experts_whose_inputs_cannot_be_observed_are_refused_by_name() -> None:
-    model = Decoder()
+    model = Decoder().eval()
     model.layers[1].linear = nn.Sequential(nn.Linear(8, 8), Experts())
+    model.eval()
     with pytest.raises(InputError, match=r"layers\.1\.linear\.1\.up_proj\.0.*cannot be observed"):
         walk(model, windows(), ("hessian",), look)
 
@@ -358,6 +359,7 @@ def test_layers_that_are_called_again_after_the_last_are_refused() -> None:
 def test_a_matrix_that_the_model_never_uses_is_refused_by_name() -> None:
     model = model_of(CONFIGS["llama"])
     model.model.layers[1].spare = nn.Linear(32, 32)
+    model.eval()
     with pytest.raises(InputError, match=r"layers\.1\.spare.*takes no part"):
         walk(model, windows(), ("hessian",), look)
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -150,6 +151,25 @@ def test_a_score_that_is_nan_is_an_error(place: int) -> None:
     ):
         with pytest.raises(ValueError, match="a score is NaN"):
             choose()
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda: zeros_in(1.5, 8), "no share"),
+        (lambda: zeros_in(-0.1, 8), "no share"),
+        (lambda: zeros_in(float("nan"), 8), "no share"),
+        (lambda: smallest(torch.rand(2, 4), 9), "9 zeros of 8 scores"),
+        (lambda: smallest_in_rows(torch.rand(2, 4), 5), "5 zeros of 4 scores"),
+        (lambda: smallest_in_rows(torch.rand(2, 4), -1), "-1 zeros of 4 scores"),
+        (lambda: smallest_in_groups(torch.rand(2, 4), 5, 4), "5:4"),
+        (lambda: smallest_in_groups(torch.rand(2, 4), -1, 4), "-1:4"),
+        (lambda: smallest_in_groups(torch.rand(2, 4), 0, 0), "0:0"),
+    ],
+)
+def test_a_count_that_cannot_be_is_an_error(choose: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
