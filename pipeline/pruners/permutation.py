@@ -16,7 +16,9 @@ def channel_permutation(scores: Tensor, kept: int, group: int) -> tuple[Tensor, 
 
     The columns are dealt out to the groups by the sum of their scores, to and fro, so that every
     group has strong and weak ones. Then, place by place, each group gives up its column there and
-    the columns are assigned anew, so that the sum of the scores that are kept is the largest.
+    the columns are assigned anew, so that the sum of the scores that are kept is the largest. The
+    same is done from the columns' own order, and the better of the two ends is taken: a better
+    start may well lead to a worse end.
 
     Args:
         scores: `[out_features, in_features]`, none negative, in_features a multiple of `group`.
@@ -27,12 +29,9 @@ def channel_permutation(scores: Tensor, kept: int, group: int) -> tuple[Tensor, 
     """
     own = torch.arange(scores.shape[1], device=scores.device)
     before = _retained(scores, kept, group)
-    candidate = _dealt_out(scores, group)
-    if _retained(scores[:, candidate], kept, group) < before:
-        candidate = own
-    candidate = _reassigned(scores, candidate, kept, group)
-    after = _retained(scores[:, candidate], kept, group)
-    return (candidate, after / before) if after > before else (own, 1.0)
+    ends = [_reassigned(scores, start, kept, group) for start in (own, _dealt_out(scores, group))]
+    after, best = max((_retained(scores[:, end], kept, group), n) for n, end in enumerate(ends))
+    return (ends[best], after / before) if after > before else (own, 1.0)
 
 
 def _retained(scores: Tensor, kept: int, group: int) -> float:

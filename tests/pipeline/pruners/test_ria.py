@@ -94,6 +94,40 @@ def test_a_permutation_is_near_the_best_of_all() -> None:
     assert np.mean(reached) > 0.8
 
 
+def by_trying_all(scores: Tensor, start: Tensor, kept: int, group: int) -> float:
+    """Where one round of the search ends: place by place, each way to deal out the columns there
+    is tried."""
+    groups = start.view(-1, group)
+    for place in range(group):
+        ways = []
+        for way in itertools.permutations(groups[:, place].tolist()):
+            ways.append(groups.clone())
+            ways[-1][:, place] = torch.tensor(way)
+        groups = max(ways, key=lambda way: retained(scores, way.flatten(), kept, group))
+    return retained(scores, groups.flatten(), kept, group)
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 2)])
+def test_the_better_end_of_both_starts_is_taken(
+    pattern: tuple[int, int],
+) -> None:
+    kept, group = pattern
+    better = set()
+    for seed in range(12):
+        scores = example(32, 4 * group, seed)[0].abs()  # so many that no two ways are alike
+        dealt = scores.sum(dim=0).argsort().view(group, 4)
+        dealt[1::2] = dealt[1::2].flip(1)
+        ends = [
+            by_trying_all(scores, start, kept, group)
+            for start in (torch.arange(4 * group), dealt.T.flatten())
+        ]
+        better.add(ends[0] > ends[1])
+        found = retained(scores, channel_permutation(scores, kept, group)[0], kept, group)
+        assert found == pytest.approx(max(ends))
+    if pattern == (2, 4):  # here now the one, now the other
+        assert better == {True, False}
+
+
 def test_columns_that_are_strong_side_by_side_are_parted() -> None:
     """Groups of four strong and four weak columns: two strong ones of each should be kept."""
     scores = torch.ones(3, 8)
