@@ -16,12 +16,11 @@ THRESHOLD = 0.1
 
 class Moments:
     """Of a linear layer's input, each `[in_features]`: the mean over windows of sum_t X_tj^2 and
-    of sum_t X_tj, and the variance of X_tj over all tokens (merged by Chan's formula)."""
+    of sum_t X_tj, and the variance of X_tj within a window, on average over tokens."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.squared_norms = wanda.SquaredNorms(columns, device)
         self.sums = torch.zeros(columns, device=device)
-        self.mean = torch.zeros(columns, device=device)
         self.deviations = torch.zeros(columns, device=device)
         self.tokens = 0
 
@@ -32,16 +31,12 @@ class Moments:
         windows = self.squared_norms.windows
         self.sums *= (windows - 1) / windows
         self.sums += inputs.sum(dim=0) / windows
-        variance, mean = torch.var_mean(inputs, dim=0, correction=0)
-        seen, new = self.tokens, len(inputs)
-        self.tokens = seen + new
-        step = mean - self.mean
-        self.deviations += variance * new + step**2 * (seen * new / self.tokens)
-        self.mean += step * (new / self.tokens)
+        self.deviations += inputs.var(dim=0, correction=0) * len(inputs)
+        self.tokens += len(inputs)
 
     @property
     def variance(self) -> Tensor:
-        """The variance over all tokens."""
+        """The variance within a window."""
         return self.deviations / self.tokens
 
 
