@@ -37,8 +37,8 @@ PRUNER_NAMES = [name for name in METHODS if name in PRUNERS]
 """The pruners that have a plain counterpart."""
 
 PUBLISHED: dict[str, dict[str, Any]] = {"dsnot": {"keep": "all", "variance": "pooled"}}
-"""Options of published code that are not calprune's defaults: DSnoT's keeps every swap of a row, and
-leaves out of an input's variance how far the windows' means lie apart."""
+"""Options of published code that are not calprune's defaults: DSnoT's keeps every swap of a row,
+and leaves out of an input's variance how far the windows' means lie apart."""
 
 
 def pruner_spec(name: str) -> Pruner:

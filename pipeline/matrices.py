@@ -74,6 +74,9 @@ KEPT = {
     ".modality_router.weight": "mixing of residual streams",  # Gemma 3n's alternating updates
     ".correction_coefs.weight": "mixing of residual streams",
     ".prediction_coefs.weight": "mixing of residual streams",
+    ".input_mix_weight_down.weight": "mixing of residual streams",  # Qwen4
+    ".input_mix_weight_up.weight": "mixing of residual streams",
+    ".block_inject_weight.weight": "mixing of residual streams",
 }
 """What stays dense by the end of its name, and why: tensors that no linear layer holds, and the few
 linear layers that mix streams as routers mix experts."""
@@ -122,7 +125,8 @@ def matrices(prefix: str, layer: nn.Module) -> list[Matrix]:
 def kept_dense(prefix: str, layer: nn.Module) -> list[Dense]:
     """The parameters of a decoder layer that are never pruned:
 
-    - embeddings, convolutions, norms, and vectors of any kind, such as biases;
+    - embeddings, convolutions, norms with all that is in them (A.X's have small linear layers), and
+      vectors of any kind, such as biases;
     - routers and gates of a mixture: in a module that holds experts next to other weights, a weight
       that stands by itself (directly in that module, or the only one of its own) and has as many
       outputs as there are experts, or outputs that no weight nearby could read, like the one
@@ -138,6 +142,12 @@ def kept_dense(prefix: str, layer: nn.Module) -> list[Dense]:
 
 def _sorted_out(prefix: str, layer: nn.Module) -> tuple[list[Matrix], list[Dense]]:
     routers, experts = _mixtures(layer)
+    norms = {
+        parameter
+        for module in layer.modules()
+        if type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+        for parameter in module.parameters()
+    }
     found: list[Matrix] = []
     dense: list[Dense] = []
     seen: set[Tensor] = set()
@@ -147,7 +157,12 @@ def _sorted_out(prefix: str, layer: nn.Module) -> tuple[list[Matrix], list[Dense
                 continue
             seen.add(parameter)
             full_name = f"{module_name}.{name}"
-            why = "router" if parameter in routers else _why_dense(module, full_name, parameter)
+            if parameter in routers:
+                why: str | None = "router"
+            elif parameter in norms:
+                why = "norm"
+            else:
+                why = _why_dense(module, full_name, parameter)
             if why is not None:
                 dense.append(Dense(full_name, tuple(parameter.shape), why))
                 continue
@@ -176,13 +191,11 @@ def _linear(module: nn.Linear | Conv1D) -> Tensor:
 
 
 def _why_dense(module: nn.Module, full_name: str, parameter: Tensor) -> str | None:
-    """Why a parameter that is no router is not pruned; None if it should be a matrix."""
+    """Why a parameter of no router and no norm is not pruned; None if it should be a matrix."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution"
-    if "norm" in type(module).__name__.lower():
-        return "norm"
     for ending, why in KEPT.items():
         if full_name.endswith(ending):
             return why

@@ -57,6 +57,7 @@ ATTENTION_BETWEEN = ["linear_attention", "full_attention", "linear_attention"]
 CONVOLUTIONS = ["conv", "full_attention", "conv"]
 SLIDING = ["sliding_attention", "full_attention", "full_attention"]
 PER_LAYER = {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8}
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -67,6 +68,7 @@ VISION = {
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {
@@ -83,6 +85,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 1,
         "laurel_rank": 8,
     },
+    "gemma4": {"vision_config": {**VISION, "head_dim": 8, "num_key_value_heads": 2}},
     "gemma4_text": {
         **PER_LAYER,
         "layer_types": SLIDING,
@@ -114,6 +117,17 @@ OWN: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "moe_shared_expert_intermediate_size": 48,
     },
+    "qwen4_exp": {"vision_config": {**VISION, "depth": 1, "out_hidden_size": 32}},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+    },
     "reformer": {
         "axial_pos_shape": [4, 6],
         "axial_pos_embds_dim": [8, 24],
@@ -133,22 +147,18 @@ for each in ("granitemoehybrid", "kimi_linear", "minimax", "olmo_hybrid", "qwen3
     OWN.setdefault(each, {})["layer_types"] = ATTENTION_BETWEEN
 for each in ("qwen3_5_text", "qwen3_5_moe_text"):
     OWN[each] = {"layer_types": ATTENTION_BETWEEN}
-for each in ("gemma3", "gemma4", "git"):
+for each in ("gemma3", "git"):
     OWN[each] = {"vision_config": VISION}
 
 NOT_BUILT = {
     "blt": "three transformers, of bytes and of patches of them",
-    "cohere_compass_text": "transformers 5.19 cannot build it",
     "gemma3n": "needs timm for its vision tower; gemma3n_text is tested",
-    "gemma4": "billions of weights at the least; gemma4_text is tested",
     "gemma4_assistant": "drafts for another model",
     "gemma4_unified_assistant": "drafts for another model",
     "got_ocr2": "reads images",
     "musicgen": "speaks in codes of sound",
     "musicgen_melody": "speaks in codes of sound",
     "phi4_multimodal": "towers for images and sound cannot be made small",
-    "qwen4_exp": "transformers 5.19 cannot build it",
-    "qwen4_exp_text": "transformers 5.19 cannot build it",
 }
 """By model type, why no small model of it is tried."""
 

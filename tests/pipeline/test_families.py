@@ -55,9 +55,9 @@ PRUNED = [family for family in FAMILIES if family not in REFUSED]
 ROUTERS = re.compile(
     r"\.(router|classifier|shared_expert_gate|modality_router|(correction|prediction)_coefs)(\.|$)"
     r"|\.(mlp|mixer|feed_forward|block_sparse_moe)\.gate(\.|$)|\.gate\.(down_proj|router_mlp)"
-    r"|\.experts\.router\.|\.ffn\.router\."
+    r"|\.experts\.router\.|\.ffn\.router\.|_layernorm\.mlp\.|_hyper_connection\."
 )
-"""Linear layers that choose experts or mix streams, by name alone."""
+"""Linear layers that choose experts, mix streams or scale norms, by name alone."""
 
 
 def prune(model: Any) -> PruneReport:
@@ -73,6 +73,18 @@ def pruned(family: str) -> tuple[Any, PruneReport]:
 def test_every_type_of_causal_language_model_is_tried_or_said_not_to_be() -> None:
     assert set(FAMILIES) | set(NOT_BUILT) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert set(REFUSED) < set(FAMILIES)
+
+
+def test_the_page_about_models_lists_what_is_tested() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    _, pruned_here, refused_here, not_tried = page.split("\n## Types that ")
+    names = re.compile(r"`([^`]+)`")
+    assert names.findall(pruned_here.split("\n\n")[1]) == PRUNED
+    rows = [line.split("|")[1] for line in refused_here.splitlines() if line.startswith("| `")]
+    assert names.findall(" ".join(rows)) == list(REFUSED)
+    rows = [line.split("|")[1] for line in not_tried.splitlines() if line.startswith("| `")]
+    assert names.findall(" ".join(rows)) == list(NOT_BUILT)
+    assert f"all {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} types" in page
 
 
 @pytest.mark.parametrize("family", REFUSED)

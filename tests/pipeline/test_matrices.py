@@ -155,13 +155,13 @@ def test_experts_in_a_list_are_experts_if_something_chooses_from_them() -> None:
 
 
 def test_embeddings_convolutions_norms_and_states_are_left_alone_and_listed() -> None:
-    class HeadNorm(Router):
+    class HeadLayerNorm(Router):
         """A weight `[heads, head size]`."""
 
     layer = MLP(8, 16)
     layer.up_proj.bias = nn.Parameter(torch.zeros(16))
     layer.add_module("positions", nn.Embedding(30, 8))
-    layer.add_module("norm", HeadNorm(4, 4))
+    layer.add_module("norm", HeadLayerNorm(4, 4))
     layer.add_module("convolution", nn.Conv1d(8, 8, 3, bias=False))
     layer.add_module("mixer", nn.Module())
     layer.mixer.A_log = nn.Parameter(torch.zeros(16, 4))
