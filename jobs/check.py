@@ -88,10 +88,11 @@ def check(plan: Plan) -> list[str]:
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
             name = names[_identity(_dense(spec.model))]
             _check_pattern(name, configs[name], spec.pattern)
-        if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
+        if isinstance(spec, PruneSpec):
             name = names[_identity(_dense(spec.model))]
-            if name not in sizes:
+            if name not in sizes:  # refuses what cannot be pruned
                 sizes[name] = _layer_sizes(name, configs[name], _dense(spec.model))
+        if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
             _check_allocation(name, sizes[name], spec)
         for corpus, nsamples, seqlen, joined in _readings(spec):
             demands[corpora[_identity(corpus)], nsamples, seqlen, joined] = corpus

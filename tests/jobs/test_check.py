@@ -12,6 +12,7 @@ from jobs.check import check
 from jobs.grid import Grid
 from jobs.plan import make_plan
 from pipeline.errors import InputError
+from tests.pipeline.families import model_of
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -86,6 +87,16 @@ def test_layers_count_by_the_sizes_that_a_models_configuration_gives(
         checked(content, load, hand(0.4, 0.6, 0.4, 0.6))
     with pytest.raises(InputError, match="has 3 entries, but the model has 4 decoder layers"):
         checked(content, load, hand(0.4, 0.5, 0.6))
+
+
+def test_a_model_whose_layers_share_weights_is_refused_before_anything_runs(
+    content: Content, load: Load, uneven: dict[str, str]
+) -> None:
+    model = model_of("zamba2")
+    model.save_pretrained(uneven["path"])
+    content["models"]["testbed"] = uneven
+    with pytest.raises(InputError, match=r"belongs to decoder layers 1 and 2"):
+        checked(content, load, "uniform")
 
 
 def test_a_chat_needs_a_model_with_a_template(
