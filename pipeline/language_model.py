@@ -16,12 +16,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from transformers import GenerationConfig
 
 from pipeline.chat import TEMPLATE_ARGUMENTS
 from pipeline.finished_answers import FinishedAnswers
 from pipeline.output_layer import OutputLayer
 from pipeline.perplexity import LOGITS
 from pipeline.progress import report
+from pipeline.vocabulary import end_ids
 
 FAMILY_TOKENS = 64
 """Documents that begin with so many tokens in common, few-shot examples as a rule, share them."""
@@ -118,6 +120,9 @@ class SharingLM(HFLM):  # type: ignore[misc]
             batch_size=GENERATION_BATCH,
             chat_template_args=dict(TEMPLATE_ARGUMENTS),
         )
+        # Of the checkpoint's own settings only the ends count: a penalty would change answers.
+        ends = end_ids(model.generation_config, tokenizer)
+        model.generation_config = GenerationConfig(eos_token_id=ends or None)
         self.batch_tokens = batch_tokens
         self.answers = answers
         self.asked = 0

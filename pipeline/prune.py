@@ -269,9 +269,11 @@ def run(
     shutil.rmtree(scratch, ignore_errors=True)
     pq.write_table(_table(report), output / "sparsity.parquet")
     pq.write_table(_dense_table(report.dense), output / "dense.parquet")
+    unexpected = getattr(model, "unexpected_tensors", [])
     return {
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
+        **({"unexpected_tensors": unexpected} if unexpected else {}),
         "resumed_layers": report.resumed_layers,
         **_allocation_summary(spec.allocation, report.allocated),
         **_summary(report.facts),

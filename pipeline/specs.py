@@ -526,7 +526,7 @@ class GenerateSpec(StageSpec):
     """Draws the texts that prefixes come from and, with the sample's number, every token."""
 
     shard_size: int = Field(default=64, ge=1)
-    """Samples of a shard, generated as one batch. In the spec, since the make-up of a batch can
+    """Samples of a shard, generated together. In the spec, since the make-up of a batch can
     move the last bits of a logit: so the bytes do not depend on how many workers there are."""
 
     backend: Backend = "transformers"

@@ -27,12 +27,14 @@ class TransformersEngine:
         self.generation_config: GenerationConfig = model.generation_config
 
     @property
-    def facts(self) -> dict[str, str]:
-        """Engine, version and device."""
+    def facts(self) -> dict[str, Any]:
+        """Engine, version and device, and tensors of the checkpoint that were of no use."""
+        unexpected = getattr(self.model, "unexpected_tensors", [])
         return {
             "backend": "transformers",
             "backend_version": metadata.version("transformers"),
             "device": device_name(self.model.device.type),
+            **({"unexpected_tensors": unexpected} if unexpected else {}),
         }
 
     def write(

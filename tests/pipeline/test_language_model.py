@@ -198,6 +198,17 @@ def test_generations_are_those_of_lm_evals_own_model() -> None:
     assert any(found)
 
 
+def test_a_checkpoints_own_generation_settings_change_no_answer() -> None:
+    options = {"until": ["\n"], "max_gen_toks": 8}
+    request = Instance("generate_until", {}, (text(4), options), 0, metadata=("task", 0, 1))
+    found = []
+    for own in ({}, {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_length": 30}):
+        model = made(llama())
+        model.generation_config.update(**own)
+        found.append(ours(model).generate_until([request]))
+    assert found[0] == found[1] != [""]
+
+
 def tokens_read(model: Any, read: Callable[[], object]) -> int:
     """Tokens that go through the model, padding included."""
     counts: list[int] = []

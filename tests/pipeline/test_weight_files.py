@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.models import inspect_model, load_model, stream_model
-from pipeline.specs import LocalModel
+from pipeline.prune import run
+from pipeline.specs import LocalModel, Magnitude, PruneSpec
+from pipeline.transformers_engine import TransformersEngine
 from pipeline.weight_files import check_tensors
 from tests.pipeline.test_architectures import CONFIGS
 
@@ -133,6 +135,10 @@ def test_tensors_that_the_model_has_no_use_for_are_named_and_do_no_harm(
     ):
         assert list(named) == ["vision.patch.weight"]
     assert all(torch.equal(before[name], value) for name, value in loaded.state_dict().items())
+    assert TransformersEngine(loaded).facts["unexpected_tensors"] == ["vision.patch.weight"]
+    (tmp_path / "pruned").mkdir()
+    report = run(PruneSpec(model=spec, pruner=Magnitude(), sparsity=0.5), {}, tmp_path / "pruned")
+    assert report["unexpected_tensors"] == ["vision.patch.weight"]
 
 
 def test_shards_are_read_by_their_index(folder: Path) -> None:
