@@ -76,7 +76,7 @@ def measure(way: str, samples: int, tokens: int, vocab_size: int, rounds: int) -
         if way == "one at a time":
             return one_at_a_time(model, texts)
         scores = score_samples(model, texts, [1] * len(texts))
-        return [one.perplexity for one in scores]
+        return [one.perplexity for one in scores if one.perplexity is not None]
 
     score(token_ids[:2])  # first calls allocate
     before = _peak_bytes()

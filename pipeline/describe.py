@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.models import Artifacts
-from pipeline.score import Score, score_samples
+from pipeline.score import columns, score_samples
 from pipeline.shards import loaded
 from pipeline.specs import DescribeSpec
 from pipeline.windows import read_windows
@@ -25,16 +25,23 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
     Returns:
         windows, the mean of each of `MEANS` and its standard error as `<name>_error` (None with
         one window), and with a reference `divergence`, in bits.
+
+    Raises:
+        NonFiniteError: if a score is NaN or infinite.
     """
     windows = read_windows(artifacts[spec.calibration.key])
     model, _ = loaded(spec.model, artifacts)
     scores = score_samples(
-        model, windows.tolist(), [1] * len(windows), min_k_fraction=spec.min_k_fraction
+        model,
+        windows.tolist(),
+        [1] * len(windows),
+        min_k_fraction=spec.min_k_fraction,
+        name="window {}".format,
     )
-    columns = {name: [getattr(score, name) for score in scores] for name in Score._fields}
-    pq.write_table(pa.table({"window": range(len(scores)), **columns}), output / "scores.parquet")
+    written = columns(scores)
+    pq.write_table(pa.table({"window": range(len(scores)), **written}), output / "scores.parquet")
     report: dict[str, Any] = {"windows": len(scores)}
-    values = {**columns, "loss": np.log(columns["perplexity"])}
+    values = {**written, "loss": np.log(written["perplexity"])}
     for name in MEANS:
         column = np.asarray(values[name], dtype=np.float64)
         report[name] = float(column.mean())

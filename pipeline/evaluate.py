@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import logging
+import math
+import numbers
 import tempfile
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -19,14 +21,23 @@ import pyarrow.parquet as pq
 from pipeline import progress
 from pipeline.copies import link_data_sets
 from pipeline.corpora import documents
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_answers import FinishedAnswers
 from pipeline.finished_layers import Keep
 from pipeline.gains import bytes_by_format, speed_2_4
 from pipeline.measured import METRICS_SCHEMA, REQUESTS_SCHEMA
 from pipeline.models import Artifacts, load_model, load_tokenizer, model_dtype
+from pipeline.nonfinite import nonfinite_error
 from pipeline.output_layer import head_is_linear
-from pipeline.perplexity import batches, bits_per_byte, losses, perplexity, protocol_windows
+from pipeline.perplexity import (
+    Window,
+    batches,
+    bits_per_byte,
+    losses,
+    perplexity,
+    protocol_windows,
+)
+from pipeline.positions import length_dependence
 from pipeline.specs import (
     EvaluateSpec,
     LocalDatasets,
@@ -68,7 +79,7 @@ class RequestMetric(NamedTuple):
     doc_id: int
     metric: str
     value: float | None
-    """None where the metric is no mean over questions (F1)."""
+    """None where the metric is no mean over questions (F1), or has no value for this one."""
     doc_hash: str
     request_hash: str
     """Of all that the model was asked about it."""
@@ -81,6 +92,8 @@ class Results(NamedTuple):
 
     metrics: list[Metric]
     requests: list[RequestMetric]
+    undefined: tuple[str, ...] = ()
+    """Metrics that lm-eval has no number for, since no question of a kind was asked."""
 
 
 def run(
@@ -94,6 +107,7 @@ def run(
 
     Raises:
         InputError: if a name is used twice, a corpus is too short or a task is not to be had.
+        NonFiniteError: if the model gives NaN or infinity, with the text and the decoder layer.
     """
     names = [entry.name for entry in spec.perplexity] + [task.name for task in spec.tasks]
     for name in names:
@@ -145,6 +159,8 @@ def run(
                 }
             metrics += taken.metrics
             requests += taken.requests
+            if taken.undefined:
+                report["undefined_metrics"] = list(taken.undefined)
         report["resumed_requests"] = answers.resumed
     metrics.sort(key=lambda row: (row.task, row.metric))
     requests.sort(key=lambda row: (row.task, row.doc_id, row.metric))
@@ -201,27 +217,46 @@ def _task_folder(spec: EvaluateSpec, artifacts: Artifacts) -> Path | None:
 def take_perplexity(
     model: Any, tokenizer: Any, wanted: PerplexitySpec, batch_tokens: int, answers: FinishedAnswers
 ) -> Results:
-    """A perplexity, the bits per byte that go with it, and the loss of each window."""
+    """A perplexity, the bits per byte that go with it, and the loss of each window.
+
+    Raises:
+        NonFiniteError: if a loss is NaN or infinite, or too large for a perplexity.
+    """
     texts = documents(wanted.corpus, blank=wanted.joined_by is not None)
     windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
     summed = [0.0] * len(windows)
     done = 0
     chunked = head_is_linear(model)
     vocabulary = None if chunked else model.config.get_text_config().vocab_size
-    for places in batches(windows, batch_tokens, vocabulary):
-        batch = [windows[place] for place in places]
-        asked = [window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch]
-        found = answers.get(asked, functools.partial(losses, model, batch, chunked))
-        for place, loss in zip(places, found, strict=True):
+    for places in batches(windows, batch_tokens, vocabulary, length_dependence(model.config)):
+        batch = {place: windows[place] for place in places}
+        asked = [
+            window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch.values()
+        ]
+
+        def measure(batch: dict[int, Window] = batch) -> list[float]:
+            measured = losses(model, list(batch.values()), chunked)
+            for (place, window), loss in zip(batch.items(), measured, strict=True):
+                if not math.isfinite(loss):
+                    raise nonfinite_error(
+                        f"{wanted.name}, window {place}", model, window.ids.tolist()
+                    )
+            return measured
+
+        for place, loss in zip(places, answers.get(asked, measure), strict=True):
             summed[place] = loss
         done += len(batch)
         progress.report(done, len(windows), "windows")
+    try:
+        found = {
+            _perplexity_name(wanted): perplexity(windows, summed, wanted),
+            "bits_per_byte": bits_per_byte(windows, summed),
+        }
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{wanted.name}: {error}") from error
     metrics = [
         Metric(wanted.name, name, measured.value, measured.stderr, measured.windows)
-        for name, measured in (
-            (_perplexity_name(wanted), perplexity(windows, summed, wanted)),
-            ("bits_per_byte", bits_per_byte(windows, summed)),
-        )
+        for name, measured in found.items()
     ]
     requests = []
     for number, (window, loss) in enumerate(zip(windows, summed, strict=True)):
@@ -254,11 +289,15 @@ def task_metrics(
     lm-eval seeds the process's random generators with a fixed seed.
 
     Raises:
-        InputError: if a task is not known, or fixes another number of few-shot examples.
+        InputError: if a task is not known, or fixes another number of few-shot examples, or asks
+            what no model can be asked.
+        NonFiniteError: if the model's answers, or what a task makes of them, are not finite.
     """
     from lm_eval import simple_evaluate
 
     taken = Results([], [])
+    undefined: list[str] = []
+    whole = "" if getattr(language_model, "shares", True) else ", each request read as a whole"
     tasks = list(tasks)
     own_folder = None if task_folder is None else task_folder.resolve()  # before it is left
     with tempfile.TemporaryDirectory() as scratch, _quiet(), contextlib.ExitStack() as stack:
@@ -276,7 +315,7 @@ def task_metrics(
                 raise InputError("tasks", task.name, "neither lm-eval nor the task folder has it")
             alike.setdefault((manager, task.num_fewshot, task.limit), []).append(task.name)
         for (manager, num_fewshot, limit), names in alike.items():
-            with progress.phase(f"tasks {', '.join(names)}"):
+            with progress.phase(f"tasks {', '.join(names)}{whole}"), _in_range(names):
                 results = simple_evaluate(
                     model=language_model,
                     tasks=names,
@@ -294,9 +333,22 @@ def task_metrics(
                 if used != num_fewshot:
                     remedy = f"its own file fixes {used}, which lm-eval keeps to: ask for {used}"
                     raise InputError("num_fewshot", f"{name}: {num_fewshot}", remedy)
-            taken.metrics.extend(_metrics(results, num_fewshot, limit))
+            for metric in _metrics(results, num_fewshot, limit):
+                if math.isnan(metric.value):
+                    undefined.append(f"{metric.task} {metric.metric}")
+                else:
+                    taken.metrics.append(metric)
             taken.requests.extend(_requests(results["samples"]))
-    return taken
+    return taken._replace(undefined=tuple(sorted(undefined)))
+
+
+@contextlib.contextmanager
+def _in_range(names: list[str]) -> Iterator[None]:
+    """Say whose metric is too large for a number: lm-eval's perplexities raise."""
+    try:
+        yield
+    except OverflowError as error:
+        raise NonFiniteError(f"{', '.join(names)}: a metric is infinite ({error})") from error
 
 
 def _data_sets(
@@ -325,19 +377,29 @@ def _among(folder: Path, prepared: Path) -> Iterator[None]:
 
 
 def _metrics(results: dict[str, Any], num_fewshot: int, limit: int | None) -> Iterator[Metric]:
-    """lm-eval's `<metric>,<filter>` and `<metric>_stderr,<filter>`, the filter `none` unnamed."""
+    """lm-eval's `<metric>,<filter>` and `<metric>_stderr,<filter>`, the filter `none` unnamed.
+
+    A value may be NaN: the model's answers are finite, so it is the mean of no question. What
+    standard error lm-eval does not give, or gives as NaN, there is not.
+
+    Raises:
+        NonFiniteError: if a value or an error is infinite.
+    """
     for task, measured in results["results"].items():
         for name, value in measured.items():
             metric, comma, _ = name.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not comma or metric.endswith("_stderr") or not isinstance(value, numbers.Real):
                 continue
             stderr = measured.get(f"{metric}_stderr,{name.partition(',')[2]}")
+            known = isinstance(stderr, numbers.Real) and not math.isnan(stderr)
+            if math.isinf(value) or (known and math.isinf(stderr)):
+                raise NonFiniteError(f"{task}: {_unfiltered(name)} is {value:g} ± {stderr}")
             version = results["versions"].get(task)
             yield Metric(
                 task,
                 _unfiltered(name),
                 float(value),
-                float(stderr) if isinstance(stderr, int | float) else None,
+                float(stderr) if known else None,
                 measured.get("sample_len"),
                 limit,
                 num_fewshot,
@@ -355,11 +417,12 @@ def _requests(samples: dict[str, list[dict[str, Any]]]) -> Iterator[RequestMetri
             scores = [_log_likelihood(answer) for answer in document["filtered_resps"]]
             for metric in document["metrics"]:
                 value = document[metric]
+                is_number = isinstance(value, numbers.Real) and math.isfinite(value)
                 yield RequestMetric(
                     task,
                     document["doc_id"],
                     _unfiltered(f"{metric},{document['filter']}"),
-                    float(value) if isinstance(value, int | float) else None,
+                    float(value) if is_number else None,
                     document["doc_hash"][:16],
                     asked,
                     [score for score in scores if score is not None],

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.banned_words import holding, read_words
 from pipeline.duplicates import duplicates, near_duplicates
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.models import Artifacts
 from pipeline.score import Score
 from pipeline.specs import FilterSpec, dropped
@@ -26,11 +26,17 @@ def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
 
     Raises:
         InputError: if none is left, or if the list of banned words cannot be read.
+        NonFiniteError: if a perplexity is NaN or infinite.
     """
     samples = _read(artifacts[spec.scores.samples.key] / "samples.parquet")
     scores = _read(artifacts[spec.scores.key] / "scores.parquet")
     perplexities = scores["perplexity"].to_numpy()
-    reasons = np.where(np.isfinite(perplexities), "", "invalid").astype(object)
+    unknown = scores["perplexity"].is_null().to_numpy()  # no token to score
+    spoilt = np.flatnonzero(~np.isfinite(perplexities) & ~unknown)
+    if len(spoilt):
+        number = scores["sample_id"][int(spoilt[0])]
+        raise NonFiniteError(f"sample {number}: its perplexity is {perplexities[spoilt[0]]:g}")
+    reasons = np.where(unknown, "invalid", "").astype(object)
     for reason, rejected in _rules(spec):
         left = np.flatnonzero(reasons == "")
         reasons[left[rejected(samples.take(left))]] = reason
@@ -88,9 +94,9 @@ def keep(
 ) -> Flags:
     """Which samples stay, [samples].
 
-    NaN and infinite perplexities go in any case. Of the n finite ones exactly
-    floor(drop_fraction * n + 0.5) go, the highest first and of equal ones the higher id. (The
-    reference code keeps what lies strictly below a percentile, so ties move its count.)
+    Those whose perplexity is NaN, not to be kept or not known, go in any case. Of the n others
+    exactly floor(drop_fraction * n + 0.5) go, the highest first and of equal ones the higher id.
+    (The reference code keeps what lies strictly below a percentile, so ties move its count.)
 
     Raises:
         InputError: if none stays.

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from pipeline.chat import TEMPLATE_ARGUMENTS
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_answers import FinishedAnswers
+from pipeline.nonfinite import nonfinite_error
 from pipeline.output_layer import OutputLayer
 from pipeline.perplexity import LOGITS
+from pipeline.positions import LengthDependence
 from pipeline.progress import report
 from pipeline.vocabulary import end_ids
 
@@ -40,6 +45,14 @@ GENERATION_BATCH = 32
 
 GENERATION_SEED = 1234
 """Before each batch of generations, for tasks that sample; lm-eval's own."""
+
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+"""Layers of a cache whose rows are chosen and repeated as a whole. Those of linear attention, state
+spaces and convolutions are not among them: what they inherit of this leaves their states as they
+are, or is not there at all."""
+
+Owner = tuple[Hashable, ...]
+"""Of a request: its task, its document, and what else tells apart whose beginnings it may share."""
 
 
 class Request(NamedTuple):
@@ -68,7 +81,8 @@ class Document:
     """The requests of one document, and the beginning that all of them have in common."""
 
     requests: dict[int, Request]
-    """By number."""
+    """By number; all of one group of `positions`."""
+    positions: LengthDependence
     rows: dict[tuple[int, ...], list[int]] = field(init=False)
     """What the model reads to the numbers of the requests that it answers."""
     shared: int = field(init=False)
@@ -81,8 +95,14 @@ class Document:
         for number, request in self.requests.items():
             self.rows[request.input].append(number)
         common = _beginning(list(self.rows))
-        self.shared = min(len(common), *(request.given for request in self.requests.values()))
         self.longest = max(map(len, self.rows))
+        shared = min(len(common), *(request.given for request in self.requests.values()))
+        self.shared = shared if self.positions.group(shared) == self.group else 0
+
+    @property
+    def group(self) -> Hashable:
+        """Of texts that are read with the same positions."""
+        return self.positions.group(self.longest)
 
 
 class Batch(NamedTuple):
@@ -103,7 +123,9 @@ class SharingLM(HFLM):  # type: ignore[misc]
     each is computed once and its keys and values are used again. Batches are made of documents of
     similar length up to a budget of tokens.
 
-    A model that keeps a running state, or gives out no keys and values, gets every request whole.
+    A model that keeps a running state in any layer, or gives out no keys and values, gets every
+    request whole. Where positions depend on the length of the text, requests share a batch or a
+    beginning only if their lengths give both the same positions.
 
     Args:
         model: a causal language model, in evaluation mode.
@@ -136,8 +158,8 @@ class SharingLM(HFLM):  # type: ignore[misc]
             self._dtype = model(first, use_cache=False).logits.dtype
         self.shares = not getattr(model, "_is_stateful", False)
         if self.shares:  # as far as its class tells
-            cache = self._forward([(self.prefix_token_id,)], None, 1)[1]
-            self.shares = hasattr(cache, "batch_select_indices")
+            layers = getattr(self._forward([(self.prefix_token_id,)], None, 1)[1], "layers", ())
+            self.shares = bool(layers) and all(type(layer) in KEYS_AND_VALUES for layer in layers)
         self._family: tuple[int, ...] = ()
         self._family_cache: Any = None
 
@@ -155,8 +177,9 @@ class SharingLM(HFLM):  # type: ignore[misc]
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
         """Of each whole text, in windows as long as the model takes that do not overlap."""
-        owners: list[int] = []
+        owners: list[Owner] = []
         pairs: list[tuple[list[int], list[int]]] = []
+        numbers: list[int] = []
         for number, request in enumerate(requests):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
@@ -164,11 +187,12 @@ class SharingLM(HFLM):  # type: ignore[misc]
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            pairs += map(make_disjoint_window, windows)
-            owners += [number] * (len(pairs) - len(owners))
+            for pair in map(make_disjoint_window, windows):
+                owners.append((request.task_name, request.doc_id, len(pairs)))
+                pairs.append(pair)
+                numbers.append(number)
         totals = [0.0] * len(requests)
-        answers = self._answer(range(len(pairs)), pairs)
-        for number, (log_likelihood, _) in zip(owners, answers, strict=True):
+        for number, (log_likelihood, _) in zip(numbers, self._answer(owners, pairs), strict=True):
             totals[number] += log_likelihood
         return totals
 
@@ -180,20 +204,58 @@ class SharingLM(HFLM):  # type: ignore[misc]
             part = requests[start : start + GENERATION_BATCH]
 
             def generate(part: Sequence[Any] = part) -> list[str]:
-                torch.manual_seed(GENERATION_SEED)
-                found: list[str] = super(SharingLM, self).generate_until(part, disable_tqdm=True)
-                return found
+                return self._generated(part)
 
             described = [json.dumps(request.args, sort_keys=True).encode() for request in part]
             texts += self.answers.get(described, generate)
             report(len(texts), len(requests), "requests")
         return texts
 
+    def _generated(self, part: Sequence[Any]) -> list[str]:
+        """HFLM's generations of one batch.
+
+        Raises:
+            InputError: if a task asks for as many tokens as the model takes.
+            NonFiniteError: if logits are NaN, with the document.
+        """
+        torch.manual_seed(GENERATION_SEED)
+        for request in part:
+            asked = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if asked >= self.max_length:
+                remedy = (
+                    f"generates {asked} tokens, and the model takes {self.max_length} with the "
+                    "prompt: drop the task, or take another model"
+                )
+                raise InputError("tasks", request.task_name, remedy)
+        try:
+            found: list[str] = super().generate_until(part, disable_tqdm=True)
+        except NonFiniteError as error:
+            if len(part) > 1:  # to name the document
+                return [text for request in part for text in self._generated([request])]
+            name = document_name((part[0].task_name, part[0].doc_id))
+            raise NonFiniteError(f"{name}: {error}") from error
+        return found
+
+    def _model_generate(self, context: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        refuse = LogitsProcessorList([self._refuse_non_finite])
+        found: Tensor = super()._model_generate(
+            context, *arguments, logits_processor=refuse, **options
+        )
+        return found
+
+    def _refuse_non_finite(self, token_ids: Tensor, scores: Tensor) -> Tensor:
+        """Pass on the logits `[rows, vocabulary]` of the next tokens."""
+        spoilt = ~scores.amax(dim=-1).isfinite()  # NaN or infinity; -inf rules a token out
+        if bool(spoilt.any()):
+            row = token_ids[int(spoilt.nonzero()[0])]
+            raise nonfinite_error("generation", self.model, row.tolist())
+        return scores
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._answer(range(len(pairs)), pairs)
+        return self._answer([("unknown", number) for number in range(len(pairs))], pairs)
 
     # ------------------------------------------------------------------------------- tokenisation
 
@@ -213,7 +275,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
                 encoded.append((before, ids[whole][len(before) :]))
                 continue
             tokens = self.tok_encode(continuation, add_special_tokens=False)
-            if tokens[0] == self.prefix_token_id:
+            if tokens[:1] == [self.prefix_token_id]:
                 encoded.append((tokens[:1], tokens[1:]))
             else:
                 encoded.append(([self.prefix_token_id], tokens))
@@ -237,24 +299,29 @@ class SharingLM(HFLM):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------ answers
 
     def _answer(
-        self, owners: Iterable[Hashable], pairs: Sequence[tuple[list[int], list[int]]]
+        self, owners: Sequence[Owner], pairs: Sequence[tuple[list[int], list[int]]]
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the likeliest.
 
         Args:
-            owners: of each pair, what it shares with those whose beginnings it may share.
-            pairs: context and continuation, neither of them empty.
+            owners: of each pair; those of one owner may share their beginnings.
+            pairs: context and continuation.
+
+        Raises:
+            InputError: if lm-eval cannot score a pair either; see `check_pair`.
+            NonFiniteError: if a log-likelihood is NaN or infinite.
         """
         self.asked += len(pairs)
+        positions = self._layer.lengths
         documents: dict[Hashable, dict[int, Request]] = defaultdict(dict)
         for number, (owner, (context, continuation)) in enumerate(zip(owners, pairs, strict=True)):
-            assert context, "there is nothing to predict from"
-            assert 0 < len(continuation) <= self.max_length
+            check_pair(owner, context, continuation, self.max_length)
             ids = tuple(context + continuation)[-(self.max_length + 1) :]
-            part = owner if self.shares else number
+            part = (owner, positions.group(len(ids) - 1)) if self.shares else number
             documents[part][number] = Request(ids, len(continuation))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        batches = self._batches([Document(requests) for requests in documents.values()])
+        parts = [Document(requests, positions) for requests in documents.values()]
+        batches = self._batches(parts)
         done = 0
         for chunk in _chunks(batches, len(pairs) / CHUNKS):
             asked = {
@@ -264,10 +331,14 @@ class SharingLM(HFLM):  # type: ignore[misc]
                 for number, request in document.requests.items()
             }
 
-            def answer(chunk: list[Batch] = chunk, asked: Iterable[int] = asked) -> list[Any]:
+            def answer(chunk: list[Batch] = chunk, asked: dict[int, Request] = asked) -> list[Any]:
                 answers: dict[int, tuple[float, bool]] = {}
                 for batch in chunk:
                     answers.update(self._run(batch))
+                for number, request in asked.items():
+                    if not math.isfinite(answers[number][0]):
+                        what = document_name(owners[number])
+                        raise nonfinite_error(what, self.model, request.input)
                 return [answers[number] for number in asked]
 
             requests = [request.to_bytes() for request in asked.values()]
@@ -281,15 +352,18 @@ class SharingLM(HFLM):  # type: ignore[misc]
         return found
 
     def _batches(self, documents: list[Document]) -> Iterator[Batch]:
-        """Documents of one family together, long ones first."""
-        heads = [_head(document) for document in documents]
-        frequent = Counter(head for head in heads if head)
-        families: dict[tuple[int, ...], list[Document]] = defaultdict(list)
-        for head, document in zip(heads, documents, strict=True):
-            families[head if self.shares and frequent[head] > 1 else ()].append(document)
-        for head, members in families.items():
+        """Documents of one family and group together, long ones first."""
+        heads = [(_head(document), document.group) for document in documents]
+        frequent = Counter(heads)
+        families: dict[tuple[tuple[int, ...], Hashable], list[Document]] = defaultdict(list)
+        for (head, group), document in zip(heads, documents, strict=True):
+            known = self.shares and frequent[head, group] > 1
+            families[head if known else (), group].append(document)
+        for (head, group), members in families.items():
             common = _beginning([next(iter(one.rows)) for one in members]) if head else ()
             family = common[: min(one.shared for one in members)]
+            if self._layer.lengths.group(len(family)) != group:
+                family = ()
             several = [document for document in members if len(document.rows) > 1]
             single = [document for document in members if len(document.rows) == 1]
             several.sort(key=lambda document: (-document.shared, -document.longest))
@@ -401,6 +475,50 @@ class SharingLM(HFLM):  # type: ignore[misc]
         if self._keeps_logits:
             options["logits_to_keep"] = positions
         return self._layer.forward(input_ids=ids, **options)
+
+
+def check_pair(
+    owner: Owner, context: Sequence[int], continuation: Sequence[int], longest: int
+) -> None:
+    """Check that a continuation can be scored.
+
+    Args:
+        context: tokens that stand before it.
+        longest: tokens that a continuation may have.
+
+    Raises:
+        InputError: if not. lm-eval stops there too, by an assertion.
+    """
+    name = document_name(owner)
+    if not context:
+        remedy = "its context has no token, and the tokenizer begins no text: nothing stands before"
+    elif not continuation:
+        remedy = "a choice adds no token to its context: it is empty, or its characters merge"
+    elif len(continuation) > longest:
+        remedy = f"a choice of {len(continuation)} tokens is longer than the model's {longest}"
+    else:
+        return
+    raise InputError(
+        "tasks", name, f"{remedy}; lm-eval cannot score it either: drop it or the task"
+    )
+
+
+def check_finite(requests: Iterable[Any], answers: Iterable[tuple[float, bool] | float]) -> None:
+    """Check the log-likelihoods that requests have got.
+
+    Raises:
+        NonFiniteError: if one is NaN or infinite.
+    """
+    for request, answer in zip(requests, answers, strict=True):
+        value = answer if isinstance(answer, float | int) else answer[0]
+        if not math.isfinite(value):
+            name = document_name((request.task_name, request.doc_id))
+            raise NonFiniteError(f"{name}: its log-likelihood is {value:g}")
+
+
+def document_name(owner: Owner) -> str:
+    """What errors call a request's document."""
+    return f"{owner[0]}, document {owner[1]}"
 
 
 def fingerprint(arguments: Iterable[Any]) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.positions import forget_longer_texts, length_dependence
+
 PROBE_TOKENS = 16
 """Tokens, 0 and up, on which it is checked that the output layer alone gives the logits."""
 
@@ -55,17 +57,20 @@ class OutputLayer:
     def __init__(self, model: Any, chunked: bool | None = None) -> None:
         self.chunked = head_is_linear(model) if chunked is None else chunked
         self.device = model.device
+        self.lengths = length_dependence(model.config)
         self._body = model.base_model if self.chunked else model
         self._head = model.get_output_embeddings() if self.chunked else nn.Identity()
         self._vocabulary = model.config.get_text_config().vocab_size
 
     def forward(self, **inputs: Any) -> tuple[Tensor, Any]:
-        """Run the model.
+        """Run the model on texts of one group of `lengths`.
 
         Returns:
             States [rows, tokens, hidden], or logits [rows, tokens, vocabulary] if not `chunked`,
             and the keys and values if the model gives them out.
         """
+        if self.lengths.grows_beyond is not None:
+            forget_longer_texts(self._body)
         output = self._body(**inputs)
         states = output.last_hidden_state if self.chunked else output.logits
         return states, output.get("past_key_values")

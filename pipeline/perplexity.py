@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.output_layer import OutputLayer
+from pipeline.positions import NONE, LengthDependence
 from pipeline.specs import PerplexityProtocol
 
 LOGITS = 2**28
@@ -20,6 +21,9 @@ where the output layer gives them in parts there is no such limit."""
 
 TEXTS = 32
 """Texts tokenised at once."""
+
+MOST_NATS = math.log(np.finfo(np.float64).max)
+"""Loss at which a perplexity is beyond float64; a model that has collapsed has some 10 to 20."""
 
 
 class Encoded(NamedTuple):
@@ -189,20 +193,28 @@ def _bos(tokenizer: Any) -> int:
 # ----------------------------------------------------------------------------------------- losses
 
 
-def batches(windows: list[Window], tokens: int, vocabulary: int | None) -> Iterator[list[int]]:
+def batches(
+    windows: list[Window],
+    tokens: int,
+    vocabulary: int | None,
+    positions: LengthDependence = NONE,
+) -> Iterator[list[int]]:
     """The places of windows that go through the model together, long ones first.
 
     Args:
         tokens: of a batch at the most, padding included; one window at least.
         vocabulary: logits that a pass makes of each token, for `LOGITS`; None if it makes none.
+        positions: those of the model; windows of a batch are of one group.
     """
-    ordered = sorted(range(len(windows)), key=lambda place: -len(windows[place].ids))
+    lengths = [len(window.ids) for window in windows]
+    ordered = sorted(range(len(windows)), key=lambda place: -lengths[place])
     limit = tokens if vocabulary is None else min(tokens, LOGITS // vocabulary)
-    start = 0
-    while start < len(ordered):
-        size = max(1, limit // len(windows[ordered[start]].ids))
-        yield ordered[start : start + size]
-        start += size
+    for _, alike in itertools.groupby(ordered, lambda place: positions.group(lengths[place])):
+        places = list(alike)
+        while places:
+            size = max(1, limit // lengths[places[0]])
+            yield places[:size]
+            places = places[size:]
 
 
 @torch.inference_mode()
@@ -242,9 +254,12 @@ def perplexity(
 
     The standard error of exp of a mean is that of the mean loss times the perplexity (delta
     method), None of one window.
+
+    Raises:
+        NonFiniteError: if a loss is too large for a perplexity in float64.
     """
     if protocol.unit == "text":
-        own = np.exp(np.array(summed) / [window.scored for window in windows])
+        own = _exp(np.array(summed) / [window.scored for window in windows])
         error = None if len(own) == 1 else float(own.std(ddof=1)) / math.sqrt(len(own))
         return Measured(float(own.mean()), error, len(own))
     sizes: dict[str, Callable[[Window], int]] = {
@@ -253,9 +268,17 @@ def perplexity(
         "byte": lambda window: window.bytes,
     }
     mean, error = _ratio(summed, [sizes[protocol.normalisation](window) for window in windows])
-    with np.errstate(over="ignore"):
-        value = float(np.exp(mean))
+    value = float(_exp(np.array(mean)))
     return Measured(value, None if error is None else value * error, len(windows))
+
+
+def _exp(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    highest = float(losses.max())
+    if not highest < MOST_NATS:
+        remedy = "no perplexity in float64: the model is broken"
+        raise NonFiniteError(f"a loss of {highest:g} nats has {remedy}")
+    exponentials: npt.NDArray[np.float64] = np.exp(losses)
+    return exponentials
 
 
 def bits_per_byte(windows: list[Window], summed: list[float]) -> Measured:
@@ -269,8 +292,14 @@ def bits_per_byte(windows: list[Window], summed: list[float]) -> Measured:
 
 def _ratio(summed: list[float], sizes: list[int]) -> tuple[float, float | None]:
     """Sum over sum, and its standard error (that of a ratio estimator; of a mean, if all sizes are
-    the same)."""
+    the same).
+
+    Raises:
+        InputError: if all sizes are 0.
+    """
     losses, weights = np.array(summed), np.array(sizes, dtype=np.float64)
+    if not weights.any():
+        raise InputError("corpus", None, "its scored tokens end no word and no byte: take another")
     ratio = float(losses.sum() / weights.sum())
     count = len(losses)
     if count == 1:

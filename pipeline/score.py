@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.errors import NonFiniteError
 from pipeline.models import Artifacts, check_shared_vocabulary
+from pipeline.nonfinite import nonfinite_error
 from pipeline.output_layer import OutputLayer, head_is_linear
+from pipeline.perplexity import MOST_NATS
+from pipeline.positions import NONE, LengthDependence
 from pipeline.progress import report
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import ScoreSpec, ShardSpec
@@ -29,35 +33,35 @@ QUARTERS = 4
 
 
 class Score(NamedTuple):
-    """What is known of a sample's scored tokens; NaN where they are too few for it."""
+    """What is known of a sample's scored tokens; None where they are too few for it."""
 
     tokens: int
     """How many there are."""
 
-    perplexity: float = math.nan
+    perplexity: float | None = None
     """exp(-mean log p)."""
 
-    min_k: float = math.nan
+    min_k: float | None = None
     """Min-K%, mean of the lowest floor(k * n) log p, or of one (arXiv 2310.16789)."""
 
-    min_k_plus_plus: float = math.nan
+    min_k_plus_plus: float | None = None
     """The same of z = (log p - mu) / sigma (arXiv 2404.02936). Of both, higher means likelier to
     have been seen in training."""
 
-    loss_1: float = math.nan
+    loss_1: float | None = None
     """Mean of -log p in the first quarter: tokens floor(n / 4 * (i - 1)) up to floor(n / 4 * i)."""
 
-    loss_2: float = math.nan
-    loss_3: float = math.nan
-    loss_4: float = math.nan
+    loss_2: float | None = None
+    loss_3: float | None = None
+    loss_4: float | None = None
 
-    distinct_1: float = math.nan
+    distinct_1: float | None = None
     """Different tokens, as a share of all (arXiv 1510.03055); 1 minus it is repetition."""
 
-    distinct_2: float = math.nan
+    distinct_2: float | None = None
     """The same of runs of two tokens."""
 
-    distinct_3: float = math.nan
+    distinct_3: float | None = None
 
 
 SCHEMA = pa.schema(
@@ -80,6 +84,7 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
 
     Raises:
         InputError: if the scorer's tokenizer gives the ids another meaning than the generator's.
+        NonFiniteError: if a score is NaN or infinite.
     """
     writer = spec.samples.model
     check_shared_vocabulary("scorer", spec.model, spec.model, writer, artifacts)
@@ -97,12 +102,10 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
         min_k_fraction=spec.min_k_fraction,
         batch_tokens=spec.batch_tokens,
         chunked=chunked,
+        name=lambda place: f"sample {samples['sample_id'][place]}",
     )
     table = pa.table(
-        {
-            "sample_id": samples["sample_id"],
-            **{name: [getattr(score, name) for score in scores] for name in Score._fields},
-        },
+        {"sample_id": samples["sample_id"], **columns(scores)},
         schema=SCHEMA.with_metadata({"logits": "chunked" if chunked else "full"}),
     )
     pq.write_table(table, output / "scores.parquet")
@@ -114,14 +117,18 @@ def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     return _report(join_shards(spec.shards(), artifacts, output, "scores.parquet"))
 
 
+def columns(scores: Sequence[Score]) -> dict[str, list[Any]]:
+    """The columns of a file of scores."""
+    return {name: [getattr(score, name) for score in scores] for name in Score._fields}
+
+
 def _report(table: pa.Table) -> dict[str, Any]:
-    perplexity = table["perplexity"].to_numpy()
-    finite = perplexity[np.isfinite(perplexity)]
+    known = table["perplexity"].drop_null().to_numpy()
     return {
         "samples": len(table),
         "tokens": int(table["tokens"].to_numpy().sum()),
-        "invalid": len(perplexity) - len(finite),
-        "median_perplexity": float(np.median(finite)) if len(finite) else None,
+        "invalid": len(table) - len(known),
+        "median_perplexity": float(np.median(known)) if len(known) else None,
         "logits": table.schema.metadata[b"logits"].decode(),
     }
 
@@ -136,6 +143,7 @@ def score_samples(
     min_k_fraction: float = 0.2,
     batch_tokens: int = 8192,
     chunked: bool | None = None,
+    name: Callable[[int], str] = "sample {}".format,
 ) -> list[Score]:
     """The score of each sample over the tokens after its prefix.
 
@@ -148,6 +156,10 @@ def score_samples(
         min_k_fraction: share of the least likely tokens that Min-K% and Min-K%++ average over.
         batch_tokens: tokens of a forward pass at the most, padding included; one sample at least.
         chunked: take logits a few positions at a time from hidden states; found out if not given.
+        name: what errors call the sample at a place.
+
+    Raises:
+        NonFiniteError: if a score is NaN or infinite.
     """
     layer = OutputLayer(model, chunked)
     firsts = [1 if include_prefix else max(1, prefix) for prefix in prefix_lengths]
@@ -155,13 +167,18 @@ def score_samples(
     scored = [place for place, first in enumerate(firsts) if lengths[place] > first]
     scores = [Score(0)] * len(token_ids)
     done, total = 0, sum(lengths[place] for place in scored)
-    for batch in length_batches(scored, lengths, batch_tokens):
+    for batch in length_batches(scored, lengths, batch_tokens, layer.lengths):
         tokens = token_scores(
             layer,
             [token_ids[place] for place in batch],
             [firsts[place] for place in batch],
         )
         for place, own in zip(batch, tokens, strict=True):
+            if not all(values.sum().isfinite() for values in own):
+                raise nonfinite_error(name(place), model, token_ids[place])
+            loss = -float(own.log_probability.double().mean())
+            if loss > MOST_NATS:
+                raise NonFiniteError(f"{name(place)}: a loss of {loss:g} has no finite perplexity")
             scores[place] = summary(own, token_ids[place][firsts[place] :], min_k_fraction)
         done += sum(lengths[place] for place in batch)
         report(done, total, "tokens")
@@ -174,34 +191,42 @@ def summary(tokens: TokenScores, token_ids: Sequence[int], min_k_fraction: float
     count = len(log_probability)
     lowest = max(1, math.floor(min_k_fraction * count))
     edges = [part * count // QUARTERS for part in range(QUARTERS + 1)]
-    losses = [-log_probability[start:end].mean() for start, end in itertools.pairwise(edges)]
+    quarters = [log_probability[start:end] for start, end in itertools.pairwise(edges)]
     return Score(
         count,
         float((-log_probability.mean()).exp()),
         float(log_probability.sort().values[:lowest].mean()),
         float(tokens.normalised.double().sort().values[:lowest].mean()),
-        *map(float, losses),
+        *(-float(part.mean()) if len(part) else None for part in quarters),
         *(distinct(token_ids, length) for length in (1, 2, 3)),
     )
 
 
-def distinct(token_ids: Sequence[int], length: int) -> float:
-    """Different runs of `length` tokens as a share of all such runs; NaN if there is none."""
+def distinct(token_ids: Sequence[int], length: int) -> float | None:
+    """Different runs of `length` tokens as a share of all such runs; None if there is none."""
     runs = [tuple(token_ids[at : at + length]) for at in range(len(token_ids) - length + 1)]
-    return len(set(runs)) / len(runs) if runs else math.nan
+    return len(set(runs)) / len(runs) if runs else None
 
 
 def length_batches(
-    places: Sequence[int], lengths: Sequence[int], batch_tokens: int
+    places: Sequence[int],
+    lengths: Sequence[int],
+    batch_tokens: int,
+    positions: LengthDependence = NONE,
 ) -> Iterator[list[int]]:
-    """Places of samples of like length, padded to at most `batch_tokens` tokens together."""
-    batch: list[int] = []
-    for place in sorted(places, key=lambda place: (lengths[place], place)):
-        if batch and (len(batch) + 1) * lengths[place] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
+    """Places of samples of like length, padded to at most `batch_tokens` tokens together.
+
+    Args:
+        positions: those of the model; samples of a batch are of one group.
+    """
+    ordered = sorted(places, key=lambda place: (lengths[place], place))
+    for _, alike in itertools.groupby(ordered, lambda place: positions.group(lengths[place])):
+        batch: list[int] = []
+        for place in alike:
+            if batch and (len(batch) + 1) * lengths[place] > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(place)
         yield batch
 
 

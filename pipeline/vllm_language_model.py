@@ -3,7 +3,7 @@
 import functools
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -52,10 +52,10 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
     )
     with weights(spec.model, artifacts) as (folder, options), process_settings():
         with phase("importing vLLM"):
-            module = _lm_eval_module()
+            checked = _checked(_lm_eval_module().VLLM)
             hugging_face = importlib.import_module("lm_eval.models.huggingface").HFLM
         with phase(STARTING):
-            language_model = module.VLLM(
+            language_model = checked(
                 pretrained=folder,
                 dtype=model_dtype(spec.model),
                 batch_size="auto",
@@ -78,6 +78,36 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
         del language_model.model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _checked(lm_eval_vllm: Any) -> Any:
+    """lm-eval's class, which gives an empty continuation a log-likelihood of 0, and one that is
+    longer than the model that of some of its tokens, with errors in their place."""
+    from pipeline.language_model import check_finite, check_pair  # imports lm-eval
+
+    class CheckedVLLM(lm_eval_vllm):  # type: ignore[misc]
+        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+            for request in requests:
+                owner = (request.task_name, request.doc_id)
+                context, continuation = request.args
+                if context:
+                    pair = self._encode_pair(context, continuation)
+                else:
+                    tokens = self.tok_encode(continuation, add_special_tokens=False)
+                    begun = tokens[:1] == [self.prefix_token_id]
+                    pair = (tokens[:1], tokens[1:]) if begun else ([self.prefix_token_id], tokens)
+                # a token of context, and vLLM generates one
+                check_pair(owner, pair[0], pair[1], self.max_length - 2)
+            answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            check_finite(requests, answers)
+            return answers
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+            answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            check_finite(requests, answers)
+            return answers
+
+    return CheckedVLLM
 
 
 @functools.cache

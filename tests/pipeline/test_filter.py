@@ -80,7 +80,7 @@ def test_of_equal_samples_the_first_is_kept_and_they_do_not_count_in_the_share(
         "text": [""] * 7,
     }
     pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
-    perplexities = [2.0, 9.0, 2.0, 3.0, math.nan, math.nan, 2.0]
+    perplexities = [2.0, 9.0, 2.0, 3.0, None, None, 2.0]
     marks: dict[str, Any] = {"sample_id": range(7), **dict.fromkeys(Score._fields, [1.0] * 7)}
     pq.write_table(pa.table({**marks, "perplexity": perplexities}), tmp_path / "scores.parquet")
     artifacts = dict.fromkeys((samples.key, scores.key), tmp_path)
@@ -118,7 +118,7 @@ def test_a_sample_has_the_first_reason_that_holds_and_the_share_is_of_the_rest(
         "text": ["a bad one", "good", "good", "good", "bad", "", "badly", ""],
     }
     pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
-    perplexities = [1.0, 2.0, 2.0, 3.0, math.nan, 9.0, 4.0, 5.0]
+    perplexities = [1.0, 2.0, 2.0, 3.0, None, 9.0, 4.0, 5.0]
     marks: dict[str, Any] = {"sample_id": range(8), **dict.fromkeys(Score._fields, [1.0] * 8)}
     pq.write_table(pa.table({**marks, "perplexity": perplexities}), tmp_path / "scores.parquet")
     spec = FilterSpec(
@@ -172,7 +172,7 @@ def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> 
     marks: dict[str, Any] = {
         "sample_id": range(5),
         "tokens": [1] * 5,
-        "perplexity": [9.0, 2.0, math.nan, 7.0, 8.0],
+        "perplexity": [9.0, 2.0, None, 7.0, 8.0],
         **{name: [0.5 * row for row in range(5)] for name in Score._fields[2:]},
     }
     pq.write_table(pa.table(marks), artifacts[scores.key] / "scores.parquet")

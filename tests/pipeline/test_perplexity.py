@@ -18,7 +18,7 @@ from transformers import (
 
 import pipeline.output_layer
 import pipeline.perplexity
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.perplexity import (
     Measured,
     Window,
@@ -233,10 +233,16 @@ def test_a_model_without_an_opinion_has_the_vocabulary_as_its_perplexity(model: 
     assert found.stderr == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_ruined_model_has_an_infinite_perplexity(model: Any) -> None:
+@pytest.mark.parametrize("fields", [{"seqlen": 24}, {"unit": "text"}])
+def test_a_loss_beyond_any_perplexity_is_an_error_and_not_infinity(
+    model: Any, fields: dict[str, Any]
+) -> None:
     ruined = copy.deepcopy(model)
     ruined.lm_head.weight.data.mul_(1e4)
-    assert measured(ruined, seqlen=24).value == math.inf
+    with pytest.raises(NonFiniteError, match=r"a loss of \d+\.?\d* nats has no perplexity"):
+        measured(ruined, **fields)
+    ruined.lm_head.weight.data.mul_(1e-3)
+    assert 1e6 < measured(ruined, **fields).value < math.inf
 
 
 def test_neither_batches_nor_pieces_move_the_number(

@@ -1,0 +1,79 @@
+"""Position embeddings that depend on the length of the text.
+
+With LongRoPE (arXiv 2402.13753) a text longer than the length of pretraining has other rotary
+frequencies from its first token on; with dynamic NTK scaling every length beyond the model's own
+has frequencies of its own. transformers takes the length of a whole batch, padding included, and
+remembers the longest text. So texts of different groups share neither batch nor beginning.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+LONG = ("longrope", "su")
+"""Rope types with two sets of frequencies; `su` is LongRoPE's name in older checkpoints."""
+
+
+class LengthDependence(NamedTuple):
+    """Where the positions of a model change with the length of the text; nowhere by default."""
+
+    switches: tuple[int, ...] = ()
+    """Tokens of the longest text that has the first set of frequencies, of each rope."""
+
+    grows_beyond: int | None = None
+    """Tokens of the longest text that has the frequencies of all shorter ones."""
+
+    def group(self, length: int) -> Hashable:
+        """Equal for texts of so many tokens that have the same frequencies at every position."""
+        grown = self.grows_beyond is not None and length > self.grows_beyond
+        return (*(length > switch for switch in self.switches), length if grown else 0)
+
+
+NONE = LengthDependence()
+"""Of most models."""
+
+
+def length_dependence(config: Any) -> LengthDependence:
+    """How the positions of a model depend on the length of the text, from its configuration.
+
+    It says nothing of models whose own code scales frequencies without saying so in
+    `rope_parameters` or `rope_scaling`.
+    """
+    config = config.get_text_config()
+    longest: Any = getattr(config, "max_position_embeddings", None)
+    switches: set[int] = set()
+    grows = False
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind in LONG:
+            own = getattr(config, "original_max_position_embeddings", longest)
+            switches.add(int(rope.get("original_max_position_embeddings") or own))
+        grows |= "dynamic" in str(kind)
+    return LengthDependence(tuple(sorted(switches)), longest if grows else None)
+
+
+def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
+    """The parameters of each rope: one, or one for each type of layer."""
+    for field in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, field, None)
+        if isinstance(parameters, Mapping):
+            yield parameters
+            yield from (own for own in parameters.values() if isinstance(own, Mapping))
+
+
+def forget_longer_texts(model: nn.Module) -> None:
+    """Give dynamic ropes their frequencies of short texts again.
+
+    transformers does so only when a text is shorter than the model's length: one between that and
+    the longest text so far would keep the longest one's frequencies.
+    """
+    for module in model.modules():
+        longest = getattr(module, "original_max_seq_len", None)
+        if longest is None:
+            continue
+        for name, original in list(module.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                prefix = name.removesuffix("original_inv_freq")
+                setattr(module, f"{prefix}inv_freq", original)
+                setattr(module, f"{prefix}max_seq_len_cached", longest)
