@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.models import Artifacts
+from pipeline.output_layer import check_causal
 from pipeline.score import columns, score_samples
 from pipeline.shards import loaded
 from pipeline.specs import DescribeSpec
@@ -31,6 +32,7 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
     """
     windows = read_windows(artifacts[spec.calibration.key])
     model, _ = loaded(spec.model, artifacts)
+    check_causal(model)
     scores = score_samples(
         model,
         windows.tolist(),

@@ -28,7 +28,7 @@ from pipeline.gains import bytes_by_format, speed_2_4
 from pipeline.measured import METRICS_SCHEMA, REQUESTS_SCHEMA
 from pipeline.models import Artifacts, load_model, load_tokenizer, model_dtype
 from pipeline.nonfinite import nonfinite_error
-from pipeline.output_layer import head_is_linear
+from pipeline.output_layer import check_causal, head_is_linear
 from pipeline.perplexity import (
     Window,
     batches,
@@ -114,6 +114,7 @@ def run(
         if names.count(name) > 1:
             raise InputError("name", name, "is measured twice in one evaluation: name each once")
     model = load_model(spec.model, artifacts)
+    check_causal(model)
     tokenizer = load_tokenizer(spec.model, artifacts)
     same = {
         "dtype": model_dtype(spec.model),

@@ -18,15 +18,20 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from pipeline.chat import TEMPLATE_ARGUMENTS
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.finished_answers import FinishedAnswers
 from pipeline.nonfinite import nonfinite_error
-from pipeline.output_layer import OutputLayer
+from pipeline.output_layer import MOVED, PROBE_TOKENS, OutputLayer
 from pipeline.perplexity import LOGITS
-from pipeline.positions import LengthDependence
+from pipeline.positions import NONE, LengthDependence
 from pipeline.progress import report
 from pipeline.vocabulary import end_ids
 
@@ -47,9 +52,9 @@ GENERATION_SEED = 1234
 """Before each batch of generations, for tasks that sample; lm-eval's own."""
 
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
-"""Layers of a cache whose rows are chosen and repeated as a whole. Those of linear attention, state
-spaces and convolutions are not among them: what they inherit of this leaves their states as they
-are, or is not there at all."""
+"""Layers of a `DynamicCache` whose rows are chosen and repeated as a whole. Those of linear
+attention, state spaces and convolutions are not among them, nor are other caches: what they inherit
+leaves states as they are, or fails."""
 
 Owner = tuple[Hashable, ...]
 """Of a request: its task, its document, and what else tells apart whose beginnings it may share."""
@@ -158,8 +163,10 @@ class SharingLM(HFLM):  # type: ignore[misc]
             self._dtype = model(first, use_cache=False).logits.dtype
         self.shares = not getattr(model, "_is_stateful", False)
         if self.shares:  # as far as its class tells
-            layers = getattr(self._forward([(self.prefix_token_id,)], None, 1)[1], "layers", ())
-            self.shares = bool(layers) and all(type(layer) in KEYS_AND_VALUES for layer in layers)
+            cache = self._forward([(self.prefix_token_id,)], None, 1)[1]
+            self.shares = type(cache) is DynamicCache and all(
+                type(layer) in KEYS_AND_VALUES for layer in cache.layers
+            )
         self._family: tuple[int, ...] = ()
         self._family_cache: Any = None
 
@@ -197,11 +204,13 @@ class SharingLM(HFLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """HFLM's generations, kept batch by batch."""
+        """HFLM's generations, kept batch by batch; one at a time where padding would move them."""
         self.asked += len(requests)
         texts: list[str] = []
-        for start in range(0, len(requests), GENERATION_BATCH):
-            part = requests[start : start + GENERATION_BATCH]
+        alone = self._layer.lengths != NONE or sees_padding(self.model)
+        size = 1 if alone else GENERATION_BATCH
+        for start in range(0, len(requests), size):
+            part = requests[start : start + size]
 
             def generate(part: Sequence[Any] = part) -> list[str]:
                 return self._generated(part)
@@ -475,6 +484,28 @@ class SharingLM(HFLM):  # type: ignore[misc]
         if self._keeps_logits:
             options["logits_to_keep"] = positions
         return self._layer.forward(input_ids=ids, **options)
+
+
+@torch.inference_mode()
+def sees_padding(model: Any) -> bool:
+    """Whether a text is continued in another way if padding stands before it, as in some models
+    with a running state."""
+    ids = torch.arange(1, PROBE_TOKENS, device=model.device)[None]
+    padding = torch.zeros_like(ids)
+    options = {"min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    alone, padded = (
+        torch.stack(
+            model.generate(
+                torch.cat([*before, ids], dim=1),
+                attention_mask=torch.cat([*before, torch.ones_like(ids)], dim=1),
+                return_dict_in_generate=True,
+                output_logits=True,
+                **options,
+            ).logits
+        )
+        for before in ([], [padding])
+    )
+    return not bool((alone - padded).abs().mean() <= MOVED * alone.std())
 
 
 def check_pair(

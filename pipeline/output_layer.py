@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import InputError
 from pipeline.positions import forget_longer_texts, length_dependence
 
 PROBE_TOKENS = 16
 """Tokens, 0 and up, on which it is checked that the output layer alone gives the logits."""
+
+MOVED = 0.05
+"""Share of their standard deviation by which logits move on average, beyond any rounding."""
 
 LAYER_LOGITS = 2**23
 """Logits that the output layer makes at once on a CPU: its matrix product is slower with fewer."""
@@ -24,6 +28,23 @@ PART_LOGITS = 2**19
 
 ACCELERATOR_LOGITS = 2**25
 """Both on a GPU, which fewer would not keep busy."""
+
+
+@torch.inference_mode()
+def check_causal(model: Any) -> None:
+    """Check that a model predicts a token from those before it alone.
+
+    Raises:
+        InputError: if what follows a token moves its logits, as in an encoder such as BERT.
+    """
+    half = PROBE_TOKENS // 2
+    ids = torch.arange(PROBE_TOKENS, device=model.device)
+    pair = torch.stack([ids, torch.cat([ids[:half], ids[half:].flip(0)])])
+    first, other = model(pair, use_cache=False).logits[:, :half].float()
+    if (first - other).abs().mean() > MOVED * first.std():
+        name = type(model).__name__
+        remedy = "its logits depend on later tokens: take a causal language model, not an encoder"
+        raise InputError("model", name, remedy)
 
 
 @torch.inference_mode()

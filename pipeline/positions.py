@@ -3,7 +3,9 @@
 With LongRoPE (arXiv 2402.13753) a text longer than the length of pretraining has other rotary
 frequencies from its first token on; with dynamic NTK scaling every length beyond the model's own
 has frequencies of its own. transformers takes the length of a whole batch, padding included, and
-remembers the longest text. So texts of different groups share neither batch nor beginning.
+remembers the longest text. Sparse attention reads the `index_topk` tokens of highest score, and
+which of equal ones depends on how many tokens the batch has. So texts of different groups share
+neither batch nor beginning.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
@@ -22,10 +24,10 @@ class LengthDependence(NamedTuple):
     """Tokens of the longest text that has the first set of frequencies, of each rope."""
 
     grows_beyond: int | None = None
-    """Tokens of the longest text that has the frequencies of all shorter ones."""
+    """Tokens of the longest text that is read as shorter ones are; beyond, every length differs."""
 
     def group(self, length: int) -> Hashable:
-        """Equal for texts of so many tokens that have the same frequencies at every position."""
+        """Equal for texts of so many tokens that are read alike."""
         grown = self.grows_beyond is not None and length > self.grows_beyond
         return (*(length > switch for switch in self.switches), length if grown else 0)
 
@@ -35,22 +37,23 @@ NONE = LengthDependence()
 
 
 def length_dependence(config: Any) -> LengthDependence:
-    """How the positions of a model depend on the length of the text, from its configuration.
+    """How the positions of a model, and its choice of tokens, depend on the length of the text.
 
-    It says nothing of models whose own code scales frequencies without saying so in
+    The configuration says nothing of models whose own code scales frequencies without saying so in
     `rope_parameters` or `rope_scaling`.
     """
     config = config.get_text_config()
     longest: Any = getattr(config, "max_position_embeddings", None)
     switches: set[int] = set()
-    grows = False
+    beyond = [chosen] if isinstance(chosen := getattr(config, "index_topk", None), int) else []
     for rope in _ropes(config):
         kind = rope.get("rope_type", rope.get("type"))
         if kind in LONG:
             own = getattr(config, "original_max_position_embeddings", longest)
             switches.add(int(rope.get("original_max_position_embeddings") or own))
-        grows |= "dynamic" in str(kind)
-    return LengthDependence(tuple(sorted(switches)), longest if grows else None)
+        if "dynamic" in str(kind):
+            beyond.append(longest)
+    return LengthDependence(tuple(sorted(switches)), min(beyond, default=None))
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:

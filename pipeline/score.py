@@ -14,7 +14,7 @@ import torch
 from pipeline.errors import NonFiniteError
 from pipeline.models import Artifacts, check_shared_vocabulary
 from pipeline.nonfinite import nonfinite_error
-from pipeline.output_layer import OutputLayer, head_is_linear
+from pipeline.output_layer import OutputLayer, check_causal, head_is_linear
 from pipeline.perplexity import MOST_NATS
 from pipeline.positions import NONE, LengthDependence
 from pipeline.progress import report
@@ -89,6 +89,7 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
     writer = spec.samples.model
     check_shared_vocabulary("scorer", spec.model, spec.model, writer, artifacts)
     model, _ = loaded(spec.model, artifacts)
+    check_causal(model)
     shard = artifacts[ShardSpec(of=spec.samples, index=index).key]
     samples = pq.read_table(
         shard / "samples.parquet", columns=["sample_id", "prefix_tokens", "token_ids"]
