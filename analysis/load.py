@@ -64,6 +64,9 @@ OPTIONAL: dict[str, str] = {
 """Columns that are null throughout where a table lacks them. Categories are long texts that many
 rows share."""
 
+NUMBER = ("task", "metric", "stderr", "samples")
+"""What describes a number besides its value; null in the row of a cell that has none."""
+
 SHARED = [column for column, dtype in OPTIONAL.items() if dtype == "category"]
 
 INTEGERS = {pa.int64(): pd.Int64Dtype()}
@@ -80,6 +83,9 @@ class TableError(ValueError):
 
 def load(location: str | Path, grid: str | None = None) -> pd.DataFrame:
     """Read a results table: one row a cell, task and metric; failed cells are one row.
+
+    A cell with a number that is NaN, infinite or not there is a failed one, as the tables of older
+    versions may hold it: its model is broken, and its other numbers say nothing.
 
     Columns are those of `docs/analysis.md`; further ones are kept as they are. `source`, `method`
     and `target` name the calibration, the pruner and the sparsity with all that varies in the grid.
@@ -149,7 +155,25 @@ def _read(files: Any, path: str) -> pd.DataFrame:
     unknown = in_order(set(typed["status"].dropna()) - set(STATUS.categories))
     if unknown or typed["status"].isna().any():
         raise TableError(f"{path}: status is {', '.join(unknown) or 'null'}: {REMEDY}")
-    return table.assign(**typed).astype({"status": STATUS})
+    return _spoilt_as_failed(table.assign(**typed)).astype({"status": STATUS})
+
+
+def _spoilt_as_failed(table: pd.DataFrame) -> pd.DataFrame:
+    """One failed row in the place of each cell that has a number that is not finite."""
+    spoilt = (table["status"] == "ok") & table["metric"].notna() & ~np.isfinite(table["value"])
+    if not spoilt.any():
+        return table
+    first = table[spoilt].drop_duplicates(["grid", "cell"])
+    reasons = [
+        f"{task} {metric} is {value}: no result"
+        for task, metric, value in zip(first["task"], first["metric"], first["value"], strict=True)
+    ]
+    failed = first.assign(status="failed", error=reasons, value=np.nan)
+    failed[list(NUMBER)] = None
+    cells = pd.MultiIndex.from_frame(table[["grid", "cell"]])
+    kept = table[~cells.isin(pd.MultiIndex.from_frame(first[["grid", "cell"]]))]
+    whole: pd.DataFrame = pd.concat([kept, failed.astype(table.dtypes)]).sort_index()
+    return whole
 
 
 def _typed(table: pd.DataFrame, column: str, path: str) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -80,8 +81,8 @@ COLUMNS = {**CELL_COLUMNS, **METRIC_COLUMNS, **RUN_COLUMNS}
 def gather(plan: Plan, store: Store) -> pa.Table:
     """The results table of a grid, as far as it has come.
 
-    Cells that failed are one row with `status = failed` and the error; cells that have not run
-    are one row with `status = missing`.
+    Cells that failed are one row with `status = failed` and the error, and so are those with a
+    number that is NaN or infinite; cells that have not run are one row with `status = missing`.
     """
     reasons = _reasons(plan, store)
     cells = {
@@ -144,6 +145,11 @@ def _rows(
         return [{**row, "status": "failed", **told}]
     row |= _run_fields(evaluation, None if pruned is None else store.manifest(pruned.key))
     row |= _calibration_fields(plan, store, key, pruned)
+    spoilt = next((metric for metric in metrics if not _is_finite(metric)), None)
+    if spoilt is not None:
+        value, stderr = spoilt["value"], spoilt.get("stderr")
+        reason = f"{spoilt['task']} {spoilt['metric']} is {value} ± {stderr}: no result"
+        return [{**row, "status": "failed", "error": reason}]
     return [{**row, **metric} for metric in metrics]
 
 
@@ -224,6 +230,12 @@ def _calibration_fields(
 def _metrics(store: Store, key: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(store.fetch(key) / "metrics.parquet").to_pylist()
     return rows
+
+
+def _is_finite(metric: dict[str, Any]) -> bool:
+    """Whether a number, and its standard error if it has one, are finite."""
+    value, stderr = metric["value"], metric.get("stderr")
+    return value is not None and math.isfinite(value) and (stderr is None or math.isfinite(stderr))
 
 
 def _reasons(plan: Plan, store: Store) -> dict[str, Failure]:

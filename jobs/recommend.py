@@ -8,6 +8,7 @@ the fit, ranks the candidates; how often it would have been right there is print
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from cluster.store import Store
 from jobs.cells import GENERATED_FIELDS, Cell
 from jobs.grid import Description, Grid
 from jobs.plan import Plan, make_plan
+from pipeline.errors import InputError
 
 Values = npt.NDArray[np.float64]
 
@@ -57,6 +59,8 @@ class Record(NamedTuple):
     """[sources, settings]: logarithm of the perplexity (or minus an accuracy), less each setting's
     mean."""
     is_perplexity: bool
+    left_out: int = 0
+    """Sources without a finite number, or score, in a setting that others have."""
 
 
 class Worth(NamedTuple):
@@ -127,6 +131,10 @@ def read_candidates(plan: Plan, store: Store) -> list[Candidate]:
         manifest = None if described is None else store.manifest(described)
         if described is not None and manifest is not None:
             name = _name(cell, varied)
+            for field, value in manifest.report.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    remedy = f"its {field} is {value}: describe it anew with a sound model"
+                    raise InputError("describe", f"{cell.model}: {name}", remedy)
             reports.setdefault((cell.model, name), {})[described] = manifest.report
     candidates = []
     for (model, name), by_key in reports.items():
@@ -163,6 +171,7 @@ def read_record(store: Store, grid: str) -> Record | None:
     if "calibration_report" not in table:
         return None
     rows = table[(table["status"] == "ok") & table["calibration_report"].notna()]
+    rows = rows[rows["metric"].notna()]
     perplexities = rows[rows["metric"] == "perplexity"]
     rows = perplexities if len(perplexities) else rows[rows["metric"] == "acc"]
     if rows.empty:
@@ -171,21 +180,30 @@ def read_record(store: Store, grid: str) -> Record | None:
     is_perplexity = bool(len(perplexities))
     values = rows["value"].to_numpy(dtype=np.float64)
     source = rows.groupby(SOURCE, dropna=False).ngroup()
-    rows = rows.assign(harm=np.log(values) if is_perplexity else -values, source=source)
-    harm = rows.pivot_table(index="source", columns=SETTING, values="harm").dropna()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        levels = np.log(values) if is_perplexity else -values
+    rows = rows.assign(harm=np.where(np.isfinite(levels), levels, np.nan), source=source)
+    reports = pd.DataFrame([json.loads(told) for told in rows["calibration_report"]])
+    fields = [field for field in (*SCORES, DIVERGENCE) if field in reports]
+    means = reports[fields].groupby(source.to_numpy()).agg(_mean)
+    every = rows.groupby(["source", *SETTING])["harm"].agg(_mean).unstack(SETTING)
+    harm = every[np.isfinite(means.loc[every.index].to_numpy()).all(axis=1)].dropna()
     if len(harm) < LEAST_SOURCES:
         return None
-    reports = pd.DataFrame([json.loads(told) for told in rows["calibration_report"]])
-    reports = reports.assign(source=rows["source"].to_numpy())
-    means = reports.groupby("source").mean(numeric_only=True).loc[harm.index]
+    means = means.loc[harm.index]
     levels = harm.to_numpy(dtype=np.float64)
-    fields = [field for field in (*SCORES, DIVERGENCE) if field in means]
     return Record(
         models=tuple(sorted(set(rows["model"]))),
         scores={field: means[field].to_numpy(dtype=np.float64) for field in fields},
         harm=levels - levels.mean(axis=0),
         is_perplexity=is_perplexity,
+        left_out=len(every) - len(harm),
     )
+
+
+def _mean(seeds: "pd.Series[float]") -> float:
+    """NaN where one is."""
+    return float(seeds.mean(skipna=False))
 
 
 def worth_of(record: Record, score: str) -> Worth:
@@ -290,6 +308,8 @@ def _told(
         f"{_effect(worth.random_regret, record)}."
     ]
     lines.append("It is the best of several scores by that record, which flatters it somewhat.")
+    if record.left_out:
+        lines.append(f"Left out: {record.left_out} sources that lack a finite number in a setting.")
     if worth.explained <= 0:
         lines.append("By that record the ranking is worth nothing: no score foretold unseen ones.")
     strange = sorted(set(plan.grid.models) - set(record.models))

@@ -175,11 +175,11 @@ def test_a_reference_far_beyond_is_written_at_the_edge(make_table: MakeTable) ->
     assert figure.axes[0].get_ylim()[1] < 100
 
 
-def test_infinite_perplexities_are_counted_not_drawn(make_table: MakeTable) -> None:
+def test_infinite_perplexities_are_counted_as_failed_and_not_drawn(make_table: MakeTable) -> None:
     told = {"task": "heldout", "metric": "perplexity"}
     rows = [{"value": 10.0, **told}, {"value": float("inf"), "sparsity": 0.9, **told}]
     figure = sparsity_figure(make_table(rows), "tiny", "heldout", "perplexity")
-    assert "infinite" in " ".join(texts(figure))
+    assert "Not shown: 1 of 2 cells, which failed." in " ".join(texts(figure))
     assert list(bars(figure, 0).values()) == [[(0.0, 10.0)]]
 
 

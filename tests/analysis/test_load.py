@@ -10,6 +10,7 @@ import pytest
 
 import analysis
 from analysis.load import ESSENTIAL, TableError
+from analysis.report import write_report
 from benchmarks.analysis import SEED_STEP, SEEDS, made_table
 from tests.analysis.conftest import MakeTable
 
@@ -28,6 +29,45 @@ def test_failed_and_missing_cells_stay_as_one_row_without_value(store: Path) -> 
     assert sorted(lost.index) == ["failed", "missing"]
     assert lost[["task", "metric", "value"]].isna().all(axis=None)
     assert lost.loc["failed", "error"] == "ValueError: <b>bad</b>"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_cell_with_a_number_that_is_not_finite_is_a_failed_one(
+    make_table: MakeTable, value: float
+) -> None:
+    sound, broken = {"seed": 0}, {"seed": 1}
+    numbers = [{"task": "heldout", "metric": "perplexity"}, {"task": "colours", "metric": "acc"}]
+    table = make_table(
+        [
+            *({**sound, **number, "value": 2.0} for number in numbers),
+            {**broken, **numbers[0], "value": value},
+            {**broken, **numbers[1], "value": 1.0},
+        ]
+    )
+    (lost,) = table[table["seed"] == 1].to_dict("records")
+    assert lost["status"] == "failed"
+    assert lost["error"] == f"heldout perplexity is {value}: no result"
+    assert pd.isna([lost[name] for name in ("task", "metric", "value")]).all()
+    assert table.loc[table["seed"] == 0, "value"].tolist() == [2.0, 2.0]
+    assert analysis.compare(table.assign(model="a"), table.assign(model="b"), by=["metric"]).loc[
+        0, ["lost_a", "lost_b"]
+    ].tolist() == [1, 1]
+
+
+def test_a_report_shows_such_a_cell_as_failed(make_table: MakeTable, tmp_path: Path) -> None:
+    told = {"task": "heldout", "metric": "perplexity"}
+    table = make_table([{**told, "seed": seed, "value": 3.0 + seed} for seed in (0, 1)])
+    broken = make_table(
+        [{**told, "seed": seed, "value": value} for seed, value in ((0, 3.0), (1, np.inf))]
+    )
+    pages = [
+        write_report(each, tmp_path / name, None).read_text()
+        for name, each in (("sound", table), ("broken", broken))
+    ]
+    assert ["heldout perplexity is inf" in page for page in pages] == [False, True]
+    assert ["1 failed" in page for page in pages] == [False, True]
+    only = make_table([{**told, "value": np.nan}])
+    assert "heldout perplexity is nan" in write_report(only, tmp_path / "only", None).read_text()
 
 
 def test_folder_file_and_url_give_the_same_table(store: Path) -> None:

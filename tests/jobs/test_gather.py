@@ -1,17 +1,19 @@
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from rich.console import Console
 
 from cluster.store import Store
 from jobs.gather import gather
 from jobs.grid import Grid
-from jobs.plan import make_plan
+from jobs.plan import Plan, make_plan
 from jobs.show import print_results
 
 Content = dict[str, Any]
@@ -41,6 +43,53 @@ def test_a_row_tells_the_allocation_and_what_differs_from_its_defaults(
         ("owl", '{"spread": 0.1}'),
         ("by-hand", '{"sparsities": [0.4, 0.6]}'),
     ]
+
+
+def _with_dense_metrics(store: Store, plan: Plan, metrics: Content) -> None:
+    """A store that holds the dense model's evaluation alone."""
+    key = next(key for key, cell in plan.cells.items() if cell.pruner is None)
+    with store.attempt(key) as attempt:
+        pq.write_table(pa.table(metrics), attempt.folder / "metrics.parquet")
+        attempt.commit(
+            kind="evaluate",
+            spec=plan.graph[key].spec,
+            report={},
+            seconds=1.0,
+            peak_memory_bytes=None,
+            versions={},
+            host="here",
+        )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_a_cell_with_a_number_that_is_not_finite_has_failed(
+    content: Content, load: Load, tmp_path: Path, value: float | None
+) -> None:
+    plan, store = make_plan(load(content)), Store(str(tmp_path / "store"))
+    metrics = {
+        "task": ["facts", "true", "true"],
+        "metric": ["acc", "bits_per_byte", "perplexity"],
+        "value": [1.0, 2.0, value],
+        "stderr": [0.1, None, None],
+    }
+    _with_dense_metrics(store, plan, metrics)
+    rows = [row for row in gather(plan, store).to_pylist() if row["pruner"] == "dense"]
+    assert [(row["status"], row["metric"], row["value"]) for row in rows] == [
+        ("failed", None, None)
+    ]
+    assert rows[0]["error"].startswith(f"true perplexity is {value}")
+
+
+def test_a_standard_error_may_be_absent_but_not_infinite(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    plan = make_plan(load(content))
+    for name, stderr in (("absent", None), ("there", 0.5), ("infinite", math.inf)):
+        store = Store(str(tmp_path / name))
+        metrics = {"task": ["true"], "metric": ["perplexity"], "value": [2.0], "stderr": [stderr]}
+        _with_dense_metrics(store, plan, metrics)
+        (row,) = (row for row in gather(plan, store).to_pylist() if row["pruner"] == "dense")
+        assert row["status"] == ("failed" if name == "infinite" else "ok")
 
 
 def test_a_row_tells_its_calibration_sets_description_and_what_generating_it_took(

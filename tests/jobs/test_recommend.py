@@ -123,6 +123,20 @@ def test_a_record_is_read_from_a_results_table(tmp_path: Path) -> None:
     assert read_record(Store(str(tmp_path / "none")), "predictor") is None
 
 
+def test_a_source_without_a_finite_number_is_left_out_and_counted(tmp_path: Path) -> None:
+    whole = read_record(stored(table_of(6), tmp_path / "whole"), "predictor")
+    for number, (column, value) in enumerate(
+        [("value", np.inf), ("value", np.nan), ("calibration_report", '{"min_k_plus_plus": NaN}')]
+    ):
+        table = table_of(7)
+        table.loc[table[table["calibration"] == "source-6"].index[0], column] = value
+        record = read_record(stored(table, tmp_path / str(number)), "predictor")
+        assert record is not None
+        assert record.left_out == 1
+        assert whole is not None
+        assert np.array_equal(record.harm, whole.harm)
+
+
 def test_only_descriptions_and_what_they_need_are_made(content: Content, load: Load) -> None:
     plan = scores_only(scoring_plan(load(content)))
     assert {plan.specs[key].kind for key in plan.targets} == {"describe"}
