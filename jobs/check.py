@@ -76,6 +76,8 @@ def check(plan: Plan) -> list[str]:
         if isinstance(spec, GenerateSpec | EvaluateSpec) and isinstance(spec.backend, Vllm):
             name = names[_identity(_dense(spec.model))]
             _check_vllm(plan, spec.kind, name, configs[name], spec.backend)
+            longest = spec.seqlen if isinstance(spec, GenerateSpec) else None
+            _check_vllm_positions(name, configs[name], longest)
         if isinstance(spec, GenerateSpec) and spec.prompt == "chat":
             chats[names[_identity(_dense(spec.model))], "prompt"] = "chat"
         if isinstance(spec, EvaluateSpec) and spec.chat_template:
@@ -228,6 +230,21 @@ def _check_vllm(plan: Plan, stage: StageName, name: str, config: Any, engine: Vl
         raise InputError("backend.gpu_memory_utilization", engine.gpu_memory_utilization, remedy)
 
 
+def _check_vllm_positions(name: str, config: Any, longest: int | None) -> None:
+    """See that vLLM reads texts of up to `longest` tokens, or of any length, as transformers does:
+    it has one set of rotary frequencies, that of the longest text that an engine takes."""
+    if config is None or isinstance(config, PretrainSpec):
+        return
+    from pipeline.positions import length_dependence
+
+    switches, beyond = length_dependence(config)
+    if beyond is not None and beyond == getattr(config, "max_position_embeddings", None):
+        switches = (0,)  # dynamic NTK scaling, which vLLM applies to short texts too
+    if switches and (longest is None or longest > min(switches)):
+        remedy = f"positions of model {name} depend on a text's length, and there they do not: "
+        raise InputError("backend", "vllm", remedy + "set backend: transformers")
+
+
 def _check_chat(name: str, model: Model, config: Any, field: str, value: object) -> None:
     if config is None:  # out of reach
         return
@@ -342,10 +359,11 @@ def _overlaps(plan: Plan) -> Iterator[str]:
 
 
 def _check_tasks(plan: Plan) -> None:
-    from pipeline.tasks import missing_tasks
+    from pipeline.tasks import check_tasks, missing_tasks
 
     evaluation = plan.grid.evaluate
-    missing = missing_tasks([task.name for task in evaluation.all_tasks()], evaluation.folder)
+    names = [task.name for task in evaluation.all_tasks()]
+    missing = missing_tasks(names, evaluation.folder)
     if missing:
         suites = [
             use.name
@@ -358,3 +376,4 @@ def _check_tasks(plan: Plan) -> None:
             f"neither lm-eval {metadata.version('lm-eval')} nor the task folder has it; "
             "`lm-eval ls tasks` lists the names",
         )
+    check_tasks(names, evaluation.folder)

@@ -22,6 +22,9 @@ where the output layer gives them in parts there is no such limit."""
 TEXTS = 32
 """Texts tokenised at once."""
 
+BEHIND = 8
+"""Tokens that one is decoded behind: more than a character has bytes."""
+
 MOST_NATS = math.log(np.finfo(np.float64).max)
 """Loss at which a perplexity is beyond float64; a model that has collapsed has some 10 to 20."""
 
@@ -146,26 +149,85 @@ def encoded_texts(
 ) -> Iterator[Encoded]:
     """The tokens of each text, and where its words and bytes end among them.
 
-    A token that ends inside a character counts that character as a whole.
+    A token that ends inside a character counts that character as a whole; without a fast tokenizer
+    the one that completes it does.
+
+    Raises:
+        InputError: if a tokenizer without a fast version does not give a text back.
     """
     texts = iter(texts)
     while batch := list(itertools.islice(texts, TEXTS)):
         encoded = tokenizer(
             batch,
             add_special_tokens=special_tokens,
-            return_offsets_mapping=True,
+            return_offsets_mapping=tokenizer.is_fast,
             verbose=False,
         )
-        for text, ids, offsets in zip(
-            batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            ends = np.array([end for _, end in offsets], dtype=np.int64)
+        if tokenizer.is_fast:
+            found = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
+        else:
+            pairs = zip(batch, encoded["input_ids"], strict=True)
+            found = [_ends_by_decoding(text, ids, tokenizer) for text, ids in pairs]
+        for text, ids, places in zip(batch, encoded["input_ids"], found, strict=True):
+            ends = np.array(places, dtype=np.int64)
             ends = np.maximum.accumulate(ends) if len(ends) else ends
             yield Encoded(
                 np.array(ids, dtype=np.int64),
                 np.diff(_words_until(text)[ends], prepend=0),
                 np.diff(_bytes_until(text)[ends], prepend=0),
             )
+
+
+def _ends_by_decoding(text: str, ids: list[int], tokenizer: Any) -> list[int]:
+    """Where each token ends in a text: characters up to there that decoding gives back.
+
+    Tokens are decoded one after the other, each behind a few others, as an engine streams text.
+    White space that decoding changes belongs to the token after it. Tokens that the tokenizer puts
+    around the text end nothing.
+    """
+    inside = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    length = len(inside)
+    begin = next((at for at in range(len(ids)) if ids[at : at + length] == inside), None)
+    ends: list[int] = []
+    place = start = 0
+    before, is_whole = "", True
+    for number in range(length if begin is not None else 0):
+        if is_whole and number - start > 2 * BEHIND:
+            start = number - BEHIND
+            before = _decoded(inside[start:number], tokenizer)
+        after = _decoded(inside[start : number + 1], tokenizer)
+        fresh = after[len(before) :] if after.startswith(before) else ""
+        is_whole = not fresh.endswith("\ufffd") or text.startswith(fresh, place)
+        if is_whole:  # not in the middle of a character
+            place = _matched(text, place, fresh)
+            before = after
+        ends.append(place)
+    rest = text[place:].strip()
+    if begin is None or rest:
+        remedy = f"has no fast version and loses {rest[:20]!r}: its bytes cannot be counted"
+        raise InputError("tokenizer", type(tokenizer).__name__, remedy)
+    if ends:
+        ends[-1] = len(text)
+    return [0] * begin + ends + [len(text)] * (len(ids) - begin - length)
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _matched(text: str, place: int, fresh: str) -> int:
+    """The place behind `fresh`, which stands at a place in the text but for its white space; the
+    same place if it does not."""
+    at = place
+    for character in fresh:
+        if not character.isspace():
+            while text[at : at + 1].isspace():
+                at += 1
+            if text[at : at + 1] != character:
+                return place
+        at += text[at : at + 1] == character
+    return at
 
 
 def _words_until(text: str) -> npt.NDArray[np.int64]:

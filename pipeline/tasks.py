@@ -1,8 +1,6 @@
 """Folders of lm-eval task files: which names they hold, and copies that run from anywhere."""
 
 import functools
-import importlib.util
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,9 +10,9 @@ import yaml
 
 from pipeline.errors import InputError
 from pipeline.specs import LocalTasks, TestbedTasksSpec
+from pipeline.task_needs import check_needs, lm_eval_folder, task_files
+from pipeline.testbed.tasks import TASK_NAMES
 from pipeline.text import read_text
-
-_NAME = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
 
 
 def missing_tasks(names: list[str], folder: TestbedTasksSpec | LocalTasks | None) -> list[str]:
@@ -36,11 +34,9 @@ def missing_tasks(names: list[str], folder: TestbedTasksSpec | LocalTasks | None
 def _known_names(folder: TestbedTasksSpec | LocalTasks | None) -> Iterator[Iterable[str]]:
     """First what the files say at a glance, then what lm-eval makes of them."""
     if isinstance(folder, TestbedTasksSpec):
-        from pipeline.testbed.tasks import TASK_NAMES
-
         yield TASK_NAMES
     elif isinstance(folder, LocalTasks):
-        yield _names_in(existing_folder(folder.path))
+        yield task_files(existing_folder(folder.path))
     yield _lm_eval_names()
     if isinstance(folder, LocalTasks):
         yield task_manager(Path(folder.path)).all_tasks
@@ -130,17 +126,26 @@ def _texts(value: Any) -> Iterator[str]:
 
 @functools.cache
 def _lm_eval_names() -> set[str]:
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or found.origin is None:
-        return set()
-    return _names_in(Path(found.origin).parent / "tasks")
+    return set(_lm_eval_files())
 
 
-def _names_in(folder: Path) -> set[str]:
-    names: set[str] = set()
-    for path in folder.rglob("*.yaml"):
-        names.update(_NAME.findall(read_text(str(path), "task_folder")))
-    return names
+@functools.cache
+def _lm_eval_files() -> dict[str, list[Path]]:
+    folder = lm_eval_folder()
+    return {} if folder is None else task_files(folder / "tasks")
+
+
+def check_tasks(names: list[str], folder: TestbedTasksSpec | LocalTasks | None) -> None:
+    """Check that tasks, which are there, can run on this machine; see `check_needs`.
+
+    Raises:
+        InputError: if one cannot.
+    """
+    own = task_files(existing_folder(folder.path)) if isinstance(folder, LocalTasks) else {}
+    known = set(TASK_NAMES) if isinstance(folder, TestbedTasksSpec) else set()
+    theirs = [name for name in names if name not in known]
+    if theirs:
+        check_needs(theirs, {**_lm_eval_files(), **own})
 
 
 def copy_tasks(folder: Path, target: Path, cache: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig
 
 from cluster.store import Store
-from jobs.check import check
+from jobs.check import _check_vllm_positions, check
 from jobs.grid import GeneratedCalibration, Grid
 from jobs.plan import Plan, make_plan, print_plan
 from pipeline.errors import InputError
@@ -101,6 +102,35 @@ def test_a_wrong_engine_is_named_with_its_field_and_value(
     content["calibrations"]["own"]["backend"] = backend
     with pytest.raises(InputError, match=message):
         load(content)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_vllm_is_refused_where_it_has_other_positions_than_transformers(rope: str) -> None:
+    longest = 256
+    config = LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=longest,
+        rope_parameters={**ROPES[rope], "rope_theta": 10_000.0},
+    )
+    for tokens in (None, 65):
+        with pytest.raises(InputError, match=r"backend: 'vllm': positions of model phi depend"):
+            _check_vllm_positions("phi", config, tokens)
+    if rope == "longrope":
+        _check_vllm_positions("phi", config, 64)
+    _check_vllm_positions("phi", LlamaConfig(max_position_embeddings=longest), None)
 
 
 def test_a_temperature_that_vllm_does_not_take_is_named_with_its_calibration(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    ByT5Tokenizer,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -231,6 +232,68 @@ def test_a_model_without_an_opinion_has_the_vocabulary_as_its_perplexity(model: 
     found = measured(blank, seqlen=24)
     assert found.value == pytest.approx(VOCABULARY, rel=1e-6)
     assert found.stderr == pytest.approx(0.0, abs=1e-6)
+
+
+STRANGE = [
+    "Déjà vu: seven  ships\n\nsail – 12 ★ stars 🚀!  ",
+    "plain text",
+    "x",
+    "中文 と 日本語 \ufffd end",
+    " ",
+]
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_words_and_bytes_are_counted_without_a_fast_tokenizer(special_tokens: bool) -> None:
+    encoded = encoded_texts(STRANGE, ByT5Tokenizer(), special_tokens=special_tokens)
+    for text, found in zip(STRANGE, encoded, strict=True):
+        raw = text.encode()
+        assert len(found.ids) == len(raw) + special_tokens  # a token a byte, and EOS
+        assert found.bytes.sum() == len(raw)
+        assert found.words.sum() == len(text.split())
+        for end in range(len(raw)):  # a character is counted with its last byte
+            begun = len(raw[: end + 1].decode(errors="ignore").encode())
+            assert found.bytes[: end + 1].sum() == (begun if end + 1 < len(raw) else len(raw))
+
+
+def test_a_tokenizer_that_is_not_fast_counts_as_a_fast_one_does() -> None:
+    plain = [text for text in TEXTS if text.isascii()]
+    assert plain
+    slow = _without_offsets(TOKENIZER)
+    for special_tokens in (True, False):
+        pairs = zip(
+            encoded_texts(plain, TOKENIZER, special_tokens=special_tokens),
+            encoded_texts(plain, slow, special_tokens=special_tokens),
+            strict=True,
+        )
+        for one, other in pairs:
+            for name in ("ids", "words", "bytes"):
+                assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_tokenizer_that_is_not_fast_and_loses_text_is_refused() -> None:
+    class Lossy(ByT5Tokenizer):  # type: ignore[misc]
+        def decode(self, token_ids: Any, **options: Any) -> str:
+            return str(super().decode(token_ids, **options)).replace("e", "")
+
+    with pytest.raises(
+        InputError, match=r"tokenizer: 'Lossy': has no fast version and loses 'even'"
+    ):
+        list(encoded_texts(["seven", "ten"], Lossy(), special_tokens=False))
+
+
+def _without_offsets(fast: Any) -> Any:
+    """A tokenizer that has no fast version, with the same tokens."""
+
+    class Slow:
+        is_fast = False
+        decode = staticmethod(fast.decode)
+
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            assert not options.pop("return_offsets_mapping", False)
+            return fast(texts, **options)
+
+    return Slow()
 
 
 @pytest.mark.parametrize("fields", [{"seqlen": 24}, {"unit": "text"}])
