@@ -54,7 +54,7 @@ def _from_preset(presets: Mapping[str, BaseModel], value: object) -> object:
     if not isinstance(entry, Mapping) or "preset" not in entry:
         return entry
     name = entry["preset"]
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise ValueError(f"there is no preset {name!r}; {did_you_mean(str(name), presets)}")
     return {
         **presets[name].model_dump(),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from pipeline.errors import InputError, did_you_mean
 from pipeline.presets import PERPLEXITY_PRESETS
 from pipeline.specs import LocalTasks, PerplexityProtocol, Spec, TaskSpec, TestbedTasksSpec
 
@@ -19,9 +20,9 @@ def _from_protocol(value: object) -> object:
     if not isinstance(value, Mapping) or "protocol" not in value:
         return value
     name = value["protocol"]
-    if name not in PERPLEXITY_PRESETS:
-        known = ", ".join(sorted(PERPLEXITY_PRESETS))
-        raise ValueError(f"there is no protocol {name!r}; known are {known}")
+    if not isinstance(name, str) or name not in PERPLEXITY_PRESETS:
+        remedy = f"there is no such protocol; {did_you_mean(str(name), PERPLEXITY_PRESETS)}"
+        raise InputError("protocol", name, remedy)
     rest = {field: item for field, item in value.items() if field != "protocol"}
     return {**PERPLEXITY_PRESETS[name].model_dump(), **rest}
 
@@ -84,8 +85,8 @@ def load_suite(name: str) -> Suite:
     """
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in FOLDER.glob("*.yaml")))
-        raise ValueError(f"there is no suite {name!r}; known are {known}")
+        known = did_you_mean(name, [each.stem for each in FOLDER.glob("*.yaml")])
+        raise ValueError(f"there is no suite {name!r}; {known}")
     content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     return Suite.model_validate(content)
 

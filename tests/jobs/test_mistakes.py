@@ -97,11 +97,19 @@ MISTAKES = [
     ("tasks: [piqa]", "task: [piqa]", "evaluate.task: .*did you mean 'tasks'"),
     ("[piqa]", "[{name: piqa, num_fewshots: 5}]", "tasks.0.num_fewshots: 5: .*'num_fewshot'"),
     (f"[{WIDE}]", "[{corpus: wbe}]", "evaluate.perplexity.0.corpus: 'wbe': .*mean 'web'"),
+    (f"[{WIDE}]", "[{corpus: web, protocol: wanda-wikitext}]", "0.protocol: .*'wanda-wikitext2'"),
+    ("[piqa]", "[piqa]\n  suites: [papr]", "evaluate.suites.0: .*did you mean 'paper'"),
     ("prune: {cpus", "prun: {cpus", "resources.prun: 'prun': .*did you mean 'prune'"),
     ("{cpus: 1}", "{cpu: 1}", "resources.prune.cpu: 1: .*did you mean 'cpus'"),
     ("resources:", "include: [{sparsty: 0.6}]\nresources:", "include.0.sparsty: .*'sparsity'"),
     ("resources:", "cost: {parameters: {lama: 7.0e+9}}\nresources:", "cost.parameters: 'lama'"),
     # Values of another type
+    (
+        f"[{WIDE}]",
+        "[{corpus: web, protocol: {a: 1}}]",
+        "perplexity.0.protocol: {'a': 1}: .*no such",
+    ),
+    ("testbed-mismatched", "{preset: [a]}", "corpora.books: .*there is no preset"),
     ("[piqa]", "hellaswag", r"evaluate.tasks: 'hellaswag': must be a list of tasks: .*\[hella"),
     (f"[{WIDE}]", "{corpus: web}", "evaluate.perplexity: .*a list: put a dash before each"),
     (
