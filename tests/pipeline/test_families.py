@@ -84,7 +84,10 @@ def test_the_page_about_models_lists_what_is_tested() -> None:
     assert names.findall(" ".join(rows)) == list(REFUSED)
     rows = [line.split("|")[1] for line in not_tried.splitlines() if line.startswith("| `")]
     assert names.findall(" ".join(rows)) == list(NOT_BUILT)
-    assert f"all {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} types" in page
+    every = len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert f"all {every} types" in page
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"{len(PRUNED)} of transformers' {every} types" in " ".join(readme.split())
 
 
 @pytest.mark.parametrize("family", REFUSED)
