@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.chat import TEMPLATE_ARGUMENTS
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.models import Artifacts, load_configs, model_dtype
 from pipeline.progress import phase, report
 from pipeline.specs import EvaluateSpec, Vllm
@@ -83,7 +84,7 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
 def _checked(lm_eval_vllm: Any) -> Any:
     """lm-eval's class, which gives an empty continuation a log-likelihood of 0, and one that is
     longer than the model that of some of its tokens, with errors in their place."""
-    from pipeline.language_model import check_finite, check_pair  # imports lm-eval
+    from pipeline.language_model import check_finite, check_pair, document_name  # imports lm-eval
 
     class CheckedVLLM(lm_eval_vllm):  # type: ignore[misc]
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
@@ -106,6 +107,28 @@ def _checked(lm_eval_vllm: Any) -> Any:
             answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
             check_finite(requests, answers)
             return answers
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+            try:
+                return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            except NonFiniteError as error:
+                if len(requests) == 1:
+                    owner = (requests[0].task_name, requests[0].doc_id)
+                    raise NonFiniteError(f"{document_name(owner)}: {error}") from error
+            # to name the document
+            return [self.generate_until([request], disable_tqdm)[0] for request in requests]
+
+        def _model_generate(
+            self, requests: Any, generate: bool = False, sampling_params: Any = None
+        ) -> Any:
+            for each in sampling_params or [] if generate else []:
+                each.logprobs = 0  # of the tokens that are drawn, which are NaN where a logit is
+            outputs = super()._model_generate(requests, generate, sampling_params)
+            for text in (output.outputs[0] for output in outputs if generate):
+                drawn = zip(text.token_ids, text.logprobs, strict=True)
+                if not all(math.isfinite(found[token].logprob) for token, found in drawn):
+                    raise NonFiniteError("the model's logits are NaN or infinite")
+            return outputs
 
     return CheckedVLLM
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.evaluate import run
 from pipeline.measured import METRICS_SCHEMA
 from pipeline.specs import EvaluateSpec, FileCorpus, LocalModel, LocalTasks, TestbedTasksSpec
@@ -164,6 +164,39 @@ def test_each_task_keeps_to_its_own_limit_and_number_of_examples(
     assert rows["stars", "acc"]["samples"] == 5
     assert rows["stars", "acc"]["value"] == sum(right_answers(model, False)[:5]) / 5
     assert rows["reworded", "acc"]["samples"] == 24
+
+
+METRICS = {"undefined": "math.nan", "infinite": "math.inf", "overflows": "math.exp(1e4)"}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_that_is_not_finite_is_no_row(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks.path, folder)
+    added = f"  - metric: odd\n    aggregation: !function odd.{name}\n"
+    for path in folder.glob("*.yaml"):
+        if path.read_text().startswith("task: stars"):
+            with path.open("a") as file:
+                file.write(f"{added}process_results: !function odd.results\n")
+    (folder / "odd.py").write_text(
+        "import math\n"
+        "def results(document, answers):\n    return {'acc': 1.0, 'acc_norm': 1.0, 'odd': 1.0}\n"
+        f"def {name}(items):\n    return {METRICS[name]}\n"
+    )
+    asked: dict[str, Any] = {
+        "model": model,
+        "tasks": [{"name": "stars", "limit": 1}],
+        "task_folder": LocalTasks(path=str(folder)),
+    }
+    if name != "undefined":
+        with pytest.raises(NonFiniteError, match="stars: "):
+            measure(tmp_path, **asked)
+        return
+    rows = measure(tmp_path, **asked)
+    assert set(rows) == {("stars", "acc"), ("stars", "acc_norm")}
+    assert rows["stars", "acc"]["stderr"] is None  # of one question there is none
 
 
 def test_the_same_spec_gives_the_same_bytes(

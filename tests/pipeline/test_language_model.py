@@ -1,3 +1,4 @@
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,11 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers import processors
 
 import pipeline.language_model
 import pipeline.output_layer
+from pipeline.errors import InputError
 from pipeline.finished_answers import FinishedAnswers
 from pipeline.language_model import SharingLM
 from pipeline.testbed.tokenizer import train_tokenizer
@@ -147,6 +150,44 @@ def test_log_likelihoods_are_those_of_lm_evals_own_model(
         [value for value, _ in found], [value for value, _ in expected], atol=1e-4, rtol=0
     )
     assert np.std([value for value, _ in expected]) > 0.5  # so one answer for all would not pass
+
+
+CANNOT = {
+    "an empty choice": (("ship", ""), "adds no token"),
+    "an empty choice after nothing": (("", ""), "adds no token"),
+    "the token that begins all texts": (("", TOKENIZER.bos_token), "adds no token"),
+    "a context without a token": ((" ", "ship"), "its context has no token"),
+    "a choice longer than the model": (("ship", f" {text(400)}"), r"longer than the model's 256"),
+}
+
+
+@pytest.mark.parametrize("kind", CANNOT)
+def test_what_lm_eval_cannot_score_is_named_with_task_and_document(kind: str) -> None:
+    pair, reason = CANNOT[kind]
+    model = made(llama())
+    tokenizer = copy.deepcopy(TOKENIZER)
+    if kind == "a context without a token":  # else the token that begins a text is one
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    fine = Instance("loglikelihood", {}, ("ship", " sails"), 0, metadata=("stars", 0, 1))
+    request = Instance("loglikelihood", {}, pair, 0, metadata=("stars", 7, 1))
+    asks = SharingLM(model, tokenizer, BATCH_TOKENS, FinishedAnswers(b"", Path("unused")))
+    with pytest.raises(InputError, match=f"tasks: 'stars, document 7': .*{reason}"):
+        asks.loglikelihood([fine, request])
+    lm_eval = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    with pytest.raises((AssertionError, IndexError)):
+        lm_eval.loglikelihood([request], disable_tqdm=True)
+
+
+def test_a_context_that_merges_with_its_continuation_is_scored_as_by_lm_eval() -> None:
+    model = made(llama())
+    pairs = [("shi", "p sails over"), ("ship sai", "ls 12 stars"), ("coun", "ts vu seven")]
+    for context, continuation in pairs:
+        part, whole = (TOKENIZER(each)["input_ids"] for each in (context, context + continuation))
+        assert whole[: len(part)] != part
+    requests = asked(iter([[pair] for pair in pairs]))
+    found = ours(model).loglikelihood(requests)
+    expected = theirs(model).loglikelihood(requests, disable_tqdm=True)
+    np.testing.assert_allclose([a for a, _ in found], [a for a, _ in expected], atol=1e-4)
 
 
 def test_log_likelihoods_in_half_precision_are_rounded_as_lm_evals() -> None:

@@ -1,14 +1,17 @@
 """lm-eval's backend for vLLM beside ours for transformers, on the trained testbed model."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import evaluate, prune
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.specs import (
     EvaluateSpec,
     LocalModel,
@@ -21,6 +24,7 @@ from pipeline.specs import (
     Vllm,
 )
 from pipeline.testbed import tasks
+from pipeline.vllm_language_model import vllm_language_model
 from tests.pipeline.test_vllm_engine import needs_vllm
 
 
@@ -89,6 +93,42 @@ def test_vllm_answers_as_transformers_does(
     choices = [got["log_likelihoods"] for got in their_requests if got["task"] == "testbed_facts"]
     assert choices
     assert all(len(set(each)) > 1 for each in choices)
+
+
+@needs_vllm
+def test_a_model_that_gives_nan_and_a_choice_without_a_token_are_errors(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("sound", "broken"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder / "model")
+        if name == "broken":
+            model.get_output_embeddings().weight.data[0, 0] = math.nan
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny_model_folder / "model").save_pretrained(tmp_path / name)
+    asked = {
+        "loglikelihood": ("the cat", " is"),
+        "loglikelihood_rolling": ("the cat is",),
+        "generate_until": ("the cat", {"until": ["\n"], "max_gen_toks": 4}),
+    }
+    for name in ("sound", "broken"):
+        spec = EvaluateSpec(
+            model=LocalModel(path=str(tmp_path / name), dtype="float32"),
+            tasks=(TaskSpec(name="any"),),
+            backend=Vllm(enforce_eager=True),
+        )
+        with vllm_language_model(spec, {}) as language_model:
+            for kind, arguments in asked.items():
+                request = Instance(kind, {}, arguments, 0, metadata=("cats", 3, 1))
+                ask = getattr(language_model, kind)
+                if name == "sound":
+                    assert len(ask([request])) == 1
+                    continue
+                with pytest.raises(NonFiniteError, match="cats, document 3: "):
+                    ask([request])
+            if name == "sound":
+                empty = Instance("loglikelihood", {}, ("the cat", ""), 0, metadata=("cats", 4, 1))
+                with pytest.raises(InputError, match=r"cats, document 4.*adds no token"):
+                    language_model.loglikelihood([empty])
 
 
 def test_without_vllm_it_is_refused_by_name(
