@@ -91,7 +91,7 @@ def test_engines_for_other_windows_do_not_share_a_replica(content: Content, load
         ({"name": "vllm", "tensor_paralel_size": 2}, r"tensor_paralel_size: 2: there is no such"),
         (
             {"name": "vllm", "tensor_parallel_size": 0},
-            r"tensor_parallel_size: 0: .*greater than or equal",
+            r"tensor_parallel_size: 0: .*at least 1",
         ),
         ({"name": "vllm", "gpu_memory_utilization": 1.5}, r"gpu_memory_utilization: 1\.5"),
     ],
@@ -193,7 +193,7 @@ def test_replicas_are_a_number_or_bounds(
 @pytest.mark.parametrize(
     ("replicas", "message"),
     [
-        (0, r"resources\.generate\.replicas.*greater than or equal to 1"),
+        (0, r"resources\.generate\.replicas.*at least 1"),
         ({"min": 3, "max": 2}, r"max 2 is less than min 3"),
         ({"least": 3}, r"least: 3: there is no such field"),
     ],

@@ -180,7 +180,11 @@ def test_what_lm_eval_cannot_score_is_named_with_task_and_document(kind: str) ->
 
 def test_a_context_that_merges_with_its_continuation_is_scored_as_by_lm_eval() -> None:
     model = made(llama())
-    pairs = [("shi", "p sails over"), ("ship sai", "ls 12 stars"), ("coun", "ts vu seven")]
+    pairs = [
+        ("shi", "p sails over"),
+        ("ship sai", "ls 12 stars"),
+        ("coun", "ts vu seven stars over seas"),
+    ]
     for context, continuation in pairs:
         part, whole = (TOKENIZER(each)["input_ids"] for each in (context, context + continuation))
         assert whole[: len(part)] != part
@@ -237,17 +241,6 @@ def test_generations_are_those_of_lm_evals_own_model() -> None:
     found = ours(model).generate_until(requests)
     assert found == theirs(model).generate_until(requests, disable_tqdm=True)
     assert any(found)
-
-
-def test_a_checkpoints_own_generation_settings_change_no_answer() -> None:
-    options = {"until": ["\n"], "max_gen_toks": 8}
-    request = Instance("generate_until", {}, (text(4), options), 0, metadata=("task", 0, 1))
-    found = []
-    for own in ({}, {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_length": 30}):
-        model = made(llama())
-        model.generation_config.update(**own)
-        found.append(ours(model).generate_until([request]))
-    assert found[0] == found[1] != [""]
 
 
 def tokens_read(model: Any, read: Callable[[], object]) -> int:
