@@ -111,9 +111,7 @@ def test_suites_that_disagree_on_a_task_are_refused(content: Content, load: Load
     evaluation(content, load, suites=["paper", "capabilities"])  # what they share, they agree on
 
 
-def test_an_unknown_suite_is_refused_with_the_nearest(
-    content: Content, load: Load
-) -> None:
+def test_an_unknown_suite_is_refused_with_the_nearest(content: Content, load: Load) -> None:
     with pytest.raises(InputError, match=r"no suite 'papre'; did you mean 'paper'"):
         evaluation(content, load, suites=["papre"])
 
