@@ -50,6 +50,7 @@ from pipeline.specs import (
 )
 from pipeline.tasks import copy_tasks, existing_folder, lm_eval_tasks, task_manager
 from pipeline.vllm_engine import vllm_version
+from pipeline.weight_files import unexpected_tensors
 
 SEED = 1234
 """Draws few-shot examples and bootstrap samples; lm-eval's own default, and the same everywhere."""
@@ -131,7 +132,7 @@ def run(
             metrics += taken.metrics
             requests += taken.requests
         with progress.phase("measuring size and speed"):
-            report = _gains(spec, model)
+            report = {**unexpected_tensors(model), **_gains(spec, model)}
         if spec.tasks:
             ask = functools.partial(
                 task_metrics,

@@ -38,6 +38,7 @@ from pipeline.specs import (
 )
 from pipeline.streaming import resident
 from pipeline.walk import check_windows, layer_sizes, walk
+from pipeline.weight_files import unexpected_tensors
 from pipeline.windows import read_windows
 
 
@@ -269,11 +270,10 @@ def run(
     shutil.rmtree(scratch, ignore_errors=True)
     pq.write_table(_table(report), output / "sparsity.parquet")
     pq.write_table(_dense_table(report.dense), output / "dense.parquet")
-    unexpected = getattr(model, "unexpected_tensors", [])
     return {
         "sparsity": report.sparsity,
         "matrices": len(report.matrices),
-        **({"unexpected_tensors": unexpected} if unexpected else {}),
+        **unexpected_tensors(model),
         "resumed_layers": report.resumed_layers,
         **_allocation_summary(spec.allocation, report.allocated),
         **_summary(report.facts),

@@ -20,6 +20,7 @@ from pipeline.positions import NONE, LengthDependence
 from pipeline.progress import report
 from pipeline.shards import join_shards, loaded
 from pipeline.specs import ScoreSpec, ShardSpec
+from pipeline.weight_files import unexpected_tensors
 
 LEAST_DEVIATION = 1e-4
 """Floor of sigma: below it log-probabilities differ by no more than their float32 rounding."""
@@ -110,7 +111,7 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
         schema=SCHEMA.with_metadata({"logits": "chunked" if chunked else "full"}),
     )
     pq.write_table(table, output / "scores.parquet")
-    return _report(table)
+    return {**_report(table), **unexpected_tensors(model)}
 
 
 def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:

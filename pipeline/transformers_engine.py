@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from pipeline.decoding_attention import grouped_queries
 from pipeline.progress import TokenStream
 from pipeline.sampling import Sampling, logits_processors, uniform_numbers
+from pipeline.weight_files import unexpected_tensors
 
 
 class TransformersEngine:
@@ -29,12 +30,11 @@ class TransformersEngine:
     @property
     def facts(self) -> dict[str, Any]:
         """Engine, version and device, and tensors of the checkpoint that were of no use."""
-        unexpected = getattr(self.model, "unexpected_tensors", [])
         return {
             "backend": "transformers",
             "backend_version": metadata.version("transformers"),
             "device": device_name(self.model.device.type),
-            **({"unexpected_tensors": unexpected} if unexpected else {}),
+            **unexpected_tensors(self.model),
         }
 
     def write(

@@ -210,6 +210,13 @@ def whole_model(location: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
     return model
 
 
+def unexpected_tensors(model: Any) -> dict[str, list[str]]:
+    """For an artifact's report: the names of a checkpoint's tensors that its model has no use for;
+    nothing if there are none."""
+    names: list[str] = getattr(model, "unexpected_tensors", [])
+    return {"unexpected_tensors": names} if names else {}
+
+
 def _unexpected(location: str, loading_info: dict[str, Any]) -> list[str]:
     """What a loading report names as unexpected.
 

@@ -13,9 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.evaluate import run as evaluate
 from pipeline.models import inspect_model, load_model, stream_model
 from pipeline.prune import run
-from pipeline.specs import LocalModel, Magnitude, PruneSpec
+from pipeline.specs import (
+    EvaluateSpec,
+    FileCorpus,
+    LocalModel,
+    Magnitude,
+    PerplexitySpec,
+    PruneSpec,
+)
 from pipeline.transformers_engine import TransformersEngine
 from pipeline.weight_files import check_tensors
 from tests.pipeline.test_architectures import CONFIGS
@@ -138,6 +146,12 @@ def test_tensors_that_the_model_has_no_use_for_are_named_and_do_no_harm(
     assert TransformersEngine(loaded).facts["unexpected_tensors"] == ["vision.patch.weight"]
     (tmp_path / "pruned").mkdir()
     report = run(PruneSpec(model=spec, pruner=Magnitude(), sparsity=0.5), {}, tmp_path / "pruned")
+    assert report["unexpected_tensors"] == ["vision.patch.weight"]
+    (tmp_path / "text.txt").write_text("some text to be read " * 20)
+    text = FileCorpus(path=str(tmp_path / "text.txt"))
+    asked = PerplexitySpec(name="text", corpus=text, seqlen=8, max_windows=2)
+    (tmp_path / "evaluated").mkdir()
+    report = evaluate(EvaluateSpec(model=spec, perplexity=(asked,)), {}, tmp_path / "evaluated")
     assert report["unexpected_tensors"] == ["vision.patch.weight"]
 
 
