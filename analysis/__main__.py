@@ -1,6 +1,5 @@
 """The command line: `python -m analysis report|study`, installed as `calprune-analysis`."""
 
-import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -174,7 +173,6 @@ def _rich(subject: str, table: TextTable) -> Table:
 
 def main() -> None:
     """Run the command line; mistakes of the user end with exit code 2 and no traceback."""
-    gc.freeze()  # what was imported is no garbage, and statsmodels collects at every correction
     try:
         app()
     except (TableError, OSError) as error:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from analysis.labels import NO_CALIBRATION, in_order, with_labels
 from analysis.load import TableError
@@ -96,13 +95,15 @@ def has_spread(values: Values) -> bool:
 def holm(p_values: Sequence[float] | Values) -> Values:
     """Holm's step-down adjustment for testing them together; NaN stays NaN and is not counted.
 
+    Not statsmodels', which collects garbage at every call: up to half a second in a notebook.
+
     Source: Holm 1979, Scandinavian Journal of Statistics 6:65-70.
     """
     p = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(p.shape, np.nan)
-    known = ~np.isnan(p)
-    if known.any():
-        adjusted[known] = multipletests(p[known], method="holm")[1]
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN comes last
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
 
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from statsmodels.stats.multitest import multipletests
 
 from analysis.load import TableError
 from analysis.statistics import (
@@ -51,6 +52,13 @@ def test_holm_steps_down_as_by_hand() -> None:
 def test_holm_counts_only_what_was_tested_and_stops_at_one() -> None:
     assert holm([0.01, np.nan, 0.6]) == pytest.approx([0.02, np.nan, 0.6], nan_ok=True)
     assert holm([0.7, 0.8]) == pytest.approx([1.0, 1.0])
+
+
+def test_holm_is_that_of_statsmodels_to_the_bit() -> None:
+    draws = np.random.default_rng(0)
+    for count in (1, 2, 7, 40):
+        p = draws.uniform(0, 0.2, count).round(2)  # with ties
+        assert (holm(p) == multipletests(p, method="holm")[1]).all()
 
 
 def test_a_summary_has_mean_sd_n_and_interval(make_table: MakeTable) -> None:

@@ -121,7 +121,7 @@ def test_a_port_of_something_else_is_no_ray(
     ],
 )
 def test_what_is_no_address_of_a_cluster_is_explained(
-    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+    ray_of_its_own: None, address: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(NoRayError, match=message) as caught, session(address):
         pass
@@ -132,7 +132,7 @@ def test_what_is_no_address_of_a_cluster_is_explained(
 
 
 def test_a_temporary_folder_with_a_long_name_is_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_of_its_own: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 93)))
