@@ -30,11 +30,11 @@ def hub_items(plan: Plan) -> list[HubItem]:
     return sorted(found, key=lambda item: item.key)
 
 
-def copy_keys(plan: Plan, store: Store) -> set[str]:
-    """Keys of the store's copies of what the grid's stages read from the hub."""
+def copied_items(plan: Plan, store: Store) -> list[HubItem]:
+    """What the grid's stages read from the hub and the store has copies of."""
     present = _present(store)
     # Where there is none, lm-eval, which takes seconds, is not asked what its tasks read.
-    return {item.key for item in hub_items(plan)} & present if present else set()
+    return [item for item in hub_items(plan) if item.key in present] if present else []
 
 
 def fetch(plan: Plan, store: Store) -> list[HubItem]:
@@ -47,7 +47,8 @@ def fetch(plan: Plan, store: Store) -> list[HubItem]:
         InputError: if the hub does not have something, or is out of reach.
     """
     items = hub_items(plan)
-    for key, problem in store.damaged(copy_keys(plan, store)).items():
+    copied = {item.key for item in copied_items(plan, store)}
+    for key, problem in store.damaged(copied).items():
         logger.warning("copy %s is damaged: %s; it is fetched again", key, problem)
         store.discard(key)
     present = store.keys()
@@ -82,8 +83,7 @@ def copies(plan: Plan, store: Store) -> dict[HubItem, Path]:
     Raises:
         InputError: if a copy is damaged.
     """
-    present = copy_keys(plan, store)
-    return {item: _folder(item, store) for item in hub_items(plan) if item.key in present}
+    return {item: _folder(item, store) for item in copied_items(plan, store)}
 
 
 def model_copies(grid: Grid, store: Store) -> dict[HubItem, Path]:
@@ -121,17 +121,15 @@ def with_copies(plan: Plan, store: Store) -> tuple[Graph, dict[str, str]]:
     Raises:
         InputError: if a copy is damaged.
     """
-    present = copy_keys(plan, store)
+    present = {item.key: item for item in copied_items(plan, store)}
     if not present:
         return plan.graph, {}
-    damaged = store.damaged(present)
-    for item in hub_items(plan):
-        if item.key in damaged:
-            raise _damaged(item, damaged[item.key])
+    for key, problem in store.damaged(present).items():
+        raise _damaged(present[key], problem)
     graph = {}
     for key, stage in plan.graph.items():
         read = [item.key for item in outside.hub_items(plan.specs[key]) if item.key in present]
         inputs = tuple(dict.fromkeys([*stage.inputs, *read]))
         graph[key] = dataclasses.replace(stage, inputs=inputs)
-    whole = {item.key for item in hub_items(plan)} <= present
+    whole = {item.key for item in hub_items(plan)} <= present.keys()
     return graph, OFFLINE if whole else {}

@@ -183,7 +183,7 @@ def read_record(store: Store, grid: str) -> Record | None:
     with np.errstate(invalid="ignore", divide="ignore"):
         levels = np.log(values) if is_perplexity else -values
     rows = rows.assign(harm=np.where(np.isfinite(levels), levels, np.nan), source=source)
-    reports = pd.DataFrame([json.loads(told) for told in rows["calibration_report"]])
+    reports = pd.DataFrame([json.loads(report) for report in rows["calibration_report"]])
     fields = [field for field in (*SCORES, DIVERGENCE) if field in reports]
     means = reports[fields].groupby(source.to_numpy()).agg(_mean)
     every = rows.groupby(["source", *SETTING])["harm"].agg(_mean).unstack(SETTING)

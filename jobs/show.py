@@ -82,8 +82,8 @@ def print_results(results: pa.Table, console: Console) -> None:
     overlapping = frame[frame["calibration_overlap"] > EVEN_OVERLAP]
     for name, rows in overlapping.groupby("calibration"):
         tokens, share = rows["calibration_tokens"].min(), rows["calibration_overlap"].max()
-        told = f"windows overlap by up to {share:.0%}: as few as {tokens:.0f} distinct tokens"
-        console.print(f"calibration {name}: {told}", markup=False, soft_wrap=True)
+        overlap = f"windows overlap by up to {share:.0%}: as few as {tokens:.0f} distinct tokens"
+        console.print(f"calibration {name}: {overlap}", markup=False, soft_wrap=True)
     missing = int((frame["status"] == "missing").sum())
     if missing:
         console.print(f"{missing} cells have not run yet")

@@ -13,7 +13,7 @@ from rich.table import Table
 from cluster import garbage
 from cluster.store import CorruptArtifactError, Manifest, Store
 from jobs.console import console
-from jobs.fetch import copy_keys
+from jobs.fetch import copied_items
 from jobs.grid import load_grid
 from jobs.plan import ORDER, make_plan
 from jobs.stores import open_store
@@ -96,7 +96,8 @@ def gc(
     """
     kept = open_store(store)
     plans = [make_plan(load_grid(path)) for path in grids]
-    reached = {key for plan in plans for key in (*plan.graph, *copy_keys(plan, kept))}
+    reached = {key for plan in plans for key in plan.graph}
+    reached |= {item.key for plan in plans for item in copied_items(plan, kept)}
     found = garbage.find(kept, reached)
     for key in found.artifacts:
         console.print(key, soft_wrap=True)

@@ -18,7 +18,7 @@ from pipeline.output_layer import OutputLayer, check_causal, head_is_linear
 from pipeline.perplexity import MOST_NATS
 from pipeline.positions import NONE, LengthDependence
 from pipeline.progress import report
-from pipeline.shards import join_shards, loaded
+from pipeline.shards import Latest, join_shards, loaded
 from pipeline.specs import ScoreSpec, ShardSpec
 from pipeline.weight_files import unexpected_tensors
 
@@ -31,6 +31,8 @@ but -inf times its probability of 0 would be NaN, and numbers below 1e-38 are sl
 
 QUARTERS = 4
 """Parts of a sample whose mean loss is told apart."""
+
+_in_parts: Latest[bool] = Latest()
 
 
 class Score(NamedTuple):
@@ -87,15 +89,12 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
         InputError: if the scorer's tokenizer gives the ids another meaning than the generator's.
         NonFiniteError: if a score is NaN or infinite.
     """
-    writer = spec.samples.model
-    check_shared_vocabulary("scorer", spec.model, spec.model, writer, artifacts)
+    chunked = _in_parts.get(spec.key, lambda: _looked_at(spec, artifacts))
     model, _ = loaded(spec.model, artifacts)
-    check_causal(model)
     shard = artifacts[ShardSpec(of=spec.samples, index=index).key]
     samples = pq.read_table(
         shard / "samples.parquet", columns=["sample_id", "prefix_tokens", "token_ids"]
     ).sort_by("sample_id")
-    chunked = head_is_linear(model)
     scores = score_samples(
         model,
         samples["token_ids"].to_pylist(),
@@ -112,6 +111,14 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
     )
     pq.write_table(table, output / "scores.parquet")
     return {**_report(table), **unexpected_tensors(model)}
+
+
+def _looked_at(spec: ScoreSpec, artifacts: Artifacts) -> bool:
+    """Whether the scorer gives its logits in parts, if it may score these samples."""
+    check_shared_vocabulary("scorer", spec.model, spec.model, spec.samples.model, artifacts)
+    model, _ = loaded(spec.model, artifacts)
+    check_causal(model)
+    return head_is_linear(model)
 
 
 def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:

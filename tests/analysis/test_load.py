@@ -55,10 +55,10 @@ def test_a_cell_with_a_number_that_is_not_finite_is_a_failed_one(
 
 
 def test_a_report_shows_such_a_cell_as_failed(make_table: MakeTable, tmp_path: Path) -> None:
-    told = {"task": "heldout", "metric": "perplexity"}
-    table = make_table([{**told, "seed": seed, "value": 3.0 + seed} for seed in (0, 1)])
+    number = {"task": "heldout", "metric": "perplexity"}
+    table = make_table([{**number, "seed": seed, "value": 3.0 + seed} for seed in (0, 1)])
     broken = make_table(
-        [{**told, "seed": seed, "value": value} for seed, value in ((0, 3.0), (1, np.inf))]
+        [{**number, "seed": seed, "value": value} for seed, value in ((0, 3.0), (1, np.inf))]
     )
     pages = [
         write_report(each, tmp_path / name, None).read_text()
@@ -66,7 +66,7 @@ def test_a_report_shows_such_a_cell_as_failed(make_table: MakeTable, tmp_path: P
     ]
     assert ["heldout perplexity is inf" in page for page in pages] == [False, True]
     assert ["1 failed" in page for page in pages] == [False, True]
-    only = make_table([{**told, "value": np.nan}])
+    only = make_table([{**number, "value": np.nan}])
     assert "heldout perplexity is nan" in write_report(only, tmp_path / "only", None).read_text()
 
 

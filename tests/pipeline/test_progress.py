@@ -99,7 +99,7 @@ def test_generation_reports_the_tokens_of_every_step() -> None:
         )
     )
     check_counts(heard, "tokens", 10 + 9 + 10)
-    assert [told[1] for told in heard] == [*range(2, 21, 2), *range(21, 30)]
+    assert [each[1] for each in heard] == [*range(2, 21, 2), *range(21, 30)]
 
 
 def test_a_walk_reports_layers_and_parts_of_them() -> None:
