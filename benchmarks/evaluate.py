@@ -86,7 +86,7 @@ def write_cells(folder: Path, cells: int, questions: int) -> list[Path]:
 
 def ours(checkpoints: list[Path], tasks: Path) -> list[Metrics]:
     """One process, one load of a model for all its tasks."""
-    from pipeline import evaluate
+    from pipeline.evaluation import evaluate
 
     keep_freed_memory()  # as every stage does
     found = []

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.transformers_engine import TransformersEngine
+from pipeline.generation.vllm_engine import VllmEngine, vllm_version
 from pipeline.heap import keep_freed_memory
-from pipeline.models import default_device
-from pipeline.sampling import Sampling
+from pipeline.models.loading import default_device
 from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
 from pipeline.testbed.presets import PRETRAIN_PRESETS
-from pipeline.transformers_engine import TransformersEngine
-from pipeline.vllm_engine import VllmEngine, vllm_version
 
 SCRIPT_BATCH = 32
 """Samples of a batch in the paper's script."""

@@ -32,8 +32,9 @@ from benchmarks.tables import pruners_table, targets_table
 from benchmarks.targets import Target
 from benchmarks.timing import best_of, clock
 from pipeline.heap import keep_freed_memory
-from pipeline.prune import prune_model
-from pipeline.pruners.masks import set_to_zero, smallest_in_groups
+from pipeline.models.matrices import set_to_zero
+from pipeline.pruning.prune import prune_model
+from pipeline.pruning.pruners.masks import smallest_in_groups
 from pipeline.specs import Uniform
 
 BUDGET_SECONDS = 450.0

@@ -17,9 +17,9 @@ from benchmarks.baseline.walk import prune as prune_plainly
 from benchmarks.floor import floating_point_operations, layer_products, square_product
 from benchmarks.geometry import Geometry
 from benchmarks.timing import best_of
-from pipeline.prune import prune_model
-from pipeline.pruners import PRUNERS
-from pipeline.pruners.masks import smallest_in_groups
+from pipeline.pruning.prune import prune_model
+from pipeline.pruning.pruners import PRUNERS
+from pipeline.pruning.pruners.masks import smallest_in_groups
 from pipeline.specs import Pruner, Uniform
 
 logger = logging.getLogger("benchmarks")

@@ -19,15 +19,15 @@ from benchmarks.baseline.sampling import generate
 from benchmarks.measure import pruner_spec
 from benchmarks.targets import Target
 from benchmarks.timing import clock, median_seconds
-from pipeline.decoding_attention import grouped_queries
-from pipeline.models import load_model
-from pipeline.output_layer import head_is_linear
-from pipeline.perplexity import Window, batches, losses
-from pipeline.prune import prune_model
-from pipeline.sampling import Sampling
-from pipeline.score import score_samples
+from pipeline.evaluation.perplexity import Window, batches, losses
+from pipeline.generation.decoding_attention import grouped_queries
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.transformers_engine import TransformersEngine
+from pipeline.models.loading import load_model
+from pipeline.models.output_layer import head_is_linear
+from pipeline.pruning.prune import prune_model
+from pipeline.scoring.score import score_samples
 from pipeline.specs import LocalModel, Uniform
-from pipeline.transformers_engine import TransformersEngine
 
 PREFIX = 2
 """Tokens that generation starts from."""

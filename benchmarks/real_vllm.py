@@ -14,11 +14,11 @@ import torch
 from benchmarks.real_model import on_cpu
 from benchmarks.targets import Target
 from jobs.grid import GeneratedCalibration
-from pipeline.generate import Engine
-from pipeline.sampling import Sampling
+from pipeline.generation.generate import Engine
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.transformers_engine import TransformersEngine
+from pipeline.generation.vllm_engine import VllmEngine, vllm_version
 from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
-from pipeline.transformers_engine import TransformersEngine
-from pipeline.vllm_engine import VllmEngine, vllm_version
 
 
 def chosen_by_auto() -> bool:

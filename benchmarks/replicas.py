@@ -26,9 +26,9 @@ from cluster.run import run
 from cluster.session import session
 from cluster.store import Partial, Store
 from jobs.stages import execute
+from pipeline.generation.vllm_engine import vllm_version
 from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
 from pipeline.testbed.tokenizer import train_tokenizer
-from pipeline.vllm_engine import vllm_version
 
 
 def noting(

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.models import default_device
-from pipeline.score import score_samples
+from pipeline.models.loading import default_device
+from pipeline.scoring.score import score_samples
 from pipeline.testbed.presets import PRETRAIN_PRESETS
 
 TARGET = 4.0

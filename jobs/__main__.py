@@ -34,8 +34,8 @@ from jobs.sample import write_samples
 from jobs.show import print_results, print_state
 from jobs.stores import open_store
 from jobs.submit import submit_grid
-from pipeline.copies import used
 from pipeline.errors import InputError
+from pipeline.hub import used
 from pipeline.real.prepare import FOLDER, prepare
 
 logger = logging.getLogger("jobs")

@@ -17,8 +17,8 @@ from jobs.grid import (
     named,
 )
 from jobs.mistakes import explained
+from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError, did_you_mean
-from pipeline.presets import CORPUS_PRESETS
 from pipeline.specs import (
     Allocation,
     Corpus,

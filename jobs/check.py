@@ -9,14 +9,14 @@ from typing import Any
 
 from jobs.grid import StageName, StageResources
 from jobs.plan import Plan
-from pipeline.allocation import allocate
-from pipeline.banned_words import read_words
-from pipeline.corpora import check_corpus
+from pipeline.data.corpora import check_corpus
+from pipeline.data.prefixes import corpora as prefix_corpora
+from pipeline.data.prefixes import parts_in_turn, sources
+from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.environment import check_environment
 from pipeline.errors import InputError
-from pipeline.prefixes import corpora as prefix_corpora
-from pipeline.prefixes import parts_in_turn, sources
-from pipeline.presets import CORPUS_PRESETS
+from pipeline.pruning.allocation import allocate
+from pipeline.scoring.banned_words import read_words
 from pipeline.specs import (
     Corpus,
     CorpusMixture,
@@ -133,9 +133,9 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
         vocabularies[name] = model.model_dump(include=TOKENIZER_FIELDS)
         return model
     assert not isinstance(model, PruneSpec)
-    from pipeline.models import inspect_model  # takes seconds, and the testbed needs it not
-    from pipeline.vocabulary import Vocabulary, embedding_rows
-    from pipeline.weight_files import named
+    from pipeline.models.loading import inspect_model
+    from pipeline.models.vocabulary import Vocabulary, embedding_rows
+    from pipeline.models.weight_files import named
 
     with _at(f"models.{name}"):
         found = inspect_model(model)
@@ -168,7 +168,7 @@ def _check_vocabularies(
             remedy = f"{reader} would read token ids of {writer}, whose tokenizer is another: "
             raise InputError(field, name, f"{remedy}give both the same {fields}")
     elif not isinstance(ours, dict) and not isinstance(theirs, dict):
-        from pipeline.vocabulary import check_shared
+        from pipeline.models.vocabulary import check_shared
 
         check_shared(field, name, ours, theirs)
 
@@ -235,7 +235,7 @@ def _check_vllm_positions(name: str, config: Any, longest: int | None) -> None:
     it has one set of rotary frequencies, that of the longest text that an engine takes."""
     if config is None or isinstance(config, PretrainSpec):
         return
-    from pipeline.positions import length_dependence
+    from pipeline.models.positions import length_dependence
 
     switches, beyond = length_dependence(config)
     if beyond is not None and beyond == getattr(config, "max_position_embeddings", None):
@@ -250,8 +250,8 @@ def _check_chat(name: str, model: Model, config: Any, field: str, value: object)
         return
     if isinstance(model, PretrainSpec):
         raise InputError(field, value, f"model {name} is no chat model: take another one")
-    from pipeline.chat import check_chat_template
-    from pipeline.models import load_tokenizer
+    from pipeline.models.chat import check_chat_template
+    from pipeline.models.loading import load_tokenizer
 
     try:
         check_chat_template(load_tokenizer(model, {}), field, value)
@@ -271,8 +271,8 @@ def _layer_sizes(name: str, config: Any, model: Model) -> Sequence[int]:
         return []
     if isinstance(config, PretrainSpec):
         return [1] * config.num_layers
-    from pipeline.models import weightless_model
-    from pipeline.walk import layer_sizes
+    from pipeline.models.loading import weightless_model
+    from pipeline.pruning.walk import layer_sizes
 
     with _at(f"models.{name}"):
         return layer_sizes(weightless_model(config, model))
@@ -359,7 +359,7 @@ def _overlaps(plan: Plan) -> Iterator[str]:
 
 
 def _check_tasks(plan: Plan) -> None:
-    from pipeline.tasks import check_tasks, missing_tasks
+    from pipeline.evaluation.tasks import check_tasks, missing_tasks
 
     evaluation = plan.grid.evaluate
     names = [task.name for task in evaluation.all_tasks()]

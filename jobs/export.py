@@ -37,7 +37,7 @@ def export(store: Store, key: str, folder: Path) -> None:
     check_unused(folder)
     _check_dense(spec)
     artifacts = fetched(store, key, (spec, *spec.rests_on()))
-    from pipeline.checkpoint import write_checkpoint  # takes seconds, and mistakes need it not
+    from pipeline.models.checkpoint import write_checkpoint
 
     with whole_folder(folder) as half_done:
         write_checkpoint(spec, artifacts, half_done)

@@ -10,12 +10,12 @@ from pathlib import Path
 from cluster import leases
 from cluster.graph import Graph
 from cluster.store import CorruptArtifactError, Store
+from jobs import outside
 from jobs.grid import Grid
 from jobs.plan import Plan
 from jobs.stages import HUB
-from pipeline import outside
-from pipeline.copies import HubItem, download, model_item
 from pipeline.errors import InputError
+from pipeline.hub import HubItem, download, model_item
 from pipeline.specs import HubModel
 
 logger = logging.getLogger(__name__)

@@ -15,15 +15,8 @@ from cluster.store import CorruptArtifactError, Failure, Manifest, Store
 from jobs.averages import average_rows
 from jobs.cells import Cell
 from jobs.plan import Plan
-from pipeline.measured import METRICS_SCHEMA
-from pipeline.specs import (
-    Allocation,
-    EvaluateSpec,
-    FilterSpec,
-    Pruner,
-    PruneSpec,
-    canonical_json,
-)
+from pipeline.evaluation.schemas import METRICS_SCHEMA
+from pipeline.specs import Allocation, EvaluateSpec, FilterSpec, Pruner, PruneSpec, canonical_json
 
 CELL_COLUMNS: dict[str, pa.DataType] = {
     "grid": pa.string(),

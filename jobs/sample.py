@@ -41,11 +41,11 @@ def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
     # Imported late: torch takes seconds, and a mistake is told before.
     from transformers.utils.logging import disable_progress_bar
 
-    from pipeline.generate import generate_samples
-    from pipeline.models import load_model, load_tokenizer
-    from pipeline.sampling import Sampling
-    from pipeline.transformers_engine import TransformersEngine
-    from pipeline.vocabulary import end_ids
+    from pipeline.generation.generate import generate_samples
+    from pipeline.generation.sampling import Sampling
+    from pipeline.generation.transformers_engine import TransformersEngine
+    from pipeline.models.loading import load_model, load_tokenizer
+    from pipeline.models.vocabulary import end_ids
 
     disable_progress_bar()  # of loading, which takes a second
     for name, key in chosen.items():

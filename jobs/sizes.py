@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.copies import local_folder
+from pipeline.hub import local_folder
 from pipeline.specs import HubModel, LocalModel
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -77,7 +77,7 @@ def _of_config(folder: str, trust_remote_code: bool) -> float | None:
         return None
     from transformers import AutoConfig
 
-    from pipeline.models import weightless_model
+    from pipeline.models.loading import weightless_model
 
     local = LocalModel(path=folder, trust_remote_code=trust_remote_code)
     try:

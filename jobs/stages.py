@@ -12,11 +12,11 @@ from pydantic import Field, TypeAdapter
 
 from cluster.run import WorkerLostError
 from cluster.store import Partial
-from pipeline.copies import HubItem, used
+from jobs.outside import hub_items
 from pipeline.environment import check_environment
 from pipeline.errors import EngineDiedError
 from pipeline.heap import keep_freed_memory
-from pipeline.outside import hub_items
+from pipeline.hub import HubItem, used
 from pipeline.progress import phase
 from pipeline.specs import (
     DescribeSpec,
@@ -36,14 +36,14 @@ from pipeline.specs import (
 MODULES: dict[str, str] = {
     "pretrain": "pipeline.testbed.pretrain",
     "testbed-tasks": "pipeline.testbed.tasks",
-    "generate": "pipeline.generate",
-    "score": "pipeline.score",
-    "filter": "pipeline.filter",
-    "windows": "pipeline.windows",
-    "describe": "pipeline.describe",
-    "outliers": "pipeline.outliers",
-    "prune": "pipeline.prune",
-    "evaluate": "pipeline.evaluate",
+    "generate": "pipeline.generation.generate",
+    "score": "pipeline.scoring.score",
+    "filter": "pipeline.scoring.filter",
+    "windows": "pipeline.data.windows",
+    "describe": "pipeline.scoring.describe",
+    "outliers": "pipeline.pruning.outliers",
+    "prune": "pipeline.pruning.prune",
+    "evaluate": "pipeline.evaluation.evaluate",
 }
 """Stage to module; imported on the worker, since planning must not wait for torch."""
 

@@ -18,9 +18,9 @@ import pipeline
 from cluster import secrets, submission
 from cluster.submission import Client
 from jobs.grid import Grid, read_grid
+from jobs.outside import Outside, outside
 from jobs.plan import make_plan
 from pipeline.errors import InputError
-from pipeline.outside import Outside, outside
 
 GRID_FILE = "grid.yaml"
 """What the grid file is called in the job's working directory."""

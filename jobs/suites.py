@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from pipeline.data.presets import PERPLEXITY_PRESETS
 from pipeline.errors import InputError, did_you_mean
-from pipeline.presets import PERPLEXITY_PRESETS
 from pipeline.specs import LocalTasks, PerplexityProtocol, Spec, TaskSpec, TestbedTasksSpec
 
 FOLDER = Path(__file__).parent / "suites"

@@ -1,14 +1,151 @@
-"""Whether the hub answers, asked once."""
+"""The hub: whether it answers, what is read from it, and copies to work from without it."""
 
+import contextlib
 import functools
+import hashlib
 import http.client
+import importlib.util
 import os
+import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from pipeline.errors import InputError
+from pipeline.files import reason
+from pipeline.specs import HubCorpus, HubModel, LocalModel, canonical_json
+
+
+class HubItem(NamedTuple):
+    """A model or a data set on the hub, or those files of it that are read."""
+
+    kind: Literal["model", "dataset"]
+    name: str
+    revision: str | None = None
+    files: tuple[str, ...] = ()
+    """Patterns of the files to copy; none copies all."""
+
+    @property
+    def key(self) -> str:
+        """What its copy is called in a store."""
+        digest = hashlib.sha256(canonical_json(list(self))).hexdigest()
+        return f"hub-{self.kind}-{digest[:24]}"
+
+
+WEB = ("hf://", "http://", "https://")
+"""How the URLs of files begin that are named by where they are, not by what they hold."""
+
+CARDS = ("README.md", "*.json", "*.py", ".huggingface.yaml")
+"""Files that tell how the others are to be read."""
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
+
+_copies: dict[HubItem, Path] = {}
+
+
+def on_hub(corpus: HubCorpus) -> bool:
+    """Whether it is a data set of the hub, not a builder or a folder here."""
+    return not is_builder(corpus.path) and not Path(corpus.path).exists()
+
+
+def local_files(corpus: HubCorpus) -> tuple[str, ...]:
+    """Paths, globs or URLs of what a corpus of `datasets` reads that is neither on the hub nor
+    elsewhere on the web: a folder, or the files that a builder is given."""
+    if not is_builder(corpus.path):
+        return () if on_hub(corpus) else (corpus.path,)
+    return tuple(name for name in named_files(corpus) if not name.startswith(WEB))
+
+
+def is_builder(name: str) -> bool:
+    """Whether it is one of `datasets`' own builders, such as `json`, that reads the files named."""
+    found = importlib.util.find_spec("datasets")
+    if "/" in name or found is None or found.origin is None:
+        return False
+    return Path(found.origin).with_name("packaged_modules").joinpath(name, "__init__.py").is_file()
+
+
+def named_files(corpus: HubCorpus) -> tuple[str, ...]:
+    """The files that a corpus is restricted to."""
+    files = corpus.data_files
+    return (files,) if isinstance(files, str) else tuple(files or ())
+
+
+def model_item(model: HubModel) -> HubItem:
+    """The copy that stands for a model."""
+    return HubItem("model", model.name, model.revision)
+
+
+def corpus_item(corpus: HubCorpus) -> HubItem:
+    """The copy that stands for a corpus: its files, or those of its configuration."""
+    files = named_files(corpus)
+    if not files and corpus.name is not None:
+        files = (f"{corpus.name}/*", f"*/{corpus.name}/*")
+    return HubItem("dataset", corpus.path, corpus.revision, files)
+
+
+def download(item: HubItem, folder: Path) -> None:
+    """Copy an item from the hub into a folder.
+
+    Raises:
+        InputError: if the hub does not have it, or is out of reach.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.snapshot_download(
+            item.name,
+            repo_type=item.kind,
+            revision=item.revision,
+            local_dir=folder,
+            allow_patterns=[*item.files, *CARDS] if item.files else None,
+        )
+    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        raise InputError(item.kind, item.name, f"cannot be fetched: {reason(error)}") from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes, with times
+
+
+@contextlib.contextmanager
+def used(copies: Mapping[HubItem, Path]) -> Iterator[None]:
+    """Read these instead of the hub meanwhile, in this process."""
+    before = dict(_copies)
+    _copies.update(copies)
+    try:
+        yield
+    finally:
+        _copies.clear()
+        _copies.update(before)
+
+
+def copy_of(item: HubItem) -> Path | None:
+    """The folder with a copy, if there is one to use."""
+    return _copies.get(item)
+
+
+def copies_in_use() -> bool:
+    """Return whether this process reads any copies instead of the hub."""
+    return bool(_copies)
+
+
+def local_folder(model: HubModel | LocalModel) -> Path | None:
+    """The folder on this machine with a checkpoint, or with some of its files: the model's own, a
+    copy that is in use, or the hub's cache."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    if isinstance(model, LocalModel):
+        return Path(model.path) if Path(model.path).is_dir() else None
+    copy = copy_of(model_item(model))
+    if copy is not None:
+        return copy
+    try:
+        found = huggingface_hub.try_to_load_from_cache(
+            model.name, "config.json", revision=model.revision
+        )
+    except HFValidationError:  # no name that the hub could have
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 @functools.cache

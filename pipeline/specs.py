@@ -949,8 +949,8 @@ class PruneSpec(StageSpec):
     Leaves `sparsity.parquet` (matrix, rows, columns, zeros, sparsity, layer, layer_sparsity and
     layer_pattern, those that the allocation gives its decoder layer), `dense.parquet` (parameter,
     shape, why: all that is not pruned), and the pruned model: if its pruner only chooses what to
-    zero, `masks/` for the model that it was made from (`pipeline/layer_files.py`); else `model/`,
-    a dense checkpoint with zeros, and the tokenizer.
+    zero, `masks/` for the model that it was made from (`pipeline/models/layer_files.py`); else
+    `model/`, a dense checkpoint with zeros, and the tokenizer.
     """
 
     version: ClassVar[int] = 3

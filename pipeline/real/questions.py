@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from pipeline.corpora import Document
+from pipeline.data.corpora import Document
 from pipeline.testbed.tasks import Question
 
 QUESTIONS = 200

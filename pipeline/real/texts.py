@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from pipeline.corpora import Document
+from pipeline.data.corpora import Document
 from pipeline.real.archives import Archives
 
 WIKIPEDIA_FILE = (

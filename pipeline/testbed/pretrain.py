@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline.models import Artifacts
 from pipeline.progress import counted, phase
 from pipeline.specs import PretrainSpec
+from pipeline.stage import Artifacts
 from pipeline.testbed.tokenizer import train_tokenizer
 from pipeline.testbed.world import documents
 

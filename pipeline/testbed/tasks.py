@@ -47,8 +47,8 @@ class Question(TypedDict):
 def run(spec: TestbedTasksSpec, artifacts: Mapping[str, Path], output: Path) -> dict[str, Any]:
     """Leave one YAML and one JSON Lines file a task.
 
-    lm-eval looks for the latter in the working directory; `pipeline.tasks.copy_tasks` makes a copy
-    of the folder that runs from anywhere.
+    lm-eval looks for the latter in the working directory; `pipeline.evaluation.tasks.copy_tasks`
+    makes a copy of the folder that runs from anywhere.
 
     Returns:
         tasks and questions a task.

@@ -15,7 +15,7 @@ from benchmarks.baseline.walk import linears, prune
 from benchmarks.geometry import Geometry
 from benchmarks.measure import PRUNER_NAMES, pruner_spec
 from benchmarks.replay import replay
-from pipeline.prune import prune_model
+from pipeline.pruning.prune import prune_model
 from pipeline.specs import Uniform
 
 SMALL = Geometry("small", 64, 160, 3, 4, 2, 96, nsamples=6, seqlen=40)

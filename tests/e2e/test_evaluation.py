@@ -17,8 +17,9 @@ from jobs.gather import gather
 from jobs.grid import load_grid
 from jobs.plan import make_plan
 from jobs.run import run_grid
-from pipeline import evaluate, prune
-from pipeline.checkpoint import write_checkpoint
+from pipeline.evaluation import evaluate
+from pipeline.models.checkpoint import write_checkpoint
+from pipeline.pruning import prune
 from pipeline.specs import EvaluateSpec, LocalModel, LocalTasks, Magnitude, PruneSpec
 from pipeline.specs import TestbedTasksSpec as TasksSpec
 from pipeline.testbed import tasks as testbed_tasks

@@ -156,7 +156,7 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(
     assert len(failed) == 2 * 2
     for row in failed:
         assert row["error"].startswith("windows: InputError")
-        assert "pipeline/windows.py" in row["traceback"]
+        assert "pipeline/data/windows.py" in row["traceback"]
     assert sum(row["status"] == "ok" for row in rows) > len(failed)
     assert run.stdout.count("failed: testbed") == 4
     shown = calprune("show", grid, "--store", store)

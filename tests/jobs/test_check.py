@@ -12,7 +12,7 @@ from jobs.check import check
 from jobs.grid import Grid
 from jobs.plan import make_plan
 from pipeline.errors import InputError
-from tests.pipeline.families import model_of
+from tests.pipeline.models.families import model_of
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]

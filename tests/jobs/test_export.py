@@ -14,8 +14,8 @@ from cluster.store import Store
 from jobs.export import export
 from pipeline.errors import InputError
 from pipeline.files import fingerprint
-from pipeline.models import load_model
-from pipeline.prune import run
+from pipeline.models.loading import load_model
+from pipeline.pruning.prune import run
 from pipeline.specs import LocalModel, Magnitude, PretrainSpec, PruneSpec, StageSpec
 
 FACTS: dict[str, Any] = {

@@ -13,9 +13,10 @@ import transformers
 
 from cluster.store import Store
 from jobs.export_calibration import COLUMNS, export_calibration
-from pipeline import filter as filtering
-from pipeline import generate, score
 from pipeline.errors import InputError
+from pipeline.generation import generate
+from pipeline.scoring import filter as filtering
+from pipeline.scoring import score
 from pipeline.specs import (
     FilterSpec,
     GenerateSpec,

@@ -26,7 +26,7 @@ from jobs.cost import (
 )
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
-from pipeline.pruners import PRUNERS
+from pipeline.pruning.pruners import PRUNERS
 from pipeline.specs import (
     OWL,
     EvaluateSpec,

@@ -16,12 +16,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
-import pipeline.prune
+import pipeline.pruning.prune
 from cluster.graph import Stage
 from cluster.run import run
 from cluster.store import Manifest, Partial, Store
 from jobs.stages import execute
-from pipeline.layer_files import layer_file
+from pipeline.models.layer_files import layer_file
 from pipeline.specs import (
     FileCorpus,
     LocalModel,
@@ -153,9 +153,9 @@ def test_a_killed_pruning_goes_on_and_leaves_the_bytes_of_an_undisturbed_one(
     assert sorted(kept) == [layer_file(0), layer_file(1)]
 
     pruned: list[str] = []
-    original = pipeline.prune._prune_matrix
+    original = pipeline.pruning.prune._prune_matrix
     monkeypatch.setattr(
-        "pipeline.prune._prune_matrix",
+        "pipeline.pruning.prune._prune_matrix",
         lambda matrix, *rest: pruned.append(matrix.name) or original(matrix, *rest),  # type: ignore[func-returns-value]
     )
     again = prune(spec, calibration, store)

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jobs.sizes import checkpoint_parameters
-from pipeline.copies import model_item, used
+from pipeline.hub import model_item, used
 from pipeline.specs import HubModel, LocalModel
 
 

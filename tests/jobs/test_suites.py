@@ -17,11 +17,11 @@ from jobs.grid import Grid
 from jobs.plan import make_plan
 from jobs.show import print_results
 from jobs.suites import FOLDER, Suite, load_suite
+from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError
-from pipeline.measured import METRICS_SCHEMA
-from pipeline.presets import CORPUS_PRESETS
+from pipeline.evaluation.schemas import METRICS_SCHEMA
+from pipeline.evaluation.tasks import lm_eval_tasks, missing_tasks
 from pipeline.specs import EvaluateSpec
-from pipeline.tasks import lm_eval_tasks, missing_tasks
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]

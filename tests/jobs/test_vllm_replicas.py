@@ -21,8 +21,8 @@ from jobs.gather import gather, write_table
 from jobs.grid import Grid
 from jobs.plan import Plan, make_plan
 from jobs.stages import execute, prepare
+from pipeline.generation.vllm_engine import vllm_version
 from pipeline.specs import GenerateSpec, ShardSpec
-from pipeline.vllm_engine import vllm_version
 
 Content = dict[str, Any]
 

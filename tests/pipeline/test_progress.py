@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.transformers_engine import TransformersEngine
+from pipeline.generation.vllm_engine import reported_steps
 from pipeline.progress import TokenStream, counted, phase, report, reporting
-from pipeline.sampling import Sampling
-from pipeline.score import score_samples
-from pipeline.transformers_engine import TransformersEngine
-from pipeline.vllm_engine import reported_steps
-from pipeline.walk import walk
+from pipeline.pruning.walk import walk
+from pipeline.scoring.score import score_samples
 
 
 def test_a_stage_reports_its_phase_and_how_far_it_is() -> None:

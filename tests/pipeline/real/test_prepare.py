@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.corpora import documents
+from pipeline.data.corpora import documents
 from pipeline.errors import InputError
-from pipeline.evaluate import task_metrics
-from pipeline.finished_answers import FinishedAnswers
-from pipeline.language_model import SharingLM
+from pipeline.evaluation.evaluate import task_metrics
+from pipeline.evaluation.finished_answers import FinishedAnswers
+from pipeline.evaluation.sharing_lm import SharingLM
 from pipeline.real import archives
 from pipeline.real.prepare import DISCLOSURE, prepare
 from pipeline.specs import FileCorpus, TaskSpec

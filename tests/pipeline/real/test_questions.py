@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 
-from pipeline.corpora import Document
+from pipeline.data.corpora import Document
 from pipeline.real.questions import (
     CHOICES,
     CONTEXT_CHARACTERS,

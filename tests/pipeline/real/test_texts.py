@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.corpora import Document
+from pipeline.data.corpora import Document
 from pipeline.real.texts import (
     LAST_SECTIONS,
     PASSAGE_CHARACTERS,

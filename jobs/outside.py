@@ -1,0 +1,117 @@
+"""All that is taken from outside the stage graph, listed in one place.
+
+What is hashed into keys, packed for a cluster, copied from the hub, claimed by runs and kept when a
+store is tidied are parts of this list.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel
+
+from pipeline.evaluation.tasks import task_data_sets
+from pipeline.files import fingerprint
+from pipeline.hub import HubItem, corpus_item, is_builder, local_files, model_item, on_hub
+from pipeline.specs import (
+    EvaluateSpec,
+    FileCorpus,
+    HubCorpus,
+    HubModel,
+    LocalDatasets,
+    LocalModel,
+    LocalTasks,
+    PruneSpec,
+    StageSpec,
+    WordList,
+)
+
+Value = TypeVar("Value")
+
+
+class Outside(NamedTuple):
+    """Files, or what the hub holds, that something reads and no stage makes."""
+
+    field: str
+    """Where it is named, as `corpora.notes.path`."""
+
+    paths: tuple[str, ...] = ()
+    """Paths, globs or URLs of files, which must be there."""
+
+    item: HubItem | None = None
+    """What is read from the hub."""
+
+
+def outside(value: object, field: str = "") -> Iterator[Outside]:
+    """What a grid, or one stage by itself, takes from outside.
+
+    Of a stage, what the stages before it read is left out.
+
+    Args:
+        field: where the value stands.
+    """
+    match value:
+        case FileCorpus() | LocalModel() | WordList() | LocalTasks() | LocalDatasets():
+            yield Outside(f"{field}.path", (value.path,))
+        case HubModel():
+            yield Outside(f"{field}.name", item=model_item(value))
+        case HubCorpus() if on_hub(value):
+            yield Outside(f"{field}.path", item=corpus_item(value))
+        case HubCorpus():
+            name = "data_files" if is_builder(value.path) else "path"
+            yield Outside(f"{field}.{name}", local_files(value))
+        case BaseModel():
+            for name in type(value).model_fields:
+                child = getattr(value, name)
+                if isinstance(child, PruneSpec):
+                    child = child.model  # masks and tokenizer are for this one
+                if not isinstance(child, StageSpec):
+                    yield from outside(child, _inside(field, name))
+        case dict():
+            for name, child in value.items():
+                yield from outside(child, _inside(field, name))
+        case list() | tuple():
+            for place, child in enumerate(value):
+                yield from outside(child, _inside(field, place))
+    if isinstance(value, EvaluateSpec) and value.tasks:
+        for name, files in task_data_sets(tuple(task.name for task in value.tasks)):
+            if value.datasets is None or not Path(value.datasets.path, name).is_dir():
+                item = HubItem("dataset", name, None, files)
+                yield Outside(_inside(field, "tasks"), item=item)
+
+
+def hub_items(value: object) -> Iterator[HubItem]:
+    """What of the hub a grid, or one stage by itself, reads."""
+    return (taken.item for taken in outside(value) if taken.item is not None)
+
+
+def with_fingerprints(value: Value, field: str = "") -> Value:
+    """The value, in which everything that is read from files names their content.
+
+    Raises:
+        InputError: naming the field whose files are not there or cannot be read.
+    """
+    match value:
+        case BaseModel() if "fingerprint" in type(value).model_fields:
+            (taken,) = outside(value, field)
+            whole = not isinstance(value, LocalModel)
+            found = fingerprint(*taken.paths, field=taken.field, whole_files=whole)
+            changed: Any = value.model_copy(update={"fingerprint": found if taken.paths else None})
+        case BaseModel():
+            parts = {name: getattr(value, name) for name in type(value).model_fields}
+            changed = value.model_copy(update=with_fingerprints(parts, field))
+        case dict():
+            changed = {
+                name: with_fingerprints(item, _inside(field, name)) for name, item in value.items()
+            }
+        case tuple():
+            changed = tuple(
+                with_fingerprints(item, _inside(field, place)) for place, item in enumerate(value)
+            )
+        case _:
+            changed = value
+    return changed  # type: ignore[no-any-return]
+
+
+def _inside(field: str, name: object) -> str:
+    return f"{field}.{name}" if field else str(name)

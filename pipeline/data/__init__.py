@@ -1,0 +1,1 @@
+"""Real text: corpora, and the prefixes and windows that are cut from them."""

@@ -1,0 +1,268 @@
+"""Calibration sets: windows of exactly `seqlen` tokens, cut from real or generated text."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.data.corpora import Document, documents
+from pipeline.data.prefixes import parts_in_turn
+from pipeline.errors import InputError
+from pipeline.models.loading import check_shared_vocabulary, load_configs, load_tokenizer
+from pipeline.models.vocabulary import check_ids, edge_ids, embedding_rows
+from pipeline.specs import (
+    Corpus,
+    CorpusMixture,
+    FilterSpec,
+    GenerateSpec,
+    TestbedCorpus,
+    WindowsSpec,
+    generator_of,
+)
+from pipeline.stage import Artifacts
+
+Tokenize = Callable[[list[str]], list[list[int]]]
+"""Texts to the ids of each."""
+
+BATCH = 32
+"""Texts tokenised at once; no more than this are read beyond the need."""
+
+JOINED_SURPLUS = 4
+"""A corpus is joined up to this many times the tokens of the windows asked for."""
+
+TESTBED_TEXTS_PER_WINDOW = 1000
+"""Where the endless testbed is given up as too short."""
+
+SCHEMA = pa.schema(
+    {
+        "window": pa.int32(),
+        "document": pa.string(),
+        "offset": pa.int64(),
+        "token_ids": pa.list_(pa.int32()),
+    }
+)
+
+
+class Tokens(NamedTuple):
+    """The ids of one text."""
+
+    document: str
+    ids: npt.NDArray[np.int32]
+
+
+class Window(NamedTuple):
+    """`ids` [seqlen] begin in `document`, `offset` tokens after its first."""
+
+    document: str
+    offset: int
+    ids: npt.NDArray[np.int32]
+
+
+class Cut(NamedTuple):
+    """Windows, and what was read for them."""
+
+    windows: list[Window]
+    texts_read: int
+    texts_too_short: int
+    tokens_read: int
+    distinct_tokens: int
+    """Of the windows; a token that two of them share counts once."""
+
+
+def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+    """Cut a calibration set and write `windows.parquet`.
+
+    Raises:
+        InputError: if the source has too little text, or its generator other tokens than the model.
+    """
+    tokenizer = load_tokenizer(spec.model, artifacts)
+    match spec.source:
+        case GenerateSpec() | FilterSpec():
+            generator = generator_of(spec.source)
+            check_shared_vocabulary("generator", generator, spec.model, generator, artifacts)
+            texts = read_samples(artifacts[spec.source.key])
+            if spec.packing == "concat":
+                _, settings = load_configs(generator, artifacts)
+                texts = strip_ends(texts, edge_ids(settings, tokenizer))
+            else:
+                texts = shuffled(list(texts), spec.seed)
+            cut = _cut(texts, spec, spec.nsamples)
+        case CorpusMixture():
+            cut = _cut_mixture(spec.source, spec, tokenizer)
+        case _:
+            cut = _cut_corpus(spec.source, spec, spec.nsamples, tokenizer)
+    config, _ = load_configs(spec.model, artifacts)
+    for window in cut.windows:
+        check_ids(window.ids, embedding_rows(config))
+    write_windows(cut.windows, output)
+    tokens = spec.nsamples * spec.seqlen
+    return {
+        "texts_read": cut.texts_read,
+        "texts_too_short": cut.texts_too_short,
+        "tokens_read": cut.tokens_read,
+        "tokens": tokens,
+        "distinct_tokens": cut.distinct_tokens,
+        "overlap": 1 - cut.distinct_tokens / tokens,
+    }
+
+
+def _cut(texts: Iterable[Tokens], spec: WindowsSpec, nsamples: int) -> Cut:
+    cut = concat_windows if spec.packing == "concat" else sample_windows
+    return cut(texts, nsamples, spec.seqlen, spec.seed)
+
+
+def _cut_corpus(corpus: Corpus, spec: WindowsSpec, nsamples: int, tokenizer: Any) -> Cut:
+    joined = spec.packing == "concat"
+    rows = documents(corpus, spec.seed)
+    if isinstance(corpus, TestbedCorpus):
+        rows = itertools.islice(rows, TESTBED_TEXTS_PER_WINDOW * nsamples)
+    texts = tokenized(rows, tokenize_with(tokenizer, special_tokens=not joined))
+    if joined:
+        texts = at_most(texts, JOINED_SURPLUS * nsamples * spec.seqlen)
+    return _cut(texts, spec, nsamples)
+
+
+def _cut_mixture(mixture: CorpusMixture, spec: WindowsSpec, tokenizer: Any) -> Cut:
+    """The windows that each part alone would give, in turn; documents name their part."""
+    names = parts_in_turn(mixture, spec.nsamples)
+    cuts = {
+        name: _cut_corpus(mixture.parts[name].corpus, spec, count, tokenizer)
+        for name, count in Counter(names).items()
+    }
+    windows = {name: iter(cut.windows) for name, cut in cuts.items()}
+    in_turn = [(name, next(windows[name])) for name in names]
+    return Cut(
+        [window._replace(document=f"{name}:{window.document}") for name, window in in_turn],
+        texts_read=sum(cut.texts_read for cut in cuts.values()),
+        texts_too_short=sum(cut.texts_too_short for cut in cuts.values()),
+        tokens_read=sum(cut.tokens_read for cut in cuts.values()),
+        distinct_tokens=sum(cut.distinct_tokens for cut in cuts.values()),
+    )
+
+
+def sample_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> Cut:
+    """Take one window of each text that is long enough, until there are `nsamples`.
+
+    The start is uniform over all `len(ids) - seqlen + 1` places. (The reference code of Wanda and
+    SparseGPT draws texts with replacement and leaves the last place out.)
+
+    Raises:
+        InputError: if the texts end before.
+    """
+    offsets = np.random.default_rng([seed, 1])
+    windows: list[Window] = []
+    read = tokens = longest = 0
+    for text in texts:
+        read += 1
+        tokens += len(text.ids)
+        longest = max(longest, len(text.ids))
+        if len(text.ids) >= seqlen:
+            offset = int(offsets.integers(len(text.ids) - seqlen + 1))
+            windows.append(Window(text.document, offset, text.ids[offset : offset + seqlen]))
+            if len(windows) == nsamples:
+                return Cut(windows, read, read - nsamples, tokens, nsamples * seqlen)
+    remedy = (
+        f"{nsamples} windows of {seqlen} tokens were asked for, but of {read} texts only "
+        f"{len(windows)} are that long and the longest has {longest} tokens: lower seqlen or "
+        "nsamples, give more or longer texts, or set packing: concat"
+    )
+    raise InputError("nsamples", nsamples, remedy)
+
+
+def concat_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> Cut:
+    """Join all texts and take `nsamples` stretches at uniformly random places; they may overlap.
+
+    Raises:
+        InputError: if the texts together are shorter than one window.
+    """
+    held = list(texts)
+    ends = np.cumsum([len(text.ids) for text in held], dtype=np.int64)
+    total = int(ends[-1]) if held else 0
+    if total < seqlen:
+        remedy = (
+            f"all {len(held)} texts together have {total} tokens, less than one window: "
+            "lower seqlen or give more text"
+        )
+        raise InputError("seqlen", seqlen, remedy)
+    joined = np.concatenate([text.ids for text in held])
+    windows = []
+    starts = np.random.default_rng([seed, 1]).integers(total - seqlen + 1, size=nsamples)
+    for start in starts:
+        text = int(np.searchsorted(ends, start, side="right"))
+        offset = int(start - ends[text]) + len(held[text].ids)
+        windows.append(Window(held[text].document, offset, joined[start : start + seqlen]))
+    distinct = seqlen + int(np.minimum(np.diff(np.sort(starts)), seqlen).sum())
+    return Cut(windows, len(held), 0, total, distinct)
+
+
+def tokenize_with(tokenizer: Any, *, special_tokens: bool) -> Tokenize:
+    """A tokenizer as a function from texts to ids, whole and without padding."""
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        encoded = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    return tokenize
+
+
+def tokenized(rows: Iterable[Document], tokenize: Tokenize) -> Iterator[Tokens]:
+    """The ids of each document, in order; read as far as is asked for, give or take a batch."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, BATCH)):
+        for row, ids in zip(batch, tokenize([row.text for row in batch]), strict=True):
+            yield Tokens(row.id, np.array(ids, dtype=np.int32))
+
+
+def read_samples(folder: Path) -> Iterator[Tokens]:
+    """The ids of generated samples, as they were generated, in the order of their numbers."""
+    table = pq.read_table(folder / "samples.parquet", columns=["sample_id", "token_ids"])
+    for row in table.sort_by("sample_id").to_pylist():
+        yield Tokens(str(row["sample_id"]), np.array(row["token_ids"], dtype=np.int32))
+
+
+def shuffled(texts: list[Tokens], seed: int) -> Iterator[Tokens]:
+    """The texts in a random order."""
+    return (texts[place] for place in np.random.default_rng([seed, 0]).permutation(len(texts)))
+
+
+def at_most(texts: Iterable[Tokens], tokens: int) -> Iterator[Tokens]:
+    """The first texts, up to the one that brings the tokens to at least this many."""
+    taken = 0
+    for text in texts:
+        yield text
+        taken += len(text.ids)
+        if taken >= tokens:
+            return
+
+
+def strip_ends(texts: Iterable[Tokens], ends: list[int]) -> Iterator[Tokens]:
+    """The texts without the ids in `ends` before the first and after the last other one."""
+    for document, ids in texts:
+        inside = np.flatnonzero(~np.isin(ids, ends))
+        yield Tokens(document, ids[inside[0] : inside[-1] + 1] if len(inside) else ids[:0])
+
+
+def write_windows(windows: list[Window], folder: Path) -> None:
+    """Write `windows.parquet`."""
+    columns = {
+        "window": range(len(windows)),
+        "document": [window.document for window in windows],
+        "offset": [window.offset for window in windows],
+        "token_ids": [window.ids for window in windows],
+    }
+    pq.write_table(pa.table(columns, schema=SCHEMA), folder / "windows.parquet")
+
+
+def read_windows(folder: Path) -> torch.Tensor:
+    """The ids of `windows.parquet`, [nsamples, seqlen] int64."""
+    column = pq.read_table(folder / "windows.parquet", columns=["token_ids"])["token_ids"]
+    ids = column.combine_chunks().flatten().to_numpy().astype(np.int64)
+    return torch.from_numpy(ids).reshape(len(column), -1)

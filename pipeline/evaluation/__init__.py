@@ -1,0 +1,1 @@
+"""What a model can do: perplexities, tasks, size and speed."""

@@ -1,0 +1,368 @@
+"""Perplexity on a corpus, by a protocol that says all that moves the number."""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.models.output_layer import MOST_NATS, OutputLayer
+from pipeline.models.positions import NONE, LengthDependence
+from pipeline.specs import PerplexityProtocol
+
+LOGITS = 2**28
+"""Logits of one forward pass at the most (half a GiB in bfloat16), unless one window has more;
+where the output layer gives them in parts there is no such limit."""
+
+TEXTS = 32
+"""Texts tokenised at once."""
+
+BEHIND = 8
+"""Tokens that one is decoded behind: more than a character has bytes."""
+
+
+class Encoded(NamedTuple):
+    """Tokens, and how much of the text each of them ends: special tokens end nothing."""
+
+    ids: npt.NDArray[np.int64]
+    words: npt.NDArray[np.int64]
+    bytes: npt.NDArray[np.int64]
+
+
+class Window(NamedTuple):
+    """What one row of a forward pass is measured on."""
+
+    ids: npt.NDArray[np.int64]
+    first: int
+    """Place of the first token that is scored; all after it are too."""
+    words: int
+    """Words that the scored tokens end,"""
+    bytes: int
+    """and UTF-8 bytes."""
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are scored."""
+        return len(self.ids) - self.first
+
+
+class Measured(NamedTuple):
+    """A number, its standard error over windows or texts, and how many of these there were."""
+
+    value: float
+    stderr: float | None
+    windows: int
+
+
+# ---------------------------------------------------------------------------------------- windows
+
+
+def protocol_windows(
+    texts: Iterable[str], tokenizer: Any, protocol: PerplexityProtocol
+) -> list[Window]:
+    """What a protocol measures of a corpus.
+
+    Args:
+        texts: all of the corpus, blank ones included if they are joined.
+
+    Raises:
+        InputError: if there is not one window, or no token that BOS could be.
+    """
+    texts = itertools.islice(texts, protocol.texts)
+    if protocol.joined_by is not None:
+        texts = iter([protocol.joined_by.join(texts)])
+    encoded = encoded_texts(texts, tokenizer, special_tokens=protocol.bos == "text")
+    before = [_bos(tokenizer)] if protocol.bos == "window" else []
+    if protocol.unit == "text":
+        windows = (
+            _window(before, text, 0, min(len(text.ids), protocol.longest_text), 0)
+            for text in encoded
+            if len(before) + len(text.ids) > 1
+        )
+        found = list(itertools.islice(windows, protocol.max_windows))
+    else:
+        found = _joined_windows(encoded, before, protocol)
+    if not found:
+        raise InputError("corpus", None, "holds no text of two tokens")
+    return found
+
+
+def _joined_windows(
+    encoded: Iterable[Encoded], before: list[int], protocol: PerplexityProtocol
+) -> list[Window]:
+    length = protocol.longest_text
+    stride = protocol.stride or length
+    limit = protocol.max_windows
+    needed = None if limit is None else length + (limit - 1) * stride
+    joined = _joined(encoded, needed)
+    count = (len(joined.ids) - length) // stride + 1
+    if len(joined.ids) < length:
+        remedy = f"the corpus has {len(joined.ids)} tokens, less than one window: lower seqlen"
+        raise InputError("seqlen", protocol.seqlen, remedy)
+    starts = range(0, (count if limit is None else min(count, limit)) * stride, stride)
+    return [
+        _window(before, joined, start, length, 0 if start == 0 else length - stride)
+        for start in starts
+    ]
+
+
+def _window(before: list[int], text: Encoded, start: int, length: int, unscored: int) -> Window:
+    """`length` tokens of a text from `start` on, of which `unscored` stood in the window before."""
+    end = start + length
+    first = max(1, len(before) + unscored)  # from nothing, nothing is predicted
+    inside = slice(start + first - len(before), end)
+    return Window(
+        np.concatenate([before, text.ids[start:end]]).astype(np.int64),
+        first,
+        int(text.words[inside].sum()),
+        int(text.bytes[inside].sum()),
+    )
+
+
+def _joined(encoded: Iterable[Encoded], needed: int | None) -> Encoded:
+    """One after the other, as far as they are needed."""
+    parts: list[Encoded] = []
+    tokens = 0
+    for part in encoded:
+        parts.append(part)
+        tokens += len(part.ids)
+        if needed is not None and tokens >= needed:
+            break
+    empty = np.empty(0, dtype=np.int64)
+    return Encoded(
+        np.concatenate([empty, *(part.ids for part in parts)]),
+        np.concatenate([empty, *(part.words for part in parts)]),
+        np.concatenate([empty, *(part.bytes for part in parts)]),
+    )
+
+
+def encoded_texts(
+    texts: Iterable[str], tokenizer: Any, *, special_tokens: bool
+) -> Iterator[Encoded]:
+    """The tokens of each text, and where its words and bytes end among them.
+
+    A token that ends inside a character counts that character as a whole; without a fast tokenizer
+    the one that completes it does.
+
+    Raises:
+        InputError: if a tokenizer without a fast version does not give a text back.
+    """
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, TEXTS)):
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=special_tokens,
+            return_offsets_mapping=tokenizer.is_fast,
+            verbose=False,
+        )
+        if tokenizer.is_fast:
+            found = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
+        else:
+            pairs = zip(batch, encoded["input_ids"], strict=True)
+            found = [_ends_by_decoding(text, ids, tokenizer) for text, ids in pairs]
+        for text, ids, places in zip(batch, encoded["input_ids"], found, strict=True):
+            ends = np.array(places, dtype=np.int64)
+            ends = np.maximum.accumulate(ends) if len(ends) else ends
+            yield Encoded(
+                np.array(ids, dtype=np.int64),
+                np.diff(_words_until(text)[ends], prepend=0),
+                np.diff(_bytes_until(text)[ends], prepend=0),
+            )
+
+
+def _ends_by_decoding(text: str, ids: list[int], tokenizer: Any) -> list[int]:
+    """Where each token ends in a text: characters up to there that decoding gives back.
+
+    Tokens are decoded one after the other, each behind a few others, as an engine streams text.
+    White space that decoding changes belongs to the token after it. Tokens that the tokenizer puts
+    around the text end nothing.
+    """
+    inside = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    length = len(inside)
+    begin = next((at for at in range(len(ids)) if ids[at : at + length] == inside), None)
+    ends: list[int] = []
+    place = start = 0
+    before, is_whole = "", True
+    for number in range(length if begin is not None else 0):
+        if is_whole and number - start > 2 * BEHIND:
+            start = number - BEHIND
+            before = _decoded(inside[start:number], tokenizer)
+        after = _decoded(inside[start : number + 1], tokenizer)
+        fresh = after[len(before) :] if after.startswith(before) else ""
+        is_whole = not fresh.endswith("\ufffd") or text.startswith(fresh, place)
+        if is_whole:  # not in the middle of a character
+            place = _matched(text, place, fresh)
+            before = after
+        ends.append(place)
+    rest = text[place:].strip()
+    if begin is None or rest:
+        remedy = f"has no fast version and loses {rest[:20]!r}: its bytes cannot be counted"
+        raise InputError("tokenizer", type(tokenizer).__name__, remedy)
+    if ends:
+        ends[-1] = len(text)
+    return [0] * begin + ends + [len(text)] * (len(ids) - begin - length)
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _matched(text: str, place: int, fresh: str) -> int:
+    """The place behind `fresh`, which stands at a place in the text but for its white space; the
+    same place if it does not."""
+    at = place
+    for character in fresh:
+        if not character.isspace():
+            while text[at : at + 1].isspace():
+                at += 1
+            if text[at : at + 1] != character:
+                return place
+        at += text[at : at + 1] == character
+    return at
+
+
+def _words_until(text: str) -> npt.NDArray[np.int64]:
+    """By number of characters, the words that begin among them."""
+    begun = np.zeros(len(text) + 1, dtype=np.int64)
+    for word in re.finditer(r"\S+", text):
+        begun[word.start() + 1] = 1
+    return np.cumsum(begun)
+
+
+def _bytes_until(text: str) -> npt.NDArray[np.int64]:
+    """By number of characters, the bytes that they take."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _bos(tokenizer: Any) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError("bos", "window", "the tokenizer has neither BOS nor EOS: take bos: none")
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def batches(
+    windows: list[Window],
+    tokens: int,
+    vocabulary: int | None,
+    positions: LengthDependence = NONE,
+) -> Iterator[list[int]]:
+    """The places of windows that go through the model together, long ones first.
+
+    Args:
+        tokens: of a batch at the most, padding included; one window at least.
+        vocabulary: logits that a pass makes of each token, for `LOGITS`; None if it makes none.
+        positions: those of the model; windows of a batch are of one group.
+    """
+    lengths = [len(window.ids) for window in windows]
+    ordered = sorted(range(len(windows)), key=lambda place: -lengths[place])
+    limit = tokens if vocabulary is None else min(tokens, LOGITS // vocabulary)
+    for _, alike in itertools.groupby(ordered, lambda place: positions.group(lengths[place])):
+        places = list(alike)
+        while places:
+            size = max(1, limit // lengths[places[0]])
+            yield places[:size]
+            places = places[size:]
+
+
+@torch.inference_mode()
+def losses(model: Any, batch: list[Window], chunked: bool | None = None) -> list[float]:
+    """The loss of each window, summed over its scored tokens, in nats.
+
+    Taken in float32 and summed in float64. Shorter windows are padded on the right.
+
+    Args:
+        chunked: take logits a few positions at a time from hidden states; found out if not given.
+    """
+    layer = OutputLayer(model, chunked)
+    longest = max(len(window.ids) for window in batch)
+    token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    scored = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, window in enumerate(batch):
+        token_ids[row, : len(window.ids)] = torch.from_numpy(window.ids)
+        scored[row, window.first : len(window.ids)] = True
+    states, _ = layer.forward(input_ids=token_ids.to(layer.device), use_cache=False)
+    rows, columns = scored.nonzero(as_tuple=True)
+    targets = token_ids[scored].to(states.device)
+    parts = [
+        torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+        for part, logits in layer.logits(states, rows, columns - 1)
+    ]
+    each = torch.split(torch.cat(parts).cpu().double(), [window.scored for window in batch])
+    return [float(own.sum()) for own in each]
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def perplexity(
+    windows: list[Window], summed: list[float], protocol: PerplexityProtocol
+) -> Measured:
+    """The number that a protocol asks for, of windows and the losses of each.
+
+    The standard error of exp of a mean is that of the mean loss times the perplexity (delta
+    method), None of one window.
+
+    Raises:
+        NonFiniteError: if a loss is too large for a perplexity in float64.
+    """
+    if protocol.unit == "text":
+        own = _exp(np.array(summed) / [window.scored for window in windows])
+        error = None if len(own) == 1 else float(own.std(ddof=1)) / math.sqrt(len(own))
+        return Measured(float(own.mean()), error, len(own))
+    sizes: dict[str, Callable[[Window], int]] = {
+        "token": lambda window: window.scored,
+        "word": lambda window: window.words,
+        "byte": lambda window: window.bytes,
+    }
+    mean, error = _ratio(summed, [sizes[protocol.normalisation](window) for window in windows])
+    value = float(_exp(np.array(mean)))
+    return Measured(value, None if error is None else value * error, len(windows))
+
+
+def _exp(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    highest = float(losses.max())
+    if not highest < MOST_NATS:
+        remedy = "no perplexity in float64: the model is broken"
+        raise NonFiniteError(f"a loss of {highest:g} nats has {remedy}")
+    exponentials: npt.NDArray[np.float64] = np.exp(losses)
+    return exponentials
+
+
+def bits_per_byte(windows: list[Window], summed: list[float]) -> Measured:
+    """The loss in bits over the bytes of the text: the same for any tokenizer that loses nothing of
+    a text, if the model knows it as well."""
+    mean, error = _ratio(summed, [window.bytes for window in windows])
+    return Measured(
+        mean / math.log(2), None if error is None else error / math.log(2), len(windows)
+    )
+
+
+def _ratio(summed: list[float], sizes: list[int]) -> tuple[float, float | None]:
+    """Sum over sum, and its standard error (that of a ratio estimator; of a mean, if all sizes are
+    the same).
+
+    Raises:
+        InputError: if all sizes are 0.
+    """
+    losses, weights = np.array(summed), np.array(sizes, dtype=np.float64)
+    if not weights.any():
+        raise InputError("corpus", None, "its scored tokens end no word and no byte: take another")
+    ratio = float(losses.sum() / weights.sum())
+    count = len(losses)
+    if count == 1:
+        return ratio, None
+    deviations = losses - ratio * weights
+    error = math.sqrt(count / (count - 1) * float(deviations @ deviations)) / float(weights.sum())
+    return ratio, error

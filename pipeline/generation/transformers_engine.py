@@ -1,0 +1,164 @@
+"""Generation by transformers: the prefixes of one length are one batch.
+
+So nothing is padded. Padding would take positions that some models do not have, count as text in
+the state of recurrent layers, and let positions that depend on the length depend on other texts.
+"""
+
+import inspect
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+
+from pipeline.generation.decoding_attention import grouped_queries
+from pipeline.generation.sampling import Sampling, logits_processors, uniform_numbers
+from pipeline.models.checkpoint import generation_settings
+from pipeline.models.weight_files import unexpected_tensors
+from pipeline.progress import TokenStream
+
+
+class TransformersEngine:
+    """A loaded model that generates."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.generation_config: GenerationConfig = model.generation_config
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Engine, version and device, and tensors of the checkpoint that were of no use."""
+        return {
+            "backend": "transformers",
+            "backend_version": metadata.version("transformers"),
+            "device": device_name(self.model.device.type),
+            **unexpected_tensors(self.model),
+        }
+
+    def write(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        sample_ids: Sequence[int],
+        ends: Sequence[int],
+        known: Sequence[int],
+        *,
+        sampling: Sampling,
+        seqlen: int,
+        seed: int,
+    ) -> list[list[int]]:
+        """What comes after each prefix; those of one length are one batch.
+
+        Raises:
+            NonFiniteError: if the model's logits are NaN or infinite.
+        """
+        batches: dict[int, list[int]] = {}
+        for place, prefix in enumerate(prefixes):
+            batches.setdefault(len(prefix), []).append(place)
+        stream = TokenStream(total=sum(seqlen - len(prefix) for prefix in prefixes))
+        written: dict[int, list[int]] = {}
+        for length, places in batches.items():
+            numbers = [sample_ids[place] for place in places]
+            uniforms = uniform_numbers(seed, numbers, seqlen).to(self.model.device)
+            processors = logits_processors(
+                sampling,
+                uniforms,
+                length,
+                sample_ids=numbers,
+                known=known,
+                ends=ends,
+                seqlen=seqlen,
+            )
+            given = [prefixes[place] for place in places]
+            rows = self._continued(given, processors, ends, seqlen, stream)
+            written |= zip(places, rows, strict=True)
+        return [written[place] for place in range(len(prefixes))]
+
+    @torch.inference_mode()
+    def _continued(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        processors: LogitsProcessorList,
+        ends: Sequence[int],
+        seqlen: int,
+        stream: TokenStream,
+    ) -> list[list[int]]:
+        """What comes after prefixes of equal length."""
+        given = torch.tensor(prefixes, device=self.model.device)
+        length = given.shape[1]
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=seqlen - length,
+            eos_token_id=list(ends) or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
+        # RecurrentGemma's modules keep the state, and would go on from it after a single token.
+        if (clear := getattr(self.model.base_model, "_setup_cache", None)) is not None:
+            clear(self.model.config, len(given), given.device, self.model.dtype)
+        with generation_settings(self.model, settings), grouped_queries(self.model):
+            generated = self.model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                logits_processor=processors,
+                streamer=stream,
+                **cache_with_room(self.model, seqlen),
+            )
+        rows: list[list[int]] = generated[:, length:].tolist()
+        return rows
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """A layer's keys and values, with room for as many tokens as there will be.
+
+    What it extends is copied as a whole to a larger place for every new token, which took up to
+    half of a step's time. The values, and so the texts, are the same.
+
+    Args:
+        room: tokens.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take memory for keys and values like these, [samples, heads, tokens, head_dim]."""
+        super().lazy_initialization(key_states, value_states)
+        self.places = [
+            states.new_empty((*states.shape[:-2], self.room, states.shape[-1]))
+            for states in (key_states, value_states)
+        ]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the keys and values of new tokens; all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        length = before + key_states.shape[-2]
+        for place, states in zip(self.places, (key_states, value_states), strict=True):
+            place[..., before:length, :] = states
+        self.keys, self.values = (place[..., :length, :] for place in self.places)
+        return self.keys, self.values
+
+
+def cache_with_room(model: Any, room: int) -> dict[str, DynamicCache]:
+    """The argument of `generate` for a cache of so many tokens.
+
+    There is none if some layer keeps anything but the keys and values of all tokens, such as those
+    of a window or a state: `generate` then makes the cache that the model needs.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return {}
+    cache = DynamicCache(config=model.config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return {}
+    cache.layers = [RoomyLayer(room) for _ in cache.layers]
+    return {"past_key_values": cache}
+
+
+def device_name(kind: str) -> str:
+    """The name of the accelerator, or `cpu`."""
+    return torch.cuda.get_device_name() if kind == "cuda" else kind

@@ -1,0 +1,1 @@
+"""Language models: loading, their matrices and layers, and the files that they are stored in."""

@@ -1,0 +1,155 @@
+"""What pruning leaves of one decoder layer, in one safetensors file: masks or weights.
+
+A matrix's mask is a tensor of bytes `[ceil(rows * columns / 8)]`: row by row, the first weight in
+the highest bit of a byte, 1 where the weight is set to zero, and 0 in the bits left over at the
+end (`numpy.packbits`). Weights are `[rows, columns]` in the model's own type. The metadata entry
+`matrices` is JSON: by name, `rows`, `columns`, and `facts`, what the pruner recorded. Where an N:M
+pattern holds in another order of the columns, `<name>.permutation` `[columns]` is that order.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.models.matrices import Matrix, decoder_layers, matrices, set_to_zero
+from pipeline.models.streaming import change
+from pipeline.specs import canonical_json
+
+_PERMUTATION = ".permutation"
+_LAYER_FILE = re.compile(r"layer-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is to be known of pruned matrices besides masks and weights, by matrix name."""
+
+    facts: Mapping[str, Mapping[str, float]]
+    """What the pruner recorded."""
+
+    permutations: Mapping[str, Tensor] = field(default_factory=dict)
+    """The order of the columns `[columns]` in which a pattern holds, where it is not their own."""
+
+
+class LayerFileError(ValueError):
+    """A file does not fit the decoder layer that it is for; the message says where."""
+
+
+def layer_file(number: int) -> str:
+    """The file's name, for the decoder layer with that number."""
+    return f"layer-{number:05d}.safetensors"
+
+
+def write_masks(path: Path, masks: Mapping[str, Tensor], record: Record) -> None:
+    """Write a layer's masks, matrix name to `[rows, columns]`, True where the weight is zeroed."""
+    packed = {name: torch.from_numpy(_packed(mask)) for name, mask in masks.items()}
+    _save(path, packed, masks, record)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], record: Record) -> None:
+    """Write a layer's pruned weights, matrix name to `[rows, columns]`."""
+    copied = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    _save(path, copied, weights, record)
+
+
+@torch.no_grad()
+def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Record:
+    """Zero what the file's masks say, or set the matrices to its weights.
+
+    Args:
+        found: the matrices of the layer, dense.
+
+    Returns:
+        What was recorded of them.
+
+    Raises:
+        LayerFileError: if names or shapes are not those of the layer.
+    """
+    with safe_open(path, framework="pt") as file:
+        told = json.loads((file.metadata() or {}).get("matrices", "{}"))
+        _check_names(path, set(told), {matrix.name for matrix in found})
+        there = set(file.keys())
+        orders = {name + _PERMUTATION for name in told} & there
+        _check_names(path, there, set(told) | orders)
+        for matrix in found:
+            shape = (told[matrix.name]["rows"], told[matrix.name]["columns"])
+            if shape != tuple(matrix.weight.shape):
+                rows, columns = matrix.weight.shape
+                raise LayerFileError(
+                    f"{path}: {matrix.name} is {shape[0]} x {shape[1]} here, "
+                    f"and {rows} x {columns} in the model"
+                )
+        for matrix in found:
+            tensor = file.get_tensor(matrix.name)
+            if tensor.dtype == torch.uint8:
+                mask = _unpacked(path, matrix, tensor)
+                set_to_zero(matrix.weight, mask.to(matrix.weight.device))
+            else:
+                matrix.weight.copy_(tensor)
+        permutations = {
+            name.removesuffix(_PERMUTATION): file.get_tensor(name).long() for name in orders
+        }
+    return Record({name: entry["facts"] for name, entry in told.items()}, permutations)
+
+
+def apply_masks(model: nn.Module, folder: Path) -> None:
+    """Zero, in a dense model, what the masks of all its decoder layers say; where a layer is still
+    in its files, when it is read.
+
+    Raises:
+        LayerFileError: if files, names or shapes are not those of the model.
+    """
+    root, layers = decoder_layers(model)
+    there = {path.name for path in folder.iterdir() if _LAYER_FILE.fullmatch(path.name)}
+    _check_names(folder, there, {layer_file(number) for number in range(len(layers))})
+    for number, layer in enumerate(layers):
+        path, name = folder / layer_file(number), f"{root}.{number}"
+        change(layer, functools.partial(_apply_to_layer, path, name, layer))
+
+
+def _apply_to_layer(path: Path, name: str, layer: nn.Module) -> None:
+    apply_layer_file(path, matrices(name, layer))
+
+
+def _save(
+    path: Path, tensors: dict[str, Tensor], layer: Mapping[str, Tensor], record: Record
+) -> None:
+    matrices = {
+        name: {"rows": each.shape[0], "columns": each.shape[1], "facts": record.facts[name]}
+        for name, each in layer.items()
+    }
+    orders = {
+        name + _PERMUTATION: record.permutations[name].int()
+        for name in layer
+        if name in record.permutations
+    }
+    metadata = {"matrices": canonical_json(matrices).decode()}  # one: several have no order
+    save_file(tensors | orders, path, metadata=metadata)
+
+
+def _packed(mask: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.packbits(mask.flatten().cpu().numpy())
+
+
+def _unpacked(path: Path, matrix: Matrix, packed: Tensor) -> Tensor:
+    count = matrix.weight.numel()
+    if packed.shape != (-(-count // 8),):
+        raise LayerFileError(
+            f"{path}: the mask of {matrix.name} has {packed.numel()} bytes for {count} weights"
+        )
+    bits = np.unpackbits(packed.numpy(), count=count)
+    return torch.from_numpy(bits).bool().view(matrix.weight.shape)
+
+
+def _check_names(path: Path, there: set[str], wanted: set[str]) -> None:
+    for problem, names in (("lacks", wanted - there), ("has too much:", there - wanted)):
+        if names:
+            raise LayerFileError(f"{path}: {problem} {min(names)} ({len(names)} in all)")

@@ -1,0 +1,128 @@
+"""The output layer: logits of a few positions at a time, from a model's hidden states.
+
+All logits of a batch, [tokens, vocabulary] in float32, take gigabytes, and every pass over them
+waits for memory. So they are made in parts that fit a processor's cache, each used before the next
+one is made.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.models.positions import forget_longer_texts, length_dependence
+
+MOST_NATS = math.log(np.finfo(np.float64).max)
+"""Loss at which a perplexity is beyond float64; a model that has collapsed has some 10 to 20."""
+
+PROBE_TOKENS = 16
+"""Tokens, 0 and up, on which it is checked that the output layer alone gives the logits."""
+
+MOVED = 0.05
+"""Share of their standard deviation by which logits move on average, beyond any rounding."""
+
+LAYER_LOGITS = 2**23
+"""Logits that the output layer makes at once on a CPU: its matrix product is slower with fewer."""
+
+PART_LOGITS = 2**19
+"""Logits of a part on a CPU: 2 MiB in float32, so that they stay in its cache."""
+
+ACCELERATOR_LOGITS = 2**25
+"""Both on a GPU, which fewer would not keep busy."""
+
+
+@torch.inference_mode()
+def check_causal(model: Any) -> None:
+    """Check that a model predicts a token from those before it alone.
+
+    Raises:
+        InputError: if what follows a token moves its logits, as in an encoder such as BERT.
+    """
+    half = PROBE_TOKENS // 2
+    ids = torch.arange(PROBE_TOKENS, device=model.device)
+    pair = torch.stack([ids, torch.cat([ids[:half], ids[half:].flip(0)])])
+    first, other = model(pair, use_cache=False).logits[:, :half].float()
+    if (first - other).abs().mean() > MOVED * first.std():
+        name = type(model).__name__
+        remedy = "its logits depend on later tokens: take a causal language model, not an encoder"
+        raise InputError("model", name, remedy)
+
+
+@torch.inference_mode()
+def head_is_linear(model: Any) -> bool:
+    """Whether the output layer alone turns hidden states into the model's logits.
+
+    It does not where logits are capped or scaled; then the whole forward pass has to give them.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return False
+    input_ids = torch.arange(PROBE_TOKENS, device=model.device)[None]
+    hidden = getattr(model.base_model(input_ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None:
+        return False
+    expected = model(input_ids, use_cache=False).logits
+    return torch.allclose(
+        head(hidden).float(), expected.float(), rtol=1e-5, atol=1e-6, equal_nan=True
+    )
+
+
+class OutputLayer:
+    """A model's forward pass, and its logits at the positions that are asked for.
+
+    Args:
+        model: a causal language model.
+        chunked: take hidden states from the forward pass and logits from the output layer; if
+            false, all logits from the forward pass. Found out by `head_is_linear` if not given.
+    """
+
+    def __init__(self, model: Any, chunked: bool | None = None) -> None:
+        self.chunked = head_is_linear(model) if chunked is None else chunked
+        self.device = model.device
+        self.lengths = length_dependence(model.config)
+        self._body = model.base_model if self.chunked else model
+        self._head = model.get_output_embeddings() if self.chunked else nn.Identity()
+        self._vocabulary = model.config.get_text_config().vocab_size
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, Any]:
+        """Run the model on texts of one group of `lengths`.
+
+        Returns:
+            States [rows, tokens, hidden], or logits [rows, tokens, vocabulary] if not `chunked`,
+            and the keys and values if the model gives them out.
+        """
+        if self.lengths.grows_beyond is not None:
+            forget_longer_texts(self._body)
+        output = self._body(**inputs)
+        states = output.last_hidden_state if self.chunked else output.logits
+        return states, output.get("past_key_values")
+
+    def logits(
+        self, states: Tensor, rows: Tensor, columns: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The logits of some positions, part by part.
+
+        Args:
+            states: what `forward` gave.
+            rows: row of each position in `states`, [positions].
+            columns: token of each position in its row, [positions].
+
+        Yields:
+            Which positions a part holds, and their logits [part, vocabulary] in float32. These are
+            nobody else's: overwrite them rather than copy them.
+        """
+        cpu = states.device.type == "cpu"
+        layer, part = (
+            max(1, limit // self._vocabulary)
+            for limit in ((LAYER_LOGITS, PART_LOGITS) if cpu else (ACCELERATOR_LOGITS,) * 2)
+        )
+        for start in range(0, len(rows), layer):
+            chosen = slice(start, start + layer)
+            logits = self._head(states[rows[chosen], columns[chosen]])
+            for place, own in enumerate(logits.split(part)):
+                first = start + place * part
+                yield slice(first, first + len(own)), own.float()

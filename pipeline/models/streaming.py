@@ -1,0 +1,154 @@
+"""Decoder layers that stay in their checkpoint's files until their turn comes."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.models.matrices import decoder_layers
+from pipeline.models.weight_files import whole_model
+
+_STORED = "stored_layer"
+"""The attribute of a decoder layer that holds its `StoredLayer`."""
+
+
+@dataclass
+class StoredLayer:
+    """A decoder layer's parameters in files, and what is done to them whenever they are read."""
+
+    parameters: dict[str, tuple[Mapping[str, Tensor], str]]
+    """By name in the layer: the files, and the name there."""
+
+    device: torch.device
+    """Where the rest of the model is."""
+
+    changes: list[Callable[[], None]] = field(default_factory=list)
+    """Done to the layer, one after another, when it has been read."""
+
+
+def load_streamed(
+    location: str, dtype: torch.dtype, device: torch.device, scratch: Path, **options: Any
+) -> Any:
+    """A causal language model whose decoder layers are left in the checkpoint's files: their
+    parameters have shapes, and values only within `resident`.
+
+    A model whose layers share parameters is loaded whole.
+
+    Args:
+        location: a folder, or a name on the hub.
+        device: for all but the decoder layers.
+        scratch: a folder for layers that transformers holds in another form than the checkpoint
+            does, such as the experts of most mixtures; for as long as the model is used.
+        options: of `from_pretrained`.
+
+    Raises:
+        InputError: if the checkpoint lacks weights.
+    """
+    reported = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    weights_only = {"use_safetensors"}
+    of_config = {name: value for name, value in options.items() if name not in weights_only}
+    config = AutoConfig.from_pretrained(location, **of_config)
+    trusted = options.get("trust_remote_code", False)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    root, layers = decoder_layers(skeleton)
+    if _share_parameters(layers):
+        loaded = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **reported)
+        return whole_model(location, loaded).to(device)
+    device = torch.empty(0, device=device).device  # with its index
+    places = {name: str(device) for name in _outside(skeleton, root)}
+    places |= {f"{root}.{number}": "disk" for number in range(len(layers))}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        location, dtype=dtype, device_map=places, offload_folder=scratch, **reported
+    )
+    model = whole_model(location, loaded)
+    for layer in decoder_layers(model)[1]:
+        vars(layer)[_STORED] = StoredLayer(_stored_parameters(layer), device)
+    remove_hook_from_submodules(model)
+    del model.hf_device_map  # so that `save_pretrained` takes the values that it is given
+    return model
+
+
+@contextlib.contextmanager
+def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Have a decoder layer on a device, by default where the rest of its model is.
+
+    A layer in files is read, and let go afterwards with all that was done to it; another one is
+    moved, and moved back.
+    """
+    stored: StoredLayer | None = vars(layer).get(_STORED)
+    home = next(layer.parameters()).device
+    if stored is not None:
+        _read(layer, stored, device or stored.device)
+    elif device is not None and device != home:
+        layer.to(device)
+    try:
+        yield
+    finally:
+        if stored is not None:
+            _let_go(layer, stored)
+        elif device is not None and device != home:
+            layer.to(home)
+
+
+def is_stored(layer: nn.Module) -> bool:
+    """Whether a decoder layer is in files, so that every reading of it is as good as the first."""
+    return _STORED in vars(layer)
+
+
+def change(layer: nn.Module, apply: Callable[[], None]) -> None:
+    """Change a decoder layer in place: now, or whenever it is read."""
+    stored: StoredLayer | None = vars(layer).get(_STORED)
+    if stored is None:
+        apply()
+    else:
+        stored.changes.append(apply)
+
+
+def _read(layer: nn.Module, stored: StoredLayer, device: torch.device) -> None:
+    values = {name: files[key] for name, (files, key) in stored.parameters.items()}
+    copies = {name: value.to(device, copy=True) for name, value in values.items()}
+    layer.load_state_dict(copies, strict=False, assign=True)
+    for buffer in layer.buffers():
+        buffer.data = buffer.data.to(device)
+    for apply in stored.changes:
+        apply()
+
+
+def _let_go(layer: nn.Module, stored: StoredLayer) -> None:
+    own = dict(layer.named_parameters())
+    empty = {name: torch.empty_like(own[name], device="meta") for name in stored.parameters}
+    layer.load_state_dict(empty, strict=False, assign=True)
+
+
+def _stored_parameters(layer: nn.Module) -> dict[str, tuple[Mapping[str, Tensor], str]]:
+    return {
+        f"{module_name}.{name}" if module_name else name: (module._hf_hook.weights_map, name)
+        for module_name, module in layer.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    }
+
+
+def _outside(model: nn.Module, root: str) -> Iterator[str]:
+    """The largest parts of a model that do not hold its decoder layers."""
+    path = root.split(".")
+    for depth in range(len(path)):
+        inside = ".".join(path[:depth])
+        module = model.get_submodule(inside)
+        own = [module.named_children(), module.named_parameters(recurse=False)]
+        for name, _ in [*own[0], *own[1], *module.named_buffers(recurse=False)]:
+            if name != path[depth]:
+                yield f"{inside}.{name}" if inside else name
+
+
+def _share_parameters(layers: nn.ModuleList) -> bool:
+    every = [parameter for layer in layers for parameter in layer.parameters()]
+    named = [name for name, _ in layers.named_parameters(remove_duplicate=False)]
+    return len(named) != len({id(parameter) for parameter in every})

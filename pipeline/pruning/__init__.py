@@ -1,0 +1,1 @@
+"""Pruning a model, decoder layer by decoder layer."""

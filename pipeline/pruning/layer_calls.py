@@ -1,0 +1,283 @@
+"""What a model calls its decoder layers with, captured once and called again layer by layer."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.pruning.hidden_states import Kept, Shelf
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a decoder layer by its model."""
+
+    layer: int
+    states: Any
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    """All but the hidden states: positional and by keyword."""
+
+
+@dataclass(frozen=True)
+class _PassedOn:
+    """Stands for what a layer returns besides its hidden states, where the next one is given it."""
+
+    layer: int
+    place: int
+    """In the layer's output."""
+
+
+class CapturedBatch:
+    """The hidden states of some windows on their way up, and what goes with them to each layer."""
+
+    def __init__(self, states: Kept, arguments: list[Any], shelf: Shelf) -> None:
+        self._states = states
+        self._arguments = arguments
+        self._shelf = shelf
+        self._passed: dict[int, Any] = {}  # by its place in the output of the layer below
+
+    def forward(self, number: int, layer: nn.Module) -> Any:
+        """The output of the decoder layer with that number, on the hidden states below it."""
+        positional, keywords = _read(self._arguments[number], self._passed)
+        return layer(self._states.read(), *positional, **keywords)
+
+    def rise(self, number: int, layer: nn.Module) -> None:
+        """Put the output of that layer in the place of its hidden states, and keep what else it
+        passes on."""
+        output = self.forward(number, layer)
+        self._states.write(output if isinstance(output, Tensor) else output[0])
+        if number + 1 < len(self._arguments):
+            for each in _passed_on(self._arguments[number + 1]):
+                self._passed[each.place] = self._kept(each.place, output[each.place])
+
+    def _kept(self, place: int, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        before = self._passed.get(place)
+        if isinstance(before, Kept) and before.takes(value):
+            before.write(value)
+            return before
+        return self._shelf.keep(value)
+
+
+def capture(
+    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor], shelf: Shelf
+) -> list[CapturedBatch]:
+    """The hidden states that enter the first layer, and all else that the model passes to each
+    layer, whatever its name. No layer is run for it.
+
+    Masks and rotary tables are mostly those of the first batch, and held once, on the device. What
+    differs between batches (embeddings of each layer) goes where the hidden states go, and so does
+    what a layer passes on to the next one besides (a router's states, chosen keys). Objects of
+    other kinds, through which layers hand each other tensors (shared keys and values), are passed
+    on as they are, one to a batch.
+
+    Args:
+        batches: token ids `[windows, seqlen]` each, where the model's embeddings are.
+
+    Raises:
+        InputError: if the model does not hand the hidden states from one layer to the next, each
+            called once, or passes to a layer what depends on the layers below in another way than
+            as an output of the one right below.
+    """
+    output = _form_of_outputs(model, layers, batches[0][:1])
+    captured: list[CapturedBatch] = []
+    first: Any = None
+
+    def place(tensor: Tensor, other: Any) -> Any:
+        if first is None:
+            return tensor.to(shelf.device)
+        return other if _same(other, tensor) else shelf.keep(tensor)
+
+    for batch in batches:
+        calls = _calls(model, layers, batch, output, then_stop=True)
+        arguments = [call.arguments for call in calls]
+        placed = _replaced_tensors(arguments, first, place, {})
+        first = first or placed
+        captured.append(CapturedBatch(shelf.keep(calls[0].states), placed, shelf))
+    return captured
+
+
+class _Stop(Exception):
+    """The way out of a forward pass."""
+
+
+class _WrongFormError(Exception):
+    """A model cannot go on from what stands for a layer's output."""
+
+
+Form = Callable[[int, Tensor], Any]
+"""From a layer's number and hidden states, its output."""
+
+
+def _calls(
+    model: nn.Module, layers: nn.ModuleList, batch: Tensor, output: Form, then_stop: bool = False
+) -> list[_Call]:
+    """The model's calls of its layers, if each returned `output` of its hidden states.
+
+    Args:
+        then_stop: go no further than to the last layer; else see that none is called again.
+
+    Raises:
+        _WrongFormError: if the model fails on the output, whatever its error.
+    """
+    calls: list[_Call] = []
+
+    def stand_in(number: int) -> Callable[..., Any]:
+        def forward(*positional: Any, **keywords: Any) -> Any:
+            if positional:
+                states, positional = positional[0], positional[1:]
+            else:
+                states = keywords.pop("hidden_states")
+            calls.append(_Call(number, states, (positional, keywords)))
+            if then_stop and number + 1 == len(layers):
+                raise _Stop
+            return output(number, states)
+
+        return forward
+
+    with _replaced(layers, stand_in), contextlib.suppress(_Stop):
+        try:
+            model(input_ids=batch, use_cache=False)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
+            if calls:
+                raise _WrongFormError from e
+            raise
+    if [call.layer for call in calls] != list(range(len(layers))):
+        remedy = "does not call its decoder layers one after another, once each; cannot be walked"
+        raise InputError("model", type(model).__name__, remedy)
+    return calls
+
+
+@contextlib.contextmanager
+def _replaced(
+    layers: nn.ModuleList, forward: Callable[[int], Callable[..., Any]]
+) -> Iterator[None]:
+    """Other forward functions for the layers: these stay in place, since models look at them."""
+    own = [vars(layer).get("forward") for layer in layers]
+    for number, layer in enumerate(layers):
+        vars(layer)["forward"] = forward(number)
+    try:
+        yield
+    finally:
+        for layer, before in zip(layers, own, strict=True):
+            vars(layer).pop("forward", None)
+            if before is not None:
+                vars(layer)["forward"] = before
+
+
+def _form_of_outputs(model: nn.Module, layers: nn.ModuleList, window: Tensor) -> Form:
+    """The form in which the model takes a layer's hidden states, a tensor, or the first of a tuple
+    or a list: that which reaches the next layer unchanged."""
+    form, calls = _first_that_passes(model, layers, window)
+    for call in calls:
+        if any(each.layer + 1 != call.layer for each in _passed_on(call.arguments)):
+            remedy = f"passes to its decoder layer {call.layer} an output of one further below"
+            raise InputError("model", type(model).__name__, f"{remedy}; cannot be walked")
+    others = _calls(
+        model, layers, window, lambda number, states: form(number, torch.zeros_like(states))
+    )
+    for one, other in zip(calls, others, strict=True):
+        if not _same(one.arguments, other.arguments):
+            remedy = f"passes to its decoder layer {one.layer} what depends on those below"
+            raise InputError("model", type(model).__name__, f"{remedy}; cannot be walked")
+    return form
+
+
+def _first_that_passes(
+    model: nn.Module, layers: nn.ModuleList, window: Tensor
+) -> tuple[Form, list[_Call]]:
+    forms: list[Form] = [lambda number, states: states]
+    for kind, outputs in itertools.product((tuple, list), (1, 2, 3)):
+        forms.append(functools.partial(_output, kind, outputs))
+    for form in forms:
+        with contextlib.suppress(_WrongFormError):
+            calls = _calls(model, layers, window, form)
+            if all(_same(call.states, calls[0].states) for call in calls):
+                return form, calls
+    remedy = "changes the hidden states between its decoder layers; cannot be walked"
+    raise InputError("model", type(model).__name__, remedy)
+
+
+def _output(kind: type, outputs: int, number: int, states: Tensor) -> Any:
+    return kind([states, *(_PassedOn(number, place) for place in range(1, outputs))])
+
+
+# -------------------------------------------------------------------------- arguments and tensors
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether all tensors are equal; what is neither a tensor nor a collection does not count."""
+    if isinstance(one, Tensor):
+        return (
+            isinstance(other, Tensor)
+            and (one.shape, one.dtype) == (other.shape, other.dtype)
+            and one.equal(other.to(one.device))
+        )
+    if type(one) is not type(other):
+        return False
+    left, right = _items(one), _items(other)
+    return len(left) == len(right) and all(map(_same, left, right))
+
+
+def _passed_on(value: Any) -> list[_PassedOn]:
+    if isinstance(value, _PassedOn):
+        return [value]
+    return [found for item in _items(value) for found in _passed_on(item)]
+
+
+def _items(value: Any) -> list[Any]:
+    kind = type(value)
+    return list(value.values() if kind is dict else value) if kind in (dict, list, tuple) else []
+
+
+def _with_items(value: Any, items: list[Any]) -> Any:
+    """A collection with other items; itself if these are its own, since layers may write to it."""
+    if all(one is other for one, other in zip(items, _items(value), strict=True)):
+        return value
+    if isinstance(value, dict):
+        return dict(zip(value, items, strict=True))
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+def _replaced_tensors(
+    value: Any, first: Any, replace: Callable[[Tensor, Any], Any], done: dict[int, Any]
+) -> Any:
+    """A value with each of its tensors replaced.
+
+    Args:
+        first: what another batch has in the value's place; `replace` is given its tensors too.
+        done: the replaced objects so far, by identity: most arguments go to all layers.
+    """
+    if id(value) not in done:
+        if isinstance(value, Tensor):
+            done[id(value)] = replace(value, first)
+        else:
+            items = _items(value)
+            others = _items(first) if type(first) is type(value) else []
+            pairs = itertools.zip_longest(items, others[: len(items)])
+            done[id(value)] = _with_items(
+                value, [_replaced_tensors(*pair, replace, done) for pair in pairs]
+            )
+    return done[id(value)]
+
+
+def _read(value: Any, passed: dict[int, Any]) -> Any:
+    if isinstance(value, _PassedOn):
+        value = passed[value.place]
+    if isinstance(value, Kept):
+        return value.read()
+    return _with_items(value, [_read(item, passed) for item in _items(value)])

@@ -1,0 +1,55 @@
+"""RIA: relative importance and activations, and a permutation of the columns for patterns.
+
+Source: Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for Large Language
+Models, ICLR 2024.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.pruning.allocation import check_target
+from pipeline.pruning.pruners.masks import smallest, smallest_in_groups, zeros_in
+from pipeline.pruning.pruners.permutation import channel_permutation
+from pipeline.pruning.pruners.pruned import Pruned
+from pipeline.specs import RIA
+
+
+def prune_by_ria(
+    weight: Tensor,
+    statistics: Mapping[str, Tensor],
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+    options: RIA,
+) -> Pruned:
+    """Zero the smallest (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a of the whole
+    matrix, or of each group of a pattern (equations 3 and 4).
+
+    Args:
+        weight: `[out_features, in_features]`.
+        statistics: `squared_norms` `[in_features]`, the sum of X_tj^2 over tokens, on any scale.
+
+    Returns:
+        With a permutation, facts: `retained_score`, the sum of the scores that are kept over the
+        sum that the columns' own order would keep; 1 where no better order was found.
+    """
+    check_target(sparsity, pattern)
+    scores = ria_scores(weight, statistics["squared_norms"], options.activation_power)
+    if pattern is None:
+        return Pruned(mask=smallest(scores, zeros_in(sparsity, weight.numel())))
+    if not options.permutation:
+        return Pruned(mask=smallest_in_groups(scores, *pattern))
+    permutation, gain = channel_permutation(scores, *pattern)
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    mask[:, permutation] = smallest_in_groups(scores[:, permutation], *pattern)
+    return Pruned(mask=mask, permutation=permutation, facts={"retained_score": gain})
+
+
+def ria_scores(weight: Tensor, squared_norms: Tensor, activation_power: float) -> Tensor:
+    """Relative importance with activations, `[out_features, in_features]`."""
+    sizes = weight.abs()
+    smallest_sum = torch.finfo(sizes.dtype).tiny  # of a row or column of zeros, which score zero
+    in_column = sizes / sizes.sum(dim=0, keepdim=True).clamp_(min=smallest_sum)
+    in_row = sizes / sizes.sum(dim=1, keepdim=True).clamp_(min=smallest_sum)
+    return (in_column + in_row) * squared_norms.pow(activation_power / 2)

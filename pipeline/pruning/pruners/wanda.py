@@ -1,0 +1,74 @@
+"""Wanda: pruning by weights and activations (arXiv 2306.11695)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.pruning.allocation import check_target
+from pipeline.pruning.pruners.masks import (
+    refuse_nan,
+    smallest_in_groups,
+    smallest_in_rows,
+    zeros_in,
+)
+from pipeline.pruning.pruners.pruned import Pruned
+from pipeline.specs import Wanda
+
+TOLERANCE = 1e-3
+"""How near the variant's sparsity comes to the one asked for, where its bisection can."""
+
+LARGEST_SHARE = 0.8
+"""Of a row's score mass that the variant may remove."""
+
+
+def prune_by_wanda(
+    weight: Tensor,
+    statistics: Mapping[str, Tensor],
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+    options: Wanda,
+) -> Pruned:
+    """Zero the smallest |W_ij| * ||X_j||_2 of each output row, or of each group of a pattern
+    (equation 1).
+
+    Args:
+        weight: `[out_features, in_features]`.
+        statistics: `squared_norms` `[in_features]`, the sum of X_tj^2 over tokens, on any scale.
+
+    Returns:
+        With the variant, facts: `share`, of each row's score mass that was removed at the most.
+    """
+    check_target(sparsity, pattern)
+    scores = wanda_scores(weight, statistics["squared_norms"])
+    if pattern is not None:
+        return Pruned(mask=smallest_in_groups(scores, *pattern))
+    if options.variant:
+        return _prune_by_mass(scores, sparsity)
+    return Pruned(mask=smallest_in_rows(scores, zeros_in(sparsity, weight.shape[1])))
+
+
+def wanda_scores(weight: Tensor, squared_norms: Tensor) -> Tensor:
+    """|W_ij| * ||X_j||_2, `[out_features, in_features]`."""
+    return weight.abs() * squared_norms.sqrt()
+
+
+def _prune_by_mass(scores: Tensor, sparsity: float) -> Pruned:
+    """Remove of each row the smallest scores that together are at most a share of the row's sum.
+
+    The share, one for all rows, is found by bisection, as in Wanda's code (`use_variant`).
+    """
+    refuse_nan(scores)
+    ordered, order = scores.sort(dim=1, stable=True)
+    mass = ordered.cumsum(dim=1, dtype=torch.float64)
+    low, share, high = 0.0, LARGEST_SHARE / 2, LARGEST_SHARE
+    while True:
+        removed = torch.searchsorted(mass, mass[:, -1:] * share, right=True)  # [rows, 1]
+        excess = float(removed.sum()) / scores.numel() - sparsity
+        if abs(excess) <= TOLERANCE or high - low < TOLERANCE:
+            break
+        low, high = (low, share) if excess > 0 else (share, high)
+        share = (low + high) / 2
+    first = torch.arange(scores.shape[1], device=scores.device) < removed
+    mask = torch.empty_like(first).scatter_(1, order, first)
+    return Pruned(mask=mask, facts={"share": share})

@@ -1,0 +1,288 @@
+"""Scores of samples: how likely a model finds the generated tokens, and how often they repeat."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.errors import NonFiniteError
+from pipeline.models.loading import check_shared_vocabulary, loaded
+from pipeline.models.nonfinite import nonfinite_error
+from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal, head_is_linear
+from pipeline.models.positions import NONE, LengthDependence
+from pipeline.models.weight_files import unexpected_tensors
+from pipeline.progress import report
+from pipeline.shards import join_shards
+from pipeline.specs import ScoreSpec, ShardSpec
+from pipeline.stage import Artifacts, Latest
+
+LEAST_DEVIATION = 1e-4
+"""Floor of sigma: below it log-probabilities differ by no more than their float32 rounding."""
+
+LEAST_LOGIT = -80.0
+"""Floor of logits, less their maximum, in mu and sigma. exp(-80) is nothing beside the maximum's 1,
+but -inf times its probability of 0 would be NaN, and numbers below 1e-38 are slow."""
+
+QUARTERS = 4
+"""Parts of a sample whose mean loss is told apart."""
+
+_in_parts: Latest[bool] = Latest()
+
+
+class Score(NamedTuple):
+    """What is known of a sample's scored tokens; None where they are too few for it."""
+
+    tokens: int
+    """How many there are."""
+
+    perplexity: float | None = None
+    """exp(-mean log p)."""
+
+    min_k: float | None = None
+    """Min-K%, mean of the lowest floor(k * n) log p, or of one (arXiv 2310.16789)."""
+
+    min_k_plus_plus: float | None = None
+    """The same of z = (log p - mu) / sigma (arXiv 2404.02936). Of both, higher means likelier to
+    have been seen in training."""
+
+    loss_1: float | None = None
+    """Mean of -log p in the first quarter: tokens floor(n / 4 * (i - 1)) up to floor(n / 4 * i)."""
+
+    loss_2: float | None = None
+    loss_3: float | None = None
+    loss_4: float | None = None
+
+    distinct_1: float | None = None
+    """Different tokens, as a share of all (arXiv 1510.03055); 1 minus it is repetition."""
+
+    distinct_2: float | None = None
+    """The same of runs of two tokens."""
+
+    distinct_3: float | None = None
+
+
+SCHEMA = pa.schema(
+    {
+        "sample_id": pa.int64(),
+        **{name: pa.int64() if name == "tokens" else pa.float64() for name in Score._fields},
+    }
+)
+
+
+class TokenScores(NamedTuple):
+    """Of each scored token log p and z = (log p - mu) / sigma, both [tokens] float32."""
+
+    log_probability: torch.Tensor
+    normalised: torch.Tensor
+
+
+def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+    """Score one shard of samples and write `scores.parquet`.
+
+    Raises:
+        InputError: if the scorer's tokenizer gives the ids another meaning than the generator's.
+        NonFiniteError: if a score is NaN or infinite.
+    """
+    chunked = _in_parts.get(spec.key, lambda: _looked_at(spec, artifacts))
+    model, _ = loaded(spec.model, artifacts)
+    shard = artifacts[ShardSpec(of=spec.samples, index=index).key]
+    samples = pq.read_table(
+        shard / "samples.parquet", columns=["sample_id", "prefix_tokens", "token_ids"]
+    ).sort_by("sample_id")
+    scores = score_samples(
+        model,
+        samples["token_ids"].to_pylist(),
+        samples["prefix_tokens"].to_pylist(),
+        include_prefix=spec.include_prefix,
+        min_k_fraction=spec.min_k_fraction,
+        batch_tokens=spec.batch_tokens,
+        chunked=chunked,
+        name=lambda place: f"sample {samples['sample_id'][place]}",
+    )
+    table = pa.table(
+        {"sample_id": samples["sample_id"], **columns(scores)},
+        schema=SCHEMA.with_metadata({"logits": "chunked" if chunked else "full"}),
+    )
+    pq.write_table(table, output / "scores.parquet")
+    return {**_report(table), **unexpected_tensors(model)}
+
+
+def _looked_at(spec: ScoreSpec, artifacts: Artifacts) -> bool:
+    """Whether the scorer gives its logits in parts, if it may score these samples."""
+    check_shared_vocabulary("scorer", spec.model, spec.model, spec.samples.model, artifacts)
+    model, _ = loaded(spec.model, artifacts)
+    check_causal(model)
+    return head_is_linear(model)
+
+
+def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+    """Join the shards into one `scores.parquet`, sorted by sample_id."""
+    return _report(join_shards(spec.shards(), artifacts, output, "scores.parquet"))
+
+
+def columns(scores: Sequence[Score]) -> dict[str, list[Any]]:
+    """The columns of a file of scores."""
+    return {name: [getattr(score, name) for score in scores] for name in Score._fields}
+
+
+def _report(table: pa.Table) -> dict[str, Any]:
+    known = table["perplexity"].drop_null().to_numpy()
+    return {
+        "samples": len(table),
+        "tokens": int(table["tokens"].to_numpy().sum()),
+        "invalid": len(table) - len(known),
+        "median_perplexity": float(np.median(known)) if len(known) else None,
+        "logits": table.schema.metadata[b"logits"].decode(),
+    }
+
+
+@torch.inference_mode()
+def score_samples(
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    prefix_lengths: Sequence[int],
+    *,
+    include_prefix: bool = False,
+    min_k_fraction: float = 0.2,
+    batch_tokens: int = 8192,
+    chunked: bool | None = None,
+    name: Callable[[int], str] = "sample {}".format,
+) -> list[Score]:
+    """The score of each sample over the tokens after its prefix.
+
+    The first token of a sample is never scored, since nothing stands before it.
+
+    Args:
+        token_ids: the ids of each sample, prefix first.
+        prefix_lengths: how many leading ids of each were given.
+        include_prefix: score the given ones too.
+        min_k_fraction: share of the least likely tokens that Min-K% and Min-K%++ average over.
+        batch_tokens: tokens of a forward pass at the most, padding included; one sample at least.
+        chunked: take logits a few positions at a time from hidden states; found out if not given.
+        name: what errors call the sample at a place.
+
+    Raises:
+        NonFiniteError: if a score is NaN or infinite.
+    """
+    layer = OutputLayer(model, chunked)
+    firsts = [1 if include_prefix else max(1, prefix) for prefix in prefix_lengths]
+    lengths = [len(ids) for ids in token_ids]
+    scored = [place for place, first in enumerate(firsts) if lengths[place] > first]
+    scores = [Score(0)] * len(token_ids)
+    done, total = 0, sum(lengths[place] for place in scored)
+    for batch in length_batches(scored, lengths, batch_tokens, layer.lengths):
+        tokens = token_scores(
+            layer,
+            [token_ids[place] for place in batch],
+            [firsts[place] for place in batch],
+        )
+        for place, own in zip(batch, tokens, strict=True):
+            if not all(values.sum().isfinite() for values in own):
+                raise nonfinite_error(name(place), model, token_ids[place])
+            loss = -float(own.log_probability.double().mean())
+            if loss > MOST_NATS:
+                raise NonFiniteError(f"{name(place)}: a loss of {loss:g} has no finite perplexity")
+            scores[place] = summary(own, token_ids[place][firsts[place] :], min_k_fraction)
+        done += sum(lengths[place] for place in batch)
+        report(done, total, "tokens")
+    return scores
+
+
+def summary(tokens: TokenScores, token_ids: Sequence[int], min_k_fraction: float) -> Score:
+    """The score of a sample by the scores of its tokens, at least one, and their ids."""
+    log_probability = tokens.log_probability.double()
+    count = len(log_probability)
+    lowest = max(1, math.floor(min_k_fraction * count))
+    edges = [part * count // QUARTERS for part in range(QUARTERS + 1)]
+    quarters = [log_probability[start:end] for start, end in itertools.pairwise(edges)]
+    return Score(
+        count,
+        float((-log_probability.mean()).exp()),
+        float(log_probability.sort().values[:lowest].mean()),
+        float(tokens.normalised.double().sort().values[:lowest].mean()),
+        *(-float(part.mean()) if len(part) else None for part in quarters),
+        *(distinct(token_ids, length) for length in (1, 2, 3)),
+    )
+
+
+def distinct(token_ids: Sequence[int], length: int) -> float | None:
+    """Different runs of `length` tokens as a share of all such runs; None if there is none."""
+    runs = [tuple(token_ids[at : at + length]) for at in range(len(token_ids) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else None
+
+
+def length_batches(
+    places: Sequence[int],
+    lengths: Sequence[int],
+    batch_tokens: int,
+    positions: LengthDependence = NONE,
+) -> Iterator[list[int]]:
+    """Places of samples of like length, padded to at most `batch_tokens` tokens together.
+
+    Args:
+        positions: those of the model; samples of a batch are of one group.
+    """
+    ordered = sorted(places, key=lambda place: (lengths[place], place))
+    for _, alike in itertools.groupby(ordered, lambda place: positions.group(lengths[place])):
+        batch: list[int] = []
+        for place in alike:
+            if batch and (len(batch) + 1) * lengths[place] > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(place)
+        yield batch
+
+
+def token_scores(
+    layer: OutputLayer, token_ids: Sequence[Sequence[int]], firsts: Sequence[int]
+) -> list[TokenScores]:
+    """The scores of each sample's tokens from the place in `firsts` (at least 1) on.
+
+    Samples are padded on the right, which causal attention does not see.
+    """
+    longest = max(len(ids) for ids in token_ids)
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in token_ids])
+    places = torch.arange(longest)
+    mask = places < lengths[:, None]
+    states, _ = layer.forward(
+        input_ids=padded.to(layer.device),
+        attention_mask=mask.long().to(layer.device),
+        use_cache=False,
+    )
+    wanted = mask & (places >= torch.tensor(firsts)[:, None])
+    rows, columns = wanted.nonzero(as_tuple=True)
+    targets = padded[rows, columns].to(states.device)
+    parts = [
+        position_scores(logits, targets[part])
+        for part, logits in layer.logits(states, rows, columns - 1)
+    ]
+    counts = wanted.sum(dim=1).tolist()
+    log_probability = torch.cat([part.log_probability for part in parts]).cpu()
+    normalised = torch.cat([part.normalised for part in parts]).cpu()
+    pairs = zip(torch.split(log_probability, counts), torch.split(normalised, counts), strict=True)
+    return [TokenScores(*pair) for pair in pairs]
+
+
+def position_scores(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """The scores of `targets` [positions] under `logits` [positions, vocabulary], float32.
+
+    Overwrites the logits. The variance is taken around the mean: that of squares less the square of
+    the mean would lose its digits where one token is likely and the rest are all alike.
+    """
+    logits -= logits.amax(dim=-1, keepdim=True)
+    own = logits.gather(1, targets[:, None])
+    logits.clamp_(min=LEAST_LOGIT)
+    weights = logits.exp()  # probabilities times their sum
+    total = weights.sum(dim=-1, keepdim=True)
+    mean = (weights * logits).sum(dim=-1, keepdim=True) / total
+    logits -= mean
+    variance = weights.mul_(logits).mul_(logits).sum(dim=-1, keepdim=True) / total
+    normalised = (own - mean) / variance.sqrt().clamp(min=LEAST_DEVIATION)
+    return TokenScores((own - total.log()).squeeze(1), normalised.squeeze(1))

@@ -1,0 +1,307 @@
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.evaluation.evaluate import run
+from pipeline.evaluation.schemas import METRICS_SCHEMA
+from pipeline.specs import EvaluateSpec, FileCorpus, LocalModel, LocalTasks, TestbedTasksSpec
+from pipeline.testbed import tasks as testbed_tasks
+from pipeline.testbed.tokenizer import train_tokenizer
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: questions.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: {wording}
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+GROUP = """\
+group: both
+task:
+  - stars
+  - reworded
+aggregate_metric_list:
+  - metric: acc
+    weight_by_size: true
+"""
+WORDS = ["ship", "sails", "over", "seven", "seas", "while", "déjà", "vu", "counts", "12", "stars"]
+DRAWS = np.random.default_rng(0)
+QUESTIONS: list[dict[str, Any]] = [
+    {
+        "question": " ".join(DRAWS.choice(WORDS, size=6)),
+        "choices": [" ".join(DRAWS.choice(WORDS, size=size)) for size in (1, 2, 4)],
+        "answer": int(DRAWS.integers(3)),
+    }
+    for _ in range(24)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([question["question"] for question in QUESTIONS], 300)
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.3,
+            max_position_embeddings=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return LocalModel(path=str(folder), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> LocalTasks:
+    folder = tmp_path_factory.mktemp("written") / "tasks"
+    folder.mkdir()
+    lines = [json.dumps(question) + "\n" for question in QUESTIONS]
+    (folder / "questions.jsonl").write_text("".join(lines))
+    (folder / "wording.py").write_text("def ask(document):\n    return document['question']\n")
+    (folder / "stars.yaml").write_text(TASK.format(name="stars", wording="'{{question}}'"))
+    reworded = TASK.format(name="reworded", wording="!function wording.ask")
+    (folder / "reworded.yaml").write_text(reworded)
+    fixed = TASK.format(name="fixed", wording="'{{question}}'") + "num_fewshot: 0\n"
+    (folder / "fixed.yaml").write_text(fixed)
+    (folder / "group.yaml").write_text(GROUP)
+    moved = folder.parent / "moved"
+    shutil.move(folder, moved)
+    return LocalTasks(path=str(moved))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> FileCorpus:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("".join(question["question"] + "\n" for question in QUESTIONS))
+    return FileCorpus(path=str(path))
+
+
+def measure(output: Path, **fields: Any) -> dict[tuple[str, str], dict[str, Any]]:
+    artifacts = fields.pop("artifacts", {})
+    run(EvaluateSpec.model_validate(fields), artifacts, output)
+    table = pq.read_table(output / "metrics.parquet")
+    assert table.schema.equals(METRICS_SCHEMA)
+    rows = table.to_pylist()
+    names = [(row["task"], row["metric"]) for row in rows]
+    assert names == sorted(set(names))
+    return dict(zip(names, rows, strict=True))
+
+
+def right_answers(model: LocalModel, by_length: bool) -> list[bool]:
+    """For each question, whether the right choice has the highest log-likelihood of all."""
+    network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float64)
+    tokenizer = train_tokenizer([question["question"] for question in QUESTIONS], 300)
+    right = []
+    for question in QUESTIONS:
+        context = tokenizer(question["question"])["input_ids"]
+        assert context[0] == tokenizer.bos_token_id
+        scores = []
+        for choice in question["choices"]:
+            ids = tokenizer(f"{question['question']} {choice}")["input_ids"]
+            with torch.no_grad():
+                logs = torch.log_softmax(network(torch.tensor([ids])).logits[0], dim=-1)
+            places = range(len(context), len(ids))
+            score = sum(float(logs[place - 1, ids[place]]) for place in places)
+            scores.append(score / len(choice) if by_length else score)
+        right.append(int(np.argmax(scores)) == question["answer"])
+    return right
+
+
+def test_accuracy_is_the_share_of_right_choices_by_brute_force(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path
+) -> None:
+    rows = measure(tmp_path, model=model, tasks=[{"name": "stars"}], task_folder=tasks)
+    assert set(rows) == {("stars", "acc"), ("stars", "acc_norm")}
+    expected = {"acc": right_answers(model, False), "acc_norm": right_answers(model, True)}
+    assert expected["acc"] != expected["acc_norm"]
+    for metric, right in expected.items():
+        row = rows["stars", metric]
+        assert row["value"] == pytest.approx(sum(right) / 24)
+        assert row["stderr"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(24))
+        assert row["samples"] == 24
+
+
+def test_a_group_has_a_row_and_so_has_each_of_its_tasks(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path
+) -> None:
+    rows = measure(tmp_path, model=model, tasks=[{"name": "both"}], task_folder=tasks)
+    stars, reworded = rows["stars", "acc"], rows["reworded", "acc"]
+    assert reworded["value"] == stars["value"]  # the same questions, worded by a function
+    assert rows["both", "acc"]["value"] == pytest.approx(stars["value"])
+
+
+def test_each_task_keeps_to_its_own_limit_and_number_of_examples(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path
+) -> None:
+    wanted = [{"name": "stars", "limit": 5}, {"name": "reworded", "num_fewshot": 2}]
+    rows = measure(tmp_path, model=model, tasks=wanted, task_folder=tasks)
+    assert rows["stars", "acc"]["samples"] == 5
+    assert rows["stars", "acc"]["value"] == sum(right_answers(model, False)[:5]) / 5
+    assert rows["reworded", "acc"]["samples"] == 24
+
+
+METRICS = {"undefined": "math.nan", "infinite": "math.inf", "overflows": "math.exp(1e4)"}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_that_is_not_finite_is_no_row(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks.path, folder)
+    added = f"  - metric: odd\n    aggregation: !function odd.{name}\n"
+    for path in folder.glob("*.yaml"):
+        if path.read_text().startswith("task: stars"):
+            with path.open("a") as file:
+                file.write(f"{added}process_results: !function odd.results\n")
+    (folder / "odd.py").write_text(
+        "import math\n"
+        "def results(document, answers):\n    return {'acc': 1.0, 'acc_norm': 1.0, 'odd': 1.0}\n"
+        f"def {name}(items):\n    return {METRICS[name]}\n"
+    )
+    asked: dict[str, Any] = {
+        "model": model,
+        "tasks": [{"name": "stars", "limit": 1}],
+        "task_folder": LocalTasks(path=str(folder)),
+    }
+    if name != "undefined":
+        with pytest.raises(NonFiniteError, match="stars: "):
+            measure(tmp_path, **asked)
+        return
+    rows = measure(tmp_path, **asked)
+    assert set(rows) == {("stars", "acc"), ("stars", "acc_norm")}
+    assert rows["stars", "acc"]["stderr"] is None  # of one question there is none
+
+
+def test_the_same_spec_gives_the_same_bytes(
+    model: LocalModel, tasks: LocalTasks, corpus: FileCorpus, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "model": model,
+        "tasks": [{"name": "stars", "num_fewshot": 1}],
+        "task_folder": tasks,
+        "perplexity": [{"name": "text", "corpus": corpus, "seqlen": 16}],
+    }
+    for folder in ("a", "b"):
+        torch.rand(7)
+        (tmp_path / folder).mkdir()
+        measure(tmp_path / folder, **fields)
+    for name in ("metrics.parquet", "requests.parquet"):
+        first, second = (tmp_path / folder / name for folder in ("a", "b"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_perplexity_is_taken_on_the_corpus_in_its_own_order(
+    model: LocalModel, corpus: FileCorpus, tmp_path: Path
+) -> None:
+    wanted = [{"name": "text", "corpus": corpus, "seqlen": 16, "max_windows": 4}]
+    row = measure(tmp_path, model=model, perplexity=wanted)["text", "perplexity"]
+    tokenizer = train_tokenizer([question["question"] for question in QUESTIONS], 300)
+    ids = [
+        token for question in QUESTIONS for token in tokenizer(question["question"])["input_ids"]
+    ]
+    network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float64)
+    windows = torch.tensor(ids[:64]).view(4, 16)
+    with torch.no_grad():
+        losses = [float(network(window[None], labels=window[None]).loss) for window in windows]
+    assert row["value"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5)
+    assert row["samples"] == 4
+
+
+def test_an_evaluation_leaves_nothing_outside_its_output(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", shared)
+    before = sorted(Path(tasks.path).rglob("*"))
+    (tmp_path / "output").mkdir()
+    measure(tmp_path / "output", model=model, tasks=[{"name": "both"}], task_folder=tasks)
+    assert list(shared.rglob("*")) == []
+    assert sorted(Path(tasks.path).rglob("*")) == before
+    left = {path.name for path in (tmp_path / "output").iterdir()}
+    assert left == {"metrics.parquet", "requests.parquet"}
+
+
+def test_the_testbeds_tasks_run_from_their_artifact(model: LocalModel, tmp_path: Path) -> None:
+    spec = TestbedTasksSpec(questions=8)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "output").mkdir()
+    testbed_tasks.run(spec, {}, tmp_path / "tasks")
+    name = testbed_tasks.TASK_NAMES[0]
+    rows = measure(
+        tmp_path / "output",
+        model=model,
+        tasks=[{"name": name}],
+        task_folder=spec,
+        artifacts={spec.key: tmp_path / "tasks"},
+    )
+    assert rows[name, "acc"]["samples"] == 8
+
+
+def test_tasks_can_be_asked_in_the_tokenizers_chat_template(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path
+) -> None:
+    shutil.copytree(model.path, tmp_path / "chat")
+    template = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} {% endfor %}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    chat = LocalModel(path=str(tmp_path / "chat"), dtype="float32")
+    values = {}
+    for name, options in (("plain", {}), ("asked", {"chat_template": True})):
+        (tmp_path / name).mkdir()
+        rows = measure(
+            tmp_path / name,
+            model=chat,
+            tasks=[{"name": "stars", "num_fewshot": 1}],
+            task_folder=tasks,
+            **options,
+        )
+        values[name] = rows["stars", "acc"]["chat_template"]
+        requests = pq.read_table(tmp_path / name / "requests.parquet").to_pylist()
+        values[f"{name} scores"] = [row["log_likelihoods"] for row in requests]
+    assert values["plain"] == "none"
+    assert len(values["asked"]) == 12
+    assert values["plain scores"] != values["asked scores"]
+
+
+def test_what_cannot_be_measured_is_refused(
+    model: LocalModel, tasks: LocalTasks, corpus: FileCorpus, tmp_path: Path
+) -> None:
+    text = {"name": "text", "corpus": corpus, "seqlen": 16}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"tasks": [{"name": "stars"}, {"name": "stars", "limit": 3}]}, "measured twice"),
+        ({"tasks": [{"name": "stars"}], "perplexity": [{**text, "name": "stars"}]}, "twice"),
+        ({"tasks": [{"name": "fixed", "num_fewshot": 2}]}, "fixes 0"),
+        ({"tasks": [{"name": "no-such-task"}]}, "no-such-task"),
+        ({"perplexity": [{**text, "seqlen": 100_000}]}, "lower seqlen"),
+        ({"tasks": [{"name": "stars"}], "chat_template": True}, "the tokenizer has none"),
+    ]
+    for fields, said in cases:
+        with pytest.raises(InputError, match=said):
+            measure(tmp_path, model=model, task_folder=tasks, **fields)

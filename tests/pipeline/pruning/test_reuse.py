@@ -1,0 +1,148 @@
+"""Prunings that follow each other in one process, against each in a process of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pipeline.data.windows import Window, write_windows
+from pipeline.models import loading
+from pipeline.pruning import reuse, walk
+from pipeline.pruning.prune import run
+from pipeline.specs import (
+    DSnoT,
+    FileCorpus,
+    LocalModel,
+    Magnitude,
+    PruneSpec,
+    SparseGPT,
+    Wanda,
+    WindowsSpec,
+)
+from tests.pipeline.models.test_layer_files import save_tokenizer
+from tests.pipeline.models.test_streaming import CONFIGS, contents
+
+
+@pytest.fixture(autouse=True)
+def nothing_held() -> Iterator[None]:
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    reuse._streamed.forget()
+    reuse._first_layers.forget()
+
+
+def cells(model: LocalModel) -> list[PruneSpec]:
+    def windows(seed: int) -> WindowsSpec:
+        return WindowsSpec(source=FileCorpus(path="unread"), model=model, seed=seed)
+
+    half = {"model": model, "sparsity": 0.5}
+    return [
+        PruneSpec(**half, pruner=Magnitude()),
+        PruneSpec(**half, pruner=Wanda(), calibration=windows(0)),
+        PruneSpec(model=model, sparsity=0.7, pruner=Wanda(), calibration=windows(0)),
+        PruneSpec(**half, pruner=Wanda(), pattern="2:4", calibration=windows(0)),
+        PruneSpec(**half, pruner=SparseGPT(), calibration=windows(0)),
+        PruneSpec(model=model, sparsity=0.6, pruner=SparseGPT(), calibration=windows(0)),
+        PruneSpec(**half, pruner=DSnoT(scope="all"), calibration=windows(0)),
+        PruneSpec(**half, pruner=Wanda(), calibration=windows(1)),
+    ]
+
+
+@pytest.fixture(params=["llama", "mixtral"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> LocalModel:
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    made.save_pretrained(tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
+    return LocalModel(path=str(tmp_path / "dense"), dtype="float32")
+
+
+def prune(spec: PruneSpec, folder: Path) -> dict[str, bytes]:
+    artifacts = {}
+    if spec.calibration is not None:
+        data = folder.with_name(f"windows-{spec.calibration.seed}")
+        if not data.exists():
+            data.mkdir()
+            generator = torch.Generator().manual_seed(spec.calibration.seed)
+            ids = torch.randint(1, 96, (6, 24), generator=generator).numpy()
+            write_windows([Window("none", 0, row) for row in ids], data)
+        artifacts = {spec.calibration.key: data}
+    folder.mkdir()
+    run(spec, artifacts, folder)
+    return contents(folder)
+
+
+def test_cells_that_follow_each_other_leave_the_bytes_of_each_alone(
+    model: LocalModel, tmp_path: Path
+) -> None:
+    together = [prune(spec, tmp_path / f"together-{n}") for n, spec in enumerate(cells(model))]
+    for number, spec in enumerate(cells(model)):
+        forget()
+        assert prune(spec, tmp_path / f"alone-{number}") == together[number]
+
+
+def test_a_model_is_loaded_once_and_its_first_layer_observed_once_for_equal_statistics(
+    model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    observed: list[str] = []
+    load, observe = loading.load_streamed, walk.observed
+
+    def counting_load(location: str, *rest: Any, **options: Any) -> Any:
+        loads.append(location)
+        return load(location, *rest, **options)
+
+    def counting_observe(found: Any, *rest: Any) -> Any:
+        observed.append(found[0].name.split(".layers.")[1].split(".")[0])
+        return observe(found, *rest)
+
+    monkeypatch.setattr(loading, "load_streamed", counting_load)
+    monkeypatch.setattr(walk, "observed", counting_observe)
+    for number, spec in enumerate(cells(model)):
+        prune(spec, tmp_path / str(number))
+    assert len(loads) == 1
+    # Wanda thrice, SparseGPT twice, DSnoT, and Wanda with other windows
+    assert observed.count("0") == 4
+    assert observed.count("1") == observed.count("2") == 7
+
+
+def test_a_pruning_that_fails_leaves_nothing_to_the_next(model: LocalModel, tmp_path: Path) -> None:
+    spec = cells(model)[1]
+    undisturbed = prune(spec, tmp_path / "undisturbed")
+    forget()
+
+    class BreakError(Exception):
+        pass
+
+    class Keep:
+        def keep(self, path: Path) -> None:
+            if path.name == "layer-00001.safetensors":
+                raise BreakError
+
+        def restore(self, path: Path) -> bool:
+            return False
+
+    (tmp_path / "broken").mkdir()
+    assert spec.calibration is not None
+    artifacts = {spec.calibration.key: tmp_path / "windows-0"}
+    with pytest.raises(BreakError):
+        run(spec, artifacts, tmp_path / "broken", Keep())
+    assert prune(spec, tmp_path / "after") == undisturbed
+
+
+def test_a_model_that_is_loaded_whole_is_loaded_for_each_pruning(tmp_path: Path) -> None:
+    made = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    made.save_pretrained(tmp_path / "dense")
+    spec = LocalModel(path=str(tmp_path / "dense"), dtype="float32")
+    held = reuse.streamed(spec, {})
+    assert reuse.streamed(spec, {}) is held
+    vars(held.model.layers[0]).pop("stored_layer")  # as if its layers were in memory
+    assert reuse.streamed(spec, {}) is held
+    assert reuse.streamed(spec, {}) is not held

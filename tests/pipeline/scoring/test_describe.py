@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from transformers import AutoModelForCausalLM
+
+from pipeline.scoring.describe import divergence, frequencies, run
+from pipeline.specs import DescribeSpec, PretrainSpec, TestbedCorpus, WindowsSpec
+
+MODEL = PretrainSpec(mixture={"facts": 1})
+CORPUS = TestbedCorpus(mixture={"facts": 1})
+
+
+def windows_of(ids: torch.Tensor, folder: Path) -> Path:
+    folder.mkdir()
+    column = pa.array(ids.tolist(), type=pa.list_(pa.int32()))
+    pq.write_table(pa.table({"token_ids": column}), folder / "windows.parquet")
+    return folder
+
+
+@pytest.fixture
+def drawn() -> torch.Tensor:
+    return torch.randint(5, 900, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_report_holds_means_over_windows_of_what_the_model_gives(
+    drawn: torch.Tensor, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    calibration = WindowsSpec(source=CORPUS, model=MODEL, nsamples=6, seqlen=24)
+    spec = DescribeSpec(calibration=calibration, model=MODEL)
+    artifacts = {calibration.key: windows_of(drawn, tmp_path / "set"), MODEL.key: tiny_model_folder}
+    (tmp_path / "out").mkdir()
+    report = run(spec, artifacts, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder / "model").double().eval()
+    with torch.inference_mode():
+        probabilities = model(drawn).logits[:, :-1].log_softmax(-1)
+    losses = -probabilities.gather(2, drawn[:, 1:, None]).squeeze(2).mean(dim=1).numpy()
+    assert report["windows"] == 6
+    assert report["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert report["loss_error"] == pytest.approx(losses.std(ddof=1) / 6**0.5, rel=1e-3)
+    different = [len(set(row[1:].tolist())) / 23 for row in drawn]
+    assert report["distinct_1"] == pytest.approx(np.mean(different))
+    assert report["min_k"] < -report["loss"]
+    assert "divergence" not in report
+    assert len(pq.read_table(tmp_path / "out" / "scores.parquet")) == 6
+
+
+def test_text_like_the_reference_diverges_less(
+    drawn: torch.Tensor, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    near = WindowsSpec(source=CORPUS, model=MODEL, nsamples=6, seqlen=24)
+    far = near.model_copy(update={"seed": 1})
+    reference = near.model_copy(update={"seed": 2})
+    artifacts = {
+        near.key: windows_of(drawn, tmp_path / "near"),
+        far.key: windows_of(drawn % 50 + 5, tmp_path / "far"),
+        reference.key: windows_of(drawn.flip(0), tmp_path / "reference"),
+        MODEL.key: tiny_model_folder,
+    }
+    told = {}
+    for name, calibration in (("near", near), ("far", far)):
+        (output := tmp_path / f"{name}-out").mkdir()
+        spec = DescribeSpec(calibration=calibration, model=MODEL, reference=reference)
+        told[name] = run(spec, artifacts, output)["divergence"]
+    assert told["near"] == 0.0
+    assert told["far"] > 0.3
+
+
+def test_divergence_is_that_of_jensen_and_shannon() -> None:
+    draws = np.random.default_rng(0)
+    first, second = draws.dirichlet(np.ones(40)), draws.dirichlet(np.ones(40))
+    assert divergence(first, second) == pytest.approx(jensenshannon(first, second, base=2) ** 2)
+    assert divergence(np.array([1.0]), np.array([0.0, 1.0])) == pytest.approx(1.0)
+    assert divergence(first, first) == 0.0
+
+
+def test_frequencies_are_shares_of_all_tokens() -> None:
+    assert frequencies(torch.tensor([[0, 2], [2, 2]])).tolist() == [0.25, 0.0, 0.75]
