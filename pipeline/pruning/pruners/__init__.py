@@ -1,6 +1,6 @@
 """The pruners: each a pure function of one matrix and its statistics, in a file of its own.
 
-A new pruner is a spec in `pipeline/specs.py`, a file here, and an entry in `PRUNERS`.
+A new pruner is a spec in `pipeline/specs/pruners.py`, a file here, and an entry in `PRUNERS`.
 """
 
 from collections.abc import Callable, Mapping

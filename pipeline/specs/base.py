@@ -1,0 +1,141 @@
+"""What every spec is: a frozen, validated value, and a stage's key, the hash of its lineage."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from pipeline.errors import InputError, did_you_mean
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A share in [0, 1)."""
+
+
+Mixture = Annotated[dict[str, Annotated[float, Field(gt=0.0, strict=True)]], Field(min_length=1)]
+"""Relative weight of each part, all positive; they need not sum to one."""
+
+
+class Spec(BaseModel):
+    """A frozen value that refuses unknown fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    unsaid: ClassVar[frozenset[str]] = frozenset()
+    """Fields that no lineage names at their default: they came later, and change nothing then."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_meant(cls, content: Any) -> Any:
+        """Name the nearest field to an unknown one, and take no truth value for a number or text:
+        YAML reads `no` as one, and pydantic reads that as 0."""
+        for name, value in content.items() if isinstance(content, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if field is None:
+                remedy = f"there is no such field; {did_you_mean(str(name), cls.model_fields)}"
+                raise InputError(str(name), value, remedy)
+            if isinstance(value, bool) and field.annotation not in (bool, Any):
+                remedy = (
+                    "this field takes neither true nor false, and YAML reads yes, no, on and off "
+                    "as these: put a name in quotes"
+                )
+                raise InputError(name, value, remedy)
+        return content
+
+
+class StageSpec(Spec):
+    """The input of one stage. Equal specs lead to one artifact, made once."""
+
+    version: ClassVar[int]
+    """Raised when a stage's output changes for the same spec: every later key changes with it."""
+
+    kind: str
+    """The stage's name, which also tells the variants of a field apart."""
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """The spec with all it holds, as plain JSON values, stage versions included."""
+        return {**_plain_fields(self), "version": self.version}
+
+    @cached_property
+    def key(self) -> str:
+        """`<kind>-<first 24 hexadecimal digits of the SHA-256 of the canonical JSON>`."""
+        return f"{self.kind}-{hashlib.sha256(canonical_json(self.lineage)).hexdigest()[:24]}"
+
+    def inputs(self) -> tuple["StageSpec", ...]:
+        """The stages whose artifacts this one reads."""
+        return tuple(nearest_stages(self))
+
+    def rests_on(self) -> tuple["StageSpec", ...]:
+        """The stages without whose artifacts this one's own cannot be read."""
+        return ()
+
+
+def without_versions(lineage: Any) -> Any:
+    """A lineage as the specs' own fields, which the versions in it are not."""
+    if isinstance(lineage, list):
+        return [without_versions(item) for item in lineage]
+    if not isinstance(lineage, dict):
+        return lineage
+    fields = {name: without_versions(value) for name, value in lineage.items()}
+    if "kind" in lineage and isinstance(lineage.get("version"), int):
+        del fields["version"]
+        if fields["kind"] == "prune":
+            fields.pop("outliers", None)
+            fields["pruner"].pop("version", None)
+    return fields
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys and no white space: equal values give equal bytes."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def _plain(value: object) -> Any:
+    match value:
+        case StageSpec():
+            return value.lineage
+        case Spec():
+            return _plain_fields(value)
+        case dict():
+            return {name: _plain(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
+
+
+def _plain_fields(spec: Spec) -> dict[str, Any]:
+    said = {
+        name: getattr(spec, name)
+        for name, field in type(spec).model_fields.items()
+        if name not in spec.unsaid or getattr(spec, name) != field.default
+    }
+    return {name: _plain(value) for name, value in said.items()}
+
+
+def nearest_stages(value: object) -> Iterator[StageSpec]:
+    """Yield the stages in a value, or in what it holds, but none that another stage holds."""
+    if isinstance(value, BaseModel):
+        children: list[object] = [getattr(value, name) for name in type(value).model_fields]
+    elif isinstance(value, (list, tuple)):
+        children = list(value)
+    else:
+        return
+    for child in children:
+        if isinstance(child, StageSpec):
+            yield child
+            yield from child.rests_on()
+        else:
+            yield from nearest_stages(child)

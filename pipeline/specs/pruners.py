@@ -1,0 +1,132 @@
+"""The options of each pruner."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.specs.base import Spec
+
+
+class PrunerSpec(Spec):
+    """The options of a pruner, told apart by its name."""
+
+    version: ClassVar[int] = 1
+    """Raised when it prunes otherwise with the same options: only its own prunings, and what
+    follows them, have other keys then."""
+
+    calibrated: ClassVar[bool] = True
+    """Whether it takes data."""
+
+    updates_weights: ClassVar[bool] = False
+    """Whether it changes the weights that it keeps; else masks say all that it does."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        """See that the options have a meaning with an N:M pattern, or without one.
+
+        Raises:
+            ValueError: if they have none.
+        """
+
+
+class Magnitude(PrunerSpec):
+    """Smallest |W| over the whole matrix; takes no data."""
+
+    name: Literal["magnitude"] = "magnitude"
+    calibrated: ClassVar[bool] = False
+
+
+class Wanda(PrunerSpec):
+    """Smallest |W| * ||X||_2 in each output row (arXiv 2306.11695)."""
+
+    name: Literal["wanda"] = "wanda"
+
+    variant: bool = False
+    """Remove the same share of score mass in each row instead of the same number of weights: rows
+    differ, and the matrix's sparsity is met to about 0.001 only. Unstructured."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        if self.variant and patterned:
+            raise ValueError("wanda's variant has no N:M pattern: leave one of the two out")
+
+
+class SparseGPT(PrunerSpec):
+    """Optimal brain surgeon by column blocks, with weight updates (arXiv 2301.00774)."""
+
+    name: Literal["sparsegpt"] = "sparsegpt"
+    version: ClassVar[int] = 2
+    updates_weights: ClassVar[bool] = True
+
+    damping: float = Field(default=0.01, gt=0.0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+    block_size: int = Field(default=128, ge=1)
+    """Columns of a block, in which masks are chosen and updates are held back."""
+
+
+class DSnoT(PrunerSpec):
+    """An initial mask, then swaps of pruned and kept weights that bring the expected error of each
+    output to zero (arXiv 2310.08915)."""
+
+    name: Literal["dsnot"] = "dsnot"
+    version: ClassVar[int] = 2
+
+    initial: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    """Whose score chooses the initial mask, in each row or group; of SparseGPT's the score alone,
+    without its updates."""
+
+    scope: Literal["attention", "all"] = "attention"
+    """Where weights are swapped; the other matrices keep the initial mask."""
+
+    max_cycles: int = Field(default=50, ge=0)
+    """Swaps of a row at the most."""
+
+    update_threshold: float = Field(default=0.1, ge=0.0)
+    """A row is left alone once its error, summed over a window's tokens, is no larger."""
+
+    variance_power: float = Field(default=1.0, ge=0.0)
+    """Power of the input's variance that divides a pruned weight's claim to come back; 0 leaves
+    variances out."""
+
+    variance: Literal["total", "pooled"] = "total"
+    """Over all tokens, or, as DSnoT's code has it, within windows only."""
+
+    same_sign: bool = False
+    """End a row before the swap that would turn its error's sign; with a pattern always so."""
+
+    keep: Literal["best", "all"] = "best"
+    """Of a row's swaps those up to its smallest error, or, as DSnoT's code has it, all."""
+
+
+class RIA(PrunerSpec):
+    """Smallest relative importance and activation over the whole matrix (Zhang et al., ICLR
+    2024)."""
+
+    name: Literal["ria"] = "ria"
+    version: ClassVar[int] = 2
+
+    activation_power: float = Field(default=0.5, ge=0.0)
+    """Power of ||X||_2."""
+
+    permutation: bool = False
+    """Let the N:M pattern hold in another order of the columns, in which more score is kept."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        if self.permutation and not patterned:
+            raise ValueError(
+                "ria's permutation serves N:M patterns: set one, or permutation: false"
+            )
+
+
+class ALPS(PrunerSpec):
+    """Best mask and weights for the layer's output by ADMM, then conjugate gradients on the mask
+    (arXiv 2406.07831)."""
+
+    name: Literal["alps"] = "alps"
+    version: ClassVar[int] = 2
+    updates_weights: ClassVar[bool] = True
+
+    damping: float = Field(default=0.01, gt=0.0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+
+Pruner = Annotated[Magnitude | Wanda | SparseGPT | DSnoT | RIA | ALPS, Field(discriminator="name")]

@@ -1,0 +1,227 @@
+"""Pruning: how sparsity is spread over layers, outliers, and the stage itself."""
+
+import math
+import re
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.specs.base import Fraction, Spec, StageSpec, nearest_stages
+from pipeline.specs.calibration import WindowsSpec
+from pipeline.specs.pruners import Pruner
+from pipeline.specs.sources import Model
+
+
+class Uniform(Spec):
+    """The same sparsity in every decoder layer."""
+
+    name: Literal["uniform"] = "uniform"
+    calibrated: ClassVar[bool] = False
+
+
+class OWL(Spec):
+    """Layers with more outliers among their Wanda scores are kept denser (arXiv 2310.05175).
+
+    The defaults are those of its authors for unstructured sparsity.
+    """
+
+    name: Literal["owl"] = "owl"
+    calibrated: ClassVar[bool] = True
+
+    threshold: float = Field(default=5.0, gt=0.0)
+    """M: a score above this many times its layer's mean is an outlier."""
+
+    spread: float = Field(default=0.08, gt=0.0, le=0.5)
+    """lambda: the sparsest and the densest layer are 2 * lambda apart. With a pattern N:M little
+    comes of it unless 2 * lambda is more than 1/M."""
+
+
+class ArithmeticProgression(Spec):
+    """Every layer is sparser than the one below by the same amount (arXiv 2502.14770)."""
+
+    name: Literal["arithmetic-progression"] = "arithmetic-progression"
+    calibrated: ClassVar[bool] = False
+
+    difference: float = Field(gt=0.0, lt=1.0)
+    """beta: from one layer to the next. The authors try multiples of 0.002; of L layers of one size
+    it can be min(2 S, 2 (1 - S)) / (L - 1) at the most."""
+
+
+class ByHand(Spec):
+    """A sparsity written down for each decoder layer."""
+
+    name: Literal["by-hand"] = "by-hand"
+    calibrated: ClassVar[bool] = False
+
+    sparsities: tuple[Fraction, ...] = Field(min_length=1)
+    """From the first layer to the last, taken as they are: their mean, weighted by the layers'
+    sizes, must be the model's sparsity within 1e-6."""
+
+
+Allocation = Annotated[Uniform | OWL | ArithmeticProgression | ByHand, Field(discriminator="name")]
+
+
+class OutliersSpec(StageSpec):
+    """Count the outliers in every decoder layer of a model that is not pruned yet.
+
+    Leaves `outliers.parquet`: layer, outlier_ratio, weights (how many the layer's matrices have).
+    """
+
+    version: ClassVar[int] = 2
+    kind: Literal["outliers"] = "outliers"
+
+    model: Model
+    """The model, as it is before pruning."""
+
+    calibration: WindowsSpec
+    """The calibration set."""
+
+    threshold: float = Field(gt=0.0)
+    """A score above this many times its layer's mean is an outlier."""
+
+
+_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+DEVICE_HIDDEN_BYTES = 4 * 2**30
+"""Enough for 128 windows of 2,048 tokens of a 70B model in half precision."""
+
+
+HOST_HIDDEN_BYTES = 16 * 2**30
+
+
+class PruneSpec(StageSpec):
+    """Prune every linear layer in a model's decoder layers, experts too.
+
+    Leaves `sparsity.parquet` (matrix, rows, columns, zeros, sparsity, layer, layer_sparsity and
+    layer_pattern, those that the allocation gives its decoder layer), `dense.parquet` (parameter,
+    shape, why: all that is not pruned), and the pruned model: if its pruner only chooses what to
+    zero, `masks/` for the model that it was made from (`pipeline/models/layer_files.py`); else
+    `model/`, a dense checkpoint with zeros, and the tokenizer.
+    """
+
+    version: ClassVar[int] = 3
+    kind: Literal["prune"] = "prune"
+
+    model: Model
+    """The model to prune."""
+
+    pruner: Pruner
+    """How weights are chosen and, for some, updated."""
+
+    sparsity: Fraction
+    """Share of zeros over all matrices; with a pattern N:M it must be 1 - N/M."""
+
+    pattern: str | None = None
+    """`N:M`: N kept of every M adjacent inputs of a row, the hardware's convention; on average, if
+    the allocation is not uniform. None is unstructured."""
+
+    allocation: Allocation = Uniform()
+    """How the sparsity is spread over decoder layers."""
+
+    calibration: WindowsSpec | None = None
+    """The calibration set; None exactly where neither pruner nor allocation takes data."""
+
+    device_hidden_bytes: int = Field(default=DEVICE_HIDDEN_BYTES, ge=0)
+    """Bytes of hidden states of the calibration set that are held on the device. It takes
+    nsamples * seqlen * hidden size * bytes of the dtype to hold all; the result does not depend
+    on it."""
+
+    host_hidden_bytes: int = Field(default=HOST_HIDDEN_BYTES, ge=0)
+    """Bytes of hidden states beyond that which are held in host memory; the rest goes to files in
+    the system's temporary folder (`TMPDIR`)."""
+
+    checkpoint: bool = False
+    """Store an ordinary checkpoint where masks would do."""
+
+    @property
+    def stores_masks(self) -> bool:
+        """Whether the artifact holds masks, and needs the model that they are for."""
+        return not (self.pruner.updates_weights or self.checkpoint)
+
+    def rests_on(self) -> tuple[StageSpec, ...]:
+        """The model that masks are for; nothing, of a checkpoint."""
+        return tuple(nearest_stages((self.model,))) if self.stores_masks else ()
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_is_n_of_m(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            parse_pattern(pattern)
+        return pattern
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "PruneSpec":
+        if self.pattern is not None:
+            kept, group = parse_pattern(self.pattern)
+            if not math.isclose(self.sparsity, 1 - kept / group):
+                raise ValueError(
+                    f"sparsity {self.sparsity} contradicts pattern {self.pattern}: "
+                    f"set it to {1 - kept / group:g}"
+                )
+        self.pruner.check_pattern(self.pattern is not None)
+        needs_data = data_taker(self.pruner, self.allocation)
+        if needs_data is not None and self.calibration is None:
+            raise ValueError(f"{needs_data} needs a calibration set")
+        if needs_data is None and self.calibration is not None:
+            raise ValueError(f"pruner {self.pruner.name} takes no data: leave calibration out")
+        if self.pruner.updates_weights and self.checkpoint:
+            raise ValueError(
+                f"pruner {self.pruner.name} leaves a checkpoint anyway: leave checkpoint out"
+            )
+        return self
+
+    @property
+    def outliers(self) -> OutliersSpec | None:
+        """The stage whose outlier ratios the allocation needs; all prunings of a model that have
+        calibration set and threshold in common share it."""
+        if not isinstance(self.allocation, OWL) or self.calibration is None:
+            return None
+        return OutliersSpec(
+            model=self.model,
+            calibration=self.calibration,
+            threshold=self.allocation.threshold,
+        )
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """As of any stage, with the version of the pruner above the first, and that of the
+        outliers, whose spec these fields give."""
+        lineage = super().lineage
+        if self.pruner.version > 1:
+            lineage["pruner"] = {**lineage["pruner"], "version": self.pruner.version}
+        if self.outliers is not None:
+            lineage["outliers"] = {"version": self.outliers.version}
+        return lineage
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """The model, the calibration set if the pruner takes data, and the outliers."""
+        read = [stage for stage in super().inputs() if stage is not self.calibration]
+        if self.pruner.calibrated and self.calibration is not None:
+            read.append(self.calibration)
+        if self.outliers is not None:
+            read.append(self.outliers)
+        return tuple(read)
+
+
+def data_taker(pruner: Pruner, allocation: Allocation) -> str | None:
+    """Which of the two needs a calibration set, in words; None if neither does."""
+    if pruner.calibrated:
+        return f"pruner {pruner.name}"
+    return f"allocation {allocation.name}" if allocation.calibrated else None
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """`"2:4"` as (2, 4): kept, group size.
+
+    Raises:
+        ValueError: if it is no pattern, or keeps more than the group has.
+    """
+    found = _PATTERN.fullmatch(pattern)
+    if found is None:
+        raise ValueError(f"pattern {pattern!r} is not of the form N:M, like 2:4")
+    kept, group = int(found[1]), int(found[2])
+    if kept > group:
+        raise ValueError(f"pattern {pattern} keeps {kept} of {group}: N must not exceed M")
+    return kept, group
