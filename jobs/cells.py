@@ -16,9 +16,9 @@ from jobs.grid import (
     PrunedGenerator,
     named,
 )
-from jobs.mistakes import explained
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError, did_you_mean
+from pipeline.mistakes import explained
 from pipeline.specs import (
     Allocation,
     Corpus,

@@ -22,12 +22,12 @@ from pydantic import (
 
 from cluster.graph import Resources
 from jobs.dtypes import AutoDtype, with_dtypes
-from jobs.mistakes import explained
 from jobs.outside import with_fingerprints
 from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
 from jobs.yaml_file import line_of, read_yaml
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError, did_you_mean
+from pipeline.mistakes import explained
 from pipeline.real.prepare import FOLDER
 from pipeline.specs import (
     Backend,

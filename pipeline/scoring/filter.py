@@ -1,6 +1,6 @@
 """Drop samples that are of no use, then those of highest perplexity, as many as were asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,21 @@ def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """
     samples = _read(artifacts[spec.scores.samples.key] / "samples.parquet")
     scores = _read(artifacts[spec.scores.key] / "scores.parquet")
-    perplexities = scores["perplexity"].to_numpy()
-    unknown = scores["perplexity"].is_null().to_numpy()  # no token to score
-    spoilt = np.flatnonzero(~np.isfinite(perplexities) & ~unknown)
-    if len(spoilt):
-        number = scores["sample_id"][int(spoilt[0])]
-        raise NonFiniteError(f"sample {number}: its perplexity is {perplexities[spoilt[0]]:g}")
-    reasons = np.where(unknown, "invalid", "").astype(object)
-    for reason, rejected in _rules(spec):
-        left = np.flatnonzero(reasons == "")
-        reasons[left[rejected(samples.take(left))]] = reason
-    left = reasons == ""
-    kept = keep(
-        np.where(left, perplexities, np.nan), scores["sample_id"].to_numpy(), spec.drop_fraction
+    words = [] if spec.banned_words is None else read_words(spec.banned_words.path)
+    reasons = reasons_to_drop(
+        samples,
+        scores,
+        spec.drop_fraction,
+        words,
+        spec.drop_duplicates,
+        spec.near_duplicate_similarity,
     )
-    reasons[left & ~kept] = "perplexity"
+    kept = reasons == ""
     for column in Score._fields:
         samples = samples.append_column(column, scores[column])
     pq.write_table(samples.filter(pa.array(kept)), output / "samples.parquet")
-    told = samples.append_column("reason", pa.array(reasons, pa.string()))
-    pq.write_table(told.filter(pa.array(~kept)), output / "rejected.parquet")
+    rejected = samples.append_column("reason", pa.array(reasons, pa.string()))
+    pq.write_table(rejected.filter(pa.array(~kept)), output / "rejected.parquet")
 
     def count(reason: str) -> int:
         return int((reasons == reason).sum())
@@ -64,23 +59,58 @@ def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     }
 
 
-def _rules(spec: FilterSpec) -> list[tuple[str, Callable[[pa.Table], Flags]]]:
-    """Reasons to reject a sample whatever its perplexity, each tried on what those before left."""
+def reasons_to_drop(
+    samples: pa.Table,
+    scores: pa.Table,
+    drop_fraction: float = 0.2,
+    banned_words: Sequence[str] = (),
+    drop_duplicates: bool = False,
+    near_duplicate_similarity: float | None = None,
+) -> npt.NDArray[np.object_]:
+    """Say why each sample is dropped, [samples]: "" for one that is kept.
+
+    The rules apply in this order, each to what the ones before left: `invalid` (no perplexity),
+    `banned word`, `duplicate`, `near duplicate`, `perplexity`.
+
+    Args:
+        samples: columns text and token_ids.
+        scores: columns sample_id and perplexity, of the same samples in the same order.
+        drop_fraction: share to drop for its perplexity.
+        banned_words: words and phrases; none rejects no sample.
+        drop_duplicates: of samples with the same token ids keep only the first.
+        near_duplicate_similarity: drop a sample with at least this Jaccard similarity to an
+            earlier one.
+
+    Raises:
+        InputError: if none is left.
+        NonFiniteError: if a perplexity is NaN or infinite.
+    """
+    perplexities = scores["perplexity"].to_numpy()
+    unknown = scores["perplexity"].is_null().to_numpy()  # no token to score
+    bad = np.flatnonzero(~np.isfinite(perplexities) & ~unknown)
+    if len(bad):
+        number = scores["sample_id"][int(bad[0])]
+        raise NonFiniteError(f"sample {number}: its perplexity is {perplexities[bad[0]]:g}")
+    reasons = np.where(unknown, "invalid", "").astype(object)
     rules: list[tuple[str, Callable[[pa.Table], Flags]]] = []
-    if spec.banned_words is not None:
-        words = read_words(spec.banned_words.path)
-        rules.append(("banned word", lambda rows: holding(rows["text"].to_pylist(), words)))
-    if spec.drop_duplicates:
+    if banned_words:
+        rules.append(("banned word", lambda rows: holding(rows["text"].to_pylist(), banned_words)))
+    if drop_duplicates:
         rules.append(("duplicate", lambda rows: duplicates(rows["token_ids"].to_pylist())))
-    similarity = spec.near_duplicate_similarity
-    if similarity is not None:
+    if (similarity := near_duplicate_similarity) is not None:
         rules.append(
             (
                 "near duplicate",
                 lambda rows: near_duplicates(rows["token_ids"].to_pylist(), similarity),
             )
         )
-    return rules
+    for reason, rejected in rules:
+        left = np.flatnonzero(reasons == "")
+        reasons[left[rejected(samples.take(left))]] = reason
+    left = reasons == ""
+    kept = keep(np.where(left, perplexities, np.nan), scores["sample_id"].to_numpy(), drop_fraction)
+    reasons[left & ~kept] = "perplexity"
+    return reasons
 
 
 def _read(path: Path) -> pa.Table:
