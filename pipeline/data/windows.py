@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,15 @@ class Window(NamedTuple):
     ids: npt.NDArray[np.int32]
 
 
+class Cutting(NamedTuple):
+    """How windows are cut; the fields mean what those of `WindowsSpec` do."""
+
+    nsamples: int = 128
+    seqlen: int = 2048
+    packing: Literal["sample", "concat"] = "sample"
+    seed: int = 0
+
+
 class Cut(NamedTuple):
     """Windows, and what was read for them."""
 
@@ -83,21 +92,18 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
         InputError: if the source has too little text, or its generator other tokens than the model.
     """
     tokenizer = load_tokenizer(spec.model, artifacts)
+    how = Cutting(**{name: getattr(spec, name) for name in Cutting._fields})
     match spec.source:
         case GenerateSpec() | FilterSpec():
             generator = generator_of(spec.source)
             check_shared_vocabulary("generator", generator, spec.model, generator, artifacts)
+            _, settings = load_configs(generator, artifacts)
             texts = read_samples(artifacts[spec.source.key])
-            if spec.packing == "concat":
-                _, settings = load_configs(generator, artifacts)
-                texts = strip_ends(texts, edge_ids(settings, tokenizer))
-            else:
-                texts = shuffled(list(texts), spec.seed)
-            cut = _cut(texts, spec, spec.nsamples)
+            cut = cut_samples(texts, edge_ids(settings, tokenizer), how)
         case CorpusMixture():
-            cut = _cut_mixture(spec.source, spec, tokenizer)
+            cut = _cut_mixture(spec.source, tokenizer, how)
         case _:
-            cut = _cut_corpus(spec.source, spec, spec.nsamples, tokenizer)
+            cut = cut_corpus(spec.source, tokenizer, how)
     config, _ = load_configs(spec.model, artifacts)
     for window in cut.windows:
         check_ids(window.ids, embedding_rows(config))
@@ -113,27 +119,43 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
     }
 
 
-def _cut(texts: Iterable[Tokens], spec: WindowsSpec, nsamples: int) -> Cut:
-    cut = concat_windows if spec.packing == "concat" else sample_windows
-    return cut(texts, nsamples, spec.seqlen, spec.seed)
+def cut_samples(texts: Iterable[Tokens], edges: list[int], how: Cutting) -> Cut:
+    """Cut windows from generated texts; joined texts lose the ids in `edges` at both ends.
+
+    Raises:
+        InputError: if the texts are too few or too short.
+    """
+    if how.packing == "concat":
+        return _cut(strip_ends(texts, edges), how)
+    return _cut(shuffled(list(texts), how.seed), how)
 
 
-def _cut_corpus(corpus: Corpus, spec: WindowsSpec, nsamples: int, tokenizer: Any) -> Cut:
-    joined = spec.packing == "concat"
-    rows = documents(corpus, spec.seed)
+def cut_corpus(corpus: Corpus, tokenizer: Any, how: Cutting) -> Cut:
+    """Cut windows from a corpus, whose texts are read in the seed's own order.
+
+    Raises:
+        InputError: if the corpus cannot be read, or has too few texts or too short ones.
+    """
+    joined = how.packing == "concat"
+    rows = documents(corpus, how.seed)
     if isinstance(corpus, TestbedCorpus):
-        rows = itertools.islice(rows, TESTBED_TEXTS_PER_WINDOW * nsamples)
+        rows = itertools.islice(rows, TESTBED_TEXTS_PER_WINDOW * how.nsamples)
     texts = tokenized(rows, tokenize_with(tokenizer, special_tokens=not joined))
     if joined:
-        texts = at_most(texts, JOINED_SURPLUS * nsamples * spec.seqlen)
-    return _cut(texts, spec, nsamples)
+        texts = at_most(texts, JOINED_SURPLUS * how.nsamples * how.seqlen)
+    return _cut(texts, how)
 
 
-def _cut_mixture(mixture: CorpusMixture, spec: WindowsSpec, tokenizer: Any) -> Cut:
+def _cut(texts: Iterable[Tokens], how: Cutting) -> Cut:
+    cut = concat_windows if how.packing == "concat" else sample_windows
+    return cut(texts, how.nsamples, how.seqlen, how.seed)
+
+
+def _cut_mixture(mixture: CorpusMixture, tokenizer: Any, how: Cutting) -> Cut:
     """The windows that each part alone would give, in turn; documents name their part."""
-    names = parts_in_turn(mixture, spec.nsamples)
+    names = parts_in_turn(mixture, how.nsamples)
     cuts = {
-        name: _cut_corpus(mixture.parts[name].corpus, spec, count, tokenizer)
+        name: cut_corpus(mixture.parts[name].corpus, tokenizer, how._replace(nsamples=count))
         for name, count in Counter(names).items()
     }
     windows = {name: iter(cut.windows) for name, cut in cuts.items()}

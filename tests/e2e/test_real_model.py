@@ -73,3 +73,15 @@ def test_the_report_tells_the_note(finished: tuple[Path, Finished]) -> None:
     assert "One small model whose weights were 4-bit." in told.stdout
     assert "One small model whose weights were 4-bit." in page
     assert "smollm2_overview" in " ".join(str(path) for path in store.rglob("*.svg"))
+
+
+def test_the_example_prunes_it_without_a_grid(real_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ".calprune-real").symlink_to(real_folder)
+    example = Path(__file__).parents[2] / "examples" / "prune_one_model.py"
+    command = [sys.executable, example]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(r"\{'perplexity': ([\d.]+), 'bits_per_byte': ([\d.]+)\}\n", done.stdout)
+    assert found is not None, done.stdout
+    assert 20 < float(found[1]) < 500
+    assert 1 < float(found[2]) < 2

@@ -1,0 +1,372 @@
+"""The stages as plain functions, for a notebook: no grid, no store, no Ray.
+
+Each function gives what the stage of that name gives in a grid with the same settings. Settings
+mean what the fields of the stage's spec do, and a wrong one raises an `InputError` that names it.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.data.prefixes import read_prefixes
+from pipeline.data.presets import CORPUS_PRESETS
+from pipeline.data.windows import Cutting, Tokens, cut_corpus, cut_samples
+from pipeline.environment import check_environment
+from pipeline.errors import InputError, did_you_mean
+from pipeline.evaluation.evaluate import Metric, take_perplexity, task_metrics
+from pipeline.evaluation.finished_answers import FinishedAnswers
+from pipeline.generation.generate import Sample, generate_samples
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.transformers_engine import TransformersEngine
+from pipeline.mistakes import explained
+from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.output_layer import check_causal
+from pipeline.models.vocabulary import check_ids, edge_ids, embedding_rows
+from pipeline.pruning.outliers import count_outliers
+from pipeline.pruning.prune import PruneReport, prune_model
+from pipeline.scoring.filter import reasons_to_drop
+from pipeline.scoring.score import Score, score_samples
+from pipeline.shards import shard_samples
+from pipeline.specs import (
+    OWL,
+    Allocation,
+    Corpus,
+    EvaluateSpec,
+    FileCorpus,
+    GenerateSpec,
+    HubCorpus,
+    HubModel,
+    LocalModel,
+    LocalTasks,
+    PerplexitySpec,
+    Pruner,
+    TaskSpec,
+    TestbedCorpus,
+    WindowsSpec,
+    parse_pattern,
+)
+
+Texts = str | Sequence[str] | FileCorpus | HubCorpus | TestbedCorpus
+"""A path or glob of Parquet, JSON Lines or text files, the name of a corpus preset such as `c4`, a
+list of texts, or the spec of a corpus."""
+
+AnySpec = TypeVar("AnySpec", bound="GenerateSpec | WindowsSpec | PerplexitySpec | EvaluateSpec")
+
+
+class LanguageModel(NamedTuple):
+    """A loaded model: `model` and `tokenizer` are those of transformers."""
+
+    model: Any
+    tokenizer: Any
+    spec: HubModel | LocalModel
+    """Where it was loaded from."""
+
+
+def load(name: str | Path, dtype: str = "bfloat16", **options: Any) -> LanguageModel:
+    """Load a causal language model and its tokenizer, on the accelerator if there is one.
+
+    Args:
+        name: a checkpoint folder, or a model's name on the hub.
+        dtype: `float32`, `bfloat16` or `float16`.
+        options: further fields of `LocalModel` or `HubModel`, such as `revision`.
+
+    Raises:
+        InputError: if there is no such model, its checkpoint is incomplete, or a setting is wrong.
+    """
+    check_environment()
+    try:
+        spec: HubModel | LocalModel
+        if Path(name).is_dir():
+            spec = LocalModel.model_validate({"path": str(name), "dtype": dtype, **options})
+        else:
+            spec = HubModel.model_validate({"name": str(name), "dtype": dtype, **options})
+    except ValidationError as error:
+        raise explained(error, ()) from error
+    return LanguageModel(load_model(spec, {}), load_tokenizer(spec, {}), spec)
+
+
+def generate(model: LanguageModel, prefixes: Texts, **settings: Any) -> list[Sample]:
+    """Let a model continue short prefixes of real texts (arXiv 2410.17711, section 5).
+
+    Args:
+        prefixes: where prefixes are cut from, one a text.
+        settings: fields of `GenerateSpec`: `num_samples`, `seqlen`, `prefix_tokens`, `seed`,
+            `temperature`, `top_p` and so on. It runs in this process: `backend` is not among them.
+
+    Raises:
+        InputError: if a setting is wrong, or the texts are too few or too short.
+        NonFiniteError: if the model's logits are NaN or infinite.
+    """
+    if "backend" in settings:
+        remedy = "generate runs transformers in this process: leave it out, or use a grid for vLLM"
+        raise InputError("backend", settings["backend"], remedy)
+    with _corpus(prefixes, "prefixes") as corpus:
+        spec = _checked(GenerateSpec, model=model.spec, prefixes=corpus, **settings)
+        begun = read_prefixes(spec, model.tokenizer)
+    engine = TransformersEngine(model.model)
+    samples: list[Sample] = []
+    for shard in range(spec.shard_count):
+        numbers = list(shard_samples(spec, shard))
+        samples += generate_samples(
+            engine,
+            model.tokenizer,
+            [begun[number] for number in numbers],
+            numbers,
+            sampling=Sampling(**{name: getattr(spec, name) for name in Sampling._fields}),
+            seqlen=spec.seqlen,
+            seed=spec.seed,
+            redraws=spec.redraws,
+        )
+    return samples
+
+
+def score(
+    model: LanguageModel, samples: Sequence[Sample], include_prefix: bool = False
+) -> list[Score]:
+    """Score each sample: perplexity, Min-K%, Min-K%++, loss by quarter, distinct n-grams.
+
+    Args:
+        include_prefix: score the given tokens too.
+
+    Raises:
+        NonFiniteError: if a score is NaN or infinite.
+    """
+    check_causal(model.model)
+    return score_samples(
+        model.model,
+        [sample.token_ids for sample in samples],
+        [sample.prefix_tokens for sample in samples],
+        include_prefix=include_prefix,
+        name=lambda place: f"sample {samples[place].sample_id}",
+    )
+
+
+def filter(
+    samples: Sequence[Sample],
+    scores: Sequence[Score],
+    drop_fraction: float = 0.2,
+    banned_words: Sequence[str] = (),
+    drop_duplicates: bool = False,
+    near_duplicate_similarity: float | None = None,
+) -> list[Sample]:
+    """Keep the samples of lowest perplexity.
+
+    Args:
+        scores: of each sample.
+        drop_fraction: share that is dropped for its perplexity.
+        banned_words: words and phrases that no sample may hold, in any letter case.
+        drop_duplicates: of samples with the same token ids keep only the first.
+        near_duplicate_similarity: drop a sample with at least this Jaccard similarity, of sets of
+            runs of five tokens, to an earlier one.
+
+    Raises:
+        InputError: if no sample is left, or there is not one score a sample.
+        NonFiniteError: if a perplexity is NaN or infinite.
+    """
+    if len(scores) != len(samples):
+        raise InputError("scores", len(scores), f"there are {len(samples)} samples: give one each")
+    if not 0 <= drop_fraction < 1:
+        raise InputError("drop_fraction", drop_fraction, "must be at least 0 and less than 1")
+    numbers = [sample.sample_id for sample in samples]
+    reasons = reasons_to_drop(
+        pa.table(
+            {
+                "text": [sample.text for sample in samples],
+                "token_ids": [sample.token_ids for sample in samples],
+            }
+        ),
+        pa.table(
+            {
+                "sample_id": pa.array(numbers, pa.int64()),
+                "perplexity": pa.array([each.perplexity for each in scores], pa.float64()),
+            }
+        ),
+        drop_fraction,
+        banned_words,
+        drop_duplicates,
+        near_duplicate_similarity,
+    )
+    return [sample for sample, reason in zip(samples, reasons, strict=True) if reason == ""]
+
+
+def windows(
+    model: LanguageModel, source: Texts | Sequence[Sample], **settings: Any
+) -> torch.Tensor:
+    """Cut a calibration set, token ids [nsamples, seqlen].
+
+    Args:
+        source: real texts, or samples that a model with this tokenizer wrote.
+        settings: `nsamples`, `seqlen`, `packing` and `seed` of `WindowsSpec`.
+
+    Raises:
+        InputError: if a setting is wrong, or the texts are too few or too short.
+    """
+    samples = _samples(source)
+    text = FileCorpus(path="samples") if samples else source  # of samples only the rest is checked
+    with _corpus(text, "source") as corpus:
+        spec = _checked(WindowsSpec, source=corpus, model=model.spec, **settings)
+        how = Cutting(**{name: getattr(spec, name) for name in Cutting._fields})
+        if samples:
+            texts = (
+                Tokens(str(each.sample_id), np.array(each.token_ids, np.int32)) for each in samples
+            )
+            edges = edge_ids(model.model.generation_config, model.tokenizer)
+            cut = cut_samples(texts, edges, how)
+        else:
+            cut = cut_corpus(corpus, model.tokenizer, how)
+    ids = np.stack([window.ids for window in cut.windows])
+    check_ids(ids, embedding_rows(model.model.config))
+    return torch.from_numpy(ids).long()
+
+
+def prune(
+    model: LanguageModel,
+    windows: torch.Tensor | None = None,
+    pruner: str | Mapping[str, Any] = "wanda",
+    sparsity: float | str = 0.5,
+    allocation: str | Mapping[str, Any] = "uniform",
+) -> PruneReport:
+    """Prune a model in place.
+
+    Args:
+        windows: the calibration set, token ids [nsamples, seqlen]; None for magnitude.
+        pruner: its name, or its name and options: `{"name": "sparsegpt", "damping": 0.02}`.
+        sparsity: share of zeros, or a pattern such as `"2:4"`.
+        allocation: `uniform`, `owl`, or a name and options.
+
+    Raises:
+        InputError: if a setting is wrong, the calibration set is missing or does not suit the
+            model, or the model is of a form that cannot be pruned.
+        NonFiniteError: if a weight or an activation is NaN or infinite.
+    """
+    chosen: Pruner = _named("pruner", TypeAdapter(Pruner), pruner)
+    spread: Allocation = _named("allocation", TypeAdapter(Allocation), allocation)
+    try:
+        pattern = parse_pattern(sparsity) if isinstance(sparsity, str) else None
+    except ValueError as error:
+        raise InputError("sparsity", sparsity, str(error)) from error
+    share = sparsity if pattern is None else 1 - pattern[0] / pattern[1]
+    ratios = None
+    if isinstance(spread, OWL):
+        if windows is None:
+            raise InputError("windows", None, "allocation owl needs a calibration set")
+        ratios = [each.ratio for each in count_outliers(model.model, windows, spread.threshold)]
+    return prune_model(
+        model.model,
+        windows if chosen.calibrated else None,
+        chosen,
+        float(share),
+        pattern,
+        spread,
+        outlier_ratios=ratios,
+    )
+
+
+def evaluate(
+    model: LanguageModel,
+    perplexity: Mapping[str, Texts] | None = None,
+    tasks: Sequence[str | TaskSpec] = (),
+    seqlen: int = 2048,
+    max_windows: int | None = 256,
+    task_folder: str | Path | None = None,
+) -> list[Metric]:
+    """Measure a model: perplexity and bits per byte on texts, and lm-eval tasks.
+
+    Args:
+        perplexity: texts under the names that the results give them.
+        tasks: names of lm-eval tasks, or `TaskSpec`s with examples and limits.
+        seqlen: tokens of a window of a perplexity.
+        max_windows: at most so many windows of each; None takes all.
+        task_folder: where tasks beyond lm-eval's own are found.
+
+    Raises:
+        InputError: if a setting is wrong, a text is too short, or there is no such task.
+        NonFiniteError: if the model gives NaN or infinity.
+    """
+    asked = [TaskSpec(name=task) if isinstance(task, str) else task for task in tasks]
+    check_causal(model.model)
+    found: list[Metric] = []
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        measured = [
+            _checked(
+                PerplexitySpec,
+                name=name,
+                corpus=stack.enter_context(_corpus(texts, f"perplexity.{name}")),
+                seqlen=seqlen,
+                max_windows=max_windows,
+            )
+            for name, texts in (perplexity or {}).items()
+        ]
+        folder = None if task_folder is None else LocalTasks(path=str(task_folder))
+        spec = _checked(
+            EvaluateSpec,
+            model=model.spec,
+            perplexity=tuple(measured),
+            tasks=tuple(asked),
+            task_folder=folder,
+        )
+        answers = FinishedAnswers(b"", scratch)
+        for each in measured:
+            taken = take_perplexity(model.model, model.tokenizer, each, spec.batch_tokens, answers)
+            found += taken.metrics
+        if asked:
+            from pipeline.evaluation.sharing_lm import SharingLM  # lm-eval takes seconds to import
+
+            lm = SharingLM(model.model, model.tokenizer, spec.batch_tokens, answers)
+            found += task_metrics(lm, asked, None if folder is None else Path(folder.path)).metrics
+    return found
+
+
+def _checked(kind: type[AnySpec], **values: Any) -> AnySpec:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise explained(error, (), values) from error
+
+
+def _named(field: str, kind: TypeAdapter[Any], value: object) -> Any:
+    """A choice by its name, or by its name and options."""
+    content = {"name": value} if isinstance(value, str) else value
+    try:
+        return kind.validate_python(content)
+    except ValidationError as error:
+        raise explained(error, (field,), content) from error
+
+
+@contextlib.contextmanager
+def _corpus(texts: Any, field: str) -> Iterator[Corpus]:
+    """The corpus that a user means; texts in memory stand in a temporary file meanwhile."""
+    match texts:
+        case FileCorpus() | HubCorpus() | TestbedCorpus():
+            yield texts
+        case str() if texts in CORPUS_PRESETS:
+            yield CORPUS_PRESETS[texts]
+        case str() | Path():
+            if Path(texts).suffix == "":
+                known = did_you_mean(str(texts), CORPUS_PRESETS)
+                raise InputError(field, str(texts), f"is neither a file nor a preset; {known}")
+            yield FileCorpus(path=str(texts))
+        case [*_] if texts and all(isinstance(text, str) for text in texts):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "texts.jsonl")
+                lines = (json.dumps({"text": text}) + "\n" for text in texts)
+                path.write_text("".join(lines), encoding="utf-8")
+                yield FileCorpus(path=str(path))
+        case _:
+            raise InputError(field, texts, "give a path, a preset's name, or a list of texts")
+
+
+def _samples(source: Any) -> list[Sample]:
+    """The source as generated samples; none if it is real text."""
+    if isinstance(source, Sequence) and source and all(isinstance(x, Sample) for x in source):
+        return list(source)
+    return []

@@ -1,0 +1,243 @@
+"""The functions of the library give what the stages of a grid give."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import pipeline
+from pipeline.data import windows as cutting
+from pipeline.errors import InputError
+from pipeline.evaluation import evaluate as evaluation
+from pipeline.generation import generate as generation
+from pipeline.generation.generate import Sample
+from pipeline.pruning import outliers, prune
+from pipeline.scoring import filter as filtering
+from pipeline.scoring import score as scoring
+from pipeline.scoring.score import Score
+from pipeline.specs import (
+    OWL,
+    EvaluateSpec,
+    FileCorpus,
+    FilterSpec,
+    GenerateSpec,
+    LocalModel,
+    PerplexitySpec,
+    PruneSpec,
+    ScoreSpec,
+    ShardSpec,
+    StageSpec,
+    Wanda,
+    WindowsSpec,
+    WordList,
+)
+
+TEXTS = [f"{name} lives in {place}. " * 12 for name in ("Anna", "Bo") for place in ("Rome", "Oslo")]
+
+
+class Stages:
+    """The artifacts of stages that are run one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.artifacts: dict[str, Path] = {}
+
+    def output(self, spec: StageSpec) -> Path:
+        self.artifacts[spec.key] = self.folder / spec.key
+        self.artifacts[spec.key].mkdir()
+        return self.artifacts[spec.key]
+
+    def filtered(self, spec: FilterSpec) -> Path:
+        samples, scores = spec.scores.samples, spec.scores
+        for stage, module in ((samples, generation), (scores, scoring)):
+            for index in range(samples.shard_count):
+                output = self.output(ShardSpec(of=stage, index=index))
+                module.run_shard(stage, index, self.artifacts, output)  # type: ignore[arg-type]
+            module.run(stage, self.artifacts, self.output(stage))  # type: ignore[arg-type]
+        filtering.run(spec, self.artifacts, self.output(spec))
+        return self.artifacts[spec.key]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_folder: Path) -> Path:
+    return tiny_model_folder / "model"
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("\n".join(TEXTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> pipeline.LanguageModel:
+    return pipeline.load(folder, dtype="float32")
+
+
+def ids(rows: Sequence[Sample]) -> list[list[int]]:
+    return [row.token_ids for row in rows]
+
+
+def test_a_calibration_set_that_a_model_wrote_is_the_grids(
+    model: pipeline.LanguageModel, folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "words.txt").write_text("zzzz\n")
+    spec = LocalModel(path=str(folder), dtype="float32")
+    generate = GenerateSpec(
+        model=spec,
+        prefixes=FileCorpus(path=str(text_file)),
+        num_samples=4,
+        seqlen=24,
+        shard_size=2,
+        seed=3,
+    )
+    choose = FilterSpec(
+        scores=ScoreSpec(samples=generate, model=spec),
+        drop_fraction=0.25,
+        banned_words=WordList(path=str(tmp_path / "words.txt")),
+        drop_duplicates=True,
+    )
+    stages = Stages(tmp_path)
+    wanted = pq.read_table(stages.filtered(choose) / "samples.parquet")
+    windows = WindowsSpec(source=choose, model=spec, nsamples=5, seqlen=8, packing="concat", seed=1)
+    cutting.run(windows, stages.artifacts, stages.output(windows))
+
+    samples = pipeline.generate(
+        model, str(text_file), num_samples=4, seqlen=24, shard_size=2, seed=3
+    )
+    scores = pipeline.score(model, samples)
+    kept = pipeline.filter(
+        samples, scores, drop_fraction=0.25, banned_words=["zzzz"], drop_duplicates=True
+    )
+    found = pipeline.windows(model, kept, nsamples=5, seqlen=8, packing="concat", seed=1)
+
+    assert ids(kept) == wanted["token_ids"].to_pylist()
+    assert [sample.text for sample in kept] == wanted["text"].to_pylist()
+    known = {sample.sample_id: score for sample, score in zip(samples, scores, strict=True)}
+    assert [known[each.sample_id].perplexity for each in kept] == wanted["perplexity"].to_pylist()
+    assert torch.equal(found, cutting.read_windows(stages.artifacts[windows.key]))
+
+
+@pytest.mark.parametrize("packing", ["sample", "concat"])
+def test_windows_of_real_text_are_the_grids(
+    model: pipeline.LanguageModel, folder: Path, text_file: Path, tmp_path: Path, packing: str
+) -> None:
+    spec = WindowsSpec(
+        source=FileCorpus(path=str(text_file)),
+        model=LocalModel(path=str(folder), dtype="float32"),
+        nsamples=3,
+        seqlen=16,
+        packing=packing,
+        seed=2,
+    )
+    cutting.run(spec, {}, tmp_path)
+    wanted = cutting.read_windows(tmp_path)
+    settings = {"nsamples": 3, "seqlen": 16, "packing": packing, "seed": 2}
+    assert torch.equal(pipeline.windows(model, str(text_file), **settings), wanted)
+    assert torch.equal(pipeline.windows(model, TEXTS, **settings), wanted)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_pruning_and_its_evaluation_are_the_grids(
+    folder: Path, text_file: Path, tmp_path: Path, allocation: str
+) -> None:
+    spec = LocalModel(path=str(folder), dtype="float32")
+    corpus = FileCorpus(path=str(text_file))
+    calibration = WindowsSpec(source=corpus, model=spec, nsamples=3, seqlen=16)
+    pruned = PruneSpec(model=spec, pruner=Wanda(), sparsity=0.5, calibration=calibration)
+    if allocation == "owl":
+        pruned = pruned.model_copy(update={"allocation": OWL()})
+    measured = EvaluateSpec(
+        model=pruned, perplexity=(PerplexitySpec(name="texts", corpus=corpus, seqlen=16),)
+    )
+    stages = Stages(tmp_path)
+    cutting.run(calibration, {}, stages.output(calibration))
+    if pruned.outliers is not None:
+        outliers.run(pruned.outliers, stages.artifacts, stages.output(pruned.outliers))
+    prune.run(pruned, stages.artifacts, stages.output(pruned))
+    evaluation.run(measured, stages.artifacts, stages.output(measured))
+    wanted = pq.read_table(stages.artifacts[measured.key] / "metrics.parquet")
+
+    model = pipeline.load(folder, dtype="float32")
+    windows = pipeline.windows(model, str(text_file), nsamples=3, seqlen=16)
+    report = pipeline.prune(model, windows, "wanda", 0.5, allocation)
+    found = pipeline.evaluate(model, {"texts": str(text_file)}, seqlen=16)
+
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
+    numbers = {row.metric: row.value for row in found}
+    assert numbers == dict(
+        zip(*wanted.select(["metric", "value"]).to_pydict().values(), strict=True)
+    )
+
+
+def test_a_pattern_is_met_in_every_group(folder: Path, text_file: Path) -> None:
+    model = pipeline.load(folder, dtype="float32")
+    windows = pipeline.windows(model, str(text_file), nsamples=3, seqlen=16)
+    pipeline.prune(model, windows, {"name": "sparsegpt", "damping": 0.02}, "2:4")
+    weight = model.model.model.layers[0].mlp.up_proj.weight
+    assert ((weight.view(len(weight), -1, 4) == 0).sum(dim=2) >= 2).all()
+
+
+def test_tasks_are_asked_of_the_model_as_it_is(
+    model: pipeline.LanguageModel, tmp_path: Path
+) -> None:
+    (tmp_path / "capital.jsonl").write_text(
+        '{"question": "Where?", "choices": ["Rome", "Oslo"], "answer": 0}\n' * 4
+    )
+    (tmp_path / "capital.yaml").write_text(
+        "task: capital\ndataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: capital.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    (accuracy,) = pipeline.evaluate(model, tasks=["capital"], task_folder=tmp_path)
+    assert (accuracy.task, accuracy.metric, accuracy.samples) == ("capital", "acc", 4)
+    assert accuracy.value in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("top_p: 1.5: ", lambda m: pipeline.generate(m, TEXTS, num_samples=1, top_p=1.5)),
+        ("tempratur", lambda m: pipeline.generate(m, TEXTS, tempratur=1)),
+        ("backend: 'vllm': ", lambda m: pipeline.generate(m, TEXTS, backend="vllm")),
+        ("nsamples: 0: ", lambda m: pipeline.windows(m, TEXTS, nsamples=0)),
+        (
+            "source: 'wikitxt2': .*did you mean 'wikitext2'",
+            lambda m: pipeline.windows(m, "wikitxt2"),
+        ),
+        ("source: \\[\\]: ", lambda m: pipeline.windows(m, [])),
+        (
+            "the longest has 145 tokens",
+            lambda m: pipeline.windows(m, TEXTS, nsamples=1, seqlen=4000),
+        ),
+        ("pruner.*did you mean 'wanda'", lambda m: pipeline.prune(m, None, "wnada")),
+        ("windows: None: ", lambda m: pipeline.prune(m, None, "wanda")),
+        ("sparsity: '4:2': ", lambda m: pipeline.prune(m, None, "magnitude", "4:2")),
+        ("sparsity: 50", lambda m: pipeline.prune(m, None, "magnitude", 50)),
+        ("scores: 1: ", lambda m: pipeline.filter([], [Score(1, 2.0)])),
+        ("drop_fraction: nan: ", lambda m: pipeline.filter([], [], math.nan)),
+        ("at least one", lambda m: pipeline.evaluate(m)),
+        (
+            "tasks: 'nothing_of_that_name'",
+            lambda m: pipeline.evaluate(m, tasks=["nothing_of_that_name"]),
+        ),
+        ("dtype: 'float23'", lambda m: pipeline.load(m.spec.path, dtype="float23")),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    model: pipeline.LanguageModel, message: str, call: Callable[[pipeline.LanguageModel], object]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        call(model)
+
+
+def test_planning_does_not_import_torch_with_the_package() -> None:
+    code = "import sys, pipeline, pipeline.specs; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
