@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.heap import keep_freed_memory
+from cluster.heap import keep_freed_memory
 from pipeline.specs import EvaluateSpec, LocalModel, LocalTasks, TestbedTasksSpec
 from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.presets import PRETRAIN_PRESETS

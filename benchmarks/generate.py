@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from cluster.heap import keep_freed_memory
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.generation.vllm_engine import VllmEngine, vllm_version
-from pipeline.heap import keep_freed_memory
 from pipeline.models.loading import default_device
 from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
 from pipeline.testbed.presets import PRETRAIN_PRESETS

@@ -31,7 +31,7 @@ from benchmarks.real_model import PREFIX, measure_generation, measure_scoring
 from benchmarks.tables import pruners_table, targets_table
 from benchmarks.targets import Target
 from benchmarks.timing import best_of, clock
-from pipeline.heap import keep_freed_memory
+from cluster.heap import keep_freed_memory
 from pipeline.models.matrices import set_to_zero
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.pruners.masks import smallest_in_groups

@@ -26,7 +26,7 @@ from benchmarks.measure import (
 )
 from benchmarks.tables import growth_table, masks_table, pruners_table, targets_table
 from benchmarks.targets import Target, targets
-from pipeline.heap import keep_freed_memory
+from cluster.heap import keep_freed_memory
 
 BUDGET_SECONDS = 6.0
 """Of each comparison, unless its rounds at the least take longer."""

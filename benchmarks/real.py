@@ -28,7 +28,7 @@ from benchmarks.real_model import (
 from benchmarks.real_vllm import measure_vllm
 from benchmarks.tables import targets_table
 from benchmarks.targets import Target
-from pipeline.heap import keep_freed_memory
+from cluster.heap import keep_freed_memory
 from pipeline.real.prepare import DISCLOSURE, FOLDER
 
 MODEL = Path(FOLDER, "model")

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from cluster.heap import keep_freed_memory
 from cluster.run import WorkerLostError
 from cluster.store import Partial
 from jobs.outside import hub_items
 from pipeline.environment import check_environment
 from pipeline.errors import EngineDiedError
-from pipeline.heap import keep_freed_memory
 from pipeline.hub import HubItem, used
 from pipeline.progress import phase
 from pipeline.specs import (

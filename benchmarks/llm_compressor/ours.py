@@ -13,7 +13,7 @@ import torch
 import typer
 
 from benchmarks.measure import pruner_spec
-from pipeline.heap import keep_freed_memory
+from cluster.heap import keep_freed_memory
 from pipeline.models.loading import load_model
 from pipeline.pruning.prune import prune_model
 from pipeline.specs import LocalModel, Uniform, parse_pattern

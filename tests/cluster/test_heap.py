@@ -10,7 +10,7 @@ PROGRAM = """
 import ctypes
 import sys
 import torch
-from pipeline.heap import keep_freed_memory
+from cluster.heap import keep_freed_memory
 
 class Heap(ctypes.Structure):  # struct mallinfo of malloc.h, which every glibc has
     _fields_ = [(name, ctypes.c_int) for name in (
