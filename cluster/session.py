@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
-from cluster import secrets
 from cluster.address import NoRayError, check_cluster_address
+from cluster.credentials import has_credentials, set_credentials
 from cluster.graph import Resources
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,10 @@ def session(
             runtime_env["env_vars"] = {KEEP_DEVICES: "0"}
     if variables:
         runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **variables}
-    if submitted and secrets.enclosed():
-        runtime_env["worker_process_setup_hook"] = f"{secrets.__name__}.{secrets.load.__name__}"
+    if submitted and has_credentials():
+        runtime_env["worker_process_setup_hook"] = (
+            f"{set_credentials.__module__}.{set_credentials.__name__}"
+        )
     with contextlib.nullcontext() if address or submitted else _on_loopback():
         with _explained(named):
             ray.init(

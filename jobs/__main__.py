@@ -13,8 +13,8 @@ import pyarrow as pa
 import typer
 from rich.console import Console
 
-from cluster import secrets
 from cluster.address import NoRayError
+from cluster.credentials import set_credentials
 from cluster.session import ResourceError
 from cluster.store import Store, StoreError
 from cluster.submission import Client, JobServerError, connect, details, follow, log, stop
@@ -331,7 +331,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for raising in ("gcsfs", "datasets.packaged_modules"):  # they raise what they log
         logging.getLogger(raising).setLevel(logging.CRITICAL)
-    secrets.load()
+    set_credentials()
     try:
         app()
     except (InputError, StoreError, ResourceError, NoRayError, JobServerError) as error:

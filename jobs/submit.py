@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 import cluster
 import jobs
 import pipeline
-from cluster import secrets, submission
+from cluster import submission
+from cluster.credentials import enclose_credentials
 from cluster.submission import Client
 from jobs.grid import Grid, read_grid
 from jobs.outside import Outside, outside
@@ -61,7 +62,7 @@ def submit_grid(
         folder = Path(name)
         pack(grid, path, folder)
         if values:
-            secrets.enclose(folder, values)
+            enclose_credentials(folder, values)
         submission.submit(client, job, words, folder, requirements)
     return job
 

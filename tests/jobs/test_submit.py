@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import secrets
+from cluster.credentials import CREDENTIALS_FILE, enclose_credentials
 from jobs.grid import read_grid
 from jobs.submit import GRID_FILE, pack, pinned_extra, submit_grid
 from pipeline.errors import InputError
@@ -155,13 +155,16 @@ def test_a_dtype_that_depends_on_this_machines_cpu_is_not_sent(
         submit_grid(None, path, "s3://b/s", variables=["NOT_SET_HERE"])
 
 
-def test_secrets_come_with_the_code_and_only_its_owner_may_read_them(
+def test_credentials_come_with_the_code_and_only_its_owner_may_read_them(
     packed: Packed, content: Content
 ) -> None:
     folder = packed(content)
-    secrets.enclose(folder, {"TOKEN": "a 'secret'"})
-    assert (folder / secrets.FILE).stat().st_mode & 0o077 == 0
-    program = "import os; from cluster import secrets; secrets.load(); print(os.environ['TOKEN'])"
+    enclose_credentials(folder, {"TOKEN": "a 'secret'"})
+    assert (folder / CREDENTIALS_FILE).stat().st_mode & 0o077 == 0
+    program = (
+        "import os; from cluster.credentials import set_credentials; set_credentials(); "
+        "print(os.environ['TOKEN'])"
+    )
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, env=kept, capture_output=True, text=True
