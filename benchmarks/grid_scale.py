@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from cluster.graph import Resources, Stage
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.store import Partial, Store
 from jobs.grid import Grid
 from jobs.plan import make_plan
@@ -72,10 +72,10 @@ def measure(cells: int, run_cells: int) -> dict[str, float]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        run(graph, targets[:1], no_work, store, {})  # starts the workers
+        run_graph(graph, targets[:1], no_work, store, {})  # starts the workers
         before = len(store.keys())
         started = time.perf_counter()
-        run(graph, targets, no_work, store, {})
+        run_graph(graph, targets, no_work, store, {})
         ran = time.perf_counter() - started
         stages = len(store.keys()) - before
         bare = _bare(list(graph.values())[:stages])

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.generate import small_model
 from cluster.graph import Resources, Stage
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.session import session
 from cluster.store import Partial, Store
 from jobs.stages import execute
@@ -67,7 +67,7 @@ def rate(spec: GenerateSpec, replicas: int, folder: Path) -> float:
     }
     notes = folder / "notes"
     notes.mkdir()
-    made = run(
+    made = run_graph(
         stages,
         list(stages),
         functools.partial(noting, notes=notes),

@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.session import session
 from cluster.store import Partial, Store
 from jobs.grid import load_grid
@@ -74,7 +74,7 @@ def milliseconds_per_shard(shards: int) -> float:
         started = time.perf_counter()
         plan = make_plan(load_grid(grid(Path(folder), shards, 1)))
         targets = [key for key, spec in plan.specs.items() if isinstance(spec, GenerateSpec)]
-        outcome = run(plan.graph, targets, nothing, Store(f"{folder}/store"), {})
+        outcome = run_graph(plan.graph, targets, nothing, Store(f"{folder}/store"), {})
         seconds = time.perf_counter() - started
     assert not outcome.failed
     assert len(outcome.made) == shards + 2  # the model, the shards, the join

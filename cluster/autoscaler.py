@@ -1,54 +1,54 @@
-"""Asking an autoscaler for what stages wait for, where the cluster has one."""
+"""Requests to the cluster's autoscaler, if it has one, for the room that stages wait for."""
 
 import ray
 from ray.autoscaler.sdk import request_resources
 
 from cluster.schedule import Bundle
 
-MOST_MORE = 1000
-"""Stages that a request asks for at the most, beyond those that are with Ray."""
+MAX_READY = 1000
+"""The most stages that a request adds to those already with Ray."""
 
-ASK_SECONDS = 30.0
+REQUEST_SECONDS = 30.0
 """How long a request stands before the next one."""
 
 
-class Request:
-    """What the cluster is asked to have room for.
+class RoomRequest:
+    """The room that the cluster is asked for.
 
-    Ray's newer autoscaler does nothing at all for a request that the largest permitted cluster
-    could not hold, and does not tell how large that is. So all is asked for first, then half of it,
-    a quarter and so on, and then all again; what has been started for one request stays for the
-    next. A cluster without an autoscaler takes note of a request and does nothing.
+    Ray's v2 autoscaler ignores a request that the largest permitted cluster could not hold, and
+    does not say how large that is. So first all is asked for, then half of it, a quarter and so on,
+    and then all again; nodes started for one request stay for the next. A cluster without an
+    autoscaler records a request and does nothing.
     """
 
     def __init__(self) -> None:
-        self._more = 0
+        self._size = 0
         self._since = 0.0
 
     def update(self, taken: list[Bundle], ready: list[Bundle], now: float) -> None:
-        """Ask for room for all that is with Ray and for some of what is ready besides.
+        """Ask for room for everything that is with Ray and for some of what is ready besides.
 
         Args:
             taken: what is with Ray.
-            ready: what has no place there yet, the most urgent first.
-            now: seconds, of any clock that goes forward.
+            ready: what is not with Ray yet, the most urgent first.
+            now: seconds of a monotonic clock.
         """
         if not ready:
-            self.take_back()
-        elif not self._more or now - self._since >= ASK_SECONDS:
-            self._more = self._more // 2 or min(len(ready), MOST_MORE)
+            self.withdraw()
+        elif not self._size or now - self._since >= REQUEST_SECONDS:
+            self._size = self._size // 2 or min(len(ready), MAX_READY)
             self._since = now
-            _ask(taken + ready[: self._more])
+            _request(taken + ready[: self._size])
 
-    def take_back(self) -> None:
+    def withdraw(self) -> None:
         """Ask for nothing more."""
-        if self._more:
-            _ask([])
-        self._more = 0
+        if self._size:
+            _request([])
+        self._size = 0
 
 
-def _ask(bundles: list[Bundle]) -> None:
-    if ray.util.client.ray.is_connected():  # what `request_resources` reads is not to be had here
+def _request(bundles: list[Bundle]) -> None:
+    if ray.util.client.ray.is_connected():  # a client lacks what `request_resources` reads
         ray.remote(num_cpus=0)(request_resources).remote(bundles=bundles)
     else:
         request_resources(bundles=bundles)

@@ -67,7 +67,7 @@ def _left_attempts(store: Store, keys: Collection[str]) -> list[str]:
         if key in keys and len(paths) == 1:
             continue
         # Each was begun under a lease. In this order, one that ends meanwhile has its manifest.
-        holder = leases.holding(store, key)
+        holder = leases.holder(store, key)
         if holder is not None and store.read(f"runs/{holder}.json") is not None:
             continue
         try:

@@ -1,13 +1,13 @@
-"""Which run makes which stage: runs share a store, and none makes what another is making.
+"""Leases: of several runs that share a store, one at a time makes a stage.
 
-A run says in `runs/<run>.json` where it runs and in `uses/<run>.json` which artifacts it uses, and
-puts a new number into `pulses/<run>.json` every ten seconds. While one of its workers makes a
-stage, that run's name stands in `leases/<key>.json`. A lease lives as long as its run.
+A run writes in `runs/<run>.json` where it runs and in `uses/<run>.json` which artifacts it uses,
+and every ten seconds writes a new number into `pulses/<run>.json`. While one of its workers makes a
+stage, `leases/<key>.json` holds the run's name. A lease lasts as long as its run.
 
-No machine's clock is compared with another's. A run is dead where an observer has seen one and the
-same pulse for a minute of its own monotonic clock, where it is a process of the observer's machine
-that is gone, or where it has no record. A wrong verdict costs work and no result: two writers of
-one key end with one whole artifact.
+Clocks of different machines are never compared. A run is dead if an observer has seen the same
+pulse for a minute of its own monotonic clock, if it was a process of the observer's machine that
+has ended, or if it has no record. A wrong verdict costs work but no result: two writers of one key
+leave one whole artifact.
 """
 
 import contextlib
@@ -31,31 +31,31 @@ logger = logging.getLogger(__name__)
 
 PULSE_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-"""How long a pulse may stand still: several pulses, since object stores are slow at times."""
+"""How long a pulse may stand still: several pulses, since object stores are sometimes slow."""
 
 SETTLE_SECONDS = 1.0
-"""How long one waits, after taking over a dead run's lease, for another who does the same."""
+"""How long a run that takes over a dead run's lease waits for another that does the same."""
 
 
 class RunRecord(BaseModel):
-    """What a run tells others of itself."""
+    """Where a run runs, for other runs."""
 
     model_config = ConfigDict(frozen=True)
 
     run: str
     host: str
     machine: str | None
-    """A boot of a machine and a namespace of its processes; None where there is no telling."""
+    """The machine's boot and its process namespace; None if unknown."""
     process: int
     started: str | None
-    """When the process was started, as the machine counts it."""
+    """When the process started, in the machine's own count."""
 
 
 class Claim:
     """A run's record and pulse, from entry to exit.
 
     Args:
-        keys: all artifacts that it makes or reads.
+        keys: all artifacts that the run makes or reads.
     """
 
     def __init__(self, store: Store, keys: Collection[str]) -> None:
@@ -67,7 +67,7 @@ class Claim:
             host=platform.node(),
             machine=_machine(),
             process=process,
-            started=_started(process),
+            started=_start_of(process),
         )
         self._keys = json.dumps(sorted(keys)).encode()
         self._ended = threading.Event()
@@ -86,7 +86,7 @@ class Claim:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(Exception):  # a record without a pulse is soon a dead one
+        with contextlib.suppress(Exception):  # without a pulse the record soon counts as dead
             forget(self.store, self.run)
 
     def _beat(self) -> None:
@@ -95,27 +95,28 @@ class Claim:
             count += 1
             try:
                 self._pulse(count)
-            except Exception as error:  # the next one may come through
+            except Exception as error:  # the next pulse may succeed
                 logger.warning("no pulse: %s", error)
 
     def _pulse(self, count: int) -> None:
-        if self.store.read(f"runs/{self.run}.json") is None:  # never there, or declared dead
+        if self.store.read(f"runs/{self.run}.json") is None:  # not yet written, or declared dead
             self.store.write(f"uses/{self.run}.json", self._keys)
             self.store.write(f"runs/{self.run}.json", self._record.model_dump_json().encode())
         self.store.write(f"pulses/{self.run}.json", str(count).encode())
 
 
 class Observer:
-    """Tells which runs are alive, from what it has seen of their pulses."""
+    """Judges which runs are alive by the pulses that it has seen."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._seen: dict[str, tuple[bytes | None, float]] = {}
 
     def alive(self, run: str) -> bool:
-        """Whether a run may still be at work; a run seen for the first time is, unless known dead.
+        """Return whether a run may still be at work.
 
-        What is found dead is forgotten, so that nobody need watch it again.
+        A run seen for the first time is alive unless known to be dead. The record of a dead run is
+        removed, so that no other observer need watch it.
         """
         text = self.store.read(f"runs/{run}.json")
         if text is None:
@@ -124,16 +125,16 @@ class Observer:
         now = time.monotonic()
         if run not in self._seen or self._seen[run][0] != pulse:
             self._seen[run] = pulse, now
-        if now - self._seen[run][1] < LEASE_SECONDS and not _gone(text):
+        if now - self._seen[run][1] < LEASE_SECONDS and not _has_ended(text):
             return True
         logger.info("run %s is dead", run)
         forget(self.store, run)
         return False
 
     def used(self) -> set[str]:
-        """The artifacts of the runs that are alive, once it is known which are.
+        """Return the keys of the artifacts that living runs use.
 
-        Waits for a pulse of each, which takes up to a minute if one is dead.
+        Waits for a pulse of each run, which takes up to a minute if one is dead.
         """
         unsure = self.store.names("runs")
         first = {run: self.store.read(f"pulses/{run}.json") for run in unsure}
@@ -146,13 +147,13 @@ class Observer:
 
 
 def forget(store: Store, run: str) -> None:
-    """Remove a run's record, by which its leases become void."""
+    """Remove a run's record, which voids its leases."""
     for folder in ("pulses", "runs", "uses"):
         store.remove(f"{folder}/{run}.json")
 
 
-def take(store: Store, key: str, run: str, dead: Collection[str]) -> str | None:
-    """Take the lease of a stage.
+def acquire(store: Store, key: str, run: str, dead: Collection[str]) -> str | None:
+    """Acquire the lease of a stage.
 
     Args:
         dead: runs whose leases may be taken over.
@@ -162,29 +163,29 @@ def take(store: Store, key: str, run: str, dead: Collection[str]) -> str | None:
     """
     name = f"leases/{key}.json"
     while not store.create(name, run.encode()):
-        holder = holding(store, key)
-        if holder is None:  # given back meanwhile
+        other = holder(store, key)
+        if other is None:  # released meanwhile
             continue
-        if holder == run:  # of an attempt of this run that was lost
+        if other == run:  # left by a lost attempt of this run
             return None
-        if holder not in dead:
-            return holder
+        if other not in dead:
+            return other
         store.write(name, run.encode())
         time.sleep(SETTLE_SECONDS)
-        holder = holding(store, key)
-        return None if holder == run else holder
+        other = holder(store, key)
+        return None if other == run else other
     return None
 
 
-def holding(store: Store, key: str) -> str | None:
-    """The run that holds the lease of a stage, or None."""
+def holder(store: Store, key: str) -> str | None:
+    """Return the run that holds the lease of a stage, or None."""
     content = store.read(f"leases/{key}.json")
     return None if content is None else content.decode()
 
 
-def give_back(store: Store, key: str, run: str) -> None:
-    """Remove the lease of a stage, if it is this run's."""
-    if holding(store, key) == run:
+def release(store: Store, key: str, run: str) -> None:
+    """Remove the lease of a stage if this run holds it."""
+    if holder(store, key) == run:
         store.remove(f"leases/{key}.json")
 
 
@@ -195,18 +196,18 @@ def sweep(store: Store, observer: Observer) -> None:
         return
     alive = {run for run in store.names("runs") if observer.alive(run)}
     for key in leases:
-        if holding(store, key) not in alive:
+        if holder(store, key) not in alive:
             store.remove(f"leases/{key}.json")
 
 
-def _gone(record: bytes) -> bool:
-    """Whether a run was a process of this machine that is no more."""
+def _has_ended(record: bytes) -> bool:
+    """Return whether a run was a process of this machine that has ended."""
     try:
-        told = RunRecord.model_validate_json(record)
-    except ValidationError:  # of another version: its pulse tells
+        run = RunRecord.model_validate_json(record)
+    except ValidationError:  # half written, or of another version: judge by its pulse
         return False
-    here = told.machine is not None and told.machine == _machine()
-    return here and _started(told.process) != told.started
+    here = run.machine is not None and run.machine == _machine()
+    return here and _start_of(run.process) != run.started
 
 
 @functools.cache
@@ -218,8 +219,9 @@ def _machine() -> str | None:
         return None
 
 
-def _started(process: int) -> str | None:
-    """When a process was started, in ticks since the boot: a number that no clock moves."""
+def _start_of(process: int) -> str | None:
+    """Return when a process started, in ticks since the boot, which no clock changes; None if it
+    does not run."""
     try:
         status = Path(f"/proc/{process}/stat").read_text()
     except OSError:

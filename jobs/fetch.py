@@ -56,9 +56,9 @@ def fetch(plan: Plan, store: Store) -> list[HubItem]:
     with leases.Claim(store, [item.key for item in items]) as claim:
         for item in missing:
             logger.info("fetching %s %s", item.kind, item.name)
-            leases.take(store, item.key, claim.run, ())  # no other may tidy it away meanwhile
+            leases.acquire(store, item.key, claim.run, ())  # no other may tidy it away meanwhile
             _fetch(item, store)
-            leases.give_back(store, item.key, claim.run)
+            leases.release(store, item.key, claim.run)
     return missing
 
 

@@ -9,16 +9,14 @@ import pipeline
 from cluster import leases
 from cluster.board import Board
 from cluster.graph import needed
-from cluster.run import Progress as Outcome
-from cluster.run import run
+from cluster.run import Outcome, run_graph
 from cluster.session import check_resources, session
 from cluster.store import Store
 from jobs.fetch import with_copies
 from jobs.plan import Plan
 from jobs.progress import progress_of, recall
-from jobs.stages import execute, prepare
+from jobs.stages import execute, prepared
 from jobs.watch import Watch
-from pipeline.progress import reporting
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +60,13 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
         board = Board()
         with Watch(progress, plan.grid.name, board, workers) as watch:
             check_resources({plan.graph[key].kind: plan.graph[key].resources for key in missing})
-            return run(
+            return run_graph(
                 graph,
                 targets,
                 execute,
                 store,
                 versions,
-                prepare=prepare,
-                board=board,
-                reporting=reporting,
+                prepared=prepared,
                 workers=workers,
-                observe=watch.ended,
-                started=watch.started,
-                replicas=watch.replicas,
+                watcher=watch,
             )

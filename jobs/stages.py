@@ -1,9 +1,10 @@
 """Where a spec meets the function that makes its artifact."""
 
+import contextlib
 import gc
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -11,13 +12,13 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from cluster.heap import keep_freed_memory
-from cluster.run import WorkerLostError
 from cluster.store import Partial
+from cluster.worker import WorkerLostError
 from jobs.outside import hub_items
 from pipeline.environment import check_environment
 from pipeline.errors import EngineDiedError
 from pipeline.hub import HubItem, used
-from pipeline.progress import phase
+from pipeline.progress import Reporter, phase, reporting
 from pipeline.specs import (
     DescribeSpec,
     EvaluateSpec,
@@ -77,6 +78,14 @@ def prepare(kind: str) -> ModuleType:
     """The module that makes stages of a kind; a new process takes seconds to import it."""
     with phase("importing libraries"):
         return _imported(MODULES[kind])
+
+
+@contextlib.contextmanager
+def prepared(kind: str, reporter: Reporter) -> Iterator[None]:
+    """Import what stages of a kind need, and pass on what they report within the block."""
+    with reporting(reporter):
+        prepare(kind)
+        yield
 
 
 def execute(

@@ -15,6 +15,7 @@ from rich.live import Live
 from cluster.board import Board, Position
 from cluster.graph import Stage
 from cluster.store import Failure, Manifest
+from cluster.watcher import Watcher
 from jobs.forecast import Room
 from jobs.progress import MOST_SHOWN, Busy, Progress, how_far, line_name
 
@@ -27,7 +28,7 @@ SUMMARY_SECONDS = 30.0
 """Between two summaries in a log."""
 
 
-class Watch:
+class Watch(Watcher):
     """Tells of a run from entry to exit: a line for every stage that ends, and all figures in a
     view at the foot of a terminal, or else now and then in the log, with a line for every stage
     that begins and lasts."""
@@ -44,9 +45,9 @@ class Watch:
             board: where workers write what they do.
             workers: stages at one time, at the most.
         """
+        super().__init__(board)
         self.progress = progress
         self.metrics = Metrics(progress, grid)
-        self.board = board
         self.workers = workers
         self.busy: Busy | None = None
         self._told: set[str] = set()

@@ -5,40 +5,40 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from cluster import autoscaler
-from cluster.autoscaler import ASK_SECONDS, Request
+from cluster.autoscaler import REQUEST_SECONDS, RoomRequest
 
 ONE = {"CPU": 1.0}
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Sizes of the requests that were made."""
+    """Return the sizes of the requests that were made."""
     made: list[int] = []
     monkeypatch.setattr(autoscaler, "request_resources", lambda bundles: made.append(len(bundles)))
     return made
 
 
 def test_all_is_asked_for_then_half_of_it_and_so_on_and_then_all_again(asked: list[int]) -> None:
-    request = Request()
+    request = RoomRequest()
     for number in range(5):
-        request.update([ONE] * 2, [ONE] * 8, number * ASK_SECONDS)
-        request.update([ONE] * 2, [ONE] * 8, number * ASK_SECONDS + 1.0)  # too soon
+        request.update([ONE] * 2, [ONE] * 8, number * REQUEST_SECONDS)
+        request.update([ONE] * 2, [ONE] * 8, number * REQUEST_SECONDS + 1.0)  # too soon
     assert asked == [2 + 8, 2 + 4, 2 + 2, 2 + 1, 2 + 8]
 
 
-def test_a_request_is_taken_back_when_nothing_waits_and_only_once(asked: list[int]) -> None:
-    request = Request()
+def test_a_request_is_withdrawn_once_when_nothing_waits(asked: list[int]) -> None:
+    request = RoomRequest()
     request.update([ONE], [], 0.0)
-    request.take_back()
+    request.withdraw()
     assert asked == []
     request.update([], [ONE], 1.0)
     request.update([ONE], [], 2.0)
-    request.take_back()
+    request.withdraw()
     assert asked == [1, 0]
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_cluster_without_an_autoscaler_bears_any_request() -> None:
+def test_a_cluster_without_an_autoscaler_accepts_any_request() -> None:
     before = ray.cluster_resources()["CPU"]
     request_resources(bundles=[{"CPU": 1.0}, {"CPU": 64.0, "GPU": 8.0}])
     assert ray.get(ray.remote(lambda: "done").remote()) == "done"

@@ -8,31 +8,32 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.board import Board, Position, Tell
+from cluster.board import Board, Position, WritePosition
 from cluster.graph import Graph, Stage
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.store import Partial, Store
+from cluster.watcher import Watcher
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-_tell: list[Tell] = []
+_writers: list[WritePosition] = []
 
 
 @contextmanager
-def reporting(tell: Tell) -> Iterator[None]:
-    _tell.append(tell)
+def prepared(kind: str, write: WritePosition) -> Iterator[None]:
+    _writers.append(write)
     try:
         yield
     finally:
-        _tell.pop()
+        _writers.pop()
 
 
 def work(
     payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
 ) -> dict[str, Any]:
-    """Goes on until the file that the payload names is there."""
-    _tell[-1]("loading the model", 0, 0, "")
-    _tell[-1]("", 12, 30, "layers")
+    """Wait for the file that the payload names."""
+    _writers[-1]("loading the model", 0, 0, "")
+    _writers[-1]("", 12, 30, "layers")
     deadline = time.monotonic() + 60
     while not Path(payload).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -62,17 +63,17 @@ def soon(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-def test_the_board_tells_how_far_a_stage_is_until_it_ends(board: Board) -> None:
-    tell = board.start("k")
-    tell("loading the model", 0, 0, "")
-    tell("", 12, 30, "layers")
+def test_the_board_has_a_stages_position_until_it_ends(board: Board) -> None:
+    write = board.start("k")
+    write("loading the model", 0, 0, "")
+    write("", 12, 30, "layers")
     assert soon(lambda: board.read()["k"].done == 12)
     position = board.read()["k"]
     assert (position.phase, position.total, position.unit) == ("", 30, "layers")
     assert position.share == pytest.approx(0.4)
     assert 0 <= position.phase_seconds <= position.seconds < 30
     board.end("k")
-    tell("storing", 0, 0, "")  # what comes too late
+    write("storing", 0, 0, "")  # too late: ignored
     assert soon(lambda: not board.read())
 
 
@@ -83,17 +84,17 @@ def test_a_stage_writes_once_a_second_and_every_phase(
     monkeypatch.setattr(Board, "_write", lambda self, *arguments: written.append(arguments))
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    tell = board.start("k")
+    write = board.start("k")
     for step in range(101):
         clock[0] = step / 10
-        tell("", step, 100, "tokens")
-    tell("storing", 0, 0, "")
+        write("", step, 100, "tokens")
+    write("storing", 0, 0, "")
     assert [each[3] for each in written[1:-1]] == list(range(0, 101, 10))
     assert written[-1] == ("update", "k", "storing", 0, 0, "")
 
 
 def test_what_waits_for_room_is_not_at_work(tmp_path: Path, board: Board) -> None:
-    """Of four stages, two have room."""
+    """Two of four stages have room."""
     at_work: list[int] = []
     go = tmp_path / "go"
 
@@ -107,7 +108,9 @@ def test_what_waits_for_room_is_not_at_work(tmp_path: Path, board: Board) -> Non
     looker.start()
     store = Store(str(tmp_path / "store"))
     graph = stages(str(go), 4)
-    outcome = run(graph, list(graph), work, store, {}, board=board, reporting=reporting)
+    outcome = run_graph(
+        graph, list(graph), work, store, {}, prepared=prepared, watcher=Watcher(board)
+    )
     looker.join()
     assert len(outcome.made) == 4
     assert at_work == [2]
@@ -117,17 +120,19 @@ def test_what_waits_for_room_is_not_at_work(tmp_path: Path, board: Board) -> Non
 def test_a_run_goes_on_without_its_board(tmp_path: Path) -> None:
     board = Board()
     assert board.read() == {}
-    ray.kill(board._notes)
+    ray.kill(board._actor)
     (tmp_path / "go").touch()
     graph = stages(str(tmp_path / "go"), 3)
     store = Store(str(tmp_path / "store"))
-    outcome = run(graph, list(graph), work, store, {}, board=board, reporting=reporting)
+    outcome = run_graph(
+        graph, list(graph), work, store, {}, prepared=prepared, watcher=Watcher(board)
+    )
     assert len(outcome.made) == 3
     assert board.read() == {}
 
 
 def test_the_board_takes_no_cpu(board: Board) -> None:
-    assert board.read() == {}  # so it is up
+    assert board.read() == {}  # it is up
     assert soon(lambda: ray.available_resources().get("CPU") == 2)
 
 

@@ -163,12 +163,12 @@ from dataclasses import replace
 from pathlib import Path
 import ray
 from cluster.graph import Resources
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.store import Store
 from tests.soak import stand_in
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 stage = stand_in.grid(Path(sys.argv[1] + ".log"), 60.0)["prune-0"]
 graph = {stage.key: replace(stage, inputs=(), pool=None, resources=Resources(retries=1))}
-outcome = run(graph, list(graph), stand_in.execute, Store(sys.argv[1]), {})
+outcome = run_graph(graph, list(graph), stand_in.execute, Store(sys.argv[1]), {})
 print(outcome.failed["prune-0"].error)
 """

@@ -13,7 +13,7 @@ import pytest
 from cluster import leases, run
 from cluster.garbage import collect, find
 from cluster.graph import Graph, Stage
-from cluster.run import Progress
+from cluster.run import Outcome
 from cluster.store import Partial, Store
 
 OWNER = """
@@ -22,7 +22,7 @@ from cluster import leases
 from cluster.store import Store
 store = Store(sys.argv[1])
 with leases.Claim(store, ["a"]) as claim:
-    assert leases.take(store, "a", claim.run, ()) is None
+    assert leases.acquire(store, "a", claim.run, ()) is None
     print(claim.run, flush=True)
     time.sleep(600)
 """
@@ -66,13 +66,13 @@ def elsewhere(store: Store, name: str) -> None:
 
 
 def test_a_lease_is_one_runs_until_it_is_given_back(store: Store) -> None:
-    assert leases.take(store, "a", "first", ()) is None
-    assert leases.take(store, "a", "first", ()) is None  # after an attempt that was lost
-    assert leases.take(store, "a", "second", ()) == "first"
-    leases.give_back(store, "a", "second")
-    assert leases.holding(store, "a") == "first"
-    leases.give_back(store, "a", "first")
-    assert leases.take(store, "a", "second", ()) is None
+    assert leases.acquire(store, "a", "first", ()) is None
+    assert leases.acquire(store, "a", "first", ()) is None  # after an attempt that was lost
+    assert leases.acquire(store, "a", "second", ()) == "first"
+    leases.release(store, "a", "second")
+    assert leases.holder(store, "a") == "first"
+    leases.release(store, "a", "first")
+    assert leases.acquire(store, "a", "second", ()) is None
 
 
 def test_of_several_that_take_over_a_dead_runs_lease_one_has_it(store: Store) -> None:
@@ -80,14 +80,14 @@ def test_of_several_that_take_over_a_dead_runs_lease_one_has_it(store: Store) ->
     told: dict[str, str | None] = {}
 
     def take(run: str) -> None:
-        told[run] = leases.take(store, "a", run, {"dead"})
+        told[run] = leases.acquire(store, "a", run, {"dead"})
 
     threads = [threading.Thread(target=take, args=(f"run-{number}",)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [run for run, holder in told.items() if holder is None] == [leases.holding(store, "a")]
+    assert [run for run, holder in told.items() if holder is None] == [leases.holder(store, "a")]
 
 
 @pytest.mark.usefixtures("quick")
@@ -121,7 +121,7 @@ def test_a_killed_run_of_this_machine_is_dead_at_once(store: Store) -> None:
     os.kill(owner.pid, signal.SIGKILL)
     owner.wait()
     leases.sweep(store, observer)
-    assert leases.holding(store, "a") is None
+    assert leases.holder(store, "a") is None
     assert not observer.alive(name)
 
 
@@ -138,11 +138,11 @@ def test_two_runs_at_one_time_make_no_stage_twice(store: Store, tmp_path: Path) 
     notes = tmp_path / "notes"
     shared = [stage(f"s-{number}", f"{notes} 0.2") for number in range(6)]
     ends = [stage(f"end-{name}", f"{notes} 0", *(each.key for each in shared)) for name in "xy"]
-    outcomes: list[Progress] = []
+    outcomes: list[Outcome] = []
 
     def go(*stages: Stage) -> None:
         graph: Graph = {each.key: each for each in stages}
-        outcomes.append(run.run(graph, [stages[-1].key], note, Store(store.url), {}))
+        outcomes.append(run.run_graph(graph, [stages[-1].key], note, Store(store.url), {}))
 
     threads = [threading.Thread(target=go, args=(*shared, end)) for end in ends]
     for thread in threads:
@@ -160,7 +160,7 @@ def test_a_dead_runs_stage_is_made_once_its_lease_has_expired(store: Store, tmp_
     elsewhere(store, "silent")
     started = time.monotonic()
     graph = {"a": stage("a", f"{tmp_path / 'notes'} 0")}
-    assert run.run(graph, ["a"], note, store, {}).made == {"a"}
+    assert run.run_graph(graph, ["a"], note, store, {}).made == {"a"}
     assert time.monotonic() - started > leases.LEASE_SECONDS
     assert store.names("leases") == set()
 
@@ -170,8 +170,10 @@ def test_a_run_whose_clock_is_days_ahead_sweeps_nothing_that_is_being_made(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = {"a": stage("a", f"{tmp_path / 'notes'} 1.5")}
-    made: list[Progress] = []
-    other = threading.Thread(target=lambda: made.append(run.run(graph, ["a"], note, store, {})))
+    made: list[Outcome] = []
+    other = threading.Thread(
+        target=lambda: made.append(run.run_graph(graph, ["a"], note, store, {}))
+    )
     other.start()
     while not store.attempts():
         time.sleep(0.05)

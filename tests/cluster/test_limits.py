@@ -75,7 +75,7 @@ def test_a_stage_that_hangs_is_ended_tried_again_and_then_a_failure(
     hang = stage("prune", f"hang {tries}", pool, time_limit_seconds=0.5, retries=1)
     fine = stage("evaluate", f"fine {tmp_path / 'fine'}", pool, time_limit_seconds=30.0)
     graph = {each.key: each for each in (hang, fine)}
-    outcome = run.run(graph, list(graph), misbehave, store, {})
+    outcome = run.run_graph(graph, list(graph), misbehave, store, {})
     assert outcome.made == {"evaluate"}
     assert tries.read_text() == "xx"
     assert outcome.failed["prune"].error == (
@@ -104,7 +104,7 @@ def test_lack_of_memory_is_a_failure_with_a_remedy_and_the_pool_goes_on(
         "prune": stage("prune", f"{word} {tries}", "pool", max_replicas=1),
         "evaluate": stage("evaluate", f"fine {tmp_path / 'fine'}", "pool", max_replicas=1),
     }
-    outcome = run.run(graph, list(graph), misbehave, store, {})
+    outcome = run.run_graph(graph, list(graph), misbehave, store, {})
     assert outcome.made == {"evaluate"}
     assert outcome.failed["prune"].error.startswith(told)
     failure = store.failure("prune")

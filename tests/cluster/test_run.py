@@ -3,6 +3,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 import ray
 
 from cluster.graph import Graph, Resources, Stage
-from cluster.run import CALL_SECONDS, Maker, Replica, WorkerLostError, _made, run
+from cluster.run import run_graph
 from cluster.store import Failure, Manifest, Partial, Store
+from cluster.watcher import Watcher
+from cluster.worker import CALL_SECONDS, Maker, Replica, WorkerLostError, WritePosition, _make
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -82,12 +86,23 @@ def add(
     return {"total": total, "cpus": cpus}
 
 
+class Recorder(Watcher):
+    """Keeps each stage's key and result, in the order in which stages end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[tuple[str, str]] = []
+
+    def ended(self, stage: Stage, result: Manifest | Failure) -> None:
+        self.results.append((stage.key, "failed" if isinstance(result, Failure) else "made"))
+
+
 def test_stages_run_after_their_inputs_and_leave_artifacts(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     diamond = graph(
         stage("a", "1"), stage("b", "10", "a"), stage("c", "100", "a"), stage("d", "1000", "b", "c")
     )
-    outcome = run(diamond, ["d"], add, store, VERSIONS)
+    outcome = run_graph(diamond, ["d"], add, store, VERSIONS)
     assert set(outcome.made) == {"a", "b", "c", "d"}
     assert (store.fetch("d") / "n").read_text() == "1112"
     manifest = store.manifest("d")
@@ -101,30 +116,32 @@ def test_seconds_begin_after_a_process_is_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [50.0]
-    prepared: list[str] = []
-    monkeypatch.setattr("cluster.run.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    kinds: list[str] = []
+    monkeypatch.setattr("cluster.worker.time", SimpleNamespace(monotonic=lambda: clock[0]))
 
-    def prepare(kind: str) -> None:
-        prepared.append(kind)
+    @contextmanager
+    def prepared(kind: str, write: WritePosition) -> Iterator[None]:
+        kinds.append(kind)
         clock[0] += 100
+        yield
 
     def execute(*given: Any) -> dict[str, Any]:
         clock[0] += 7
         return add(*given)
 
     store = Store(str(tmp_path / "store"))
-    maker = Maker(execute, store.url, VERSIONS, "run", prepare)
-    made = _made(stage("a-1", "1"), maker, store)
-    assert prepared == ["a"]
+    maker = Maker(execute, store.url, VERSIONS, "run", prepared)
+    made = _make(stage("a-1", "1"), maker, store)
+    assert kinds == ["a"]
     assert made.seconds == 7
 
 
 def test_a_process_that_cannot_be_prepared_is_a_recorded_failure(tmp_path: Path) -> None:
-    def prepare(kind: str) -> None:
+    def prepared(kind: str, write: WritePosition) -> AbstractContextManager[None]:
         raise ModuleNotFoundError(f"no module for {kind}")
 
     store = Store(str(tmp_path / "store"))
-    outcome = run(graph(stage("a-1", "1")), ["a-1"], add, store, VERSIONS, prepare=prepare)
+    outcome = run_graph(graph(stage("a-1", "1")), ["a-1"], add, store, VERSIONS, prepared=prepared)
     assert outcome.failed["a-1"].error == "ModuleNotFoundError: no module for a"
 
 
@@ -132,8 +149,8 @@ def test_what_is_in_the_store_is_not_made_again(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     count = tmp_path / "count"
     pair = graph(stage("a", f"count {count}"), stage("b", "1", "a"))
-    run(pair, ["a"], add, store, VERSIONS)
-    outcome = run(pair, ["b"], add, store, VERSIONS)
+    run_graph(pair, ["a"], add, store, VERSIONS)
+    outcome = run_graph(pair, ["b"], add, store, VERSIONS)
     assert set(outcome.made) == {"b"}
     assert count.read_text() == "x"
 
@@ -148,8 +165,8 @@ def claims(
 
 def test_a_run_claims_what_it_makes_and_what_it_only_reads(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
-    run(graph(stage("copy", "1")), ["copy"], add, store, VERSIONS)
-    outcome = run(graph(stage("a", "1", "copy")), ["a"], claims, store, VERSIONS)
+    run_graph(graph(stage("copy", "1")), ["copy"], add, store, VERSIONS)
+    outcome = run_graph(graph(stage("a", "1", "copy")), ["a"], claims, store, VERSIONS)
     assert set(outcome.made) == {"a"}
     manifest = store.manifest("a")
     assert manifest is not None
@@ -165,37 +182,38 @@ def test_what_leads_to_most_others_is_made_first(tmp_path: Path) -> None:
         *(stage(f"{name}-{n}", "1", name) for name, count in (("few", 1), ("many", 3))
           for n in range(count)),
     )  # fmt: skip
-    order: list[str] = []
-    run(
-        plan, list(plan), add, store, VERSIONS, workers=1,
-        observe=lambda stage, result: order.append(stage.key),
-    )  # fmt: skip
-    assert order == ["many", "few", "leaf", "few-0", "many-0", "many-1", "many-2"]
+    watcher = Recorder()
+    run_graph(plan, list(plan), add, store, VERSIONS, workers=1, watcher=watcher)
+    assert [key for key, _ in watcher.results] == [
+        "many",
+        "few",
+        "leaf",
+        "few-0",
+        "many-0",
+        "many-1",
+        "many-2",
+    ]
 
 
 def test_a_failure_that_cannot_be_kept_does_not_end_the_run(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     store.write("failures", b"a file where a folder should be")
     plan = graph(stage("bad", "raise no"), stage("good", "1"))
-    outcome = run(plan, list(plan), add, store, VERSIONS)
+    outcome = run_graph(plan, list(plan), add, store, VERSIONS)
     assert outcome.made == {"good"}
     assert outcome.failed["bad"].error == "ValueError: no"
 
 
 def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
-    seen: list[tuple[str, bool]] = []
-
-    def observe(stage: Stage, result: Manifest | Failure) -> None:
-        seen.append((stage.key, isinstance(result, Failure)))
-
+    watcher = Recorder()
     plan = graph(
         stage("bad", "raise no such layer"),
         stage("reader", "1", "bad"),
         stage("readers-reader", "1", "reader"),
         stage("good", "1"),
     )
-    outcome = run(plan, ["readers-reader", "good"], add, store, VERSIONS, observe=observe)
+    outcome = run_graph(plan, ["readers-reader", "good"], add, store, VERSIONS, watcher=watcher)
     assert set(outcome.made) == {"good"}
     assert set(outcome.failed) == {"bad"}
     assert outcome.blocked == {"reader": "bad", "readers-reader": "bad"}
@@ -203,16 +221,16 @@ def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path:
     assert failure is not None
     assert failure.error == "ValueError: no such layer"
     assert "raise ValueError(argument)" in failure.traceback
-    assert sorted(seen) == [("bad", True), ("good", False)]
+    assert sorted(watcher.results) == [("bad", "failed"), ("good", "made")]
 
 
 def test_only_what_failed_is_tried_again(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     count = tmp_path / "count"
     plan = graph(stage("a", f"count {count}"), stage("b", "raise once", "a"))
-    run(plan, ["b"], add, store, VERSIONS)
+    run_graph(plan, ["b"], add, store, VERSIONS)
     mended = graph(plan["a"], stage("b", "5", "a"))
-    outcome = run(mended, ["b"], add, store, VERSIONS)
+    outcome = run_graph(mended, ["b"], add, store, VERSIONS)
     assert set(outcome.made) == {"b"}
     assert count.read_text() == "x"
     assert store.failure("b") is None
@@ -228,7 +246,7 @@ def test_a_killed_worker_costs_only_its_stage_which_is_tried_again(
         stage("b", f"die-once {tmp_path / 'died'}", "a", pool=pool),
         stage("c", "1", "b", pool=pool),
     )
-    outcome = run(plan, ["c"], add, store, VERSIONS)
+    outcome = run_graph(plan, ["c"], add, store, VERSIONS)
     assert set(outcome.made) == {"a", "b", "c"}
     assert (tmp_path / "died").exists()
     assert outcome.failed == {}
@@ -246,7 +264,7 @@ def test_a_worker_that_always_dies_is_a_failure_and_not_a_hang(tmp_path: Path) -
         inputs=(),
         resources=Resources(retries=0),
     )
-    outcome = run(graph(doomed), ["doomed"], _kill_oneself, store, VERSIONS)
+    outcome = run_graph(graph(doomed), ["doomed"], _kill_oneself, store, VERSIONS)
     assert set(outcome.failed) == {"doomed"}
     assert store.failure("doomed") is not None
 
@@ -261,11 +279,11 @@ def _kill_oneself(
 def test_an_input_found_damaged_on_the_way_is_made_again(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     plan = graph(stage("a", "1"), stage("b", "10", "a"), stage("c", "100", "a"))
-    run(plan, ["a"], add, store, VERSIONS)
+    run_graph(plan, ["a"], add, store, VERSIONS)
     manifest = store.manifest("a")
     assert manifest is not None
     (tmp_path / "store" / manifest.data / "n").write_text("7")
-    outcome = run(plan, ["b", "c"], add, store, VERSIONS)
+    outcome = run_graph(plan, ["b", "c"], add, store, VERSIONS)
     assert set(outcome.made) == {"a", "b", "c"}
     assert outcome.failed == {}
     fresh = Store(store.url)
@@ -277,7 +295,7 @@ def test_a_pool_serves_many_stages_with_few_processes(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     shards = [stage(f"shard-{number}", "pid", pool="generate") for number in range(6)]
     joined = stage("joined", "0", *(shard.key for shard in shards))
-    run(graph(*shards, joined), ["joined"], add, store, VERSIONS)
+    run_graph(graph(*shards, joined), ["joined"], add, store, VERSIONS)
     assert (store.fetch("joined") / "n").read_text() == "6"
     pids = {(store.fetch(shard.key) / "pid").read_text() for shard in shards}
     assert 1 <= len(pids) <= 2
@@ -292,7 +310,7 @@ def test_one_worker_and_two_leave_the_same_files(tmp_path: Path) -> None:
     sums = []
     for workers in (1, 2):
         store = Store(str(tmp_path / str(workers)))
-        run(plan, ["z"], add, store, VERSIONS, workers=workers)
+        run_graph(plan, ["z"], add, store, VERSIONS, workers=workers)
         manifests = [store.manifest(key) for key in plan]
         sums.append([each.files for each in manifests if each is not None])
     assert sums[0] == sums[1]
@@ -310,7 +328,7 @@ def noted(store: Store, key: str, name: str) -> float:
 def test_a_pool_has_no_more_replicas_than_its_maximum(tmp_path: Path, count: int) -> None:
     store = Store(str(tmp_path / "store"))
     shards = graph(*(stage(f"s-{n}", "sleep 0.3", pool="p", max_replicas=count) for n in range(6)))
-    run(shards, list(shards), add, store, VERSIONS)
+    run_graph(shards, list(shards), add, store, VERSIONS)
     assert len({noted(store, key, "pid") for key in shards}) == count
 
 
@@ -331,7 +349,7 @@ def test_a_replica_joins_when_the_cluster_has_room_and_leaves_when_it_has_no_wor
         stage("long", f"wait-for {ended}", "other", pool="p"),
         stage("last", f"tell {ended}", "late-0", "late-1"),
     )
-    outcome = run(plan, list(plan), add, store, VERSIONS)
+    outcome = run_graph(plan, list(plan), add, store, VERSIONS)
     assert set(outcome.made) == set(plan)
     assert len({noted(store, f"early-{n}", "pid") for n in range(3)}) == 1
     assert noted(store, "late-0", "pid") != noted(store, "late-1", "pid")
@@ -345,7 +363,7 @@ def test_a_pool_waits_while_other_stages_take_all_the_workers(tmp_path: Path) ->
         stage("other", "sleep 0.5"), stage("a", "1", pool="p"), stage("b", "1", pool="p"),
         stage("third", "1"),
     )  # fmt: skip
-    outcome = run(plan, list(plan), add, store, VERSIONS, workers=1)
+    outcome = run_graph(plan, list(plan), add, store, VERSIONS, workers=1)
     assert set(outcome.made) == set(plan)
 
 
@@ -373,7 +391,7 @@ def test_a_pool_outlives_more_lost_replicas_than_one_stage_may_lose(tmp_path: Pa
     shards = graph(
         *(stage(f"s-{n}", f"die-once {tmp_path / str(n)}", pool="p", **bounds) for n in range(4))
     )
-    outcome = run(shards, list(shards), add, store, VERSIONS)
+    outcome = run_graph(shards, list(shards), add, store, VERSIONS)
     assert set(outcome.made) == set(shards)
 
 
@@ -387,7 +405,7 @@ def test_a_stage_that_kills_every_replica_fails_and_the_others_of_its_pool_go_on
         stage("b", "5", pool="p", **bounds),
         stage("c", "5", pool="p", **bounds),
     )
-    outcome = run(plan, list(plan), add, store, VERSIONS)
+    outcome = run_graph(plan, list(plan), add, store, VERSIONS)
     assert set(outcome.made) == {"b", "c"}
     assert set(outcome.failed) == {"a"}
     assert "Died" in outcome.failed["a"].error
@@ -400,7 +418,7 @@ def test_a_dead_engine_is_made_again_in_another_process_or_recorded(
     store = Store(str(tmp_path / "store"))
     marker = tmp_path / "died"
     plan = graph(stage("s", f"engine-dies-once {marker}", pool="p", retries=retries))
-    outcome = run(plan, ["s"], add, store, VERSIONS)
+    outcome = run_graph(plan, ["s"], add, store, VERSIONS)
     if retries:
         assert noted(store, "s", "pid") != float(marker.read_text())
     else:
@@ -425,7 +443,9 @@ def test_idle_actors_make_way_for_a_stage_that_only_few_may_be_at_work_with(
     )
     done: list[str] = []
     runner = threading.Thread(
-        target=lambda: done.extend(run(plan, list(plan), add, store, VERSIONS, workers=1).made),
+        target=lambda: done.extend(
+            run_graph(plan, list(plan), add, store, VERSIONS, workers=1).made
+        ),
         daemon=True,
     )
     runner.start()

@@ -1,29 +1,34 @@
 """In which order the stages of a real grid begin, noted by the workers that make them."""
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.board import WritePosition
 from cluster.graph import Stage
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.store import Partial, Store
+from cluster.watcher import Watcher
 from jobs.grid import Grid
 from jobs.plan import make_plan
-from jobs.stages import execute, prepare
+from jobs.stages import execute, prepared
 
 Content = dict[str, Any]
 
 
-def preparing(kind: str, *, notes: Path) -> object:
-    """Notes when the process turned to its next stage."""
+@contextlib.contextmanager
+def preparing(kind: str, write: WritePosition, *, notes: Path) -> Iterator[None]:
+    """Note when the process turned to its next stage."""
     with (notes / str(os.getpid())).open("a") as file:
         file.write(f"{time.time()} ")
-    return prepare(kind)
+    with prepared(kind, write):
+        yield
 
 
 def executing(
@@ -35,7 +40,7 @@ def executing(
     *,
     notes: Path,
 ) -> dict[str, Any]:
-    """Notes which stage it is."""
+    """Note which stage it is."""
     with (notes / str(os.getpid())).open("a") as file:
         file.write(f"{payload}\n")
     return execute(payload, artifacts, output, cpus, partial)
@@ -61,21 +66,21 @@ def test_nothing_that_others_wait_for_begins_after_what_nobody_waits_for(
     handed: dict[str, float] = {}
     ended: dict[str, float] = {}
 
-    def hand(stage: Stage) -> None:
-        handed[stage.key] = time.time()
+    class Timer(Watcher):
+        def started(self, stage: Stage) -> None:
+            handed[stage.key] = time.time()
 
-    def end(stage: Stage, result: object) -> None:
-        ended[stage.key] = time.time()
+        def ended(self, stage: Stage, result: object) -> None:
+            ended[stage.key] = time.time()
 
-    outcome = run(
+    outcome = run_graph(
         graph,
         plan.targets,
         functools.partial(executing, notes=notes),
         Store(str(tmp_path / "store")),
         {},
-        prepare=functools.partial(preparing, notes=notes),
-        started=hand,
-        observe=end,
+        prepared=functools.partial(preparing, notes=notes),
+        watcher=Timer(),
     )
     assert outcome.failed == {}
 

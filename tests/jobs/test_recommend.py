@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.store import Store
 from jobs.grid import Grid
 from jobs.plan import make_plan
@@ -155,7 +155,7 @@ def test_a_ranking_is_printed_with_its_record(
     content["calibrations"]["own"]["num_samples"] = 8
     content["cells"] |= {"model": "other", "pruner": "wanda", "sparsity": 0.5, "seed": 0}
     plan = scoring_plan(load(content))
-    assert not run(plan.graph, scores_only(plan).targets, execute, store, {}).failed
+    assert not run_graph(plan.graph, scores_only(plan).targets, execute, store, {}).failed
     made = {plan.specs[key].kind for key in store.keys() & plan.specs.keys()}
     assert "describe" in made
     assert not made & {"prune", "evaluate"}

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 
 import pipeline.pruning.prune
 from cluster.graph import Stage
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.store import Manifest, Partial, Store
 from jobs.stages import execute
 from pipeline.models.layer_files import layer_file
@@ -243,7 +243,7 @@ def test_a_worker_that_is_killed_within_a_pruning_loses_only_one_layer(
     assert spec.calibration is not None
     windows = stage(spec.calibration.key, "windows")
     pruned = stage(spec.key, spec.model_dump_json(), spec.calibration.key)
-    outcome = run(
+    outcome = run_graph(
         {windows.key: windows, pruned.key: pruned},
         [pruned.key],
         windows_then_dying_prune,

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from cluster.graph import needed
-from cluster.run import Maker, Replica, run
+from cluster.run import run_graph
 from cluster.store import Partial, Store
+from cluster.worker import Maker, Replica
 from jobs.check import check
 from jobs.gather import gather, write_table
 from jobs.grid import Grid
 from jobs.plan import Plan, make_plan
-from jobs.stages import execute, prepare
+from jobs.stages import execute, prepared
 from pipeline.generation.vllm_engine import vllm_version
 from pipeline.specs import GenerateSpec, ShardSpec
 
@@ -123,7 +124,7 @@ def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_and_
     notes.mkdir()
     dying = functools.partial(execute_or_die, victim=plan.graph[shards[1]].payload, notes=notes)
     together = Store(str(tmp_path / "together"))
-    outcome = run(plan.graph, list(plan.cells), dying, together, {})
+    outcome = run_graph(plan.graph, list(plan.cells), dying, together, {})
     assert outcome.failed == {}
     assert (notes / "died").exists()
 
@@ -135,7 +136,7 @@ def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_and_
     assert len(set(caches)) == len(caches)
 
     alone = Store(str(tmp_path / "alone"))
-    maker = Maker(execute, alone.url, versions={}, run="alone", prepare=prepare)
+    maker = Maker(execute, alone.url, versions={}, run="alone", prepared=prepared)
     with without_flask():
         for key in needed(plan.graph, list(plan.cells), ()):
             Replica().make(plan.graph[key], maker, frozenset())

@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 
 from cluster.leases import Observer, sweep
-from cluster.run import run
+from cluster.run import run_graph
 from cluster.store import Store
 from tests.soak import stand_in
 
@@ -29,7 +29,7 @@ def main() -> None:
     sweep(store, Observer(store))
     store.sweep()
     grid = stand_in.grid(asked.log, asked.seconds)
-    outcome = run(grid, list(grid), stand_in.execute, store, {})
+    outcome = run_graph(grid, list(grid), stand_in.execute, store, {})
     print(json.dumps({"repeated": outcome.repeated, "failed": sorted(outcome.failed)}))
     sys.stdout.flush()
     os._exit(1 if outcome.failed else 0)  # what of Ray is left in the process may hang otherwise

@@ -51,7 +51,7 @@ class Nodes:
         self.workers[self.workers.index(node)] = self._add()
 
     def at_work(self, what: str) -> list[int]:
-        """Processes that make stages: `_make_artifact` of tasks, `Replica` actors."""
+        """Processes that make stages: `make_artifact` of tasks, `Replica` actors."""
         return [process for node in self.workers for process in self.at_work_on(node, what)]
 
     def at_work_on(self, node: Any, what: str) -> list[int]:
@@ -116,7 +116,7 @@ def harm(nodes: Nodes, driver: subprocess.Popen[str], kind: str, draw: random.Ra
         nodes.kill(victim)
         nodes.replace(victim)
         return True
-    victims = nodes.at_work({"worker": "_make_artifact", "actor": "Replica"}[kind])
+    victims = nodes.at_work({"worker": "make_artifact", "actor": "Replica"}[kind])
     if not victims:
         return False
     with contextlib.suppress(ProcessLookupError):
