@@ -1,7 +1,7 @@
 """From the results table to answers: loading, statistics, figures and a report."""
 
-from analysis.load import TableError, load
-from analysis.paired import compare
+from analysis.load import TableError, load_results
+from analysis.paired import compare_selections
 from analysis.paper import paper_table, published
 from analysis.requests import load_requests
 from analysis.statistics import summarize, with_mean_accuracy
@@ -9,9 +9,9 @@ from analysis.wide import wide
 
 __all__ = [
     "TableError",
-    "compare",
-    "load",
+    "compare_selections",
     "load_requests",
+    "load_results",
     "paper_table",
     "published",
     "summarize",

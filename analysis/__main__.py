@@ -12,7 +12,7 @@ from rich.text import Text
 
 from analysis.advice import advise
 from analysis.labels import in_order
-from analysis.load import TableError, load
+from analysis.load import TableError, load_results
 from analysis.metrics import heading
 from analysis.report import chosen_reference, grid_notes, status_counts, write_report
 from analysis.statistics import with_mean_accuracy
@@ -31,8 +31,8 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def report(
+@app.command(name="report")
+def report_grid(
     location: Annotated[
         str,
         typer.Argument(
@@ -59,7 +59,7 @@ def report(
 ) -> None:
     """Print a grid's statistics and write its table, figures and one self-contained page."""
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
-    table = load(location, grid)
+    table = load_results(location, grid)
     name = _only_grid(table, location)
     label = chosen_reference(table, reference)
     note = None
@@ -75,8 +75,8 @@ def report(
     console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 
 
-@app.command()
-def study(
+@app.command(name="study")
+def answer_study(
     name: Annotated[
         str, typer.Argument(help="A study's name, or all of them: `all`.", show_default=False)
     ],

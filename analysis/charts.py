@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from analysis.evidence import Estimate
+from analysis.evidence import EffectEstimate
 from analysis.figures import COLOURS, GREY, MARKERS, STYLE
 
 DASHES: Any = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -27,12 +27,12 @@ LABEL_GAP = 0.055
 """Least distance of two labels at line ends, as a share of the panel's height."""
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """Effects along an axis."""
 
     name: str
     x: Sequence[float]
-    estimates: Sequence[Estimate]
+    estimates: Sequence[EffectEstimate]
 
 
 class Point(NamedTuple):
@@ -48,7 +48,7 @@ class Point(NamedTuple):
 
 def line_figure(
     title: str,
-    panels: dict[str, list[Line]],
+    panels: dict[str, list[Curve]],
     x_label: str,
     y_label: str,
     ticks: Mapping[float, str] | None = None,
@@ -90,7 +90,7 @@ def line_figure(
 
 
 def _line(
-    panel: Axes, line: Line, colour: str, marker: str, dash: Any, broken: bool = False
+    panel: Axes, line: Curve, colour: str, marker: str, dash: Any, broken: bool = False
 ) -> None:
     x = np.asarray(line.x, dtype=np.float64)
     values = np.array(
@@ -103,7 +103,7 @@ def _line(
     panel.plot(x, effects, color=colour, marker=marker, linestyle=dash, markersize=4.5, lw=1.4)
 
 
-def _end_labels(panel: Axes, lines: list[Line]) -> None:
+def _end_labels(panel: Axes, lines: list[Curve]) -> None:
     """Names right of the last points, moved apart where they would overlap."""
     ends = []
     for line, colour in zip(lines, cycle(COLOURS), strict=False):
@@ -134,7 +134,7 @@ def _end_labels(panel: Axes, lines: list[Line]) -> None:
 
 def interval_figure(
     title: str,
-    panels: dict[str, dict[str, Estimate]],
+    panels: dict[str, dict[str, EffectEstimate]],
     x_label: str,
     note: str = "Bars: 95 % intervals over seeds. Filled: shown (p by Holm); hollow: not.",
     directed: bool = True,

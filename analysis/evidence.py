@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.labels import NO_CALIBRATION
 from analysis.load import TableError
-from analysis.metrics import Metric, Values, effect_text, metric_named, p_text
+from analysis.metrics import MetricKind, Values, effect_text, metric_named, p_text
 from analysis.statistics import holm, measured, t_interval
 from analysis.tables import headline_metrics
 
@@ -48,7 +48,7 @@ LEVEL = 0.05
 """An effect is shown where its p, corrected if there are several, is below."""
 
 
-class Estimate(NamedTuple):
+class EffectEstimate(NamedTuple):
     """An effect with its 95 % interval; NaN where the seeds tell none."""
 
     effect: float
@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
     p: float
     pairs: int
     """Seeds behind it."""
-    kind: Metric
+    kind: MetricKind
 
     @property
     def shown(self) -> bool:
@@ -90,7 +90,7 @@ def scored(table: pd.DataFrame, task: str | None = None, metric: str | None = No
     """The rows of one number, with `score`: it on the scale on which effects are taken.
 
     Args:
-        table: as `load` gives it.
+        table: as `load_results` gives it.
         task: the main metric's if not given.
         metric: likewise.
 
@@ -115,7 +115,7 @@ def calibrated(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["calibration"] != NO_CALIBRATION]
 
 
-def paired(first: pd.DataFrame, second: pd.DataFrame, across: Sequence[str]) -> Estimate:
+def paired(first: pd.DataFrame, second: pd.DataFrame, across: Sequence[str]) -> EffectEstimate:
     """How `first` differs from `second`, rows with scores, in settings that are alike but for the
     columns in `across`.
 
@@ -131,18 +131,18 @@ def paired(first: pd.DataFrame, second: pd.DataFrame, across: Sequence[str]) -> 
     return over_seeds(pairs.assign(score=pairs["score"] - pairs["score_second"]), kind)
 
 
-def over_seeds(differences: pd.DataFrame, kind: Metric) -> Estimate:
+def over_seeds(differences: pd.DataFrame, kind: MetricKind) -> EffectEstimate:
     """The mean of `score`, which holds differences, over seeds."""
     by_seed = differences.groupby("seed")["score"].agg(["mean", "size"])
     whole = by_seed.loc[by_seed["size"] == by_seed["size"].max(), "mean"]
     if whole.empty:
-        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, kind)
+        return EffectEstimate(np.nan, np.nan, np.nan, np.nan, 0, kind)
     interval = t_interval(whole.to_numpy(dtype=np.float64))
     low, high = kind.effect(interval.low), kind.effect(interval.high)
-    return Estimate(kind.effect(interval.mean), low, high, interval.p, len(whole), kind)
+    return EffectEstimate(kind.effect(interval.mean), low, high, interval.p, len(whole), kind)
 
 
-def slope(rows: pd.DataFrame, x: str, across: Sequence[str], per: float = 1.0) -> Estimate:
+def slope(rows: pd.DataFrame, x: str, across: Sequence[str], per: float = 1.0) -> EffectEstimate:
     """How the score changes when column `x` rises by `per`: least squares within each seed and
     setting, averaged over settings, with t over seeds."""
     kind = metric_named(str(rows["metric"].iloc[0]))
@@ -156,7 +156,7 @@ def slope(rows: pd.DataFrame, x: str, across: Sequence[str], per: float = 1.0) -
     return over_seeds(pd.DataFrame(lines, columns=["seed", "score"]), kind)
 
 
-def corrected(estimates: dict[Any, Estimate]) -> dict[Any, Estimate]:
+def corrected(estimates: dict[Any, EffectEstimate]) -> dict[Any, EffectEstimate]:
     """The estimates with p by Holm over all of them; intervals stay those of one."""
     p = holm([estimate.p for estimate in estimates.values()])
     changed = zip(estimates.items(), p, strict=True)
@@ -183,7 +183,7 @@ def bootstrap(
     return float(low), float(high)
 
 
-def estimate_rows(estimates: dict[Any, Estimate]) -> pd.DataFrame:
+def estimate_rows(estimates: dict[Any, EffectEstimate]) -> pd.DataFrame:
     """The estimates as a table: what, effect, low, high, p, pairs, unit."""
     return pd.DataFrame(
         [

@@ -21,8 +21,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from analysis.labels import DENSE, NO_CALIBRATION, in_order, targets_in_order, with_labels
 from analysis.load import TableError
-from analysis.metrics import Metric, metric_named
-from analysis.statistics import compare, summarize
+from analysis.metrics import MetricKind, metric_named
+from analysis.statistics import compare_with_reference, summarize
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#8c6d31")
 """Told apart with any colour vision, with the markers' help. After Okabe and Ito."""
@@ -147,7 +147,7 @@ def difference_figure(
     """
     rows = with_labels(table)
     rows = rows[(rows["model"] == model) & (rows["task"] == task) & (rows["metric"] == metric)]
-    compared = compare(rows, reference)
+    compared = compare_with_reference(rows, reference)
     compared = compared[np.isfinite(compared["effect"].to_numpy(dtype=np.float64))]
     if compared.empty:
         raise TableError(f"{model} has no {metric} of {task} to compare with {reference}")
@@ -274,7 +274,7 @@ def _across(
     dense: "pd.Series[float]",
     places: dict[str, float],
     limits: Limits,
-    kind: Metric,
+    kind: MetricKind,
 ) -> None:
     for value in dense:
         panel.axhline(value, color=GREY, linewidth=1, linestyle="--", zorder=1)
@@ -291,7 +291,7 @@ def _across(
                 _beyond(panel, place, value, limits, kind)
 
 
-def _beyond(panel: Axes, place: float, value: float, limits: Limits, kind: Metric) -> None:
+def _beyond(panel: Axes, place: float, value: float, limits: Limits, kind: MetricKind) -> None:
     above = value > limits.high
     told = f"{100 * value:.0f}" if kind.is_share else _plain(value)
     panel.annotate(
@@ -307,7 +307,10 @@ def _beyond(panel: Axes, place: float, value: float, limits: Limits, kind: Metri
 
 
 def _limits(
-    calibrated: pd.DataFrame, without_data: pd.DataFrame, dense: "pd.Series[float]", kind: Metric
+    calibrated: pd.DataFrame,
+    without_data: pd.DataFrame,
+    dense: "pd.Series[float]",
+    kind: MetricKind,
 ) -> Limits:
     """All that calibration gave and the dense level, with other values that are near."""
     spread = calibrated["sd"].fillna(0.0)
@@ -324,13 +327,13 @@ def _limits(
     return Limits(*np.exp([low, high])) if kind.is_perplexity else Limits(low, high)
 
 
-def _finite(values: Any, kind: Metric) -> Any:
+def _finite(values: Any, kind: MetricKind) -> Any:
     with np.errstate(invalid="ignore", divide="ignore"):
         scaled = kind.scaled(np.asarray(values, dtype=np.float64))
     return scaled[np.isfinite(scaled)]
 
 
-def _scale(panel: Axes, places: dict[str, float], limits: Limits, kind: Metric) -> None:
+def _scale(panel: Axes, places: dict[str, float], limits: Limits, kind: MetricKind) -> None:
     """Axes of one panel, which all share."""
     if kind.is_perplexity:
         panel.set_yscale("log", nonpositive="clip")
@@ -359,7 +362,7 @@ def _plain(value: float) -> str:
 # ----------------------------------------------------------------------------------- around them
 
 
-def _value_label(task: str, metric: str, kind: Metric) -> str:
+def _value_label(task: str, metric: str, kind: MetricKind) -> str:
     better = "lower is better" if kind.lower_is_better else "higher is better"
     if kind.is_perplexity:
         return f"{metric} per token on {task}\n(log scale, {better})"

@@ -81,7 +81,7 @@ class TableError(ValueError):
     """A results table, or what is asked of it, is wrong; the message says what to do."""
 
 
-def load(location: str | Path, grid: str | None = None) -> pd.DataFrame:
+def load_results(location: str | Path, grid: str | None = None) -> pd.DataFrame:
     """Read a results table: one row a cell, task and metric; failed cells are one row.
 
     A cell with a number that is NaN, infinite or not there is a failed one, as the tables of older

@@ -11,7 +11,7 @@ Values = NDArray[np.float64]
 Number = TypeVar("Number", float, Values)
 
 
-class Metric(NamedTuple):
+class MetricKind(NamedTuple):
     """How to treat a metric."""
 
     lower_is_better: bool
@@ -38,11 +38,11 @@ class Metric(NamedTuple):
         return 100 * difference if self.is_share else difference
 
 
-def metric_named(name: str) -> Metric:
+def metric_named(name: str) -> MetricKind:
     """How to treat a metric of lm-eval or of this project; a filter after a comma is ignored."""
     base = name.partition(",")[0]
     is_perplexity = base.endswith("perplexity")
-    return Metric(
+    return MetricKind(
         lower_is_better=is_perplexity or base in {"bits_per_byte", "brier_score"},
         is_perplexity=is_perplexity,
         is_share=base.startswith("acc") or base in {"exact_match", "f1"},

@@ -32,7 +32,7 @@ COLUMNS = (
     *("low", "high", "bootstrap_low", "bootstrap_high", "unit", "better", "hedges_g"),
     *("p", "p_holm", "test"),
 )
-"""What `compare` tells of each group."""
+"""What `compare_selections` tells of each group."""
 
 RESAMPLES = 5_000
 
@@ -40,7 +40,7 @@ CHUNK_MEANS = 20_000_000
 """How many resampled means are held at a time."""
 
 
-def compare(a: pd.DataFrame, b: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
+def compare_selections(a: pd.DataFrame, b: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
     """How a differs from b, in one row a group.
 
     Results pair up by `by` and seed, those of `load_requests` by request too: then the differences
@@ -64,7 +64,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, by: Sequence[str] = BY) -> pd.Data
     McNemar's. Groups that hold no pair are rows too.
 
     Args:
-        a: rows of `load` or `load_requests`.
+        a: rows of `load_results` or `load_requests`.
         b: what they are compared with.
         by: columns that name a group; `metric` must be among them.
 
@@ -74,11 +74,13 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, by: Sequence[str] = BY) -> pd.Data
     names = list(by)
     a, b = with_labels(a), with_labels(b)
     if "metric" not in names:
-        raise TableError("compare: by: must name metric, since metrics do not compare")
+        raise TableError(
+            "compare_selections: by: lacks metric: numbers of different metrics cannot be compared"
+        )
     for side, rows in (("a", a), ("b", b)):
         absent = [name for name in names if name not in rows]
         if absent:
-            raise TableError(f"compare: by: {side} has no column {', '.join(absent)}")
+            raise TableError(f"compare_selections: by: {side} has no column {', '.join(absent)}")
     requests = "doc_id" in a and "doc_id" in b
     within = ["doc_id"] if requests else []
     values_a, values_b = (_values(side, rows, names, within) for side, rows in (("a", a), ("b", b)))
@@ -130,8 +132,8 @@ def _values(side: str, rows: pd.DataFrame, names: list[str], within: list[str]) 
     if not twice.empty:
         told = ", ".join(f"{name} {twice.iloc[0][name]}" for name in keys)
         raise TableError(
-            f"compare: {side} has several results of {told}: select one of them, or name what they "
-            "differ in by"
+            f"compare_selections: {side} has several results of {told}: select one of them, or "
+            "name the column they differ in in by"
         )
     return found
 

@@ -45,7 +45,7 @@ def paper_table(table: pd.DataFrame, models: list[str] | None = None) -> pd.Data
     models, by name, then the others.
 
     Args:
-        table: as `load` gives it; perplexities, `acc` and averages of it are laid out.
+        table: as `load_results` gives it; perplexities, `acc` and averages of it are laid out.
         models: the published models to show; None for all.
     """
     labelled = with_labels(table)

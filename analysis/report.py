@@ -20,7 +20,12 @@ from analysis.labels import DENSE, NO_CALIBRATION, in_order
 from analysis.lineage import lineage_document
 from analysis.metrics import effect_text, heading
 from analysis.overview import overview_figure
-from analysis.statistics import compare, measured, reference_label, with_mean_accuracy
+from analysis.statistics import (
+    compare_with_reference,
+    measured,
+    reference_label,
+    with_mean_accuracy,
+)
 from analysis.tables import (
     TextTable,
     all_metrics,
@@ -57,7 +62,7 @@ class Section(NamedTuple):
     levels: TextTable
 
 
-class Answer(NamedTuple):
+class Opening(NamedTuple):
     """What the page opens with."""
 
     advice: list[str]
@@ -88,7 +93,7 @@ def write_report(
     as it is.
 
     Args:
-        table: one grid's results as `load` gives them.
+        table: one grid's results as `load_results` gives them.
         reference: a label in `source`; None if no calibrated pruner has a result.
         note: a remark for the top of the page.
 
@@ -121,7 +126,7 @@ def _fingerprint(table: pd.DataFrame, reference: str | None, note: str | None) -
     return digest.hexdigest()
 
 
-def _answer(table: pd.DataFrame, figures: Path) -> Answer:
+def _answer(table: pd.DataFrame, figures: Path) -> Opening:
     notes = grid_notes(table)
     pictures = []
     for model in in_order(table["model"]):
@@ -130,7 +135,7 @@ def _answer(table: pd.DataFrame, figures: Path) -> Answer:
             name = _file_name(model, "overview")
             told = f"{model}: bits per byte lost on each text, by calibration data"
             pictures.append(_picture(figure, name, told, figures))
-    return Answer([str(advice) for advice in advise(table)], pictures, notes)
+    return Opening([str(advice) for advice in advise(table)], pictures, notes)
 
 
 def grid_notes(table: pd.DataFrame) -> list[str]:
@@ -144,7 +149,7 @@ def _section(
     rows = table[(table["task"] == task) & (table["metric"] == metric)]
     drawable = rows[(rows["pruner"] != DENSE) & np.isfinite(rows["value"])]
     label = reference if reference in set(rows["source"]) else None
-    compared = pd.DataFrame() if label is None else compare(rows, label)
+    compared = pd.DataFrame() if label is None else compare_with_reference(rows, label)
     paired: set[str] = set()
     if not compared.empty:
         paired = set(compared.loc[np.isfinite(compared["effect"].astype(float)), "model"])
@@ -198,7 +203,7 @@ def _picture(figure: Figure, name: str, description: str, figures: Path) -> Pict
 
 def _page(
     table: pd.DataFrame,
-    answer: Answer,
+    answer: Opening,
     sections: list[Section],
     reference: str | None,
     note: str | None,

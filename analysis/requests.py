@@ -32,7 +32,7 @@ def load_requests(location: str | Path, table: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         location: the store the table was loaded from.
-        table: as `load` gives it, or rows of it.
+        table: as `load_results` gives it, or rows of it.
 
     Raises:
         TableError: if no cell has per-request results.

@@ -138,7 +138,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     return t_intervals(rows["value"], keys).drop(columns="p").reset_index()
 
 
-def compare(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+def compare_with_reference(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Each calibration against a reference one, paired by seed within each setting.
 
     Columns besides what names them: `reference`; `pairs` (seeds that both have); `mean` and
@@ -147,7 +147,7 @@ def compare(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     all comparisons of one grid, model, task and metric. One pair has no interval and no p.
 
     Args:
-        table: as `load` gives it.
+        table: as `load_results` gives it.
         reference: a calibration's name, or its label in `source`.
 
     Raises:
@@ -247,10 +247,10 @@ def best_calibration(table: pd.DataFrame, task: str, metric: str, reference: str
 
     The best has the best mean over seeds, of perplexity the mean logarithm.
 
-    One row a setting with `mean`, `sd` and `n` over all seeds and, unless the reference is the best
-    itself, the columns of `compare`. The best of several is chosen for its luck too: trust
-    `p_holm`, which counts all that it was chosen from, before the interval. Pruners without data
-    have no row.
+    One row a setting with `mean`, `sd` and `n` over all seeds and, unless the reference itself is
+    the best, the columns of `compare_with_reference`. The best of several is also the luckiest:
+    trust `p_holm`, which counts all candidates, before the interval. Pruners without data have no
+    row.
 
     Raises:
         TableError: if there is no such calibration, or no such metric.
@@ -274,7 +274,7 @@ def best_calibration(table: pd.DataFrame, task: str, metric: str, reference: str
     )
     keys = [*SETTING, "source"]
     levels = summarize(rows)[[*keys, "calibration", "mean", "sd", "n"]]
-    versus = compare(rows, label).drop(columns=["calibration", "mean", "reference"])
+    versus = compare_with_reference(rows, label).drop(columns=["calibration", "mean", "reference"])
     best = ranked[keys].merge(levels, on=keys).merge(versus, on=keys, how="left")
     return best.assign(reference=label)
 

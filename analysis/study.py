@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.figures import png_bytes, svg_bytes
-from analysis.load import TableError, load
+from analysis.load import TableError, load_results
 from analysis.report import status_counts
 
 
@@ -56,7 +56,7 @@ class Study(NamedTuple):
     """The one comparison that was chosen before any number was seen; others are secondary."""
 
     answer: Callable[[pd.DataFrame], Answer]
-    """From the grid's results table, as `load` gives it.
+    """From the grid's results table, as `load_results` gives it.
 
     Raises `TableError` if the table holds too little."""
 
@@ -78,7 +78,7 @@ def run_study(study: Study, location: str, grid: str | None = None) -> Answer:
     """
     remedy = f"make its results with `python -m jobs run {study.grid_file} --store {location}`"
     try:
-        table = load(location, grid or study.name)
+        table = load_results(location, grid or study.name)
         answer = study.answer(table)
     except FileNotFoundError as error:
         raise TableError(f"study {study.name}: {location} has none of it: {remedy}") from error

@@ -18,7 +18,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     a cell that lacks one of the metrics.
 
     Args:
-        table: as `load` gives it.
+        table: as `load_results` gives it.
     """
     labelled = with_labels(table)
     cells = labelled.drop_duplicates(["grid", "cell"])

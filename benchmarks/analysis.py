@@ -52,14 +52,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "made.parquet"
         made_table().to_parquet(path)
-        seconds, table = _timed(lambda: analysis.load(path))
+        seconds, table = _timed(lambda: analysis.load_results(path))
         console.print(f"load {len(table):,} rows: {seconds:.1f} s")
         seconds, levels = _timed(lambda: analysis.summarize(table))
         console.print(f"summarize to {len(levels):,} groups: {seconds:.1f} s")
         seconds, cells = _timed(lambda: analysis.wide(table))
         console.print(f"wide, {len(cells):,} cells: {seconds:.1f} s")
         a, b = (table[table["calibration"] == f"calibration-{number}"] for number in (1, 0))
-        seconds, compared = _timed(lambda: analysis.compare(a, b))
+        seconds, compared = _timed(lambda: analysis.compare_selections(a, b))
         console.print(f"compare in {len(compared):,} groups: {seconds:.1f} s")
 
 

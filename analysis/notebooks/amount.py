@@ -34,7 +34,7 @@ from analysis.study import run_study
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
 
-table = analysis.load(STORE, GRID)
+table = analysis.load_results(STORE, GRID)
 status_counts(table)
 
 # %% [markdown]
@@ -71,15 +71,15 @@ spread.pivot_table(index="method", columns="source", values="percent", observed=
 # %% [markdown]
 # ## Any two numbers
 #
-# Numbers of windows are methods to `compare`, which pairs within a method. To set one against
-# another, name the pruner in `by` instead.
+# `compare_selections` pairs within a method, and the number of windows is part of the method. To
+# compare two numbers, name the pruner in `by` instead.
 
 # %%
 whole = rows[rows["seqlen"] == rows["seqlen"].max()]
 few, more = (whole[whole["nsamples"] == count] for count in (16, 64))
-analysis.compare(few, more, by=["model", "pruner", "target", "source", "task", "metric"])[
-    ["pruner", "source", "pairs", "effect", "low", "high", "unit", "p_holm"]
-]
+analysis.compare_selections(
+    few, more, by=["model", "pruner", "target", "source", "task", "metric"]
+)[["pruner", "source", "pairs", "effect", "low", "high", "unit", "p_holm"]]
 
 # %% [markdown]
 # ## Of your own model

@@ -34,7 +34,7 @@ from analysis.study import run_study
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
 
-table = analysis.load(STORE, GRID)
+table = analysis.load_results(STORE, GRID)
 status_counts(table)
 
 # %% [markdown]
@@ -79,7 +79,7 @@ made = seconds["seconds_generate"] + seconds["seconds_score"]
 # %%
 generated = rows[rows["calibration"] == "self-generated"]
 largest = generated[generated["num_samples"] == generated["num_samples"].max()]
-analysis.compare(largest, rows[rows["calibration"] == "mismatched"])[
+analysis.compare_selections(largest, rows[rows["calibration"] == "mismatched"])[
     ["method", "target", "pairs", "effect", "low", "high", "unit", "p_holm"]
 ]
 

@@ -33,7 +33,7 @@ from analysis.study import run_study
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
 
-table = analysis.load(STORE, GRID)
+table = analysis.load_results(STORE, GRID)
 status_counts(table)
 
 # %% [markdown]
@@ -70,7 +70,7 @@ columns = ["method", "task", "pairs", "effect", "low", "high", "unit", "p_holm"]
 in_first, in_second = (
     perplexities[perplexities["calibration"] == name] for name in (first, second)
 )
-analysis.compare(in_first, in_second)[columns]
+analysis.compare_selections(in_first, in_second)[columns]
 
 # %% [markdown]
 # ## Of your own model

@@ -34,7 +34,7 @@ from analysis.study import run_study
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
 
-table = analysis.load(STORE, GRID)
+table = analysis.load_results(STORE, GRID)
 status_counts(table)
 
 # %% [markdown]

@@ -35,7 +35,7 @@ from analysis.study import run_study
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
 
-table = analysis.load(STORE, GRID)
+table = analysis.load_results(STORE, GRID)
 status_counts(table)
 
 # %% [markdown]
@@ -77,7 +77,9 @@ for model in in_order(rows["model"]):
 
 # %%
 two, sixteen = (rows[rows["prefix_tokens"] == length] for length in (2, 16))
-analysis.compare(two, sixteen)[["model", "pairs", "effect", "low", "high", "unit", "p_holm"]]
+analysis.compare_selections(two, sixteen)[
+    ["model", "pairs", "effect", "low", "high", "unit", "p_holm"]
+]
 
 # %% [markdown]
 # ## Of your own model

@@ -35,7 +35,7 @@ from analysis.study import run_study
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
 
-table = analysis.load(STORE, GRID)
+table = analysis.load_results(STORE, GRID)
 status_counts(table)
 
 # %% [markdown]
@@ -80,7 +80,7 @@ print("half of the seeds:", STUDY.answer(table[table["seed"] < table["seed"].med
 # %%
 generated = rows[rows["calibration"] == "self-generated"]
 true = rows[rows["calibration"] == "pretraining"]
-analysis.compare(generated, true)[
+analysis.compare_selections(generated, true)[
     ["method", "target", "pairs", "effect", "low", "high", "unit", "p_holm"]
 ]
 

@@ -37,7 +37,7 @@ REFERENCE = os.environ.get("CALPRUNE_REFERENCE") or None  # None takes the first
 # One row a cell, task and metric. Cells that failed or have not run are rows too.
 
 # %%
-table = analysis.load(STORE, GRID)
+table = analysis.load_results(STORE, GRID)
 table.drop_duplicates(["grid", "cell"])["status"].value_counts()
 
 # %%
@@ -81,7 +81,7 @@ SVG(svg_bytes(sparsity_figure(table, model, task, metric)))
 # %%
 others = [source for source in in_order(calibrated["source"]) if source != reference]
 compared = {
-    source: analysis.compare(
+    source: analysis.compare_selections(
         rows[rows["source"] == source], rows[rows["source"] == reference]
     ).query("n_a > 0")
     for source in others
@@ -97,8 +97,8 @@ SVG(svg_bytes(difference_figure(table, model, task, metric, reference)))
 # %% [markdown]
 # ## Request by request
 #
-# Where the evaluations kept per-request results, two calibrations are compared question by
-# question: `analysis.compare` of two selections of `analysis.load_requests(STORE, table)`.
+# Where the evaluations kept per-request results, compare two calibrations question by question:
+# pass two selections of `analysis.load_requests(STORE, table)` to `analysis.compare_selections`.
 
 # %% [markdown]
 # ## Beside published numbers

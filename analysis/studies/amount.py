@@ -4,9 +4,9 @@ import math
 
 import pandas as pd
 
-from analysis.charts import Line, line_figure
+from analysis.charts import Curve, line_figure
 from analysis.evidence import (
-    Estimate,
+    EffectEstimate,
     calibrated,
     corrected,
     estimate_rows,
@@ -37,20 +37,20 @@ def answer(table: pd.DataFrame) -> Answer:
     usual = max([count for count in counts[:-1] if count <= USUAL], default=counts[0])
     at_most = whole[whole["nsamples"] == most]
 
-    def against_most(part: pd.DataFrame) -> dict[int, Estimate]:
+    def against_most(part: pd.DataFrame) -> dict[int, EffectEstimate]:
         return {
             count: paired(part[part["nsamples"] == count], at_most, ["nsamples"])
             for count in counts
         }
 
-    panels: dict[str, list[Line]] = {}
-    effects: dict[str, Estimate] = {}
+    panels: dict[str, list[Curve]] = {}
+    effects: dict[str, EffectEstimate] = {}
     for source in in_order(whole["calibration"]):
         lines = []
         for method in in_order(whole["pruner"]):
             part = whole[(whole["calibration"] == source) & (whole["pruner"] == method)]
             curve = against_most(part)
-            lines.append(Line(method, [math.log2(count) for count in counts], [*curve.values()]))
+            lines.append(Curve(method, [math.log2(count) for count in counts], [*curve.values()]))
             effects |= {f"{count} windows, {method}, {source}": e for count, e in curve.items()}
         panels[f"{source} text"] = lines
     overall = against_most(whole)
@@ -93,11 +93,11 @@ def answer(table: pd.DataFrame) -> Answer:
     return Answer(what, size + ".", certainty, caveat, figure, estimate_rows(effects))
 
 
-def _is_negligible(estimate: Estimate) -> bool:
+def _is_negligible(estimate: EffectEstimate) -> bool:
     return max(abs(estimate.low), abs(estimate.high)) < NEGLIGIBLE
 
 
-def _lengths(rows: pd.DataFrame, longest: int) -> dict[int, Estimate]:
+def _lengths(rows: pd.DataFrame, longest: int) -> dict[int, EffectEstimate]:
     """Each shorter length against the longest, where the number of windows is the same."""
     shorter = sorted({int(length) for length in rows["seqlen"]} - {longest})
     whole = rows[rows["seqlen"] == longest]

@@ -4,9 +4,9 @@ import json
 
 import pandas as pd
 
-from analysis.charts import Line, line_figure
+from analysis.charts import Curve, line_figure
 from analysis.evidence import (
-    Estimate,
+    EffectEstimate,
     calibrated,
     corrected,
     estimate_rows,
@@ -34,14 +34,14 @@ def answer(table: pd.DataFrame) -> Answer:
     across = ["drop_fraction"]
     main = paired(rows[rows["drop_fraction"] == PAPER], unfiltered, across)
     methods = in_order(rows["method"])
-    singly: dict[tuple[str, float], Estimate] = {}
+    singly: dict[tuple[str, float], EffectEstimate] = {}
     lines = []
     for method in methods:
         own = rows[rows["method"] == method]
         curve = {
             rate: paired(own[own["drop_fraction"] == rate], unfiltered, across) for rate in rates
         }
-        lines.append(Line(method, [100 * rate for rate in rates], list(curve.values())))
+        lines.append(Curve(method, [100 * rate for rate in rates], list(curve.values())))
         singly |= {(method, rate): each for rate, each in curve.items() if rate > 0}
     singly = corrected(singly)
     effects = {f"{PAPER:.0%}, all pruners": main}

@@ -5,7 +5,7 @@ import pandas as pd
 from analysis.charts import interval_figure
 from analysis.evidence import (
     SOURCE,
-    Estimate,
+    EffectEstimate,
     calibrated,
     corrected,
     estimate_rows,
@@ -92,7 +92,7 @@ def answer(table: pd.DataFrame) -> Answer:
     return Answer(what, size, certainty, caveat, figure, estimate_rows(effects))
 
 
-def _accuracies(table: pd.DataFrame) -> dict[str, Estimate]:
+def _accuracies(table: pd.DataFrame) -> dict[str, EffectEstimate]:
     """Mixed against single sources in each task's accuracy."""
     tasks = in_order(table.loc[table["metric"] == "acc", "task"])
     estimates = {}

@@ -14,9 +14,9 @@ import statsmodels.api as sm
 from scipy import stats
 
 from analysis.charts import interval_figure
-from analysis.evidence import Estimate, bootstrap, calibrated, listed, scored
+from analysis.evidence import EffectEstimate, bootstrap, calibrated, listed, scored
 from analysis.load import TableError
-from analysis.metrics import Metric, Values, effect_text, metric_named
+from analysis.metrics import MetricKind, Values, effect_text, metric_named
 from analysis.study import Answer, Study
 
 SCORES = {
@@ -34,7 +34,7 @@ MAIN = "min_k_plus_plus"
 SETTING = ["model", "method", "target"]
 LEAST_SOURCES = 5
 
-PLAIN = Metric(lower_is_better=False, is_perplexity=False, is_share=False)
+PLAIN = MetricKind(lower_is_better=False, is_perplexity=False, is_share=False)
 """Of numbers without a unit."""
 
 
@@ -48,20 +48,20 @@ class Sources(NamedTuple):
     harm: Values
     """[sources, settings]: the scaled metric, higher is worse, less each setting's mean."""
 
-    kind: Metric
+    kind: MetricKind
 
 
 class Prediction(NamedTuple):
     """What a score foretells."""
 
-    rank: Estimate
+    rank: EffectEstimate
     """Spearman's correlation with the harm, averaged over settings; interval over sources."""
 
-    explained: Estimate
+    explained: EffectEstimate
     """Share of the differences in harm explained in sources that were left out of the fit, in
     points; below 0 the score is worse than no score."""
 
-    effect: Estimate
+    effect: EffectEstimate
     """Harm by one standard deviation of the score, by the mixed model."""
 
     regret: float
@@ -215,11 +215,11 @@ def left_out(x: Values, harm: Values) -> tuple[Values, Values, Values]:
     return errors, ((scaled - means) ** 2).sum(axis=1), predicted
 
 
-def mixed_effect(sources: Sources, name: str) -> Estimate:
+def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
     """Harm by one standard deviation of the score: a fixed slope, and random effects of the source
     and, in level and slope, of the setting; NaN if the fit does not converge."""
     x = sources.scores[name]
-    nothing = Estimate(np.nan, np.nan, np.nan, np.nan, len(x), sources.kind)
+    nothing = EffectEstimate(np.nan, np.nan, np.nan, np.nan, len(x), sources.kind)
     if x.std() == 0:
         return nothing
     standard = (x - x.mean()) / x.std(ddof=1)
@@ -249,16 +249,16 @@ def mixed_effect(sources: Sources, name: str) -> Estimate:
     effect = sources.kind.effect
     signed = 1 if sources.kind.lower_is_better else -1
     low, high = sorted((effect(signed * (middle - half)), effect(signed * (middle + half))))
-    return Estimate(effect(signed * middle), low, high, p, count, sources.kind)
+    return EffectEstimate(effect(signed * middle), low, high, p, count, sources.kind)
 
 
-def _resampled(statistic: Any, everyone: Any) -> Estimate:
+def _resampled(statistic: Any, everyone: Any) -> EffectEstimate:
     low, high = bootstrap(len(everyone), statistic, draws=1000)
     p = 0.0 if low > 0 or high < 0 else 1.0  # only whether the interval has zero
-    return Estimate(statistic(everyone), low, high, p, len(everyone), PLAIN)
+    return EffectEstimate(statistic(everyone), low, high, p, len(everyone), PLAIN)
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: EffectEstimate) -> str:
     told = f"{estimate.effect:+.2f}, 95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}"
     return told.replace("-", "−")
 
@@ -272,7 +272,7 @@ def _numbers(predictions: dict[str, Prediction]) -> pd.DataFrame:
     for name, prediction in predictions.items():
         row: dict[str, Any] = {"score": name, "regret": prediction.regret}
         for field in ("rank", "explained", "effect"):
-            estimate: Estimate = getattr(prediction, field)
+            estimate: EffectEstimate = getattr(prediction, field)
             row |= {field: estimate.effect, f"{field}_low": estimate.low}
             row |= {f"{field}_high": estimate.high}
         rows.append(row)

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.charts import Line, line_figure
+from analysis.charts import Curve, line_figure
 from analysis.evidence import (
     LEVEL,
-    Estimate,
+    EffectEstimate,
     bootstrap,
     calibrated,
     corrected,
@@ -38,15 +38,15 @@ def answer(table: pd.DataFrame) -> Answer:
         raise TableError(f"prefix lengths {lengths}: it takes {PAPER} and two others")
     models = in_order(rows["model"])
     at_paper = rows[rows["prefix_tokens"] == PAPER]
-    lines: list[Line] = []
-    effects: dict[str, Estimate] = {}
+    lines: list[Curve] = []
+    effects: dict[str, EffectEstimate] = {}
     for model in models:
         own = rows[rows["model"] == model]
         curve = {
             length: paired(own[own["prefix_tokens"] == length], at_paper, ["prefix_tokens"])
             for length in lengths
         }
-        lines.append(Line(model, range(len(lengths)), list(curve.values())))
+        lines.append(Curve(model, range(len(lengths)), list(curve.values())))
         effects |= {f"{model}, {length} tokens": each for length, each in curve.items()}
     short = rows[rows["prefix_tokens"].between(*SHORT)]
     long = rows[rows["prefix_tokens"] >= LONG]

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from analysis.charts import Line, line_figure
+from analysis.charts import Curve, line_figure
 from analysis.evidence import (
     calibrated,
     corrected,
@@ -45,7 +45,7 @@ def answer(table: pd.DataFrame) -> Answer:
         for target in targets_in_order(rows):
             part = rows[(rows["method"] == method) & (rows["target"] == target)]
             curve = {share: paired(part[part["share"] == share], true, across) for share in shares}
-            lines.append(Line(target, shares, list(curve.values())))
+            lines.append(Curve(target, shares, list(curve.values())))
             effects |= {f"{share:g} % unseen, {method}, {target}": e for share, e in curve.items()}
         panels[method] = lines
     if main.shown:

@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from analysis.charts import Line, line_figure
+from analysis.charts import Curve, line_figure
 from analysis.evidence import (
     SOURCE,
-    Estimate,
+    EffectEstimate,
     calibrated,
     corrected,
     estimate_rows,
@@ -30,7 +30,7 @@ def answer(table: pd.DataFrame) -> Answer:
         place + (1 if target not in unstructured else 0) for place, target in enumerate(targets)
     ]
 
-    def curve(chosen: pd.DataFrame) -> dict[str, Estimate]:
+    def curve(chosen: pd.DataFrame) -> dict[str, EffectEstimate]:
         return {
             target: paired(chosen[chosen["target"] == target], corpus, SOURCE) for target in targets
         }
@@ -43,7 +43,7 @@ def answer(table: pd.DataFrame) -> Answer:
             chosen = rows[(rows["calibration"] == name) & (rows["method"] == method)]
             if not chosen.empty:
                 estimates = curve(chosen)
-                lines.append(Line(name, places, list(estimates.values())))
+                lines.append(Curve(name, places, list(estimates.values())))
                 effects |= {f"{target}, {method}, {name}": e for target, e in estimates.items()}
         panels[method] = lines
     helped = [target for target, each in by_target.items() if each.shown and each.helps]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from moto.server import ThreadedMotoServer
 
-from analysis.load import load
+from analysis.load import load_results
 
 Row = dict[str, Any]
 MakeTable = Callable[[list[Row]], pd.DataFrame]
@@ -65,7 +65,7 @@ def lineage(row: Row) -> Row:
 def make_table(tmp_path: Path) -> MakeTable:
     def make(rows: list[Row]) -> pd.DataFrame:
         write(rows, tmp_path / "hand.parquet")
-        return load(tmp_path / "hand.parquet")
+        return load_results(tmp_path / "hand.parquet")
 
     return make
 
@@ -134,4 +134,4 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def table(store: Path) -> pd.DataFrame:
-    return load(store)
+    return load_results(store)

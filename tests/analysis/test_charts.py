@@ -4,20 +4,20 @@ import math
 import numpy as np
 from matplotlib.text import Annotation
 
-from analysis.charts import LABEL_GAP, Line, Point, interval_figure, line_figure, point_figure
-from analysis.evidence import Estimate
+from analysis.charts import LABEL_GAP, Curve, Point, interval_figure, line_figure, point_figure
+from analysis.evidence import EffectEstimate
 from analysis.figures import svg_bytes
 from analysis.metrics import metric_named
 
 KIND = metric_named("perplexity")
 
 
-def effect(value: float, p: float = 0.01) -> Estimate:
-    return Estimate(value, value - 1, value + 1, p, 4, KIND)
+def effect(value: float, p: float = 0.01) -> EffectEstimate:
+    return EffectEstimate(value, value - 1, value + 1, p, 4, KIND)
 
 
 def test_lines_are_named_at_their_ends_and_no_two_names_overlap() -> None:
-    lines = [Line(f"source {n}", [0, 1], [effect(0), effect(n / 100)]) for n in range(6)]
+    lines = [Curve(f"source {n}", [0, 1], [effect(0), effect(n / 100)]) for n in range(6)]
     figure = line_figure("title", {"all": lines}, "x", "y")
     labels = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
     assert {text.get_text() for text in labels} == {line.name for line in lines}
@@ -26,7 +26,9 @@ def test_lines_are_named_at_their_ends_and_no_two_names_overlap() -> None:
 
 
 def test_on_a_logarithmic_scale_names_stand_at_the_height_of_their_lines() -> None:
-    lines = [Line(name, [0, 1], [effect(1000), effect(end)]) for name, end in (("a", 0), ("b", 99))]
+    lines = [
+        Curve(name, [0, 1], [effect(1000), effect(end)]) for name, end in (("a", 0), ("b", 99))
+    ]
     figure = line_figure("title", {"all": lines}, "x", "y", linear_within=1.0)
     (axes,) = figure.axes
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
@@ -38,7 +40,7 @@ def test_on_a_logarithmic_scale_names_stand_at_the_height_of_their_lines() -> No
 
 
 def test_a_line_is_broken_where_a_named_place_is_left_out() -> None:
-    line = Line("source", [0, 1, 3], [effect(1), effect(2), effect(3)])
+    line = Curve("source", [0, 1, 3], [effect(1), effect(2), effect(3)])
     ticks = {0: "30 %", 1: "50 %", 3: "2:4"}
     figure = line_figure("title", {"all": [line]}, "x", "y", ticks)
     drawn = [each.get_ydata() for each in figure.axes[0].lines if len(each.get_ydata()) > 2]

@@ -20,7 +20,9 @@ def test_the_pages_code_runs_from_top_to_bottom(
     store = tmp_path / ".calprune"
     rows = [{**row, "grid": "demo"} for row in whole_grid()]
     write(rows, store / "results" / "demo.parquet")
-    asked = analysis.load(store).query("target == '60 %' and task == 'colours' and seed == 0")
+    asked = analysis.load_results(store).query(
+        "target == '60 %' and task == 'colours' and seed == 0"
+    )
     for key in asked["evaluate_key"]:
         keep_answers(store, str(key), answers([1.0, 0.0, 1.0]))
     monkeypatch.chdir(tmp_path)

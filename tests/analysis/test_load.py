@@ -16,7 +16,7 @@ from tests.analysis.conftest import MakeTable
 
 
 def test_a_store_is_read_with_integer_seeds_and_targets(store: Path) -> None:
-    table = analysis.load(store)
+    table = analysis.load_results(store)
     assert str(table["seed"].dtype) == "Int64"
     assert str(table["value"].dtype) == "float64"
     assert set(table["target"]) == {"dense", "50 %", "60 %", "70 %", "2:4"}
@@ -25,7 +25,7 @@ def test_a_store_is_read_with_integer_seeds_and_targets(store: Path) -> None:
 
 
 def test_failed_and_missing_cells_stay_as_one_row_without_value(store: Path) -> None:
-    lost = analysis.load(store).query("status != 'ok'").set_index("status")
+    lost = analysis.load_results(store).query("status != 'ok'").set_index("status")
     assert sorted(lost.index) == ["failed", "missing"]
     assert lost[["task", "metric", "value"]].isna().all(axis=None)
     assert lost.loc["failed", "error"] == "ValueError: <b>bad</b>"
@@ -49,9 +49,9 @@ def test_a_cell_with_a_number_that_is_not_finite_is_a_failed_one(
     assert lost["error"] == f"heldout perplexity is {value}: no result"
     assert pd.isna([lost[name] for name in ("task", "metric", "value")]).all()
     assert table.loc[table["seed"] == 0, "value"].tolist() == [2.0, 2.0]
-    assert analysis.compare(table.assign(model="a"), table.assign(model="b"), by=["metric"]).loc[
-        0, ["lost_a", "lost_b"]
-    ].tolist() == [1, 1]
+    assert analysis.compare_selections(
+        table.assign(model="a"), table.assign(model="b"), by=["metric"]
+    ).loc[0, ["lost_a", "lost_b"]].tolist() == [1, 1]
 
 
 def test_a_report_shows_such_a_cell_as_failed(make_table: MakeTable, tmp_path: Path) -> None:
@@ -74,14 +74,16 @@ def test_folder_file_and_url_give_the_same_table(store: Path) -> None:
     file = store / "results" / "hand.parquet"
     with fsspec.open("memory://bucket/store/results/hand.parquet", "wb") as remote:
         remote.write(file.read_bytes())
-    table = analysis.load(str(store))
-    pd.testing.assert_frame_equal(analysis.load(file), table)
-    pd.testing.assert_frame_equal(analysis.load("memory://bucket/store"), table)
+    table = analysis.load_results(str(store))
+    pd.testing.assert_frame_equal(analysis.load_results(file), table)
+    pd.testing.assert_frame_equal(analysis.load_results("memory://bucket/store"), table)
 
 
 def test_a_store_on_s3_gives_the_same_table(store: Path, s3: Any) -> None:
     s3.put(str(store / "results"), "analysis-tests/store/results", recursive=True)
-    pd.testing.assert_frame_equal(analysis.load("s3://analysis-tests/store"), analysis.load(store))
+    pd.testing.assert_frame_equal(
+        analysis.load_results("s3://analysis-tests/store"), analysis.load_results(store)
+    )
 
 
 def test_of_several_grids_the_named_one_is_read(store: Path, tmp_path: Path) -> None:
@@ -89,16 +91,16 @@ def test_of_several_grids_the_named_one_is_read(store: Path, tmp_path: Path) -> 
     one = pd.read_parquet(store / "results" / "hand.parquet")
     for grid in ("first", "second"):
         one.assign(grid=grid).to_parquet(tmp_path / "results" / f"{grid}.parquet")
-    assert set(analysis.load(tmp_path)["grid"]) == {"first", "second"}
-    assert set(analysis.load(tmp_path, "second")["grid"]) == {"second"}
+    assert set(analysis.load_results(tmp_path)["grid"]) == {"first", "second"}
+    assert set(analysis.load_results(tmp_path, "second")["grid"]) == {"second"}
     with pytest.raises(FileNotFoundError, match=r"third.*first, second.*jobs run GRID"):
-        analysis.load(tmp_path, "third")
+        analysis.load_results(tmp_path, "third")
 
 
 @pytest.mark.parametrize("name", ["", "absent.parquet"])
 def test_what_is_not_there_comes_with_the_command_that_makes_it(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match="python -m jobs run GRID"):
-        analysis.load(tmp_path / name)
+        analysis.load_results(tmp_path / name)
 
 
 @pytest.mark.parametrize("column", ESSENTIAL)
@@ -108,29 +110,29 @@ def test_a_missing_column_is_named_with_the_file_and_a_remedy(
     whole = pd.read_parquet(store / "results" / "hand.parquet")
     whole.drop(columns=column).to_parquet(tmp_path / "cut.parquet")
     with pytest.raises(ValueError, match=rf"cut\.parquet.*{column}.*jobs gather"):
-        analysis.load(tmp_path / "cut.parquet")
+        analysis.load_results(tmp_path / "cut.parquet")
 
 
 def test_words_for_numbers_are_refused(store: Path, tmp_path: Path) -> None:
     whole = pd.read_parquet(store / "results" / "hand.parquet")
     whole.assign(value="good").to_parquet(tmp_path / "words.parquet")
     with pytest.raises(TableError, match=r"words\.parquet.*column value should be float64"):
-        analysis.load(tmp_path / "words.parquet")
+        analysis.load_results(tmp_path / "words.parquet")
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("grid,cell\n")
     with pytest.raises(TableError, match=r"text\.parquet: is no Parquet file"):
-        analysis.load(tmp_path / "text.parquet")
+        analysis.load_results(tmp_path / "text.parquet")
 
 
 def test_a_url_that_nothing_reads_is_refused() -> None:
     with pytest.raises(TableError, match="nosuch"):
-        analysis.load("nosuch://bucket/store")
+        analysis.load_results("nosuch://bucket/store")
 
 
 def test_categories_are_in_the_order_of_their_meaning(store: Path) -> None:
-    table = analysis.load(store)
+    table = analysis.load_results(store)
     assert table["status"].cat.categories.tolist() == ["ok", "failed", "missing"]
     assert table["pruner"].cat.categories.tolist() == ["dense", "magnitude", "wanda", "sparsegpt"]
     assert table["target"].cat.categories.tolist() == ["dense", "50 %", "60 %", "70 %", "2:4"]
@@ -162,12 +164,12 @@ def test_an_unknown_status_is_refused(store: Path, tmp_path: Path) -> None:
     whole = pd.read_parquet(store / "results" / "hand.parquet")
     whole.assign(status="lost").to_parquet(tmp_path / "odd.parquet")
     with pytest.raises(TableError, match=r"odd\.parquet: status is lost"):
-        analysis.load(tmp_path / "odd.parquet")
+        analysis.load_results(tmp_path / "odd.parquet")
 
 
 def test_a_million_rows_are_loaded_and_grouped_whole(tmp_path: Path) -> None:
     made_table().to_parquet(tmp_path / "made.parquet")
-    table = analysis.load(tmp_path / "made.parquet")
+    table = analysis.load_results(tmp_path / "made.parquet")
     assert len(table) == 1_000_000
     levels = analysis.summarize(table)
     assert len(levels) == 1_000_000 // SEEDS
@@ -185,7 +187,7 @@ def test_integers_that_the_file_holds_beside_nulls_are_read_as_they_are(
     written = pq.read_table(store / "results" / "hand.parquet").replace_schema_metadata(None)
     counts = pa.array([large, *[None] * (len(written) - 1)], pa.int64())
     pq.write_table(written.append_column("num_samples", counts), tmp_path / "integers.parquet")
-    table = analysis.load(tmp_path / "integers.parquet")
+    table = analysis.load_results(tmp_path / "integers.parquet")
     assert str(table["num_samples"].dtype) == "Int64"
     assert table["num_samples"].dropna().to_list() == [large]
     assert table["nsamples"].isna().all()

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from analysis.load import TableError
-from analysis.paired import bootstrap_means, compare, hedges_g, mcnemar_p
+from analysis.paired import bootstrap_means, compare_selections, hedges_g, mcnemar_p
 from analysis.statistics import holm
 from tests.analysis.conftest import MAGNITUDE, MakeTable
 from tests.analysis.test_statistics import T_975, seeds
@@ -42,7 +42,7 @@ def answered(values: dict[str, list[list[float]]]) -> pd.DataFrame:
 
 def test_seeds_pair_up_and_the_interval_is_students(make_table: MakeTable) -> None:
     rows = [*seeds("corpus", [0.5, 0.6, 0.7]), *seeds("other", [0.52, 0.63, 0.71])]
-    row = only(compare(*sides(make_table(rows))))
+    row = only(compare_selections(*sides(make_table(rows))))
     half = 100 * T_975[2] * 0.01 / math.sqrt(3)
     assert (row["pairs"], row["n_a"], row["n_b"], row["unit"]) == (3, 3, 3, "points")
     assert row["effect"] == pytest.approx(2.0)
@@ -55,7 +55,7 @@ def test_seeds_pair_up_and_the_interval_is_students(make_table: MakeTable) -> No
 
 def test_the_bootstrap_interval_is_that_of_all_resamples_there_are(make_table: MakeTable) -> None:
     rows = [*seeds("corpus", [0.5] * 4), *seeds("other", [0.51, 0.54, 0.53, 0.59])]
-    row = only(compare(*sides(make_table(rows))))
+    row = only(compare_selections(*sides(make_table(rows))))
     every = [100 * np.mean(each) for each in itertools.product([0.01, 0.04, 0.03, 0.09], repeat=4)]
     low, high = np.quantile(every, [0.025, 0.975])
     assert row["bootstrap_low"] == pytest.approx(low, abs=0.15)
@@ -74,7 +74,7 @@ def test_resampled_means_agree_with_scipys_bootstrap() -> None:
 def test_perplexities_are_bootstrapped_on_the_log_scale(make_table: MakeTable) -> None:
     told = {"task": "heldout", "metric": "perplexity"}
     rows = [*seeds("corpus", [10.0, 20.0], **told), *seeds("other", [11.0, 18.0], **told)]
-    row = only(compare(*sides(make_table(rows))))
+    row = only(compare_selections(*sides(make_table(rows))))
     assert row["effect"] == pytest.approx(100 * (math.sqrt(1.1 * 0.9) - 1))
     assert (row["bootstrap_low"], row["bootstrap_high"]) == pytest.approx((-10, 10))
 
@@ -100,7 +100,7 @@ def test_holm_corrects_for_all_rows(make_table: MakeTable) -> None:
         for name, more in (("corpus", [0.0] * 3), ("other", [0.0, 0.01, gain]))
         for row in seeds(name, [0.3 + each for each in more], sparsity=sparsity)
     ]
-    compared = compare(*sides(make_table(rows)))
+    compared = compare_selections(*sides(make_table(rows)))
     assert compared["target"].to_list() == ["50 %", "60 %", "70 %"]
     assert compared["p_holm"].to_list() == pytest.approx(list(holm(compared["p"].to_list())))
 
@@ -115,7 +115,7 @@ def test_what_is_lost_or_has_no_partner_is_told(make_table: MakeTable) -> None:
         {**lost, "seed": 0, "status": "missing"},
         {**lost, "sparsity": 0.7, "seed": 0, "status": "failed"},
     ]
-    compared = compare(*sides(make_table(rows))).set_index("target")
+    compared = compare_selections(*sides(make_table(rows))).set_index("target")
     told = compared[["pairs", "n_a", "n_b", "lost_a", "lost_b"]]
     assert told.loc["50 %"].to_list() == [1, 1, 3, 1, 0]
     assert told.loc["60 %"].to_list() == [0, 0, 1, 1, 0]
@@ -128,7 +128,7 @@ def test_a_pruner_without_seeds_pairs_with_every_seed(make_table: MakeTable) -> 
     rows = [*seeds("corpus", [0.5, 0.6]), {**MAGNITUDE, "value": 0.4}]
     table = make_table(rows)
     wanda, magnitude = (table[table["pruner"] == name] for name in ("wanda", "magnitude"))
-    row = only(compare(wanda, magnitude, by=["model", "target", "task", "metric"]))
+    row = only(compare_selections(wanda, magnitude, by=["model", "target", "task", "metric"]))
     assert (row["pairs"], row["n_a"], row["n_b"]) == (2, 2, 1)
     assert row["effect"] == pytest.approx(15)
 
@@ -136,12 +136,14 @@ def test_a_pruner_without_seeds_pairs_with_every_seed(make_table: MakeTable) -> 
 def test_several_results_for_one_pair_are_refused_with_what_to_do(make_table: MakeTable) -> None:
     rows = [*seeds("corpus", [0.5]), *seeds("corpus", [0.4], sparsity=0.6)]
     rows += seeds("other", [0.6])
-    with pytest.raises(TableError, match=r"b has several results of .*name what they differ in"):
-        compare(*sides(make_table(rows)), by=["task", "metric"])
-    with pytest.raises(TableError, match="must name metric"):
-        compare(*sides(make_table(rows)), by=["task"])
+    with pytest.raises(
+        TableError, match=r"b has several results of .*name the column they differ in"
+    ):
+        compare_selections(*sides(make_table(rows)), by=["task", "metric"])
+    with pytest.raises(TableError, match="by: lacks metric"):
+        compare_selections(*sides(make_table(rows)), by=["task"])
     with pytest.raises(TableError, match="a has no column nothing"):
-        compare(*sides(make_table(rows)), by=["metric", "nothing"])
+        compare_selections(*sides(make_table(rows)), by=["metric", "nothing"])
 
 
 def test_mcnemar_is_the_sign_test_of_the_answers_that_differ() -> None:
@@ -153,7 +155,7 @@ def test_mcnemar_is_the_sign_test_of_the_answers_that_differ() -> None:
 def test_answers_of_one_seed_are_compared_by_mcnemar() -> None:
     better = [1.0] * 9 + [0.0] * 2 + [1.0] * 20
     worse = [0.0] * 9 + [1.0] * 2 + [1.0] * 20
-    row = only(compare(*sides(answered({"other": [better], "corpus": [worse]}))))
+    row = only(compare_selections(*sides(answered({"other": [better], "corpus": [worse]}))))
     assert (row["pairs"], row["test"]) == (31, "McNemar")
     assert row["p"] == pytest.approx(stats.binomtest(2, 11, 0.5).pvalue)
     assert row["effect"] == pytest.approx(100 * 7 / 31)
@@ -165,7 +167,7 @@ def test_answers_of_several_seeds_count_once_a_request() -> None:
     first = rng.random((2, 200)) < 0.7
     other = [list(map(float, run)) for run in first]
     corpus = [list(map(float, run & (rng.random(200) < 0.9))) for run in first]
-    row = only(compare(*sides(answered({"other": other, "corpus": corpus}))))
+    row = only(compare_selections(*sides(answered({"other": other, "corpus": corpus}))))
     differences = (np.array(other) - np.array(corpus)).mean(axis=0)
     expected = stats.ttest_1samp(differences, 0.0)
     assert (row["pairs"], row["test"]) == (200, "paired bootstrap")
@@ -185,7 +187,7 @@ def test_under_the_null_the_bootstraps_p_is_below_a_tenth_once_in_ten() -> None:
         answered({"other": other, "corpus": corpus}).assign(metric="score", task=f"task-{number}")
         for number, (other, corpus) in enumerate(values)
     ]
-    compared = compare(*sides(pd.concat(tables, ignore_index=True)))
+    compared = compare_selections(*sides(pd.concat(tables, ignore_index=True)))
     told = compared["p"].to_list()
     assert len(told) == 60
     below = sum(p < 0.1 for p in told)

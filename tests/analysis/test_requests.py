@@ -30,7 +30,7 @@ def answers(values: list[float]) -> list[Row]:
 def answered(tmp_path: Path) -> Path:
     """A store in which two cells have per-request results."""
     write(whole_grid(), tmp_path / "results" / "hand.parquet")
-    table = analysis.load(tmp_path)
+    table = analysis.load_results(tmp_path)
     chosen = table.query(
         "method == 'wanda' and target == '60 %' and seed == 0 and task == 'colours'"
     )
@@ -42,7 +42,7 @@ def answered(tmp_path: Path) -> Path:
 
 
 def test_answers_stand_beside_what_names_their_cell(answered: Path) -> None:
-    table = analysis.load(answered)
+    table = analysis.load_results(answered)
     told = analysis.load_requests(answered, table[table["calibration"] == "self-generated"])
     ok = told[told["status"] == "ok"]
     assert ok[["source", "target", "task", "doc_id", "value"]].to_numpy().tolist() == [
@@ -54,7 +54,7 @@ def test_answers_stand_beside_what_names_their_cell(answered: Path) -> None:
 
 
 def test_cells_without_answers_stay_and_say_why(answered: Path) -> None:
-    table = analysis.load(answered)
+    table = analysis.load_results(answered)
     told = analysis.load_requests(answered, table)
     assert set(told["cell"]) == set(table["cell"])
     lost = told[told["status"] == "missing"]
@@ -64,10 +64,10 @@ def test_cells_without_answers_stay_and_say_why(answered: Path) -> None:
 
 
 def test_two_calibrations_are_compared_request_by_request(answered: Path) -> None:
-    table = analysis.load(answered)
+    table = analysis.load_results(answered)
     told = analysis.load_requests(answered, table)
     a, b = (told[told["calibration"] == name] for name in ("self-generated", "mismatched"))
-    compared = analysis.compare(a, b)
+    compared = analysis.compare_selections(a, b)
     paired = compared[compared["pairs"] > 0]
     assert paired[["method", "target", "pairs", "test"]].to_numpy().tolist() == [
         ["wanda", "60 %", 3, "McNemar"]
@@ -82,7 +82,7 @@ def test_a_remote_store_is_read_as_a_folder_is(answered: Path) -> None:
         if path.is_file():
             with fsspec.open(f"{remote}/{path.relative_to(answered)}", "wb") as file:
                 file.write(path.read_bytes())
-    table = analysis.load(remote)
+    table = analysis.load_results(remote)
     pd.testing.assert_frame_equal(
         analysis.load_requests(remote, table), analysis.load_requests(answered, table)
     )
@@ -90,4 +90,4 @@ def test_a_remote_store_is_read_as_a_folder_is(answered: Path) -> None:
 
 def test_a_store_without_any_answers_is_refused(store: Path) -> None:
     with pytest.raises(analysis.TableError, match=r"holds requests\.parquet: evaluate them anew"):
-        analysis.load_requests(store, analysis.load(store))
+        analysis.load_requests(store, analysis.load_results(store))

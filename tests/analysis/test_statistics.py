@@ -8,7 +8,7 @@ from statsmodels.stats.multitest import multipletests
 from analysis.load import TableError
 from analysis.statistics import (
     best_calibration,
-    compare,
+    compare_with_reference,
     holm,
     summarize,
     t_interval,
@@ -86,7 +86,7 @@ def test_a_pattern_and_the_sparsity_it_amounts_to_are_not_mixed(make_table: Make
 
 def test_accuracies_are_compared_seed_by_seed_in_points(make_table: MakeTable) -> None:
     rows = [*seeds("corpus", [0.5, 0.6, 0.7]), *seeds("other", [0.52, 0.63, 0.71])]
-    row = compare(make_table(rows), "corpus").iloc[0]
+    row = compare_with_reference(make_table(rows), "corpus").iloc[0]
     half = 100 * T_975[2] * 0.01 / math.sqrt(3)
     t = 0.02 / (0.01 / math.sqrt(3))
     assert (row["calibration"], row["pairs"], row["unit"]) == ("other", 3, "points")
@@ -101,7 +101,7 @@ def test_accuracies_are_compared_seed_by_seed_in_points(make_table: MakeTable) -
 def test_perplexities_are_compared_as_difference_and_percent(make_table: MakeTable) -> None:
     told = {"task": "heldout", "metric": "perplexity"}
     rows = [*seeds("corpus", [10.0, 20.0], **told), *seeds("other", [11.0, 18.0], **told)]
-    row = compare(make_table(rows), "corpus").iloc[0]
+    row = compare_with_reference(make_table(rows), "corpus").iloc[0]
     middle, half = math.log(0.99) / 2, T_975[1] * math.log(1.1 / 0.9) / 2
     assert row["difference"] == pytest.approx(-0.5)
     assert row["unit"] == "%"
@@ -116,11 +116,13 @@ def test_more_is_better_of_accuracies_and_worse_of_perplexities(
     make_table: MakeTable, metric: str, better: bool
 ) -> None:
     rows = [*seeds("corpus", [0.5], metric=metric), *seeds("other", [0.6], metric=metric)]
-    assert compare(make_table(rows), "corpus")["better"].to_list() == [better]
+    assert compare_with_reference(make_table(rows), "corpus")["better"].to_list() == [better]
 
 
 def test_one_pair_has_a_difference_but_no_interval(make_table: MakeTable) -> None:
-    row = compare(make_table([*seeds("corpus", [0.5]), *seeds("other", [0.6])]), "corpus").iloc[0]
+    row = compare_with_reference(
+        make_table([*seeds("corpus", [0.5]), *seeds("other", [0.6])]), "corpus"
+    ).iloc[0]
     assert row["pairs"] == 1
     assert row["effect"] == pytest.approx(10)
     assert np.isnan([row["low"], row["high"], row["p"], row["p_holm"]]).all()
@@ -129,7 +131,7 @@ def test_one_pair_has_a_difference_but_no_interval(make_table: MakeTable) -> Non
 def test_seeds_that_only_one_calibration_has_do_not_count(make_table: MakeTable) -> None:
     failed = {"calibration": "other", "seed": 1, "status": "failed", "task": None, "metric": None}
     rows = [*seeds("corpus", [0.5, 0.9]), *seeds("other", [0.6]), failed]
-    row = compare(make_table(rows), "corpus").iloc[0]
+    row = compare_with_reference(make_table(rows), "corpus").iloc[0]
     assert (row["pairs"], row["reference_mean"]) == (1, 0.5)
 
 
@@ -141,7 +143,7 @@ def test_holm_counts_the_comparisons_of_one_metric_together(make_table: MakeTabl
         for metric in ("acc", "acc_norm")
         for row in seeds(calibration, numbers, metric=metric)
     ]
-    compared = compare(make_table(rows), "corpus")
+    compared = compare_with_reference(make_table(rows), "corpus")
     for _, family in compared.groupby("metric"):
         small, large = sorted(family["p"])
         assert sorted(family["p_holm"]) == pytest.approx(
@@ -152,7 +154,7 @@ def test_holm_counts_the_comparisons_of_one_metric_together(make_table: MakeTabl
 def test_an_unknown_reference_is_told_with_those_there_are(make_table: MakeTable) -> None:
     table = make_table([*seeds("corpus", [0.5]), *seeds("other", [0.6])])
     with pytest.raises(TableError, match=r"reference nothing: .*corpus; other"):
-        compare(table, "nothing")
+        compare_with_reference(table, "nothing")
 
 
 def test_the_dense_model_and_pruners_without_data_do_not_compete(make_table: MakeTable) -> None:
@@ -160,7 +162,7 @@ def test_the_dense_model_and_pruners_without_data_do_not_compete(make_table: Mak
     rows += [{**DENSE, "value": 0.9}, {**MAGNITUDE, "value": 0.95}]
     table = make_table(rows)
     best = best_calibration(table, "questions", "acc", "corpus")
-    assert set(compare(table, "corpus")["pruner"]) == {"wanda"}
+    assert set(compare_with_reference(table, "corpus")["pruner"]) == {"wanda"}
     assert best[["pruner", "calibration"]].to_numpy().tolist() == [["wanda", "other"]]
     assert best["effect"].to_list() == pytest.approx([7.5])
 
@@ -204,11 +206,11 @@ def test_settings_that_vary_within_a_calibration_are_compared_as_sources(
     for number, row in enumerate(rows):
         row["cell"] = str(number)
     table = make_table(rows)
-    compared = compare(table, "self, 4 prefix tokens")
+    compared = compare_with_reference(table, "self, 4 prefix tokens")
     assert compared["source"].to_list() == ["self, 16 prefix tokens"]
     assert compared["effect"].to_list() == pytest.approx([15.0])
     with pytest.raises(TableError, match="several settings"):
-        compare(table, "self")
+        compare_with_reference(table, "self")
 
 
 def test_mean_accuracy_is_over_tasks_of_cells_that_have_all(make_table: MakeTable) -> None:
