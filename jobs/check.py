@@ -133,7 +133,7 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
         vocabularies[name] = model.model_dump(include=TOKENIZER_FIELDS)
         return model
     assert not isinstance(model, PruneSpec)
-    from pipeline.models.loading import inspect_model
+    from pipeline.models.inspection import inspect_model
     from pipeline.models.vocabulary import Vocabulary, embedding_rows
     from pipeline.models.weight_files import named
 
@@ -271,7 +271,7 @@ def _layer_sizes(name: str, config: Any, model: Model) -> Sequence[int]:
         return []
     if isinstance(config, PretrainSpec):
         return [1] * config.num_layers
-    from pipeline.models.loading import weightless_model
+    from pipeline.models.inspection import weightless_model
     from pipeline.pruning.walk import layer_sizes
 
     with _at(f"models.{name}"):

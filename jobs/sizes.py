@@ -77,7 +77,7 @@ def _of_config(folder: str, trust_remote_code: bool) -> float | None:
         return None
     from transformers import AutoConfig
 
-    from pipeline.models.loading import weightless_model
+    from pipeline.models.inspection import weightless_model
 
     local = LocalModel(path=folder, trust_remote_code=trust_remote_code)
     try:

@@ -25,14 +25,13 @@ from pipeline.errors import EngineDiedError, InputError
 from pipeline.generation.sampling import Sampling, not_finite, request_seed
 from pipeline.generation.transformers_engine import device_name
 from pipeline.models.checkpoint import write_checkpoint
-from pipeline.models.loading import (
+from pipeline.models.inspection import (
     allows_pickle,
     check_checkpoint,
     checkpoint_location,
-    load_configs,
-    model_dtype,
     trusts_code,
 )
+from pipeline.models.loading import load_configs, model_dtype
 from pipeline.models.vocabulary import embedding_rows
 from pipeline.progress import phase, report
 from pipeline.specs import GenerateSpec, Model, PruneSpec, Vllm

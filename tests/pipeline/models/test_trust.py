@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import InputError
-from pipeline.models.loading import inspect_model, load_model, load_tokenizer, stream_model
+from pipeline.models.inspection import inspect_model
+from pipeline.models.loading import load_model, load_tokenizer, stream_model
 from pipeline.specs import EvaluateSpec, LocalModel, PerplexitySpec, TestbedCorpus
 
 

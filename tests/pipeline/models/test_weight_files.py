@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.evaluation.evaluate import run as evaluate
 from pipeline.generation.transformers_engine import TransformersEngine
-from pipeline.models.loading import inspect_model, load_model, stream_model
+from pipeline.models.inspection import inspect_model
+from pipeline.models.loading import load_model, stream_model
 from pipeline.models.weight_files import check_tensors
 from pipeline.pruning.prune import run
 from pipeline.specs import (
