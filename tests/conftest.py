@@ -25,24 +25,24 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    _start_ray()
+def ray_ends() -> Iterator[None]:
     yield
     ray.shutdown()
 
 
 @pytest.fixture
+def local_ray(ray_ends: None) -> None:
+    """Share one Ray among the tests; only the first after `ray_of_its_own` waits for its start."""
+    if not ray.is_initialized():
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+
+@pytest.fixture
 def ray_of_its_own() -> Iterator[None]:
-    """For a test that starts a Ray itself: the others' one is away meanwhile."""
-    was_there = ray.is_initialized()
+    """For a test that starts a Ray itself, or needs that there is none."""
     ray.shutdown()
     yield
-    if was_there:
-        _start_ray()
-
-
-def _start_ray() -> None:
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import ray
 
+from cluster import run as module
 from cluster.graph import Graph, Resources, Stage
 from cluster.run import run_graph
 from cluster.store import Failure, Manifest, Partial, Store
 from cluster.watcher import Watcher
-from cluster.worker import CALL_SECONDS, Maker, Replica, WorkerLostError, WritePosition, _make
+from cluster.worker import Maker, Replica, WorkerLostError, WritePosition, _make
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 VERSIONS = {"calprune": "0"}
+QUICK_SECONDS = 2.0
 
 
 def stage(key: str, payload: str, *inputs: str, pool: str | None = None, **resources: int) -> Stage:
@@ -367,22 +369,25 @@ def test_a_pool_waits_while_other_stages_take_all_the_workers(tmp_path: Path) ->
     assert set(outcome.made) == set(plan)
 
 
-@pytest.mark.usefixtures("ray_of_its_own")
+class QuickReplica(Replica):
+    """A replica that waits for its first call no longer than `QUICK_SECONDS`."""
+
+    def __init__(self) -> None:
+        module.CALL_SECONDS = QUICK_SECONDS
+        super().__init__()
+
+
 def test_an_actor_that_nobody_calls_gives_its_place_back() -> None:
     """As one is left that was killed while it was being made."""
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        forgotten, called = (ray.remote(Replica).options(num_cpus=0.5) for _ in range(2))
-        kept = forgotten.remote(), called.remote()
-        ray.get(kept[1].start.remote())
-        deadline = time.monotonic() + 3 * CALL_SECONDS
-        while ray.available_resources().get("CPU") != 0.5:
-            assert time.monotonic() < deadline, "an actor that nobody calls holds a CPU"
-            time.sleep(0.5)
-        time.sleep(CALL_SECONDS / 4)
-        ray.get(kept[1].start.remote())  # the other is there still
-    finally:
-        ray.shutdown()
+    forgotten, called = (ray.remote(QuickReplica).options(num_cpus=0.5) for _ in range(2))
+    kept = forgotten.remote(), called.remote()
+    ray.get(kept[1].start.remote())
+    began = time.monotonic()
+    while ray.available_resources().get("CPU") != 1.5 or time.monotonic() < began + QUICK_SECONDS:
+        assert time.monotonic() < began + 60, "an actor that nobody calls holds a CPU"
+        time.sleep(0.1)
+    ray.get(kept[1].start.remote())  # the other is there still
+    ray.kill(kept[1])
 
 
 def test_a_pool_outlives_more_lost_replicas_than_one_stage_may_lose(tmp_path: Path) -> None:

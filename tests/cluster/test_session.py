@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,41 +16,44 @@ from cluster.address import NoRayError
 from cluster.session import session
 
 PROGRAM = """
-import os, ray
+import json, os, psutil, ray
 from cluster.session import session
 
 class Replica:
     def visible(self):
-        return os.environ.get("CUDA_VISIBLE_DEVICES")
+        return {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")}
 
-with session(None):
+with session(None, variables={"HF_HUB_OFFLINE": "1"}):
     actor = ray.remote(Replica).options(num_cpus=0, num_gpus=0).remote()
-    print(ray.get(actor.visible.remote()))
-"""
-
-
-LISTENING = """
-import ipaddress, json, psutil, ray
-from cluster.session import session
-
-with session(None):
-    ray.get(ray.remote(lambda: None).remote())
-    found = []
+    variables = ray.get(actor.visible.remote())
+    listening = []
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         for connection in process.net_connections(kind="inet"):
             if connection.status == psutil.CONN_LISTEN:
-                found.append((process.name(), connection.laddr.ip))
-print(json.dumps(found))
+                listening.append((process.name(), connection.laddr.ip))
+print(json.dumps({"variables": variables, "listening": listening}))
 """
 
 
-def test_a_local_ray_listens_on_the_loopback_only() -> None:
+@pytest.fixture(scope="module")
+def started() -> dict[str, Any]:
+    """What a process finds that starts a local Ray, and what its actor does."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept.pop("HF_HUB_OFFLINE", None)
     run = subprocess.run(
-        [sys.executable, "-c", LISTENING], env=kept, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM],
+        env={**kept, "CUDA_VISIBLE_DEVICES": "3,5"},
+        capture_output=True,
+        text=True,
     )
-    found = json.loads(run.stdout)
-    assert {name for name, _ in found} >= {"gcs_server", "raylet"}, run.stderr
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+def test_a_local_ray_listens_on_the_loopback_only(started: dict[str, Any]) -> None:
+    found = started["listening"]
+    assert {name for name, _ in found} >= {"gcs_server", "raylet"}
     assert [(name, ip) for name, ip in found if not _is_loopback(ip)] == []
 
 
@@ -59,24 +63,14 @@ def _is_loopback(ip: str) -> bool:
     return (mapped or address).is_loopback
 
 
-def test_a_replica_that_asks_for_no_gpu_sees_the_devices_of_its_node() -> None:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**kept, "CUDA_VISIBLE_DEVICES": "3,5"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.strip() == "3,5", run.stderr
+def test_a_replica_that_asks_for_no_gpu_sees_the_devices_of_its_node(
+    started: dict[str, Any],
+) -> None:
+    assert started["variables"]["CUDA_VISIBLE_DEVICES"] == "3,5"
 
 
-def test_workers_get_the_variables_that_are_asked_for() -> None:
-    program = PROGRAM.replace("session(None)", "session(None, variables={'HF_HUB_OFFLINE': '1'})")
-    program = program.replace("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    kept.pop("HF_HUB_OFFLINE", None)
-    run = subprocess.run([sys.executable, "-c", program], env=kept, capture_output=True, text=True)
-    assert run.stdout.strip() == "1", run.stderr
+def test_workers_get_the_variables_that_are_asked_for(started: dict[str, Any]) -> None:
+    assert started["variables"]["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.fixture
@@ -94,7 +88,7 @@ def no_ray_but_a_web_server() -> Iterator[str]:
     "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "no-such-host.invalid:6379"]
 )
 def test_a_dead_address_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.3)
     with pytest.raises(NoRayError, match="no Ray answers there") as caught, session(address):
         pass
     assert str(caught.value).startswith(f"address: {address!r}: ")
@@ -107,7 +101,7 @@ def test_a_dead_address_is_named(address: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_port_of_something_else_is_no_ray(
     no_ray_but_a_web_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.3)
     with pytest.raises(NoRayError, match="no Ray answers"), session(no_ray_but_a_web_server):
         pass
 
