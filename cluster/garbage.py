@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Garbage:
-    """What may be removed; all sorted."""
+    """What may be removed; every list is sorted."""
 
     artifacts: list[str]
     """Keys."""
     attempts: list[str]
-    """Full paths of folders that no artifact has and nobody is writing."""
+    """Full paths of folders that belong to no artifact and that nobody is writing."""
     kept: list[str]
-    """Keys of stages that nobody will finish, with files kept for another attempt."""
+    """Keys of unfinished stages with kept files that nobody will use."""
     failures: list[str]
     """Keys of stages that nobody asks for."""
     bytes: int
@@ -28,14 +28,17 @@ class Garbage:
 
 
 def find(store: Store, reached: Collection[str]) -> Garbage:
-    """What none of these keys names, no living run uses, and no lease says is being made.
+    """Find what is not reached, not used by a living run, and not being made under a lease.
 
     Waits until it is known which runs are alive: up to a minute if one is dead.
+
+    Args:
+        reached: keys to keep.
     """
     needed = {*reached, *leases.Observer(store).used()}
     keys = store.keys()
     artifacts = sorted(keys - needed)
-    attempts = _left_attempts(store, keys)
+    attempts = _orphaned_attempts(store, keys)
     kept = sorted({path.rsplit("/", 2)[-2] for path in store.kept()} - needed)
     failures = sorted(store.names("failures") - needed)
     folders = [f"{store.root}/data/{key}" for key in artifacts]
@@ -46,7 +49,7 @@ def find(store: Store, reached: Collection[str]) -> Garbage:
 
 
 def collect(store: Store, garbage: Garbage) -> None:
-    """Remove it. Of what a run that has just begun would have used, that run makes another."""
+    """Remove garbage. A run that began meanwhile and needs some of it makes it again."""
     for key in garbage.artifacts:
         store.discard(key)
     for path in garbage.attempts:
@@ -57,22 +60,23 @@ def collect(store: Store, garbage: Garbage) -> None:
         store.clear_failure(key)
 
 
-def _left_attempts(store: Store, keys: Collection[str]) -> list[str]:
-    """Folders that are of no artifact and of nobody who may be writing them."""
+def _orphaned_attempts(store: Store, keys: Collection[str]) -> list[str]:
+    """Return folders that belong to no artifact and that nobody can be writing."""
     of_key: dict[str, list[str]] = defaultdict(list)
     for path in store.attempts():
         of_key[path.rsplit("/", 2)[-2]].append(path)
-    left: list[str] = []
+    orphaned: list[str] = []
     for key, paths in of_key.items():
         if key in keys and len(paths) == 1:
             continue
-        # Each was begun under a lease. In this order, one that ends meanwhile has its manifest.
-        holder = leases.holder(store, key)
-        if holder is not None and store.read(f"runs/{holder}.json") is not None:
+        # Every attempt begins under a lease. The lease is read before the manifest, so an attempt
+        # that ends in between has its manifest.
+        run = leases.holder(store, key)
+        if run is not None and store.read(f"runs/{run}.json") is not None:
             continue
         try:
             manifest = store.manifest(key)
         except CorruptArtifactError:
             continue
-        left += [path for path in paths if manifest is None or not path.endswith(manifest.data)]
-    return left
+        orphaned += [path for path in paths if manifest is None or not path.endswith(manifest.data)]
+    return orphaned

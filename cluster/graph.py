@@ -1,4 +1,4 @@
-"""The deduplicated graph of stages that a grid comes down to."""
+"""The graph of stages that a grid needs, each stage once."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ class Resources:
     gpus: float = 0.0
     """GPUs; a fraction shares one."""
     memory_bytes: int | None = None
-    """Host memory that is kept free for it."""
+    """Host memory that is reserved for it."""
     min_replicas: int = 1
-    """Actors of a pooled stage that are started at once, and kept while there is work for any."""
+    """Actors of a pooled stage that start together, and stay as long as any has work."""
     max_replicas: int | None = None
-    """Actors of a pooled stage at the most; None takes as many as the cluster has room for."""
+    """The most actors of a pooled stage; None takes as many as the cluster has room for."""
     retries: int = 2
-    """How often a stage is tried again after its worker or node was lost, or its time was over."""
+    """How often a stage is tried again after its worker or node was lost or its time ran out."""
     time_limit_seconds: float | None = None
-    """How long one try may take; None never ends it."""
+    """How long one try may take; None sets no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +33,26 @@ class Stage:
     key: str
     kind: str
     label: str
-    """What a person is told that it is."""
+    """The stage's name for people."""
     spec: Mapping[str, Any]
-    """The spec as plain JSON values, which is recorded with the artifact."""
+    """The spec as plain JSON values; recorded with the artifact."""
     payload: str
-    """The spec as the executor takes it."""
+    """The spec as `execute` takes it."""
     inputs: tuple[str, ...]
     """Keys of the stages that it reads."""
     resources: Resources = field(default_factory=Resources)
     seconds: float = 1.0
-    """An estimate of what it takes on its own resources. Only the order of work rests on it."""
+    """Estimated time on its own resources. Used only to order the work."""
     pool: str | None = None
-    """Stages of one pool run on the same actors, which keep their model loaded. An actor holds all
-    its GPUs on one node."""
+    """Stages of one pool run on the same actors, which keep their model loaded. All GPUs of an
+    actor are on one node."""
 
 
 Graph = Mapping[str, Stage]
 
 
 def needed(graph: Graph, targets: Iterable[str], present: Collection[str]) -> list[str]:
-    """Keys to make so that the targets are there, each after its inputs."""
+    """Return the keys to make so that all targets are present, each after its inputs."""
     wanted: dict[str, set[str]] = {}
     waiting = [key for key in targets if key not in present]
     while waiting:
@@ -67,7 +67,7 @@ def needed(graph: Graph, targets: Iterable[str], present: Collection[str]) -> li
 
 
 def readers(graph: Graph) -> dict[str, list[str]]:
-    """Of each stage, the stages that read it. What they read besides stages is not in it."""
+    """Return for each stage the stages that read it; inputs that are no stages are left out."""
     found: dict[str, list[str]] = {key: [] for key in graph}
     for stage in graph.values():
         for name in dict.fromkeys(stage.inputs):
@@ -77,10 +77,10 @@ def readers(graph: Graph) -> dict[str, list[str]]:
 
 
 def descendants(read_by: Mapping[str, Iterable[str]], key: str) -> set[str]:
-    """Every stage that cannot be made without this one.
+    """Return every stage that cannot be made without this one.
 
     Args:
-        read_by: what `readers` returns.
+        read_by: the result of `readers`.
     """
     found: set[str] = set()
     waiting = [key]
@@ -92,8 +92,7 @@ def descendants(read_by: Mapping[str, Iterable[str]], key: str) -> set[str]:
 
 
 def longest_paths(graph: Graph, keys: Sequence[str]) -> dict[str, float]:
-    """Seconds of the longest way from the beginning of each of these stages to the end of the last
-    one on it.
+    """Return for each of these stages the seconds of the longest path that begins with it.
 
     Args:
         keys: each after its inputs.
@@ -108,8 +107,8 @@ def longest_paths(graph: Graph, keys: Sequence[str]) -> dict[str, float]:
     return paths
 
 
-def unlocked(graph: Graph, keys: Iterable[str]) -> dict[str, int]:
-    """How many of these stages each of them leads to, over however many others.
+def descendant_counts(graph: Graph, keys: Iterable[str]) -> dict[str, int]:
+    """Return for each of these stages how many of the others descend from it.
 
     Args:
         keys: each after its inputs.

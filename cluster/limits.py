@@ -1,4 +1,4 @@
-"""A stage that hangs is ended, by the system if Python cannot."""
+"""Time limits: a stage that hangs is interrupted, and its process ended if that fails."""
 
 import contextlib
 import faulthandler
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 GRACE_SECONDS = 15.0
-"""How long a stage may take to end itself before its process is ended."""
+"""How long an interrupted stage has before its process is ended."""
 
 
 class TimeLimitError(RuntimeError):
@@ -16,10 +16,10 @@ class TimeLimitError(RuntimeError):
 
 @contextlib.contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise in the main thread once the time is over.
+    """Raise in the block once the time is over. For the main thread only.
 
-    Code that never returns to the interpreter cannot be interrupted: its process is ended after a
-    grace, with where it hung in the worker's error log. To be used in the main thread.
+    Code that does not return to the interpreter cannot be interrupted. Its process is ended after a
+    grace period, and the worker's error log shows where it hung.
 
     Raises:
         TimeLimitError: if the block takes longer.
@@ -28,11 +28,11 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         yield
         return
 
-    def over(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise TimeLimitError(f"took longer than its time limit of {seconds:g} s")
 
-    standard_error = 2  # the process's own, whatever `sys.stderr` is at present
-    before = signal.signal(signal.SIGALRM, over)
+    standard_error = 2  # the process's own, even if `sys.stderr` was replaced
+    before = signal.signal(signal.SIGALRM, interrupt)
     faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=standard_error)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:

@@ -1,4 +1,4 @@
-"""The most host memory that a stretch of work held at one time."""
+"""The peak host memory of a piece of work."""
 
 import contextlib
 from pathlib import Path
@@ -10,8 +10,8 @@ _RESET_HIGH_WATER_MARK = "5"
 class PeakMemory:
     """Measures the process's resident memory between entry and `peak`.
 
-    Linux keeps a high-water mark and lets a process reset its own; where that is not to be had
-    the peak is unknown, rather than that of some earlier work.
+    Linux keeps a high-water mark that a process may reset. If it cannot be reset, the peak is
+    unknown, since it could be that of earlier work.
     """
 
     def __enter__(self) -> "PeakMemory":
@@ -29,7 +29,7 @@ class PeakMemory:
     ) -> None: ...
 
     def peak(self) -> int | None:
-        """Bytes, or None where the system does not tell."""
+        """Return bytes, or None if unknown."""
         if not self._known:
             return None
         for line in Path("/proc/self/status").read_text().splitlines():

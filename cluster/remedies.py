@@ -1,4 +1,4 @@
-"""What a person is told of a stage that failed: the error in one line, and what to do about it."""
+"""The one-line error of a failed stage, with what to do about it."""
 
 import errno
 from collections.abc import Callable
@@ -7,21 +7,22 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, Worke
 
 from cluster.graph import Stage
 from cluster.limits import TimeLimitError
-from cluster.store import FULL
+from cluster.store import NO_SPACE
 
 
 def one_line(error: BaseException, stage: Stage) -> str:
-    """The exception's type and first line, with a remedy where one is known."""
+    """Return the exception's type and first line, with a remedy if one is known."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    line = f"{type(error).__name__}: {lines[0] if lines else ''}"
     for applies, remedy in _REMEDIES:
         if applies(error):
-            return f"{told}; {remedy.format(resources=f'resources.{stage.kind}')}"
-    return told
+            return f"{line}; {remedy.format(resources=f'resources.{stage.kind}')}"
+    return line
 
 
 def lacks_device_memory(error: BaseException) -> bool:
-    """Whether it is torch's own error; by name, since the cluster knows nothing of torch."""
+    """Return whether this is torch's `OutOfMemoryError`; by name, since the cluster does not import
+    torch."""
     return any(
         kind.__name__ == "OutOfMemoryError" and kind.__module__.partition(".")[0] == "torch"
         for kind in type(error).__mro__
@@ -29,7 +30,7 @@ def lacks_device_memory(error: BaseException) -> bool:
 
 
 def _lacks_space(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in FULL
+    return isinstance(error, OSError) and error.errno in NO_SPACE
 
 
 def _is_refused(error: BaseException) -> bool:
@@ -40,13 +41,13 @@ def _is_refused(error: BaseException) -> bool:
 _REMEDIES: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
     (
         lacks_device_memory,
-        "the device's memory is too small for it, or shared with too many: raise {resources}.gpus, "
-        "lower batch sizes, or take a larger device",
+        "the device has too little memory, or too many stages share it: raise {resources}.gpus, "
+        "lower batch sizes, or use a larger device",
     ),
     (
         lambda error: isinstance(error, MemoryError | OutOfMemoryError),
         "the node's memory was full: set or raise {resources}.memory_bytes, so that fewer stages "
-        "share a node, or take larger nodes",
+        "share a node, or use larger nodes",
     ),
     (
         lambda error: isinstance(error, TimeLimitError),
@@ -54,11 +55,10 @@ _REMEDIES: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
     ),
     (
         lambda error: isinstance(error, WorkerCrashedError | RayActorError | NodeDiedError),
-        "its process or node was ended from outside each time it was tried, as a system does that "
-        "lacks memory: set or raise {resources}.memory_bytes, or {resources}.retries if nodes "
-        "come and go",
+        "its process or node was killed at every try, as systems do when memory runs out: set or "
+        "raise {resources}.memory_bytes, or {resources}.retries if nodes come and go",
     ),
-    (_lacks_space, "no space is left: free some where the store and the temporary files are"),
-    (_is_refused, "see that the store and the temporary folder can be read and written"),
+    (_lacks_space, "no space is left: free some for the store and for temporary files"),
+    (_is_refused, "check that the store and the temporary folder can be read and written"),
 )
-"""In the order in which they are tried."""
+"""Tried in this order."""

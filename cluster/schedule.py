@@ -1,9 +1,9 @@
 """What to hand to Ray next: the most urgent stages that the cluster has room for.
 
-This is list scheduling by critical path (Graham 1969): where there is room, the stage with the
-longest remaining path begins. One rule comes first: no stage that nobody waits for begins before
-one that others wait for, while both are ready. Nothing here knows Ray or the time of day, so that
-a simulated cluster can be scheduled by the same code.
+This is list scheduling by critical path (Graham 1969): when there is room, the ready stage with the
+longest remaining path begins. One rule goes before: of two ready stages, one that others wait for
+begins before one that nobody waits for. Nothing here uses Ray or the time of day, so the same code
+schedules simulated clusters.
 """
 
 import bisect
@@ -13,29 +13,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from cluster.graph import Graph, Resources, Stage, longest_paths, unlocked
+from cluster.graph import Graph, Resources, Stage, descendant_counts, longest_paths
 
 SURPLUS_SHARE = 0.02
-"""Of the cluster: handed over beyond its room, so that of many workers none waits for the driver.
-More would begin in Ray's order instead of by urgency."""
+"""Share of the cluster that is handed over beyond its room, so that no worker of a large cluster
+waits for the driver. More of it would begin in Ray's order instead of by urgency."""
 
 START_SECONDS = 10.0
-"""What a new actor costs, about: it imports libraries and loads a model. An idle actor is not ended
-for a stage that is more urgent than the next one of its pool by less."""
+"""About what a new actor costs: it imports libraries and loads a model. An idle actor gives
+way to another stage only if that stage's path is longer than its pool's next one by more."""
 
 IDLE_SECONDS = 60.0
-"""How long an actor is kept that has no work, if nothing else needs its place."""
+"""How long an actor without work is kept if nothing else needs its place."""
 
 RAY_DIGITS = 4
-"""Decimal places that Ray counts resources to."""
+"""Decimal places of Ray's resource counts."""
 
 Bundle = dict[str, float]
 """What a stage asks of a node, by Ray's names: `CPU`, `GPU`, `memory` in bytes."""
 
 Rank = tuple[bool, float, int, int, str]
 """The smaller, the more urgent: whether nobody waits for the stage, minus the seconds of its
-longest remaining path, minus the number of stages that it leads to, its place in the plan; its key.
-"""
+longest remaining path, minus the number of its descendants, its place in the plan, its key."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class EndActor:
 
 
 def bundle(resources: Resources) -> Bundle:
-    """What a stage or an actor holds while it is there."""
+    """Return what a stage or an actor holds on its node."""
     asked: Bundle = {"CPU": float(resources.cpus)}
     if resources.gpus:
         asked["GPU"] = resources.gpus
@@ -71,12 +70,12 @@ def bundle(resources: Resources) -> Bundle:
 
 @dataclass
 class _Lane:
-    """Stages that take the same place: the actors of one pool, or tasks of equal resources."""
+    """Stages that compete for the same places: those of one pool, or tasks of equal resources."""
 
     pool: str | None
     resources: Resources
     ready: list[Rank] = field(default_factory=list)
-    """The most urgent first."""
+    """Most urgent first."""
     handed_over: int = 0
     """Stages with Ray: at work, or waiting for room there."""
     idle: int = 0
@@ -85,31 +84,31 @@ class _Lane:
     """Actors that have not started yet."""
     idle_since: float = 0.0
     fits: bool = False
-    """Whether a node, of those that there are, can hold it."""
+    """Whether any node is large enough for its bundle."""
 
     def __post_init__(self) -> None:
         self.bundle = bundle(self.resources)
 
     @property
     def places(self) -> int:
-        """How often its bundle is in use."""
+        """Return how often its bundle is in use."""
         return self.handed_over + self.idle + self.joining
 
     @property
     def full(self) -> bool:
-        """Whether the pool has as many actors as it may have."""
+        """Return whether the pool has its maximum of actors."""
         most = self.resources.max_replicas
         return self.pool is not None and most is not None and self.places >= most
 
     @property
     def spare(self) -> int:
-        """Idle actors that may be ended: not those of the minimum while others are at work."""
+        """Return how many idle actors may be ended; while any is at work the minimum is kept."""
         kept = self.resources.min_replicas if self.handed_over else 0
         return max(0, min(self.idle, self.places - kept))
 
     @property
     def next(self) -> Rank | None:
-        """The most urgent stage that no place is there for yet, or an idle actor of its own."""
+        """Return the most urgent stage that an idle actor can take, or that has no place yet."""
         if self.idle:
             return self.ready[0] if self.ready else None
         if self.joining < len(self.ready):
@@ -119,12 +118,12 @@ class _Lane:
 
 
 class Schedule:
-    """Decides; whoever carries its steps out tells it what came of them."""
+    """Decides what to do next; its caller carries out the steps and reports their results."""
 
     def __init__(self, graph: Graph, workers: int | None = None) -> None:
         """
         Args:
-            workers: stages handed over at one time, at the most; None leaves that to the room.
+            workers: the most stages handed over at one time; None: as many as there is room for.
         """
         self.graph = graph
         self.workers = workers
@@ -135,7 +134,7 @@ class Schedule:
         self._awaited: set[str] = set()
 
     def resize(self, nodes: Sequence[Bundle]) -> None:
-        """Say what each node of the cluster has."""
+        """Set the resources of each node of the cluster."""
         self._nodes = list(nodes)
         names = {name for node in nodes for name in node}
         self._total = {name: sum(node.get(name, 0.0) for node in nodes) for name in names}
@@ -143,12 +142,12 @@ class Schedule:
             lane.fits = self._fits_a_node(lane.bundle)
 
     def order(self, keys: Sequence[str]) -> None:
-        """Rank the stages that are to be made; none of them is ready until that is said.
+        """Rank the stages that are to be made. None is ready before `add`.
 
         Args:
             keys: each after its inputs.
         """
-        paths, ahead = longest_paths(self.graph, keys), unlocked(self.graph, keys)
+        paths, ahead = longest_paths(self.graph, keys), descendant_counts(self.graph, keys)
         self._ranks = {
             key: (not ahead[key], -paths[key], -ahead[key], place, key)
             for place, key in enumerate(keys)
@@ -158,11 +157,11 @@ class Schedule:
             lane.ready.clear()
 
     def add(self, key: str) -> None:
-        """Say that a stage can be made now."""
+        """Make a stage ready."""
         bisect.insort(self._lane(key).ready, self._ranks[key])
 
     def discard(self, key: str) -> None:
-        """Say that a stage is made, or will not be."""
+        """Forget a stage that is made, or will not be."""
         self._awaited.discard(key)
         ready, rank = self._lane(key).ready, self._ranks[key]
         place = bisect.bisect_left(ready, rank)
@@ -170,7 +169,7 @@ class Schedule:
             del ready[place]
 
     def returned(self, key: str, now: float, *, actor_lost: bool = False) -> None:
-        """Say that a stage is with Ray no more, made or not."""
+        """Record that Ray has returned a stage, made or not."""
         lane = self._lane(key)
         lane.handed_over -= 1
         if lane.pool is not None and not actor_lost:
@@ -178,26 +177,26 @@ class Schedule:
             lane.idle_since = now
 
     def joined(self, pool: str, now: float) -> None:
-        """Say that an actor has started."""
+        """Record that an actor has started."""
         lane = self._lanes[pool]
         lane.joining -= 1
         lane.idle += 1
         lane.idle_since = now
 
     def lost(self, pool: str) -> None:
-        """Say that an actor ended before it had started."""
+        """Record that an actor ended before it had started."""
         self._lanes[pool].joining -= 1
 
     def first(self, pool: str) -> str | None:
-        """The most urgent stage of a pool that is ready."""
+        """Return the key of a pool's most urgent ready stage, or None."""
         ready = self._lanes[pool].ready
         return ready[0][-1] if ready else None
 
     def step(self, now: float) -> HandOver | StartActor | EndActor | None:
-        """The next thing to do, which counts as done; None: wait until something changes.
+        """Return the next step and count it as done; None means: wait until something changes.
 
         Args:
-            now: seconds, of any clock that goes forward.
+            now: seconds of a monotonic clock.
         """
         at_work = sum(lane.handed_over for lane in self._lanes.values())
         soon = at_work + sum(lane.joining for lane in self._lanes.values() if lane.fits)
@@ -214,9 +213,9 @@ class Schedule:
                 continue
             if nobody_waits and lacking & lane.bundle.keys():
                 continue
-            early = not nobody_waits or not self._awaited  # none may come that must go first
+            early = not nobody_waits or not self._awaited  # no stage that must go first can come
             if not lane.fits:
-                if early and not lane.places:  # an autoscaler sees what waits, too
+                if early and not lane.places:  # an autoscaler also sees what waits
                     return self._begin(lane)
                 continue
             short = {name for name, amount in lane.bundle.items() if amount > free[name]}
@@ -232,10 +231,10 @@ class Schedule:
         return self._end_idle(now)
 
     def demand(self, most: int) -> tuple[list[Bundle], list[Bundle]]:
-        """What is in use or waits with Ray, and what more is ready, the most urgent first.
+        """Return what is in use or waits with Ray, and what else is ready, most urgent first.
 
         Args:
-            most: of those that are ready.
+            most: the most ready stages to return.
         """
         taken = [lane.bundle for lane in self._lanes.values() for _ in range(lane.places)]
         if self.workers is not None:
@@ -258,18 +257,19 @@ class Schedule:
         )
 
     def _free(self) -> Bundle:
-        """What of the cluster is not in use by us; below zero, something waits with Ray."""
+        """Return the cluster's resources less those in use by this run; below zero, something waits
+        with Ray."""
         lanes = self._lanes.values()
         free = {name: self._total.get(name, 0.0) for lane in lanes for name in lane.bundle}
         for lane in lanes:
-            if lane.fits:  # else what is with Ray holds nothing
+            if lane.fits:  # otherwise what is with Ray holds nothing
                 for name, amount in lane.bundle.items():
                     free[name] -= lane.places * amount
         return {name: round(amount, RAY_DIGITS) for name, amount in free.items()}
 
     def _within_surplus(self, lane: _Lane, free: Bundle) -> bool:
-        """Whether a stage may wait with Ray; a further actor of a pool may not, since it would wait
-        as long as the others of its pool are at work."""
+        """Return whether a stage may wait with Ray. A further actor of a pool may not: it would
+        wait as long as the pool's other actors are at work."""
         if lane.pool is not None and lane.places:
             return False
         return all(
@@ -290,8 +290,8 @@ class Schedule:
         return HandOver(self.graph[key])
 
     def _victim(self, lane: _Lane, short: set[str], free: Bundle) -> _Lane | None:
-        """A pool whose idle actors can make room for the lane's next stage: one that has no work,
-        or else the least urgent."""
+        """Return a pool whose idle actors can make room for the lane's next stage: one without
+        work, or else the least urgent; None if ending all idle actors would not be enough."""
         others = [
             other for other in self._lanes.values() if other.spare and short & {*other.bundle}
         ]
@@ -310,7 +310,7 @@ class Schedule:
         return EndActor(lane.pool)
 
     def _end_idle(self, now: float) -> EndActor | None:
-        """End an actor whose place something that is with Ray waits for, or that was idle long."""
+        """End an idle actor that has no work for long, or whose place something with Ray needs."""
         free = self._free()
         for lane in self._lanes.values():
             waited_for = any(free[name] < 0 for name in lane.bundle)
@@ -322,7 +322,7 @@ class Schedule:
 
 
 def _turn(lane: _Lane) -> tuple[object, ...]:
-    """The rank of the lane's next stage; sooner by the start of an actor if one is there."""
+    """Return the rank of the lane's next stage, raised by an actor's start if one is idle."""
     rank = lane.next
     assert rank is not None
     nobody_waits, path, *rest = rank
@@ -330,7 +330,7 @@ def _turn(lane: _Lane) -> tuple[object, ...]:
 
 
 def _without_place(lane: _Lane) -> list[Rank]:
-    """What is ready and would take a further place."""
+    """Return the ready stages that need another place."""
     if lane.pool is None:
         return lane.ready
     most = lane.resources.max_replicas

@@ -1,4 +1,4 @@
-"""A connection to Ray: a local one with no set-up, or the cluster that is named."""
+"""A connection to Ray: a local Ray without set-up, or a named cluster."""
 
 import contextlib
 import logging
@@ -16,9 +16,8 @@ from cluster.graph import Resources
 
 logger = logging.getLogger(__name__)
 
-
 KEEP_DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
-"""Where this is 0, Ray leaves CUDA_VISIBLE_DEVICES as it is for stages that ask for no GPU."""
+"""With the value 0, Ray leaves CUDA_VISIBLE_DEVICES alone for stages that ask for no GPU."""
 
 
 class ResourceError(RuntimeError):
@@ -34,10 +33,10 @@ def session(
     """Connect to Ray, and disconnect at the end.
 
     Args:
-        address: a cluster (`auto`, `host:6379`, `ray://host:10001`). None joins the cluster that
-            `ray job submit` started this process on, and starts a local Ray otherwise.
-        code: packages that workers of a named cluster need; inside a submitted job they come
-            with its working directory.
+        address: a cluster (`auto`, `host:6379`, `ray://host:10001`). None joins the cluster of a
+            submitted job, and otherwise starts a local Ray.
+        code: packages that workers of a named cluster need; a submitted job has them in its working
+            directory.
         variables: environment variables of the workers.
 
     Raises:
@@ -50,7 +49,7 @@ def session(
     runtime_env: dict[str, Any] = {}
     if address and not submitted:
         runtime_env["py_modules"] = list(code)
-    if KEEP_DEVICES not in os.environ:  # else the workers have it from the job or the nodes
+    if KEEP_DEVICES not in os.environ:  # otherwise workers get it from the job or the nodes
         os.environ[KEEP_DEVICES] = "0"
         if address or submitted:
             runtime_env["env_vars"] = {KEEP_DEVICES: "0"}
@@ -63,7 +62,7 @@ def session(
     with contextlib.nullcontext() if address or submitted else _on_loopback():
         with _explained(named):
             ray.init(
-                # Unless asked for, never a cluster that `ray start` left running for other work.
+                # Without an address never join a cluster that `ray start` left running.
                 address=address or (None if submitted else "local"),
                 runtime_env=runtime_env or None,
                 include_dashboard=None if address or submitted else False,
@@ -78,7 +77,7 @@ def session(
 
 @contextlib.contextmanager
 def _explained(named: str | None) -> Iterator[None]:
-    """Ray's errors in a line."""
+    """Turn Ray's errors into one line."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -86,19 +85,19 @@ def _explained(named: str | None) -> Iterator[None]:
         if "AF_UNIX" in reason:
             name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
             raise NoRayError(
-                f"{name}: {os.environ.get(name)!r}: is too long for the names of Ray's sockets: "
+                f"{name}: {os.environ.get(name)!r}: too long for the names of Ray's sockets: "
                 "set RAY_TMPDIR to a short folder, such as /tmp"
             ) from error
         where = f"address: {named!r}" if named else "Ray"
-        raise NoRayError(f"{where}: cannot be joined: {reason[:200]}") from error
+        raise NoRayError(f"{where}: cannot join: {reason[:200]}") from error
 
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Have a Ray that is started here listen on the loopback only.
+    """Have a Ray that is started in the block listen on the loopback only.
 
-    On Linux it takes the machine's own address, even where it is given the loopback's; on systems
-    where Ray knows no clusters it takes the loopback's, so let it think that this is one.
+    On Linux Ray listens on the machine's own address even if it is given the loopback's. On systems
+    for which it has no clusters it takes the loopback's, so make it believe that this is one.
     """
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
@@ -113,11 +112,10 @@ def _on_loopback() -> Iterator[None]:
 
 
 def check_resources(wanted: Mapping[str, Resources]) -> None:
-    """See that some node can hold each kind of stage.
+    """Check that some node can hold each kind of stage.
 
     Raises:
-        ResourceError: if none can, naming the stage, its wish and the largest node. On a cluster
-            that may yet grow this is only logged.
+        ResourceError: if none can. On a cluster that may grow this is only a warning.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, resources in wanted.items():
@@ -130,7 +128,7 @@ def check_resources(wanted: Mapping[str, Resources]) -> None:
                 continue
             message = (
                 f"resources.{kind}.{field}: {amount:g}: the largest node has {largest:g} {name}; "
-                f"lower it or add a node"
+                "lower it or add a node"
             )
             if "RAY_ADDRESS" not in os.environ and len(nodes) == 1:
                 raise ResourceError(message)

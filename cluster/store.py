@@ -1,12 +1,12 @@
 """The store: artifacts under the keys of their specs, on any fsspec file system.
 
-An artifact's files are written to `data/<key>/<attempt>/`, a name nobody reads. Its manifest
-`manifests/<key>.json` is written last, in one step, and is what makes the artifact exist: a writer
-that dies leaves nothing that could be read, and two writers of one key end with one of two
-equally whole artifacts. `docs/storage.md` says what that rests on for each kind of file system.
+A writer puts an artifact's files into `data/<key>/<attempt>/`, a folder of its own. It writes the
+manifest `manifests/<key>.json` last, atomically, and only then does the artifact exist: a writer
+that dies leaves nothing readable, and two writers of one key leave one whole artifact.
+`docs/storage.md` says what this needs from each kind of file system.
 
 A stage that takes hours may keep finished files as `partial/<key>/<time>-<SHA-256>-<name>`, each
-written in one step, for the attempt that follows if this one dies.
+written atomically, for the next attempt in case this one dies.
 """
 
 import contextlib
@@ -39,18 +39,18 @@ FULL_CHECK_BYTES = 1 << 28
 LOCAL = LocalFileSystem()
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "memory"}
-"""Protocols without folders: none need be made, and trying to costs a request."""
+"""Protocols without folders. Making one there would only cost a request."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers of a file system that takes no more."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full file system."""
 
 
 class StoreError(RuntimeError):
-    """The store cannot be used; the message says why and what to do."""
+    """The store cannot be used; the message has the reason and the remedy."""
 
 
 class CorruptArtifactError(RuntimeError):
-    """An artifact's files are not those of its manifest."""
+    """An artifact is missing, or its files differ from its manifest."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(key, problem)
@@ -62,10 +62,10 @@ class CorruptArtifactError(RuntimeError):
 
 
 def inside(name: str) -> str:
-    """A relative path that does not lead out of its folder.
+    """Return a relative path that stays in its folder.
 
     Raises:
-        ValueError: if it does.
+        ValueError: if it leads out.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
@@ -86,21 +86,21 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is and how it came to be."""
+    """What an artifact is and how it was made."""
 
     model_config = ConfigDict(frozen=True)
 
     key: str
     kind: str
-    """The stage that made it."""
+    """Of the stage that made it."""
     spec: dict[str, Any]
-    """The stage's input, with the specs of all stages before it."""
+    """The stage's spec, which contains the specs of all stages before it."""
     data: Inside
     """Its folder, relative to the store."""
     files: dict[Inside, FileRecord]
-    """Relative path to size and checksum."""
+    """By relative path."""
     report: dict[str, Any]
-    """Facts that the stage tells of its work."""
+    """Facts about the stage's work, as `execute` returned them."""
     seconds: float
     peak_memory_bytes: int | None
     versions: dict[str, str]
@@ -110,7 +110,7 @@ class Manifest(BaseModel):
 
     @property
     def bytes(self) -> int:
-        """Size of all its files."""
+        """Return the size of all its files."""
         return sum(record.bytes for record in self.files.values())
 
 
@@ -135,7 +135,7 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        # Others write to the store as well: what a listing once said must not be believed later.
+        # Other processes write to the store too, so listings must not be cached.
         cached = {"use_listings_cache": False} if "://" in url else {}
         self.fs, root = fsspec.core.url_to_fs(url, **cached)
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -152,30 +152,31 @@ class Store:
     # ------------------------------------------------------------------------------ whole store
 
     def check_writable(self) -> None:
-        """Write and remove a probe.
+        """Check that the store can be written, by a probe file.
 
         Raises:
-            StoreError: if that fails.
+            StoreError: if it cannot.
         """
         probe = self._path(f"probe-{uuid.uuid4().hex}")
         try:
             self._make_folder(self.root)
             self.fs.pipe_file(probe, b"calprune")
             self.fs.rm_file(probe)
-        except Exception as error:  # every file system has exceptions of its own
+        except Exception as error:  # each file system has its own exceptions
             raise StoreError(
                 f"store: {self.url!r}: cannot be written ({type(error).__name__}: {error}); "
                 "give a folder or URL that you may write to"
             ) from error
 
     def keys(self) -> set[str]:
-        """The keys of all artifacts."""
+        """Return the keys of all artifacts."""
         return self.names("manifests")
 
     def sweep(self) -> None:
-        """Remove what dead writers left behind more than a day ago.
+        """Remove what dead writers left more than a day ago.
 
-        What a lease says is being made stays, whatever the writer's clock has put into its name.
+        Leave stages under a lease alone: the times in their names come from the writers' clocks,
+        which may be wrong.
         """
         leased = self.names("leases")
         self._sweep_partial(leased)
@@ -190,25 +191,25 @@ class Store:
             manifest = self.manifest(key)
             for path in aged:
                 if manifest is None or not path.endswith(manifest.data):
-                    logger.info("removing %s, left by a writer that died", path)
+                    logger.info("removing %s, left by a dead writer", path)
                     self.remove_folder(path)
 
     def attempts(self) -> list[str]:
-        """The folders of all attempts at artifacts, whole or not: full paths."""
+        """Return the full paths of the folders of all attempts, whole or not."""
         return [path.rstrip("/") for path in self.fs.glob(self._path("data/*/*"))]
 
     def kept(self) -> list[str]:
-        """The files that unfinished attempts have kept: full paths."""
+        """Return the full paths of the files that unfinished attempts have kept."""
         paths: list[str] = self.fs.glob(self._path("partial/*/*"))
         return paths
 
     # -------------------------------------------------------------------------------- artifacts
 
     def manifest(self, key: str) -> Manifest | None:
-        """The manifest of an artifact, or None if there is no such artifact.
+        """Return the manifest of an artifact, or None if there is no such artifact.
 
         Raises:
-            CorruptArtifactError: if the manifest itself cannot be read.
+            CorruptArtifactError: if the manifest is invalid.
         """
         text = self.read(f"manifests/{key}.json")
         if text is None:
@@ -219,12 +220,12 @@ class Store:
             raise CorruptArtifactError(key, "its manifest cannot be read") from error
 
     def fetch(self, key: str) -> Path:
-        """A local folder with the artifact's files, checked against its manifest.
+        """Return a local folder with the artifact's files, checked against its manifest.
 
-        A remote artifact is copied to a cache beside the machine's temporary files.
+        Copies a remote artifact to a cache in the machine's temporary folder.
 
         Raises:
-            CorruptArtifactError: if it is damaged or not there.
+            CorruptArtifactError: if it is damaged or missing.
         """
         if key in self._verified:
             return self._verified[key]
@@ -241,11 +242,11 @@ class Store:
         return folder
 
     def damaged(self, keys: Iterable[str], *, whole: bool = False) -> dict[str, str]:
-        """Which of these artifacts are damaged, and how.
+        """Return the damaged ones of these artifacts, each with what is wrong.
 
         Args:
-            whole: compare all checksums. Else sizes are compared for all, and checksums only in a
-                local store and up to 256 MiB an artifact: the rest is checked when it is read.
+            whole: compare all checksums. Otherwise compare all sizes, but checksums only in a local
+                store and of artifacts up to 256 MiB; the rest is checked when it is read.
         """
         with ThreadPoolExecutor(8) as pool:
             problems = pool.map(lambda key: (key, self._damage(key, whole)), sorted(keys))
@@ -253,7 +254,7 @@ class Store:
 
     @contextlib.contextmanager
     def attempt(self, key: str) -> Iterator["Attempt"]:
-        """A fresh folder to make an artifact in; removed again unless it is committed."""
+        """Provide a new folder to make an artifact in; remove it at the end unless committed."""
         name = f"data/{key}/{time.time():.0f}-{uuid.uuid4().hex}"
         if self.local:
             folder = Path(self._path(name))
@@ -268,7 +269,7 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def discard(self, key: str) -> None:
-        """Remove an artifact, the manifest first; what a broken one leaves, `sweep` takes."""
+        """Remove an artifact, its manifest first. If that is invalid, `sweep` removes the files."""
         self._verified.pop(key, None)
         with contextlib.suppress(CorruptArtifactError):
             manifest = self.manifest(key)
@@ -280,22 +281,22 @@ class Store:
     # --------------------------------------------------------------------- failures and results
 
     def record_failure(self, failure: Failure) -> None:
-        """Keep why a stage failed, until it succeeds."""
+        """Record why a stage failed, until it succeeds."""
         self.write(f"failures/{failure.key}.json", failure.model_dump_json(indent=1).encode())
 
     def failure(self, key: str) -> Failure | None:
-        """Why a stage failed the last time, or None."""
+        """Return why a stage failed last, or None."""
         text = self.read(f"failures/{key}.json")
         return None if text is None else Failure.model_validate_json(text)
 
     def clear_failure(self, key: str) -> None:
-        """Forget a failure."""
+        """Remove the record of a failure."""
         self.remove(f"failures/{key}.json")
 
     # ------------------------------------------------------------------------------ single files
 
     def write(self, name: str, content: bytes) -> str:
-        """Write one file in one step; returns its full path.
+        """Write one file atomically and return its full path.
 
         Raises:
             StoreError: if that fails.
@@ -311,18 +312,18 @@ class Store:
                 self.fs.pipe_file(path, content)
         except OSError as error:
             if self.local:
-                with contextlib.suppress(OSError):  # what hinders writing may hinder this too
+                with contextlib.suppress(OSError):  # what prevents writing may prevent this too
                     Path(temporary).unlink(missing_ok=True)
             raise _unwritable(self.url, name, error) from error
         return path
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write one file unless there is one of that name; returns whether it was written.
+        """Write one file unless it exists; return whether it was written.
 
-        Of several that try at one time one succeeds, on local and shared folders, S3 and GCS.
+        Of several concurrent writers exactly one succeeds, on local and shared folders, S3 and GCS.
 
         Raises:
-            StoreError: if it cannot be written for another reason.
+            StoreError: if writing fails for another reason.
         """
         path = self._path(name)
         try:
@@ -339,7 +340,7 @@ class Store:
         return True
 
     def read(self, name: str) -> bytes | None:
-        """The content of one file; None if there is none."""
+        """Return the content of one file, or None if it does not exist."""
         try:
             content: bytes = self.fs.cat_file(self._path(name))
         except FileNotFoundError:
@@ -347,17 +348,17 @@ class Store:
         return content
 
     def remove(self, name: str) -> None:
-        """Remove one file, if it is there."""
+        """Remove one file if it exists."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self.fs.rm_file(self._path(name))
 
     def remove_folder(self, path: str) -> None:
-        """Remove a folder, by its full path, with all that it holds, if it is there."""
+        """Remove a folder and its contents, by its full path, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(path, recursive=True)
 
     def names(self, folder: str) -> set[str]:
-        """The JSON files of a folder, without `.json`."""
+        """Return the names of the JSON files in a folder, without `.json`."""
         try:
             paths = self.fs.ls(self._path(folder), detail=False)
         except FileNotFoundError:
@@ -377,7 +378,7 @@ class Store:
             newest[key] = max(newest.get(key, 0.0), _attempt_time(name))
         for key, written in newest.items():
             if key not in leased and time.time() - written > ORPHAN_SECONDS:
-                logger.info("removing what was kept of %s, which nobody finished", key)
+                logger.info("removing the kept files of %s, which nobody finished", key)
                 self.remove_folder(self._path(f"partial/{key}"))
 
     def _path(self, name: str) -> str:
@@ -397,7 +398,7 @@ class Store:
         return _first_damage(self.fs, self._path(manifest.data), manifest, whole=whole)
 
     def _download(self, manifest: Manifest) -> Path:
-        """Copy an artifact into the node's cache: the first process does, others wait for it."""
+        """Copy an artifact into the node's cache; other processes wait for the first."""
         cache = Path(tempfile.gettempdir()) / f"calprune-cache-{os.getuid()}"
         folder = cache / manifest.data
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -408,14 +409,14 @@ class Store:
                 for name in manifest.files:
                     target = Path(temporary, "files", name)
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    with contextlib.suppress(FileNotFoundError):  # found by the check that follows
+                    with contextlib.suppress(FileNotFoundError):  # the check that follows finds it
                         self.fs.get_file(self._path(f"{manifest.data}/{name}"), str(target))
                 Path(temporary, "files").rename(folder)
         return folder
 
 
 class Attempt:
-    """An artifact in the making."""
+    """An artifact that is being made."""
 
     def __init__(self, store: Store, key: str, name: str, folder: Path) -> None:
         self.store = store
@@ -436,7 +437,7 @@ class Attempt:
         versions: dict[str, str],
         host: str,
     ) -> Manifest:
-        """Make the folder's files the artifact of the key."""
+        """Turn the folder's files into the artifact of the key."""
         manifest = Manifest(
             key=self.key,
             kind=kind,
@@ -466,7 +467,7 @@ class Attempt:
                 self.store._make_folder(self.store.fs._parent(target))
                 self.store.fs.put_file(str(self.folder / name), target)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
+            with contextlib.suppress(Exception):  # the first error is the one to raise
                 self.store.remove_folder(self.store._path(self.name))
             if isinstance(error, OSError):
                 raise _unwritable(self.store.url, self.name, error) from error
@@ -474,14 +475,14 @@ class Attempt:
 
 
 class Partial:
-    """Finished files of an artifact in the making, for another attempt if this one dies."""
+    """Finished files of an artifact that is being made, kept in case the attempt dies."""
 
     def __init__(self, store: Store, key: str) -> None:
         self.store = store
         self.folder = f"partial/{key}"
 
     def keep(self, path: Path) -> None:
-        """Keep a file under its name; it must not change any more."""
+        """Keep a file under its name. It must not change afterwards."""
         name = f"{self.folder}/{time.time():.0f}-{_sha256(path)}-{path.name}"
         target = self.store._path(name)
         self.store._make_folder(self.store._path(self.folder))
@@ -493,11 +494,10 @@ class Partial:
             self.store.fs.put_file(str(path), target)
 
     def restore(self, path: Path) -> bool:
-        """Put the file that was kept under that name at `path`.
+        """Restore the file that was kept under the name of `path`.
 
         Returns:
-            False if there is none, or none that is as it was written; damage is reported and
-            removed.
+            Whether an undamaged one was found. Damaged ones are logged and removed.
         """
         for kept in self._paths():
             digest, _, name = kept.rsplit("/", 1)[-1].partition("-")[2].partition("-")
@@ -508,7 +508,7 @@ class Partial:
                     _link_or_copy(kept, str(path))
                 else:
                     self.store.fs.get_file(kept, str(path))
-            except FileNotFoundError:  # another writer was done and has cleared up
+            except FileNotFoundError:  # another writer has finished and cleaned up
                 continue
             if _sha256(path) == digest:
                 return True
@@ -523,7 +523,7 @@ class Partial:
             with contextlib.suppress(FileNotFoundError):
                 self.store.fs.rm_file(kept)
         if self.store.local:
-            with contextlib.suppress(OSError):  # it was never there, or another writer is at work
+            with contextlib.suppress(OSError):  # it does not exist, or another writer is at work
                 os.rmdir(self.store._path(self.folder))
 
     def _paths(self) -> list[str]:
@@ -537,7 +537,7 @@ class Partial:
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # not every file system has links
+    except OSError:  # not every file system has hard links
         shutil.copyfile(source, target)
 
 
@@ -563,7 +563,7 @@ def _first_damage(
                 continue
             with fs.open(f"{folder}/{name}", "rb") as file:
                 if _digest(file) != record.sha256:
-                    return f"the checksum of {name} is not the one recorded"
+                    return f"the checksum of {name} differs from the recorded one"
         except FileNotFoundError:
             return f"{name} is missing"
     return None
@@ -582,12 +582,12 @@ def _digest(file: BinaryIO) -> str:
 
 
 def _unwritable(url: str, name: str, error: OSError) -> StoreError:
-    remedy = "free space there" if error.errno in FULL else "see that it can be written"
+    remedy = "free space there" if error.errno in NO_SPACE else "make it writable"
     return StoreError(f"store: {url!r}: {name} cannot be written ({error}); {remedy} and run again")
 
 
 def _exists_already(error: OSError) -> bool:
-    """Whether an exclusive write found a file there; S3 says so in the response it caused."""
+    """Return whether an exclusive write found a file; S3 reports that in its response."""
     response = getattr(error.__cause__, "response", {})
     return isinstance(error, FileExistsError) or response.get("Error", {}).get("Code") in (
         "PreconditionFailed",

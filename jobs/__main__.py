@@ -17,7 +17,15 @@ from cluster.address import NoRayError
 from cluster.credentials import set_credentials
 from cluster.session import ResourceError
 from cluster.store import Store, StoreError
-from cluster.submission import Client, JobServerError, connect, details, follow, log, stop
+from cluster.submission import (
+    Client,
+    JobServerError,
+    connect,
+    follow_job,
+    job_details,
+    job_log,
+    stop_job,
+)
 from jobs import store_commands
 from jobs.check import check
 from jobs.console import console
@@ -248,7 +256,7 @@ def submit(
 @app.command()
 def status(job: JobName, address: JobServer = None) -> None:
     """Print where a job stands."""
-    found = details(connect(address), job)
+    found = job_details(connect(address), job)
     console.print(f"{job}: {found.status.value.lower()}: {found.message}", soft_wrap=True)
 
 
@@ -257,15 +265,15 @@ def logs(job: JobName, address: JobServer = None, no_wait: NoWait = False) -> No
     """Print a job's log from its beginning to its end, and end with its exit code."""
     client = connect(address)
     if no_wait:
-        sys.stdout.write(log(client, job))
+        sys.stdout.write(job_log(client, job))
     else:
         _follow(client, job)
 
 
-@app.command(name="stop")
-def stop_job(job: JobName, address: JobServer = None) -> None:
+@app.command()
+def stop(job: JobName, address: JobServer = None) -> None:
     """End a job; what it has made is kept."""
-    ended = "is asked to end" if stop(connect(address), job) else "had ended"
+    ended = "is asked to end" if stop_job(connect(address), job) else "had ended"
     console.print(f"{job} {ended}", soft_wrap=True)
 
 
@@ -275,7 +283,7 @@ def _follow(client: Client, job: str) -> None:
         sys.stdout.flush()
 
     try:
-        code = follow(client, job, write)
+        code = follow_job(client, job, write)
     except KeyboardInterrupt:
         logger.info("%s goes on; `logs` follows it again, `stop` ends it", job)
         raise typer.Exit(130) from None

@@ -15,9 +15,8 @@ from packaging.requirements import Requirement
 import cluster
 import jobs
 import pipeline
-from cluster import submission
 from cluster.credentials import enclose_credentials
-from cluster.submission import Client
+from cluster.submission import Client, submit_job
 from jobs.grid import Grid, read_grid
 from jobs.outside import Outside, outside
 from jobs.plan import make_plan
@@ -63,7 +62,7 @@ def submit_grid(
         pack(grid, path, folder)
         if values:
             enclose_credentials(folder, values)
-        submission.submit(client, job, words, folder, requirements)
+        submit_job(client, job, words, folder, requirements)
     return job
 
 

@@ -1,4 +1,4 @@
-"""Stores of every kind that tests can have."""
+"""An S3 server for tests of the store."""
 
 from collections.abc import Iterator
 

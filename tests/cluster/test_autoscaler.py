@@ -18,7 +18,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def test_all_is_asked_for_then_half_of_it_and_so_on_and_then_all_again(asked: list[int]) -> None:
+def test_requests_halve_from_everything_to_one_stage_and_begin_again(asked: list[int]) -> None:
     request = RoomRequest()
     for number in range(5):
         request.update([ONE] * 2, [ONE] * 8, number * REQUEST_SECONDS)

@@ -77,7 +77,7 @@ def test_the_board_has_a_stages_position_until_it_ends(board: Board) -> None:
     assert soon(lambda: not board.read())
 
 
-def test_a_stage_writes_once_a_second_and_every_phase(
+def test_a_stage_writes_once_a_second_and_at_every_phase(
     board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[tuple[object, ...]] = []
@@ -93,7 +93,7 @@ def test_a_stage_writes_once_a_second_and_every_phase(
     assert written[-1] == ("update", "k", "storing", 0, 0, "")
 
 
-def test_what_waits_for_room_is_not_at_work(tmp_path: Path, board: Board) -> None:
+def test_a_stage_that_waits_for_room_is_not_at_work(tmp_path: Path, board: Board) -> None:
     """Two of four stages have room."""
     at_work: list[int] = []
     go = tmp_path / "go"
@@ -117,7 +117,7 @@ def test_what_waits_for_room_is_not_at_work(tmp_path: Path, board: Board) -> Non
     assert soon(lambda: not board.read())
 
 
-def test_a_run_goes_on_without_its_board(tmp_path: Path) -> None:
+def test_a_run_continues_without_its_board(tmp_path: Path) -> None:
     board = Board()
     assert board.read() == {}
     ray.kill(board._actor)

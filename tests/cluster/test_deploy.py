@@ -1,4 +1,4 @@
-"""The files that start a cluster, as far as they can be checked without a cloud."""
+"""The files that start a cluster, checked as far as possible without a cloud."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ def content(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
-def test_rays_launcher_takes_the_file_and_its_spot_workers_come_and_go(name: str) -> None:
+def test_rays_launcher_accepts_the_file_and_its_spot_workers_come_and_go(name: str) -> None:
     config = prepare_config(content(name))
     validate_config(config)
     head = config["available_node_types"][config["head_node_type"]]["node_config"]
@@ -37,14 +37,14 @@ def test_rays_launcher_takes_the_file_and_its_spot_workers_come_and_go(name: str
     assert any(field in worker["node_config"] for field in spot)
 
 
-def test_rays_launcher_would_refuse_a_field_that_it_does_not_know() -> None:
+def test_rays_launcher_refuses_an_unknown_field() -> None:
     config = prepare_config({**content("aws.yaml"), "max_wokers": 8})
     with pytest.raises(jsonschema.ValidationError, match="max_wokers"):
         validate_config(config)
 
 
 @pytest.mark.parametrize("name", ["kuberay-cluster.yaml", "kuberay-job.yaml"])
-def test_kuberay_takes_the_manifest(name: str) -> None:
+def test_kuberay_accepts_the_manifest(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(KUBERAY)
     jsonschema.validate(content(name), KUBERAY)
 
@@ -67,7 +67,7 @@ def test_the_schema_refuses_a_mistake(old: str, new: str) -> None:
         jsonschema.validate(yaml.safe_load(text.replace(old, new)), KUBERAY)
 
 
-def test_every_volume_that_a_pod_mounts_is_there() -> None:
+def test_every_volume_that_a_pod_mounts_is_defined() -> None:
     spec = content("kuberay-job.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"][
         "spec"
     ]
@@ -75,12 +75,12 @@ def test_every_volume_that_a_pod_mounts_is_there() -> None:
     assert mounted == {volume["name"] for volume in spec["volumes"]}
 
 
-def test_the_job_and_the_cluster_that_stays_have_the_same_workers() -> None:
+def test_the_job_and_the_permanent_cluster_have_the_same_workers() -> None:
     job = content("kuberay-job.yaml")["spec"]["rayClusterSpec"]
     assert job["workerGroupSpecs"] == content("kuberay-cluster.yaml")["spec"]["workerGroupSpecs"]
 
 
-def test_all_files_have_the_versions_of_this_environment() -> None:
+def test_all_files_name_the_versions_of_this_environment() -> None:
     ray = metadata.version("ray")
     for path in DEPLOY.iterdir():
         text = path.read_text()
@@ -90,7 +90,7 @@ def test_all_files_have_the_versions_of_this_environment() -> None:
         assert set(images) <= {metadata.version("calprune")}, path
 
 
-def test_the_image_copies_what_is_there_and_all_packages() -> None:
+def test_the_image_copies_all_packages_and_only_existing_files() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     copied = [word for line in re.findall(r"COPY \S+ (.*) \./", text) for word in line.split()]
     assert all((PROJECT / name).exists() for name in copied)

@@ -1,4 +1,4 @@
-"""What is lost, what is repeated and what comes out when parts of a real cluster are killed."""
+"""What is lost, repeated and produced when parts of a real cluster are killed."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ def job(cluster: Nodes, tmp_path: Path) -> Job:
 
 @pytest.fixture(scope="module")
 def expected() -> str:
-    """The table by its definition, without any cluster."""
+    """Compute the table without a cluster."""
     digests: dict[str, str] = {}
     for key, stage in stand_in.grid(Path("log"), 0.0).items():
         text = key + "".join(digests[name] for name in sorted(stage.inputs))
@@ -46,7 +46,7 @@ def began(job: Job) -> Counter[str]:
 
 
 def unfinished(job: Job, kind: str) -> list[stand_in.AtWork]:
-    """Stages of a kind that are at work."""
+    """Return the executions of a kind that are still at work."""
     keys = Store(str(job.store)).keys()
     return [
         each
@@ -55,7 +55,7 @@ def unfinished(job: Job, kind: str) -> list[stand_in.AtWork]:
     ]
 
 
-def test_the_loss_of_a_node_costs_what_was_at_work_there_in_every_phase(
+def test_a_lost_node_costs_only_what_was_at_work_there_in_every_phase(
     cluster: Nodes, job: Job, expected: str
 ) -> None:
     driver = job.start()
@@ -68,16 +68,16 @@ def test_the_loss_of_a_node_costs_what_was_at_work_there_in_every_phase(
         there = {each.key for each in stand_in.executions(job.log) if each.raylet == victim.raylet}
         lost.update(there - done)
         cluster.replace(node)
-    told = finish(driver)
+    result = finish(driver)
     repeated = began(job) - Counter(dict.fromkeys(began(job), 1))
-    assert told["failed"] == []
+    assert result["failed"] == []
     assert repeated == lost  # nothing else is made again
-    # the driver also counts what the node had been given and had not begun
-    assert repeated <= Counter(told["repeated"])
+    # the driver also counts stages that the node was given and had not begun
+    assert repeated <= Counter(result["repeated"])
     assert stand_in.table(Store(str(job.store))) == expected
 
 
-def test_a_killed_worker_or_actor_or_a_spot_notice_costs_one_stage_each(
+def test_a_killed_worker_a_killed_actor_and_a_spot_notice_cost_one_stage_each(
     cluster: Nodes, job: Job, expected: str
 ) -> None:
     driver = job.start()
@@ -100,17 +100,19 @@ def test_a_killed_worker_or_actor_or_a_spot_notice_costs_one_stage_each(
     assert stand_in.table(Store(str(job.store))) == expected
     store = Store(str(job.store))
     assert store.names("leases") == store.names("runs") == set()
-    for key in lost:  # a notice leaves nothing behind, a kill what the sweep takes
+    for key in lost:  # a notice leaves nothing, a kill leaves what the sweep removes
         attempts = [path for path in store.attempts() if f"/{key}/" in path]
         assert len(attempts) == (1 if key.startswith(("pretrain", "prune")) else 2)
 
 
-def test_a_killed_driver_costs_what_was_at_work(cluster: Nodes, job: Job, expected: str) -> None:
+def test_a_killed_driver_costs_only_what_was_at_work(
+    cluster: Nodes, job: Job, expected: str
+) -> None:
     first = job.start()
     wait_until(lambda: unfinished(job, "prune"))
     first.kill()
     first.communicate()
-    time.sleep(3)  # its workers end, or finish what they are at
+    time.sleep(3)  # its workers end, or finish their stage
     done = Store(str(job.store)).keys()
     before = began(job)
     finish(job.start())
@@ -120,7 +122,7 @@ def test_a_killed_driver_costs_what_was_at_work(cluster: Nodes, job: Job, expect
     assert stand_in.table(Store(str(job.store))) == expected
 
 
-def test_the_loss_of_the_head_ends_the_job_and_a_rerun_goes_on(
+def test_a_lost_head_ends_the_job_and_a_rerun_continues_it(
     tmp_path: Path, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute otherwise
@@ -141,7 +143,7 @@ def test_the_loss_of_the_head_ends_the_job_and_a_rerun_goes_on(
 
 
 def test_a_node_low_on_memory_fails_a_stage_with_a_remedy(tmp_path: Path) -> None:
-    """Ray's own monitor kills, as on a full node: it is told that one byte in a million is much."""
+    """Ray's own monitor kills, as on a full node: its threshold is a millionth of the memory."""
     settings = {
         "RAY_memory_usage_threshold": "0.000001",
         "RAY_memory_monitor_refresh_ms": "100",

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from cluster.graph import Stage, descendants, longest_paths, needed, readers, unlocked
+from cluster.graph import Stage, descendant_counts, descendants, longest_paths, needed, readers
 
 
 def stage(key: str, *inputs: str) -> Stage:
@@ -19,32 +19,32 @@ GRAPH = {
 }
 
 
-def test_all_that_a_target_needs_comes_before_it() -> None:
+def test_everything_that_a_target_needs_comes_before_it() -> None:
     order = needed(GRAPH, ["evaluate", "dense"], present=set())
     assert sorted(order) == sorted(GRAPH)
     for position, key in enumerate(order):
         assert set(GRAPH[key].inputs) <= set(order[:position])
 
 
-def test_what_is_there_is_not_made_and_neither_is_what_only_it_needed() -> None:
+def test_neither_a_present_stage_nor_what_only_it_needs_is_made() -> None:
     assert needed(GRAPH, ["evaluate"], present={"prune"}) == ["evaluate"]
     assert needed(GRAPH, ["evaluate", "dense"], present={"evaluate", "dense"}) == []
     assert needed(GRAPH, ["prune"], present={"pretrain"}) == ["windows", "prune"]
 
 
-def test_descendants_are_all_that_reads_a_stage_however_far() -> None:
+def test_descendants_are_all_direct_and_indirect_readers() -> None:
     assert descendants(readers(GRAPH), "windows") == {"prune", "evaluate"}
     assert descendants(readers(GRAPH), "evaluate") == set()
 
 
-def test_a_stage_unlocks_as_many_others_as_descend_from_it() -> None:
-    counts = unlocked(GRAPH, needed(GRAPH, ["evaluate", "dense"], ()))
+def test_descendant_counts_are_the_sizes_of_the_sets_of_descendants() -> None:
+    counts = descendant_counts(GRAPH, needed(GRAPH, ["evaluate", "dense"], ()))
     assert counts == {key: len(descendants(readers(GRAPH), key)) for key in GRAPH}
     assert counts == {"pretrain": 4, "windows": 2, "prune": 1, "evaluate": 0, "dense": 0}
-    assert unlocked(GRAPH, ["windows", "evaluate"]) == {"windows": 0, "evaluate": 0}
+    assert descendant_counts(GRAPH, ["windows", "evaluate"]) == {"windows": 0, "evaluate": 0}
 
 
-def test_a_stage_has_the_longest_way_to_the_end_before_it() -> None:
+def test_the_longest_path_of_a_stage_leads_to_the_end() -> None:
     seconds = {"pretrain": 1.0, "windows": 2.0, "prune": 4.0, "evaluate": 8.0, "dense": 100.0}
     timed = {key: replace(stage, seconds=seconds[key]) for key, stage in GRAPH.items()}
     order = needed(timed, timed, ())

@@ -1,4 +1,4 @@
-"""Nothing that is named leads out of the store."""
+"""No name leads out of the store."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_a_name_that_leads_out_of_the_store_is_neither_written_nor_read(
 
 
 @pytest.mark.parametrize(("field", "name"), [("data", "../victim"), ("files", "../../victim/file")])
-def test_a_manifest_that_names_files_outside_of_the_store_is_damaged_and_nothing_is_removed(
+def test_a_manifest_that_names_files_outside_the_store_is_damaged_and_nothing_is_removed(
     tmp_path: Path, field: str, name: str
 ) -> None:
     victim = tmp_path / "victim"

@@ -47,7 +47,7 @@ def stage(key: str, payload: str, *inputs: str) -> Stage:
 def note(
     payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
 ) -> dict[str, Any]:
-    """Takes a while, and leaves a line for having been at work."""
+    """Take a while, and leave a line in a file."""
     folder, _, seconds = payload.partition(" ")
     with Path(folder).open("a") as file:
         file.write(f"{output.parent.name}\n")
@@ -57,7 +57,7 @@ def note(
 
 
 def elsewhere(store: Store, name: str) -> None:
-    """A run on another machine, with the lease of `a`, of which no pulse is seen."""
+    """Record a run of another machine whose pulse stands still and that holds the lease of `a`."""
     record = leases.RunRecord(run=name, host="far", machine="other", process=1, started="1")
     store.write(f"runs/{name}.json", record.model_dump_json().encode())
     store.write(f"uses/{name}.json", b'["of-the-dead"]')
@@ -65,9 +65,9 @@ def elsewhere(store: Store, name: str) -> None:
     store.create("leases/a.json", name.encode())
 
 
-def test_a_lease_is_one_runs_until_it_is_given_back(store: Store) -> None:
+def test_one_run_holds_a_lease_until_it_releases_it(store: Store) -> None:
     assert leases.acquire(store, "a", "first", ()) is None
-    assert leases.acquire(store, "a", "first", ()) is None  # after an attempt that was lost
+    assert leases.acquire(store, "a", "first", ()) is None  # after a lost attempt
     assert leases.acquire(store, "a", "second", ()) == "first"
     leases.release(store, "a", "second")
     assert leases.holder(store, "a") == "first"
@@ -75,26 +75,26 @@ def test_a_lease_is_one_runs_until_it_is_given_back(store: Store) -> None:
     assert leases.acquire(store, "a", "second", ()) is None
 
 
-def test_of_several_that_take_over_a_dead_runs_lease_one_has_it(store: Store) -> None:
+def test_one_of_several_runs_takes_over_a_dead_runs_lease(store: Store) -> None:
     store.create("leases/a.json", b"dead")
-    told: dict[str, str | None] = {}
+    results: dict[str, str | None] = {}
 
     def take(run: str) -> None:
-        told[run] = leases.acquire(store, "a", run, {"dead"})
+        results[run] = leases.acquire(store, "a", run, {"dead"})
 
     threads = [threading.Thread(target=take, args=(f"run-{number}",)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [run for run, holder in told.items() if holder is None] == [leases.holder(store, "a")]
+    assert [run for run, other in results.items() if other is None] == [leases.holder(store, "a")]
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_run_is_alive_as_long_as_its_pulse_and_however_wrong_its_clock(
+def test_a_run_with_a_pulse_is_alive_even_if_its_clock_is_wrong(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its clock goes back by hours at each look, as no two machines' clocks would differ."""
+    """The clock goes back by hours at every look."""
     clock = iter(range(1_900_000_000, 0, -10_000))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     observer = leases.Observer(store)
@@ -110,7 +110,7 @@ def test_a_run_is_alive_as_long_as_its_pulse_and_however_wrong_its_clock(
     assert store.names("runs") == set()
 
 
-def test_a_killed_run_of_this_machine_is_dead_at_once(store: Store) -> None:
+def test_a_killed_run_on_this_machine_is_dead_at_once(store: Store) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, store.url], stdout=subprocess.PIPE, text=True
     )
@@ -126,7 +126,7 @@ def test_a_killed_run_of_this_machine_is_dead_at_once(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_pulse_that_fails_is_tried_again_and_a_forgotten_record_comes_back(store: Store) -> None:
+def test_a_forgotten_record_comes_back_with_the_next_pulse(store: Store) -> None:
     with leases.Claim(store, ["a"]) as claim:
         leases.forget(store, claim.run)
         time.sleep(0.3)
@@ -134,7 +134,7 @@ def test_a_pulse_that_fails_is_tried_again_and_a_forgotten_record_comes_back(sto
 
 
 @pytest.mark.usefixtures("quick", "local_ray")
-def test_two_runs_at_one_time_make_no_stage_twice(store: Store, tmp_path: Path) -> None:
+def test_two_concurrent_runs_make_no_stage_twice(store: Store, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     shared = [stage(f"s-{number}", f"{notes} 0.2") for number in range(6)]
     ends = [stage(f"end-{name}", f"{notes} 0", *(each.key for each in shared)) for name in "xy"]
@@ -156,7 +156,9 @@ def test_two_runs_at_one_time_make_no_stage_twice(store: Store, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("quick", "local_ray")
-def test_a_dead_runs_stage_is_made_once_its_lease_has_expired(store: Store, tmp_path: Path) -> None:
+def test_a_dead_runs_stage_is_made_after_its_lease_has_expired(
+    store: Store, tmp_path: Path
+) -> None:
     elsewhere(store, "silent")
     started = time.monotonic()
     graph = {"a": stage("a", f"{tmp_path / 'notes'} 0")}
@@ -166,7 +168,7 @@ def test_a_dead_runs_stage_is_made_once_its_lease_has_expired(store: Store, tmp_
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_run_whose_clock_is_days_ahead_sweeps_nothing_that_is_being_made(
+def test_a_run_whose_clock_is_days_ahead_sweeps_no_stage_under_way(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = {"a": stage("a", f"{tmp_path / 'notes'} 1.5")}

@@ -47,16 +47,16 @@ def misbehave(
     return {}
 
 
-def test_a_block_that_takes_too_long_is_ended_and_others_are_not() -> None:
+def test_only_a_block_that_takes_too_long_is_ended() -> None:
     with time_limit(30.0), time_limit(None):
         pass
-    told = r"longer than its time limit of 0\.1 s"
-    with pytest.raises(TimeLimitError, match=told), time_limit(0.1):
+    message = r"longer than its time limit of 0\.1 s"
+    with pytest.raises(TimeLimitError, match=message), time_limit(0.1):
         time.sleep(30)
-    time.sleep(0.2)  # nothing is left that could go off
+    time.sleep(0.2)  # no timer is left
 
 
-def test_a_process_that_never_comes_back_to_the_interpreter_is_ended() -> None:
+def test_a_process_that_never_returns_to_the_interpreter_is_ended() -> None:
     stuck = subprocess.run(
         [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60
     )
@@ -67,7 +67,7 @@ def test_a_process_that_never_comes_back_to_the_interpreter_is_ended() -> None:
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("pool", [None, "pool"])
-def test_a_stage_that_hangs_is_ended_tried_again_and_then_a_failure(
+def test_a_stage_that_hangs_is_ended_and_tried_again_and_then_fails(
     tmp_path: Path, pool: str | None
 ) -> None:
     store = Store(str(tmp_path / "store"))
@@ -88,16 +88,16 @@ def test_a_stage_that_hangs_is_ended_tried_again_and_then_a_failure(
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("device-memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.; the"),
         ("memory", "MemoryError: ; the node's memory was full: set or raise resources.prune.mem"),
     ],
 )
 def test_lack_of_memory_is_a_failure_with_a_remedy_and_the_pool_goes_on(
-    tmp_path: Path, word: str, told: str
+    tmp_path: Path, word: str, message: str
 ) -> None:
-    """Not tried again in this run: the same stage would ask for as much."""
+    """It is not tried again in this run: it would need as much memory again."""
     store = Store(str(tmp_path / "store"))
     tries = tmp_path / "tries"
     graph = {
@@ -106,7 +106,7 @@ def test_lack_of_memory_is_a_failure_with_a_remedy_and_the_pool_goes_on(
     }
     outcome = run.run_graph(graph, list(graph), misbehave, store, {})
     assert outcome.made == {"evaluate"}
-    assert outcome.failed["prune"].error.startswith(told)
+    assert outcome.failed["prune"].error.startswith(message)
     failure = store.failure("prune")
     assert failure is not None
     assert "misbehave" in failure.traceback
@@ -123,13 +123,13 @@ def test_lack_of_memory_is_a_failure_with_a_remedy_and_the_pool_goes_on(
     ],
 )
 def test_an_error_is_one_line_with_what_to_do(error: Exception, remedy: str) -> None:
-    told = one_line(error, stage("prune", ""))
-    assert told.startswith(f"{type(error).__name__}: ")
-    assert remedy in told
-    assert "\n" not in told
+    line = one_line(error, stage("prune", ""))
+    assert line.startswith(f"{type(error).__name__}: ")
+    assert remedy in line
+    assert "\n" not in line
 
 
-def test_an_error_without_a_known_remedy_is_told_as_it_is() -> None:
+def test_an_error_without_a_known_remedy_is_its_first_line() -> None:
     assert (
         one_line(ValueError("no such layer\nmore"), stage("k", "")) == "ValueError: no such layer"
     )

@@ -1,4 +1,4 @@
-"""Nodes with networks of their own, and a cable between them that is cut."""
+"""Two nodes in network namespaces, and a cut cable between them."""
 
 import os
 import shutil
@@ -21,13 +21,13 @@ QUICK = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""A node counts as lost after seconds, not half a minute."""
+"""A node counts as lost after seconds instead of half a minute."""
 
 
 @pytest.fixture
 def namespaces() -> Iterator[None]:
     if shutil.which("ip") is None or os.geteuid():
-        pytest.skip("network namespaces take iproute2 and root")
+        pytest.skip("network namespaces need iproute2 and root")
     cable = ["link", "add", "calprune-h", "netns", HEAD, "type", "veth"]
     cable += ["peer", "name", "calprune-n", "netns", NODE]
     words = [["netns", "add", HEAD], ["netns", "add", NODE], cable]
@@ -47,7 +47,7 @@ def namespaces() -> Iterator[None]:
 
 
 def inside(name: str, *words: str) -> subprocess.Popen[str]:
-    """A process on that side of the cable."""
+    """Start a process on one side of the cable."""
     return subprocess.Popen(
         ["ip", "netns", "exec", name, *words],
         cwd=PROJECT,
@@ -59,17 +59,17 @@ def inside(name: str, *words: str) -> subprocess.Popen[str]:
 
 
 def start(name: str, *options: str) -> subprocess.Popen[str]:
-    """A node, in the foreground, so that its end takes down no other of the machine."""
+    """Start a node in the foreground, so that ending it ends no other Ray on the machine."""
     ray = str(Path(sys.executable).with_name("ray"))
     address = f"--node-ip-address={ADDRESSES[name]}"
     return inside(name, ray, "start", "--block", address, "--num-cpus=2", *options)
 
 
 @pytest.mark.usefixtures("namespaces")
-def test_a_node_behind_a_cut_cable_is_replaced_by_those_that_can_be_reached(
+def test_reachable_nodes_do_the_work_of_a_node_behind_a_cut_cable(
     tmp_path: Path,
 ) -> None:
-    """What it was making it may yet finish, beside whoever makes it again: the table is one."""
+    """The node may still finish its stages while others make them again: the table is the same."""
     log, store = tmp_path / "log", Store(str(tmp_path / "store"))
     address = f"{ADDRESSES[HEAD]}:6379"
     options = ["--address", address, "--store", store.url, "--log", str(log), "--seconds", "1.5"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster import run as module
+from cluster import worker
 from cluster.graph import Graph, Resources, Stage
 from cluster.run import run_graph
 from cluster.store import Failure, Manifest, Partial, Store
@@ -45,7 +45,7 @@ def graph(*stages: Stage) -> Graph:
 def add(
     payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
 ) -> dict[str, Any]:
-    """Writes its own number plus those of its inputs; some payloads are incidents."""
+    """Write its own number plus those of its inputs; some payloads are incidents."""
     word, _, argument = payload.partition(" ")
     if word == "raise":
         raise ValueError(argument)
@@ -57,11 +57,11 @@ def add(
         word, argument = "sleep", "0"
     if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if word in ("sleep", "wait-for", "tell"):
+    if word in ("sleep", "wait-for", "signal"):
         (output / "started").write_text(str(time.time()))
         if word == "sleep":
             time.sleep(float(argument))
-        elif word == "tell":
+        elif word == "signal":
             Path(argument).touch()
         deadline = time.monotonic() + 60
         while word == "wait-for" and not Path(argument).exists() and time.monotonic() < deadline:
@@ -147,7 +147,7 @@ def test_a_process_that_cannot_be_prepared_is_a_recorded_failure(tmp_path: Path)
     assert outcome.failed["a-1"].error == "ModuleNotFoundError: no module for a"
 
 
-def test_what_is_in_the_store_is_not_made_again(tmp_path: Path) -> None:
+def test_stages_in_the_store_are_not_made_again(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     count = tmp_path / "count"
     pair = graph(stage("a", f"count {count}"), stage("b", "1", "a"))
@@ -160,7 +160,7 @@ def test_what_is_in_the_store_is_not_made_again(tmp_path: Path) -> None:
 def claims(
     payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
 ) -> dict[str, Any]:
-    """What runs under way say that they use."""
+    """Report the artifacts that runs under way claim to use."""
     uses = Path(partial.store.root, "uses").glob("*.json")
     return {"used": [key for path in uses for key in json.loads(path.read_text())]}
 
@@ -175,7 +175,7 @@ def test_a_run_claims_what_it_makes_and_what_it_only_reads(tmp_path: Path) -> No
     assert manifest.report == {"used": ["a", "copy"]}
 
 
-def test_what_leads_to_most_others_is_made_first(tmp_path: Path) -> None:
+def test_the_stage_with_most_descendants_is_made_first(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     plan = graph(
         stage("leaf", "1"),
@@ -197,7 +197,7 @@ def test_what_leads_to_most_others_is_made_first(tmp_path: Path) -> None:
     ]
 
 
-def test_a_failure_that_cannot_be_kept_does_not_end_the_run(tmp_path: Path) -> None:
+def test_a_failure_that_cannot_be_recorded_does_not_end_the_run(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     store.write("failures", b"a file where a folder should be")
     plan = graph(stage("bad", "raise no"), stage("good", "1"))
@@ -206,7 +206,7 @@ def test_a_failure_that_cannot_be_kept_does_not_end_the_run(tmp_path: Path) -> N
     assert outcome.failed["bad"].error == "ValueError: no"
 
 
-def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_a_failure_is_recorded_with_its_traceback_and_the_rest_is_made(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     watcher = Recorder()
     plan = graph(
@@ -239,9 +239,7 @@ def test_only_what_failed_is_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pool", [None, "pool"])
-def test_a_killed_worker_costs_only_its_stage_which_is_tried_again(
-    tmp_path: Path, pool: str | None
-) -> None:
+def test_a_killed_worker_costs_only_its_stage(tmp_path: Path, pool: str | None) -> None:
     store = Store(str(tmp_path / "store"))
     plan = graph(
         stage("a", "1", pool=pool),
@@ -278,7 +276,7 @@ def _kill_oneself(
     return {}
 
 
-def test_an_input_found_damaged_on_the_way_is_made_again(tmp_path: Path) -> None:
+def test_an_input_found_damaged_during_the_run_is_made_again(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     plan = graph(stage("a", "1"), stage("b", "10", "a"), stage("c", "100", "a"))
     run_graph(plan, ["a"], add, store, VERSIONS)
@@ -334,28 +332,29 @@ def test_a_pool_has_no_more_replicas_than_its_maximum(tmp_path: Path, count: int
     assert len({noted(store, key, "pid") for key in shards}) == count
 
 
-def test_a_replica_joins_when_the_cluster_has_room_and_leaves_when_it_has_no_work(
+def test_a_replica_starts_when_the_cluster_has_room_and_ends_when_it_has_no_work(
     tmp_path: Path,
 ) -> None:
-    """On two CPUs: one is left beside `other`, and `told` takes it over from the pool's actor; two
-    are left for `late`; `last` gets one of them while `long` has the other."""
+    """On two CPUs. While `other` has one, `signal` takes the other from the pool's actor. `late-0`
+    and `late-1` have both. `last` gets one of them while `long` has the other."""
     store = Store(str(tmp_path / "store"))
     early, both, ended = (tmp_path / name for name in ("early", "both", "ended"))
     plan = graph(
         stage("other", f"wait-for {early}"),
-        stage("begin", "1"),  # with `other`, so that this has its CPU before the pool asks for one
+        # Ready with `other`, which so has its CPU before the pool asks for one.
+        stage("begin", "1"),
         *(stage(f"early-{n}", "sleep 0.2", "begin", pool="p") for n in range(3)),
-        stage("told", f"tell {early}", *(f"early-{n}" for n in range(3))),
+        stage("signal", f"signal {early}", *(f"early-{n}" for n in range(3))),
         stage("late-0", f"wait-for {both}", "other", pool="p"),
-        stage("late-1", f"tell {both}", "other", pool="p"),
+        stage("late-1", f"signal {both}", "other", pool="p"),
         stage("long", f"wait-for {ended}", "other", pool="p"),
-        stage("last", f"tell {ended}", "late-0", "late-1"),
+        stage("last", f"signal {ended}", "late-0", "late-1"),
     )
     outcome = run_graph(plan, list(plan), add, store, VERSIONS)
     assert set(outcome.made) == set(plan)
     assert len({noted(store, f"early-{n}", "pid") for n in range(3)}) == 1
     assert noted(store, "late-0", "pid") != noted(store, "late-1", "pid")
-    assert noted(store, "told", "ended") < noted(store, "other", "ended")
+    assert noted(store, "signal", "ended") < noted(store, "other", "ended")
     assert noted(store, "last", "started") < noted(store, "long", "ended")
 
 
@@ -373,12 +372,12 @@ class QuickReplica(Replica):
     """A replica that waits for its first call no longer than `QUICK_SECONDS`."""
 
     def __init__(self) -> None:
-        module.CALL_SECONDS = QUICK_SECONDS
+        worker.CALL_SECONDS = QUICK_SECONDS
         super().__init__()
 
 
-def test_an_actor_that_nobody_calls_gives_its_place_back() -> None:
-    """As one is left that was killed while it was being made."""
+def test_an_actor_that_nobody_calls_frees_its_resources() -> None:
+    """An actor that was killed while it was being created is left like this."""
     forgotten, called = (ray.remote(QuickReplica).options(num_cpus=0.5) for _ in range(2))
     kept = forgotten.remote(), called.remote()
     ray.get(kept[1].start.remote())
@@ -386,7 +385,7 @@ def test_an_actor_that_nobody_calls_gives_its_place_back() -> None:
     while ray.available_resources().get("CPU") != 1.5 or time.monotonic() < began + QUICK_SECONDS:
         assert time.monotonic() < began + 60, "an actor that nobody calls holds a CPU"
         time.sleep(0.1)
-    ray.get(kept[1].start.remote())  # the other is there still
+    ray.get(kept[1].start.remote())  # the other one still runs
     ray.kill(kept[1])
 
 
@@ -417,7 +416,7 @@ def test_a_stage_that_kills_every_replica_fails_and_the_others_of_its_pool_go_on
 
 
 @pytest.mark.parametrize("retries", [0, 1])
-def test_a_dead_engine_is_made_again_in_another_process_or_recorded(
+def test_a_dead_engines_stage_is_made_in_another_process_or_recorded(
     tmp_path: Path, retries: int
 ) -> None:
     store = Store(str(tmp_path / "store"))
@@ -431,10 +430,10 @@ def test_a_dead_engine_is_made_again_in_another_process_or_recorded(
         assert "raise WorkerLostError" in outcome.failed["s"].traceback
 
 
-def test_idle_actors_make_way_for_a_stage_that_only_few_may_be_at_work_with(
+def test_idle_actors_make_way_for_a_stage_when_workers_are_bounded(
     tmp_path: Path,
 ) -> None:
-    """Two pools hold both CPUs, with stages still ready, when a stage comes that needs a CPU."""
+    """Two pools hold both CPUs and still have ready stages when another stage needs a CPU."""
     store = Store(str(tmp_path / "store"))
     plan = graph(
         stage("first", "1"),

@@ -1,4 +1,4 @@
-"""What is handed over next, on simulated clusters: no Ray, and virtual time."""
+"""The order of work on simulated clusters, without Ray and in virtual time."""
 
 import random
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def stage(
 def schedule(
     *stages: Stage, cpus: float, gpus: float = 0.0, workers: int | None = None
 ) -> Schedule:
-    """With those stages ready that read nothing."""
+    """Return a schedule whose stages without inputs are ready."""
     graph: Graph = {each.key: each for each in stages}
     made = Schedule(graph, workers)
     made.resize([{"CPU": cpus, "GPU": gpus}])
@@ -50,9 +50,9 @@ def schedule(
 
 
 def steps(of: Schedule, now: float = 0.0) -> list[str]:
-    """All that is to be done now."""
+    """Return all steps that can be taken now."""
 
-    def told() -> Iterator[str]:
+    def taken() -> Iterator[str]:
         while (step := of.step(now)) is not None:
             match step:
                 case HandOver(stage):
@@ -62,19 +62,19 @@ def steps(of: Schedule, now: float = 0.0) -> list[str]:
                 case EndActor(pool):
                     yield f"end {pool}"
 
-    return list(told())
+    return list(taken())
 
 
 CASES = [random_case(random.Random(seed)) for seed in range(200)]
 
 
-def test_random_grids_take_hardly_longer_than_by_list_scheduling_with_perfect_knowledge() -> None:
+def test_random_grids_take_hardly_longer_than_list_scheduling_with_known_times() -> None:
     ratios = [Simulation(case).run() / list_schedule(case) for case in CASES]
     assert max(ratios) <= TARGET
     assert sum(ratios) / len(ratios) <= 1.02
 
 
-def test_the_measure_is_itself_a_schedule_and_a_good_one() -> None:
+def test_the_list_schedule_is_within_grahams_bound() -> None:
     """Graham's bound for equal machines: less than twice the best makespan."""
     for case in CASES:
         assert lower_bound(case) * (1 - 1e-9) <= list_schedule(case)
@@ -83,7 +83,7 @@ def test_the_measure_is_itself_a_schedule_and_a_good_one() -> None:
 
 
 @pytest.mark.parametrize("workers", [None, 1, 3])
-def test_nothing_that_others_wait_for_begins_after_what_nobody_waits_for(
+def test_no_awaited_stage_begins_after_a_ready_one_that_nobody_waits_for(
     workers: int | None,
 ) -> None:
     for case in CASES[:100]:
@@ -92,14 +92,14 @@ def test_nothing_that_others_wait_for_begins_after_what_nobody_waits_for(
         assert list(overtaken(case.graph, simulation.times)) == []
 
 
-def test_the_last_stage_handed_over_fits_the_room() -> None:
+def test_no_more_is_handed_over_than_there_is_room_for() -> None:
     many = [stage(f"s-{number}", 1.0) for number in range(300)]
     assert len(steps(schedule(*many, cpus=2.0))) == 2
     assert len(steps(schedule(*many, cpus=100.0))) == 102  # a fiftieth waits with Ray
     assert len(steps(schedule(*many, cpus=100.0, workers=7))) == 7
 
 
-def test_the_longest_remaining_path_goes_first_whatever_the_plan_says() -> None:
+def test_the_longest_remaining_path_goes_first_in_any_order_of_the_plan() -> None:
     made = schedule(
         stage("short", 1.0), stage("long", 5.0), stage("filter", 0.1),
         stage("reads-short", 1.0, "short"), stage("reads-filter", 50.0, "filter"), cpus=3.0,
@@ -107,7 +107,7 @@ def test_the_longest_remaining_path_goes_first_whatever_the_plan_says() -> None:
     assert steps(made) == ["filter", "short", "long"]  # nobody waits for `long`
 
 
-def test_a_stage_that_waits_for_a_place_keeps_it_from_those_that_nobody_waits_for() -> None:
+def test_an_awaited_stage_without_room_keeps_unawaited_ones_from_its_place() -> None:
     made = schedule(
         stage("at-work", 9.0, cpus=3), stage("reads", 1.0, "at-work"),
         stage("wide", 1.0, cpus=2), stage("reads-wide", 1.0, "wide"), stage("leaf", 9.0), cpus=4.0,
@@ -118,7 +118,7 @@ def test_a_stage_that_waits_for_a_place_keeps_it_from_those_that_nobody_waits_fo
     assert steps(made) == ["wide", "leaf"]
 
 
-def test_what_waits_for_a_gpu_leaves_the_processors_to_others() -> None:
+def test_a_stage_that_waits_for_a_gpu_leaves_cpus_to_others() -> None:
     made = schedule(
         stage("a", 9.0, gpus=1), stage("b", 9.0, gpus=1), stage("leaf", 1.0),
         stage("reads", 1.0, "a", "b"), cpus=4.0, gpus=1.0,
@@ -131,7 +131,7 @@ def test_fractions_of_a_gpu_add_up() -> None:
     assert len(steps(made)) == 10
 
 
-def test_a_pool_has_an_actor_for_each_stage_that_there_is_room_for() -> None:
+def test_a_pool_has_an_actor_for_each_stage_with_room() -> None:
     shards = [stage(f"s-{number}", 30.0, pool="p") for number in range(5)]
     made = schedule(*shards, cpus=3.0)
     assert steps(made) == ["start p"] * 3
@@ -141,14 +141,14 @@ def test_a_pool_has_an_actor_for_each_stage_that_there_is_room_for() -> None:
     assert steps(made) == ["start p"]  # another for the one that died
 
 
-def test_actors_of_a_pool_are_as_many_as_its_minimum_and_no_more_than_its_maximum() -> None:
+def test_a_pool_has_its_minimum_of_actors_and_at_most_its_maximum() -> None:
     one = stage("s", 1.0, pool="p", min_replicas=2, max_replicas=3)
     assert steps(schedule(one, cpus=9.0)) == ["start p"] * 2
     many = [stage(f"s-{number}", 1.0, pool="p", max_replicas=3) for number in range(9)]
     assert steps(schedule(*many, cpus=9.0)) == ["start p"] * 3
 
 
-def test_an_idle_actor_makes_way_for_what_is_more_urgent_than_the_next_of_its_pool() -> None:
+def test_an_idle_actor_makes_way_for_a_stage_more_urgent_than_its_pools_next() -> None:
     p = [stage(f"p-{number}", 5.0, pool="p") for number in range(2)]
     for seconds, expected in ((2.0, ["p-1"]), (5.0 + 2 * START_SECONDS, ["end p", "start q"])):
         made = schedule(*p, stage("late", 1.0), stage("q", seconds, "late", pool="q"), cpus=1.0)
@@ -163,7 +163,7 @@ def test_an_idle_actor_makes_way_for_what_is_more_urgent_than_the_next_of_its_po
         assert steps(made) == expected
 
 
-def test_an_idle_actor_without_work_is_kept_until_its_place_is_needed_or_for_a_while() -> None:
+def test_an_actor_without_work_is_kept_for_a_while_or_until_its_place_is_needed() -> None:
     late = stage("late", 1.0, "wait")
     made = schedule(stage("p", 1.0, pool="p"), stage("wait", 1.0, "p"), late, cpus=1.0)
     assert steps(made) == ["start p"]
@@ -184,7 +184,7 @@ def test_an_idle_actor_without_work_is_kept_until_its_place_is_needed_or_for_a_w
     assert steps(made, 3.0 + IDLE_SECONDS) == ["end p"]
 
 
-def test_a_cluster_with_no_room_at_all_gets_one_stage_of_each_sort_and_is_asked_for_all() -> None:
+def test_a_cluster_without_room_gets_one_stage_of_each_lane_and_is_asked_for_all() -> None:
     made = schedule(
         *(stage(f"s-{number}", 1.0) for number in range(3)),
         *(stage(f"g-{number}", 1.0, gpus=1, pool="p") for number in range(2)), cpus=0.0,
@@ -198,7 +198,7 @@ def test_a_cluster_with_no_room_at_all_gets_one_stage_of_each_sort_and_is_asked_
     assert steps(made) == ["s-1"]
 
 
-def test_what_fits_no_node_holds_nothing_up() -> None:
+def test_a_stage_that_fits_no_node_holds_nothing_up() -> None:
     made = schedule(
         stage("big", 99.0, cpus=8), stage("reads", 1.0, "big"), stage("leaf", 1.0), cpus=2.0
     )
@@ -212,14 +212,14 @@ def test_the_demand_of_a_bounded_run_is_bounded() -> None:
     assert (len(taken), len(ready)) == (2, 1)
 
 
-def test_memory_is_a_resource_like_others() -> None:
+def test_memory_is_a_resource_like_cpus() -> None:
     assert bundle(Resources(cpus=2, memory_bytes=5)) == {"CPU": 2.0, "memory": 5.0}
     made = schedule(*(stage(f"s-{n}", 1.0, memory_bytes=6) for n in range(3)), cpus=9.0)
     made.resize([{"CPU": 9.0, "memory": 12.0}])
     assert len(steps(made)) == 2
 
 
-def test_a_stage_that_comes_back_is_ready_again_in_its_old_place() -> None:
+def test_a_stage_that_comes_back_has_its_old_rank() -> None:
     made = schedule(stage("a", 5.0), stage("b", 4.0), cpus=1.0)
     assert steps(made) == ["a"]
     made.returned("a", 1.0)

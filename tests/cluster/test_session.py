@@ -69,7 +69,7 @@ def test_a_replica_that_asks_for_no_gpu_sees_the_devices_of_its_node(
     assert started["variables"]["CUDA_VISIBLE_DEVICES"] == "3,5"
 
 
-def test_workers_get_the_variables_that_are_asked_for(started: dict[str, Any]) -> None:
+def test_workers_get_the_requested_variables(started: dict[str, Any]) -> None:
     assert started["variables"]["HF_HUB_OFFLINE"] == "1"
 
 
@@ -88,7 +88,7 @@ def no_ray_but_a_web_server() -> Iterator[str]:
     "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "no-such-host.invalid:6379"]
 )
 def test_a_dead_address_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(module, "RAY_ANSWER_SECONDS", 0.3)
     with pytest.raises(NoRayError, match="no Ray answers there") as caught, session(address):
         pass
     assert str(caught.value).startswith(f"address: {address!r}: ")
@@ -98,10 +98,10 @@ def test_a_dead_address_is_named(address: str, monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
-def test_a_port_of_something_else_is_no_ray(
+def test_a_port_of_another_server_is_no_ray(
     no_ray_but_a_web_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(module, "RAY_ANSWER_SECONDS", 0.3)
     with pytest.raises(NoRayError, match="no Ray answers"), session(no_ray_but_a_web_server):
         pass
 
@@ -111,10 +111,10 @@ def test_a_port_of_something_else_is_no_ray(
     [
         ("http://head:8265", "is a job server's address: use `submit --address http://head:8265`"),
         ("https://head", "is a job server's address"),
-        ("hello", "'hello': cannot be joined: Invalid address format"),
+        ("hello", "'hello': cannot join: Invalid address format"),
     ],
 )
-def test_what_is_no_address_of_a_cluster_is_explained(
+def test_an_address_of_another_kind_is_explained(
     ray_of_its_own: None, address: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(NoRayError, match=message) as caught, session(address):

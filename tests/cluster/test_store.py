@@ -44,7 +44,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def contents(store: Store) -> dict[str, bytes]:
-    """All files of a store, by their path in it."""
+    """Return all files of a store, by their path in it."""
     paths = store.fs.find(store.root)
     return {path.removeprefix(f"{store.root}/"): store.fs.cat_file(path) for path in paths}
 
@@ -126,7 +126,7 @@ def test_a_discarded_artifact_can_be_made_again(store: Store) -> None:
     assert (store.fetch("windows-1") / "deep/a").read_bytes() == b"beta"
 
 
-def test_of_two_writers_of_one_key_one_whole_artifact_stays(store: Store) -> None:
+def test_two_writers_of_one_key_leave_one_whole_artifact(store: Store) -> None:
     with store.attempt("windows-1") as first, store.attempt("windows-1") as second:
         (first.folder / "a").write_bytes(b"first")
         (second.folder / "a").write_bytes(b"second")
@@ -135,7 +135,7 @@ def test_of_two_writers_of_one_key_one_whole_artifact_stays(store: Store) -> Non
     assert (Store(store.url).fetch("windows-1") / "a").read_bytes() == b"first"
 
 
-def test_writers_of_one_key_at_one_time_leave_one_whole_artifact(store: Store) -> None:
+def test_concurrent_writers_of_one_key_leave_one_whole_artifact(store: Store) -> None:
     def write(number: int) -> Manifest:
         return put(Store(store.url), "windows-1", a=bytes([number]) * 5000, b=bytes([number]))
 
@@ -146,7 +146,7 @@ def test_writers_of_one_key_at_one_time_leave_one_whole_artifact(store: Store) -
     assert (folder / "deep/a").read_bytes() == (folder / "deep/b").read_bytes() * 5000
 
 
-def test_of_several_that_create_one_file_one_does(store: Store) -> None:
+def test_one_of_several_writers_creates_a_file(store: Store) -> None:
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda word: store.create("leases/k.json", word), [b"a", b"b"] * 4))
     assert done.count(True) == 1
@@ -154,7 +154,7 @@ def test_of_several_that_create_one_file_one_does(store: Store) -> None:
     assert store.names("leases") == {"k"}
 
 
-def test_those_of_a_node_that_want_one_remote_artifact_fetch_it_once(s3: S3Server) -> None:
+def test_processes_of_a_node_fetch_a_remote_artifact_once(s3: S3Server) -> None:
     store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
     manifest = put(store, "windows-1", a=b"alpha" * 1000, b=b"beta")
     before = len(s3.requests)
@@ -173,7 +173,7 @@ def test_success_clears_a_failure(store: Store) -> None:
     assert store.failure("k") is None
 
 
-def test_the_sweep_takes_what_dead_writers_left_a_day_ago_and_nothing_else(tmp_path: Path) -> None:
+def test_the_sweep_removes_only_what_dead_writers_left_a_day_ago(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     manifest = put(store, "windows-1", a=b"alpha")
     put(store, "windows-2", a=b"alpha")
@@ -199,7 +199,9 @@ def finished(folder: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def test_what_an_attempt_has_kept_is_there_for_the_next_one(store: Store, tmp_path: Path) -> None:
+def test_files_that_an_attempt_kept_are_restored_by_the_next_one(
+    store: Store, tmp_path: Path
+) -> None:
     def die() -> None:
         with store.attempt("prune-1") as attempt:
             attempt.partial.keep(finished(attempt.folder, "layer-0", b"alpha"))
@@ -220,7 +222,7 @@ def test_what_an_attempt_has_kept_is_there_for_the_next_one(store: Store, tmp_pa
         assert not attempt.partial.restore(attempt.folder / "layer-0")
 
 
-def test_nothing_is_kept_of_an_artifact_that_is_there(store: Store) -> None:
+def test_a_finished_artifact_has_no_kept_files(store: Store) -> None:
     with store.attempt("prune-1") as attempt:
         attempt.partial.keep(finished(attempt.folder, "layer-0", b"alpha"))
         attempt.commit(**FACTS)
@@ -245,7 +247,7 @@ def test_a_kept_file_that_is_damaged_is_never_restored(store: Store, tmp_path: P
         assert attempt.partial.restore(target)
 
 
-def test_the_sweep_takes_what_was_kept_only_if_nothing_was_added_for_a_day(tmp_path: Path) -> None:
+def test_the_sweep_removes_kept_files_only_after_a_day_without_a_new_one(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     now = f"{time.time():.0f}"
     for name in ("prune-1/7-aa-layer-0", "prune-1/9-bb-layer-1", "prune-2/7-aa-layer-0"):
@@ -256,7 +258,7 @@ def test_the_sweep_takes_what_was_kept_only_if_nothing_was_added_for_a_day(tmp_p
     assert left == sorted(["7-aa-layer-0", f"{now}-bb-layer-1"])
 
 
-def test_the_sweep_leaves_what_a_lease_says_is_being_made(tmp_path: Path) -> None:
+def test_the_sweep_leaves_stages_under_a_lease(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for name in ("data/windows-1/7-old/a", "partial/windows-1/7-aa-layer-0"):
         store.write(name, b"")
@@ -272,7 +274,7 @@ def test_the_sweep_leaves_what_a_lease_says_is_being_made(tmp_path: Path) -> Non
     assert contents(store) == {}
 
 
-def test_throttling_and_server_errors_are_waited_out(s3: S3Server) -> None:
+def test_throttling_and_server_errors_are_retried(s3: S3Server) -> None:
     store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
     s3.every, s3.refused = 3, 0
     try:
@@ -288,7 +290,7 @@ def test_throttling_and_server_errors_are_waited_out(s3: S3Server) -> None:
     assert s3.refused > 3
 
 
-def test_a_server_that_only_fails_ends_in_an_error_and_nothing_readable(
+def test_a_server_that_always_fails_gives_an_error_and_leaves_nothing_readable(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
@@ -317,7 +319,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_in_an_error_that_says_so_and_nothing_readable(small_disk: Path) -> None:
+def test_a_full_disk_gives_an_error_that_says_so_and_leaves_nothing_readable(
+    small_disk: Path,
+) -> None:
     store = Store(str(small_disk))
     put(store, "windows-1", a=b"alpha")
     with pytest.raises(OSError, match="No space left"):
@@ -335,7 +339,7 @@ def test_a_full_disk_ends_in_an_error_that_says_so_and_nothing_readable(small_di
     assert store.damaged(["windows-1"]) == {}
 
 
-def test_a_store_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unwritable_store_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(StoreError, match=r"store: .*file': is a file; give a folder"):

@@ -1,4 +1,4 @@
-"""Following a log, with a job server that fails in ways a real one cannot be made to on demand."""
+"""Following a log from a job server that fails in ways a real one cannot be made to fail."""
 
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -10,11 +10,11 @@ from ray.job_submission import JobStatus
 
 from cluster import address as cluster_address
 from cluster import submission
-from cluster.submission import JobServerError, follow
+from cluster.submission import JobServerError, follow_job
 
 
 class Server:
-    """Each turn is one connection: an error, or what its log shows before it is cut."""
+    """Each turn is one connection: an error, or how much of the log it gives before it is cut."""
 
     def __init__(self, turns: list[Any], log: str) -> None:
         self.turns = iter(turns)
@@ -38,7 +38,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submission, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(submission, "RECONNECT_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -47,27 +47,27 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_log_is_written_once_from_beginning_to_end(turns: list[Any]) -> None:
     log = "one\ntwo\nthree\n"
     written: list[str] = []
-    assert follow(Server(turns, log), "job", written.append) == 0
+    assert follow_job(Server(turns, log), "job", written.append) == 0
     assert "".join(written) == log
 
 
-def test_a_server_that_stays_away_is_given_up_with_what_to_do(
+def test_a_server_that_stays_unreachable_is_an_error_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(submission, "PATIENCE_SECONDS", -1.0)
     with pytest.raises(JobServerError, match="ask `jobs logs` later"):
-        follow(Server([requests.ConnectionError("gone")], ""), "job", print)
+        follow_job(Server([requests.ConnectionError("gone")], ""), "job", print)
 
 
-def test_a_job_that_went_with_its_head_is_to_be_submitted_again() -> None:
+def test_a_job_lost_with_its_head_must_be_submitted_again() -> None:
     unknown = RuntimeError("Request failed with status code 404: no such job")
     with pytest.raises(JobServerError, match="submit the grid again"):
-        follow(Server([3, unknown], "one\n"), "job", lambda text: None)
+        follow_job(Server([3, unknown], "one\n"), "job", lambda text: None)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
-def test_a_cluster_that_is_dead_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_address, "ANSWER_SECONDS", 2.0)
+def test_a_dead_cluster_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_address, "RAY_ANSWER_SECONDS", 2.0)
     monkeypatch.setenv(submission.SERVER_VARIABLE, "")  # as it is set back at the end
     with pytest.raises(JobServerError, match=f"address: '{address}': nothing answers") as caught:
         submission.connect(address)
