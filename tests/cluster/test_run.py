@@ -369,7 +369,7 @@ def test_a_pool_waits_while_other_stages_take_all_the_workers(tmp_path: Path) ->
 
 
 class QuickReplica(Replica):
-    """A replica that waits for its first call no longer than `QUICK_SECONDS`."""
+    """A replica that waits at most `QUICK_SECONDS` for its first call."""
 
     def __init__(self) -> None:
         worker.CALL_SECONDS = QUICK_SECONDS
