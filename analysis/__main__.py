@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="From a grid's results table to answers.",
+    help="Answers from a grid's results table.",
 )
 
 
@@ -37,34 +37,32 @@ def report_grid(
         str,
         typer.Argument(
             metavar="STORE_OR_PARQUET",
-            help="Store's folder or fsspec URL, or one Parquet file.",
+            help="A store's folder or fsspec URL, or one Parquet file.",
             show_default=False,
         ),
     ],
-    grid: Annotated[
-        str | None, typer.Option(help="Grid to report; unset, the only one there is.")
-    ] = None,
+    grid: Annotated[str | None, typer.Option(help="Grid to report; default: the only one.")] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Calibration to compare with; unset, the first, a corpus if there is one."
+            help="Calibration to compare with; default: the first, a corpus if there is one."
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write; unset, report/GRID in a local store, else in this folder."
+            help="Folder to write; default: report/GRID in a local store, else in this folder."
         ),
     ] = None,
 ) -> None:
-    """Print a grid's statistics and write its table, figures and one self-contained page."""
+    """Print a grid's statistics; write its table, its figures and one self-contained page."""
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     table = load_results(location, grid)
     name = _only_grid(table, location)
     label = chosen_reference(table, reference)
     note = None
     if reference is None and label is not None:
-        note = f"It is the first of the table; --reference names another than {label}."
+        note = "It is the first of the table; choose another with --reference."
     _print(console, name, table, label, note)
     folder = _default_output(location, name) if output is None else output
     page = write_report(table, folder, label, note)
@@ -77,30 +75,32 @@ def report_grid(
 
 @app.command(name="study")
 def answer_study(
-    name: Annotated[
-        str, typer.Argument(help="A study's name, or all of them: `all`.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(help="A study's name, or `all`.", show_default=False)],
     store: Annotated[
         str,
-        typer.Option(envvar="CALPRUNE_STORE", help="Store's folder or fsspec URL, or one Parquet."),
+        typer.Option(
+            envvar="CALPRUNE_STORE", help="A store's folder or fsspec URL, or one Parquet file."
+        ),
     ] = ".calprune",
     grid: Annotated[
-        str | None, typer.Option(help="Grid to read; unset, the one of the study's name.")
+        str | None, typer.Option(help="Grid to read; default: the study's name.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; unset, studies in a local store, else in this folder."),
+        typer.Option(
+            help="Folder to write; default: studies in a local store, else in this folder."
+        ),
     ] = None,
 ) -> None:
     """Answer a study's question from its grid's results: print the finding, draw its figure.
 
-    Exits with 1 if results are not there; the message says what makes them.
+    Exit with 1 if results are missing; the message names the command that makes them.
     """
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     if name != "all" and name not in STUDIES:
-        raise TableError(f"there is no study {name}: there are {', '.join(STUDIES)}, and all")
+        raise TableError(f"no study is named {name}: name one of {', '.join(STUDIES)}, or all")
     if name == "all" and grid is not None:
-        raise TableError("--grid goes with one study, not with all")
+        raise TableError("--grid: applies to one study, not to all: name the study")
     folder = _output_folder(store) / "studies" if output is None else output
     sections: list[tuple[Study, Answer | None]] = []
     for each in STUDIES.values() if name == "all" else [STUDIES[name]]:
@@ -135,7 +135,7 @@ def _default_output(location: str, grid: str) -> Path:
 
 
 def _output_folder(location: str) -> Path:
-    """A local store itself, else the working folder."""
+    """Return the folder of a local store, else the working folder."""
     in_store = "://" not in location and Path(location).is_dir()
     return Path(location) if in_store else Path()
 
@@ -143,13 +143,13 @@ def _output_folder(location: str) -> Path:
 def _print(
     console: Console, grid: str, table: pd.DataFrame, reference: str | None, note: str | None
 ) -> None:
-    told = ", ".join(f"{count} {status}" for status, count in status_counts(table).items())
-    console.print(f"{grid}: {told}", markup=False, highlight=False)
+    counts = ", ".join(f"{count} {status}" for status, count in status_counts(table).items())
+    console.print(f"{grid}: {counts}", markup=False, highlight=False)
     if reference is None:
         console.print("no calibrated pruner has a result yet")
     else:
-        told = f"reference calibration: {reference}. {note or ''}".rstrip()
-        console.print(told, markup=False, highlight=False)
+        line = f"reference calibration: {reference}. {note or ''}".rstrip()
+        console.print(line, markup=False, highlight=False)
     shown = with_mean_accuracy(table)
     metrics = headline_metrics(shown)
     titles = {
@@ -163,16 +163,16 @@ def _print(
 
 
 def _rich(subject: str, table: TextTable) -> Table:
-    drawn = Table(title=Text(f"{subject}: {table.title}"), title_justify="left")
+    rich_table = Table(title=Text(f"{subject}: {table.title}"), title_justify="left")
     for name in table.headings:
-        drawn.add_column(Text(name))
+        rich_table.add_column(Text(name))
     for row in table.rows:
-        drawn.add_row(*(Text(entry.text, "bold" if entry.is_best else "") for entry in row))
-    return drawn
+        rich_table.add_row(*(Text(entry.text, "bold" if entry.is_best else "") for entry in row))
+    return rich_table
 
 
 def main() -> None:
-    """Run the command line; mistakes of the user end with exit code 2 and no traceback."""
+    """Run the command line; a user's mistake ends with exit code 2 and no traceback."""
     try:
         app()
     except (TableError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Which calibration to take, and how sure that is, in one sentence a model."""
+"""Recommend a calibration for each model, and say how certain that is, in one sentence."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,30 +6,30 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.labels import DENSE, NO_CALIBRATION, in_order, with_labels
+from analysis.labels import DENSE, NO_CALIBRATION, in_order
 from analysis.statistics import CONFIDENCE, Interval, holm, measured, t_interval
 
 METRIC = "bits_per_byte"
-"""What calibrations are ranked by: it compares kinds of text, as each perplexity does not."""
+"""Metric that ranks calibrations: unlike perplexity, it is comparable across kinds of text."""
 
 SETTING = ["method", "target", "seed"]
-"""What two calibrations have in common where they are compared."""
+"""Columns that two calibrations share when they are compared."""
 
 
 class Rival(NamedTuple):
-    """A calibration that is not the best, and what it loses against the best."""
+    """A calibration that is not the best, and its loss against the best."""
 
     source: str
     loss: Interval
-    """Of bits per byte, over settings."""
+    """In bits per byte, over settings."""
     p: float
-    """Of no loss, corrected after Holm for all rivals."""
-    behind: int
-    """Settings in which it is worse."""
+    """For no loss; corrected for all rivals (Holm)."""
+    worse_in: int
+    """Number of settings in which it is worse."""
 
     @property
     def surely_worse(self) -> bool:
-        """Whether the loss is shown."""
+        """Whether the loss is significant."""
         return self.p < 1 - CONFIDENCE
 
 
@@ -41,13 +41,13 @@ class Advice(NamedTuple):
     level: float
     """Bits per byte, averaged over texts and settings."""
     dense: float
-    """The same of the model that is not pruned; NaN if it was not measured."""
+    """Bits per byte of the dense model; NaN if it was not measured."""
     texts: int
     settings: int
     rivals: list[Rival]
     """The next best first."""
     left_out: list[str]
-    """Calibrations that lack a finite number in a setting that others have."""
+    """Calibrations that lack a number in a setting of the others."""
 
     def __str__(self) -> str:
         dense = "" if np.isnan(self.dense) else f" (dense {self.dense:.3f})"
@@ -56,22 +56,22 @@ class Advice(NamedTuple):
         parts = [f"{self.model}: take {self.source}: averaged over {over} {level}"]
         if self.rivals:
             parts.append(_against_next(self.rivals[0], self.settings))
-            for sure, words in ((True, "surely better than"), (False, "not surely better than")):
+            verdicts = ((True, "surely better than"), (False, "not surely better than"))
+            for sure, words in verdicts:
                 names = [rival.source for rival in self.rivals if rival.surely_worse is sure]
                 if names:
                     parts.append(f"{words} {', '.join(names)}")
         if self.left_out:
-            parts.append(f"left out, since numbers are missing: {', '.join(self.left_out)}")
+            parts.append(f"left out because numbers are missing: {', '.join(self.left_out)}")
         return "; ".join(parts) + "."
 
 
 def advise(table: pd.DataFrame) -> list[Advice]:
-    """The best calibration of each model by bits per byte; none where nothing was compared.
+    """Return the best calibration of each model that compares several, by bits per byte.
 
-    Calibrations are compared setting by setting: one pruner, target and seed. Student's t over the
-    settings speaks of these settings, not of other models or texts; p-values are corrected after
-    Holm for the rivals that the best was chosen from. A calibration with a failed cell, or a number
-    that is not finite, cannot be the best.
+    Calibrations are compared setting by setting: one pruner, target and seed. Student's t over
+    settings covers these settings, not other models or texts. P-values are corrected for all rivals
+    (Holm). A calibration with a failed or missing cell cannot be the best.
     """
     rows = measured(table)
     rows = rows[rows["metric"] == METRIC]
@@ -85,11 +85,7 @@ def _advice(table: pd.DataFrame, rows: pd.DataFrame, model: str) -> Iterator[Adv
     levels = _levels(calibrated, [*SETTING, "source"], texts).unstack("source")
     levels = levels.reindex(columns=in_order(calibrated["source"]))
     lost = set(_lost_sources(table, model))
-    whole = [
-        source
-        for source in levels
-        if source not in lost and np.isfinite(levels[source].to_numpy()).all()
-    ]
+    whole = [source for source in levels if source not in lost and levels[source].notna().all()]
     if len(whole) < 2:
         return
     means = levels[whole].mean().sort_values(kind="stable")
@@ -114,14 +110,13 @@ def _advice(table: pd.DataFrame, rows: pd.DataFrame, model: str) -> Iterator[Adv
 
 
 def _levels(rows: pd.DataFrame, by: list[str], texts: int) -> "pd.Series[float]":
-    """The mean over texts; NaN where one is missing."""
+    """Return means over texts; NaN where a text is missing."""
     groups = rows.groupby(by, observed=True, dropna=False)["value"]
     return groups.mean().where(groups.size() == texts)
 
 
 def _lost_sources(table: pd.DataFrame, model: str) -> "pd.Series[str]":
-    rows = with_labels(table)
-    return rows.loc[(rows["model"] == model) & (rows["status"] != "ok"), "source"]
+    return table.loc[(table["model"] == model) & (table["status"] != "ok"), "source"]
 
 
 def _against_next(rival: Rival, settings: int) -> str:
@@ -130,7 +125,7 @@ def _against_next(rival: Rival, settings: int) -> str:
         return f"{loss} (one setting: no interval)" if settings == 1 else f"{loss} (no interval)"
     percent = f"{100 * CONFIDENCE:.0f} %"
     interval = f"{percent} interval {rival.loss.low:.3f} to {rival.loss.high:.3f}"
-    return f"{loss} ({interval}, ahead in {rival.behind} of {settings})"
+    return f"{loss} ({interval}, ahead in {rival.worse_in} of {settings})"
 
 
 def _counted(count: int, name: str) -> str:

@@ -1,7 +1,7 @@
-"""The studies' figures: effects along an axis, effects side by side, and points with names.
+"""The studies' figures: effects along an axis, effects side by side, and named points.
 
-Every effect has its 95 % interval; lines are told apart by colour, marker and dash, and named at
-their end, so that no legend has to be matched by colour and a grey print can be read.
+Every effect has its 95 % interval. Lines differ in colour, marker and dash and are named at their
+end, so that a figure is readable in grey and without a legend.
 """
 
 import math
@@ -24,7 +24,7 @@ from analysis.figures import COLOURS, GREY, MARKERS, STYLE
 DASHES: Any = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 PANEL = (4.6, 3.4)
 LABEL_GAP = 0.055
-"""Least distance of two labels at line ends, as a share of the panel's height."""
+"""Least distance between two labels at line ends, as a share of the panel's height."""
 
 
 class Curve(NamedTuple):
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A named point with its interval upwards."""
+    """A named point with a vertical interval."""
 
     name: str
     x: float
@@ -52,17 +52,21 @@ def line_figure(
     x_label: str,
     y_label: str,
     ticks: Mapping[float, str] | None = None,
-    note: str = "Bands: 95 % intervals over seeds.",
     linear_within: float | None = None,
 ) -> Figure:
-    """A panel for each name, effects as lines with bands.
+    """Draw effects as lines with bands, one panel per name.
 
     Args:
-        ticks: names of the places across, where a whole place left out breaks the line; numbers
-            as they are if not given.
-        linear_within: effects beyond it are drawn on a logarithmic scale, for those of which some
-            are a thousand times as large as others.
+        title: title of the figure.
+        panels: lines by the panel's name.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+        ticks: names of positions on the horizontal axis; lines break where a whole position is
+            left out. Default: the axis is numeric.
+        linear_within: effects beyond this are drawn on a logarithmic scale, for effects that differ
+            by orders of magnitude.
     """
+    note = "Bands: 95 % intervals over seeds."
     if linear_within is not None:
         note += f" The scale is logarithmic beyond ±{linear_within:g}."
     with rc_context(STYLE):
@@ -74,14 +78,14 @@ def line_figure(
             for line, colour, marker, dash in zip(
                 lines, cycle(COLOURS), cycle(MARKERS), cycle(DASHES), strict=False
             ):
-                _line(panel, line, colour, marker, dash, broken=ticks is not None)
+                _draw_curve(panel, line, colour, marker, dash, broken=ticks is not None)
             if ticks is not None:
                 panel.set_xticks(list(ticks), list(ticks.values()))
             panel.set_xlabel(x_label)
             panel.grid(axis="y", color="#e6e6e6", linewidth=0.7)
             panel.margins(x=0.04)
         if linear_within is not None:
-            axes[0].set_yscale("symlog", linthresh=linear_within)  # of all, which share it
+            axes[0].set_yscale("symlog", linthresh=linear_within)  # panels share the scale
             axes[0].yaxis.set_major_formatter(lambda effect, _: f"{effect:g}")
         axes[0].set_ylabel(y_label)
         for panel, lines in zip(axes, panels.values(), strict=True):
@@ -89,8 +93,8 @@ def line_figure(
     return figure
 
 
-def _line(
-    panel: Axes, line: Curve, colour: str, marker: str, dash: Any, broken: bool = False
+def _draw_curve(
+    panel: Axes, line: Curve, colour: str, marker: str, dash: Any, broken: bool
 ) -> None:
     x = np.asarray(line.x, dtype=np.float64)
     values = np.array(
@@ -104,7 +108,7 @@ def _line(
 
 
 def _end_labels(panel: Axes, lines: list[Curve]) -> None:
-    """Names right of the last points, moved apart where they would overlap."""
+    """Write names to the right of the last points, moved apart where they would overlap."""
     ends = []
     for line, colour in zip(lines, cycle(COLOURS), strict=False):
         known = [
@@ -114,7 +118,7 @@ def _end_labels(panel: Axes, lines: list[Curve]) -> None:
         ]
         if known:
             ends.append((known[-1][1], known[-1][0], line.name, colour))
-    panel.get_ylim()  # sets limits, which matplotlib puts off
+    panel.get_ylim()  # matplotlib sets the limits lazily
     height = (panel.transData - panel.transAxes).transform
     place = -math.inf
     for y, x, name, colour in sorted(ends):
@@ -139,10 +143,14 @@ def interval_figure(
     note: str = "Bars: 95 % intervals over seeds. Filled: shown (p by Holm); hollow: not.",
     directed: bool = True,
 ) -> Figure:
-    """A panel for each name, effects with their intervals one below the other.
+    """Draw effects with their intervals one below the other, one panel per name.
 
     Args:
-        directed: whether one side of zero is the better one; circles help, squares harm.
+        title: title of the figure.
+        panels: effects by name, by the panel's name.
+        x_label: label of the horizontal axis.
+        note: caption.
+        directed: whether one side of zero is better; then circles help and squares harm.
     """
     rows = max(len(panel) for panel in panels.values())
     height = max(PANEL[1], 0.28 * rows + 1.6)
@@ -177,11 +185,13 @@ def point_figure(
     panels: dict[str, list[Point]],
     x_label: str,
     y_label: str,
-    log_x: bool = False,
     note: str = "Bars: 95 % intervals over seeds.",
 ) -> Figure:
-    """A panel for each name, named points; groups differ by colour and marker. A name stands above
-    its point, or below it where it would touch the name of a higher one."""
+    """Draw named points over a logarithmic axis, one panel per name.
+
+    Groups differ in colour and marker. A name stands above its point, or below it where it would
+    overlap the name of a higher point.
+    """
     with rc_context(STYLE):
         figure = _figure(title, len(panels), note)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -205,12 +215,11 @@ def point_figure(
                     fontsize=7,
                     color=colour,
                 )
-            if log_x:
-                panel.set_xscale("log")
-                panel.set_xlim(min(places) / 1.5, 3 * max(places))
-                panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                panel.xaxis.set_major_formatter("{x:g}")
-                panel.xaxis.set_minor_locator(NullLocator())
+            panel.set_xscale("log")
+            panel.set_xlim(min(places) / 1.5, 3 * max(places))
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_locator(NullLocator())
             panel.set_xlabel(x_label)
             panel.grid(color="#e6e6e6", linewidth=0.7)
             panel.margins(y=0.1)
@@ -222,7 +231,7 @@ def point_figure(
 
 
 def _move_apart(names: Iterable[Text]) -> None:
-    """Move a name below its point where it overlaps one before it."""
+    """Move a name below its point where it overlaps an earlier one."""
     taken: list[Bbox] = []
     for label in names:
         if label.get_window_extent().count_overlaps(taken):
@@ -235,9 +244,15 @@ def _figure(title: str, panels: int, note: str, height: float = PANEL[1]) -> Fig
 
 
 def titled_figure(title: str, note: str, width: float, height: float) -> Figure:
-    """An empty figure with a title above and a note below; width and the panels' height in inches.
+    """Return an empty figure with a title above and a note below.
 
-    Call it within the style that the figure is drawn in.
+    Call it within the style in which the figure is drawn.
+
+    Args:
+        title: title of the figure.
+        note: caption.
+        width: width of the figure in inches.
+        height: height of the panels in inches.
     """
     figure = Figure(figsize=(width, height + 0.7))
     figure.suptitle(

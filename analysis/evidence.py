@@ -1,9 +1,9 @@
-"""What a study's numbers say, and how surely: paired effects over seeds, trends, resampling.
+"""Estimates for studies: paired effects over seeds, trends, and resampling.
 
 The seed draws the calibration data, so it is the unit: settings that share a seed (pruners,
-sparsities, models) are averaged within it before anything is said of spread. Student's t over a
-handful of seeds holds its 95 %, which a bootstrap over so few does not; resampling serves what has
-no such interval, such as a rank correlation or the place of an optimum.
+sparsities, models) are averaged before any spread is computed. Student's t over a handful of seeds
+keeps its 95 % coverage, a bootstrap over so few does not. Resampling serves statistics without a t
+interval, such as a rank correlation or the position of an optimum.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,50 +36,50 @@ AXES = [
     "task",
     "metric",
 ]
-"""Columns that make a setting."""
+"""Columns that identify a setting."""
 
 SOURCE = ["calibration", "prefix_tokens", "drop_fraction", "num_samples", "temperature"]
-"""Those of them in which two sources of calibration data may differ."""
+"""Those columns in which two sources of calibration data may differ."""
 
 DRAWS = 2000
 """Resamples of a bootstrap."""
 
 LEVEL = 0.05
-"""An effect is shown where its p, corrected if there are several, is below."""
+"""An effect is shown if its p, corrected where there are several, is below this."""
 
 
 class EffectEstimate(NamedTuple):
-    """An effect with its 95 % interval; NaN where the seeds tell none."""
+    """An effect with its 95 % interval; NaN where the seeds do not determine it."""
 
     effect: float
-    """In `unit`."""
+    """In the metric's unit."""
     low: float
     high: float
     p: float
     pairs: int
-    """Seeds behind it."""
+    """Number of seeds."""
     kind: MetricKind
 
     @property
     def shown(self) -> bool:
-        """Whether its direction is more than chance explains."""
+        """Whether chance alone is an unlikely explanation."""
         return self.p < LEVEL
 
     @property
     def helps(self) -> bool:
-        """Whether the numbers got better, shown or not."""
+        """Whether the metric improved, shown or not."""
         return (self.effect < 0) == self.kind.lower_is_better
 
     @property
     def text(self) -> str:
-        """`-3.2 % (95 % interval -5.0 to -1.4; p = 0.012; 5 seeds)`."""
-        told = effect_text(self.effect, np.nan, np.nan, self.kind.unit)
+        """`−3.2 % (95 % interval −5.0 to −1.4; p = 0.012; 5 seeds)`."""
+        effect = effect_text(self.effect, np.nan, np.nan, self.kind.unit)
         if np.isnan(self.p):
-            return f"{told} (no interval; {_seeds(self.pairs)})"
+            return f"{effect} (no interval; {_seeds(self.pairs)})"
         interval = effect_text(self.effect, self.low, self.high, "").partition("(")[2][:-1]
         p = p_text(self.p)
         sign = "" if p.startswith("<") else "= "
-        return f"{told} (95 % interval {interval}; p {sign}{p}; {_seeds(self.pairs)})"
+        return f"{effect} (95 % interval {interval}; p {sign}{p}; {_seeds(self.pairs)})"
 
 
 def _seeds(count: int) -> str:
@@ -87,44 +87,47 @@ def _seeds(count: int) -> str:
 
 
 def scored(table: pd.DataFrame, task: str | None = None, metric: str | None = None) -> pd.DataFrame:
-    """The rows of one number, with `score`: it on the scale on which effects are taken.
+    """Return the rows of one metric with `score`, the value on the scale of effects.
 
     Args:
-        table: as `load_results` gives it.
-        task: the main metric's if not given.
-        metric: likewise.
+        table: as `load_results` returns it.
+        task: default: the main metric's task.
+        metric: default: the main metric.
 
     Raises:
-        TableError: if no pruned model has such a number yet.
+        TableError: if no cell has a result yet.
     """
     rows = measured(table)
     if task is None or metric is None:
-        there = headline_metrics(rows)
-        if not there:
+        main = headline_metrics(rows)
+        if not main:
             raise TableError("no cell has a result yet")
-        task, metric = there[0]
+        task, metric = main[0]
     rows = rows[(rows["task"] == task) & (rows["metric"] == metric)]
     score = metric_named(metric).scaled(rows["value"].to_numpy(dtype=np.float64))
-    rows = rows.assign(score=score)
-    finite: pd.DataFrame = rows[np.isfinite(rows["score"])]
-    return finite
+    return rows.assign(score=score)
 
 
 def calibrated(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of cells that take data."""
+    """Return the rows of cells that use calibration data."""
     return rows[rows["calibration"] != NO_CALIBRATION]
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, across: Sequence[str]) -> EffectEstimate:
-    """How `first` differs from `second`, rows with scores, in settings that are alike but for the
-    columns in `across`.
+    """Return the mean difference of `first` from `second` in settings that agree in all columns
+    but those in `across`.
 
-    Differences are averaged within each seed; seeds that lack a setting which others have are left
-    out, since their averages would not compare.
+    Differences are averaged within each seed. Seeds that lack a setting of the others are left out:
+    their averages could not be compared.
+
+    Args:
+        first: rows with `score`.
+        second: rows with `score`.
+        across: columns in which the two sides differ.
     """
     kinds = set(first["metric"]) | set(second["metric"])
     kind = metric_named(min(kinds)) if kinds else metric_named("perplexity")
-    together = [axis for axis in AXES if axis not in across and axis in first]
+    together = [axis for axis in AXES if axis not in across]
     pairs = first[[*together, "seed", "score"]].merge(
         second[[*together, "seed", "score"]], on=[*together, "seed"], suffixes=("", "_second")
     )
@@ -132,7 +135,7 @@ def paired(first: pd.DataFrame, second: pd.DataFrame, across: Sequence[str]) -> 
 
 
 def over_seeds(differences: pd.DataFrame, kind: MetricKind) -> EffectEstimate:
-    """The mean of `score`, which holds differences, over seeds."""
+    """Return the mean over seeds of `score`, which holds differences."""
     by_seed = differences.groupby("seed")["score"].agg(["mean", "size"])
     whole = by_seed.loc[by_seed["size"] == by_seed["size"].max(), "mean"]
     if whole.empty:
@@ -143,10 +146,13 @@ def over_seeds(differences: pd.DataFrame, kind: MetricKind) -> EffectEstimate:
 
 
 def slope(rows: pd.DataFrame, x: str, across: Sequence[str], per: float = 1.0) -> EffectEstimate:
-    """How the score changes when column `x` rises by `per`: least squares within each seed and
-    setting, averaged over settings, with t over seeds."""
+    """Return the change of the score when column `x` rises by `per`.
+
+    A line is fitted by least squares within each seed and setting; slopes are averaged over
+    settings, with Student's t over seeds.
+    """
     kind = metric_named(str(rows["metric"].iloc[0]))
-    together = [axis for axis in AXES if axis not in (*across, x) and axis in rows]
+    together = [axis for axis in AXES if axis not in (*across, x)]
     lines = []
     for key, group in rows.groupby([*together, "seed"], dropna=False):
         places = group[x].to_numpy(dtype=np.float64)
@@ -157,7 +163,7 @@ def slope(rows: pd.DataFrame, x: str, across: Sequence[str], per: float = 1.0) -
 
 
 def corrected(estimates: dict[Any, EffectEstimate]) -> dict[Any, EffectEstimate]:
-    """The estimates with p by Holm over all of them; intervals stay those of one."""
+    """Return the estimates with Holm-corrected p; intervals stay uncorrected."""
     p = holm([estimate.p for estimate in estimates.values()])
     changed = zip(estimates.items(), p, strict=True)
     return {name: estimate._replace(p=float(own)) for (name, estimate), own in changed}
@@ -166,11 +172,14 @@ def corrected(estimates: dict[Any, EffectEstimate]) -> dict[Any, EffectEstimate]
 def bootstrap(
     units: int, statistic: Callable[[Any], float], draws: int = DRAWS
 ) -> tuple[float, float]:
-    """95 % percentile interval of a statistic of resampled units; NaN where it is mostly NaN.
+    """Return the 95 % percentile interval of a statistic of resampled units.
+
+    It is NaN if more than half of the resamples give NaN.
 
     Args:
-        units: how many there are.
-        statistic: of an array of their numbers, drawn with replacement.
+        units: number of units.
+        statistic: function of an array of unit indices, drawn with replacement.
+        draws: number of resamples.
     """
     generator = np.random.default_rng(0)
     values: Values = np.array(
@@ -184,7 +193,7 @@ def bootstrap(
 
 
 def estimate_rows(estimates: dict[Any, EffectEstimate]) -> pd.DataFrame:
-    """The estimates as a table: what, effect, low, high, p, pairs, unit."""
+    """Return the estimates as a table: what, effect, low, high, p, seeds, unit."""
     return pd.DataFrame(
         [
             {
@@ -202,30 +211,30 @@ def estimate_rows(estimates: dict[Any, EffectEstimate]) -> pd.DataFrame:
 
 
 def of_calibration(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The rows of a calibration that a study speaks of.
+    """Return the rows of a calibration that a study needs.
 
     Raises:
-        TableError: if there is none.
+        TableError: if it has no result.
     """
     chosen = rows[rows["calibration"] == name]
     if chosen.empty:
-        there = ", ".join(sorted(set(calibrated(rows)["calibration"]))) or "none"
-        raise TableError(f"no result of a calibration named {name} (there: {there})")
+        found = ", ".join(sorted(set(calibrated(rows)["calibration"]))) or "none"
+        raise TableError(f"no result of a calibration named {name} (found: {found})")
     return chosen
 
 
 def listed(words: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Return `a, b and c`."""
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def trailing_number(name: str) -> float:
-    """25 of `unseen-25`.
+    """Return the number a name ends with, such as 25 for `unseen-25`.
 
     Raises:
-        TableError: if the name ends with no number.
+        TableError: if the name does not end with a number.
     """
     digits = name.rpartition("-")[2]
     if not digits.replace(".", "", 1).isdigit():

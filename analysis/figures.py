@@ -1,7 +1,7 @@
-"""A metric against sparsity by calibration source, and the sources' differences from one of them.
+"""The report's figures: a metric against sparsity, and differences from a reference calibration.
 
-In the first, each pruner has a panel, each source a colour and a marker. Targets are categories:
-N:M patterns stand beside the unstructured sparsities, not on top of them.
+Each source has a colour and a marker. Targets are categories: N:M patterns stand beside the
+unstructured sparsities, not on top of them.
 """
 
 import io
@@ -19,16 +19,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from analysis.labels import DENSE, NO_CALIBRATION, in_order, targets_in_order, with_labels
+from analysis.labels import DENSE, NO_CALIBRATION, in_order, targets_in_order
 from analysis.load import TableError
 from analysis.metrics import MetricKind, metric_named
 from analysis.statistics import compare_with_reference, summarize
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#8c6d31")
-"""Told apart with any colour vision, with the markers' help. After Okabe and Ito."""
+"""Distinguishable with any colour vision, together with the markers. After Okabe and Ito."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-"""One more than colours, so that no pair of both comes twice before all have come."""
+"""One more than colours, so that all pairs of colour and marker are used before one repeats."""
 
 GREY = "#555555"
 REFERENCE_STYLES: Any = (":", "-.", (0, (4, 1, 1, 1, 1, 1)))
@@ -50,7 +50,7 @@ STYLE: Any = {
 
 
 class Appearance(NamedTuple):
-    """How a calibration source is drawn."""
+    """Colour and marker of a calibration source."""
 
     colour: str
     marker: str
@@ -64,14 +64,14 @@ class Limits(NamedTuple):
 
 
 def appearances(sources: Iterable[str]) -> dict[str, Appearance]:
-    """Colour and marker of each source, by its place among all of a table."""
+    """Return the appearance of each source, by its position among all sources of a table."""
     ordered = in_order(sources)
     pairs = islice(zip(cycle(COLOURS), cycle(MARKERS), strict=False), len(ordered))
     return {source: Appearance(*pair) for source, pair in zip(ordered, pairs, strict=True)}
 
 
 def target_places(levels: pd.DataFrame) -> dict[str, float]:
-    """Where each target stands across: one apart, N:M patterns after a gap."""
+    """Return the horizontal position of each target: one apart, N:M patterns after a gap."""
     targets = targets_in_order(levels)
     unstructured = any(":" not in target for target in targets)
     return {
@@ -81,27 +81,29 @@ def target_places(levels: pd.DataFrame) -> dict[str, float]:
 
 
 def sparsity_figure(table: pd.DataFrame, model: str, task: str, metric: str) -> Figure:
-    """Mean over seeds with its standard deviation against sparsity, a panel a pruner.
+    """Draw mean and standard deviation over seeds against sparsity, one panel per method.
 
-    The dense model and pruners without data are lines across. Such a pruner's value that lies far
-    beyond all calibrated ones is written at the panel's edge, so as not to flatten the rest.
+    The dense model and pruners without data are horizontal lines. A pruner without data whose value
+    is far from all calibrated ones is written at the panel's edge, so that the scale stays
+    readable.
 
     Args:
-        table: one grid's results, failed cells included: the caption counts them.
+        table: one grid's results, with failed and missing cells: the caption counts them.
+        model: model to show.
+        task: task of the metric.
+        metric: metric to show.
 
     Raises:
         TableError: if the model has no such number.
     """
-    rows = with_labels(table)
-    rows = rows[rows["model"] == model]
+    rows = table[table["model"] == model]
     levels = summarize(rows[(rows["task"] == task) & (rows["metric"] == metric)])
     if levels.empty:
         raise TableError(f"{model} has no {metric} of {task}: name another model, task or metric")
     kind = metric_named(metric)
-    finite = levels[np.isfinite(kind.scaled(levels["mean"].to_numpy()))]
-    calibrated = finite[finite["calibration"] != NO_CALIBRATION]
-    without_data = finite[(finite["calibration"] == NO_CALIBRATION) & (finite["pruner"] != DENSE)]
-    dense = finite.loc[finite["pruner"] == DENSE, "mean"]
+    calibrated = levels[levels["calibration"] != NO_CALIBRATION]
+    without_data = levels[(levels["calibration"] == NO_CALIBRATION) & (levels["pruner"] != DENSE)]
+    dense = levels.loc[levels["pruner"] == DENSE, "mean"]
     styles = appearances(rows.loc[rows["calibration"] != NO_CALIBRATION, "source"])
     shown = {source: styles[source] for source in in_order(calibrated["source"])}
     places = target_places(levels)
@@ -115,8 +117,8 @@ def sparsity_figure(table: pd.DataFrame, model: str, task: str, metric: str) -> 
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
         for panel, method in zip(axes.flat, panels, strict=False):
             panel.set_title(method, loc="left")
-            _across(panel, without_data, dense, places, limits, kind)
-            _sources(panel, calibrated[calibrated["method"] == method], shown, places)
+            _draw_references(panel, without_data, dense, places, limits, kind)
+            _draw_sources(panel, calibrated[calibrated["method"] == method], shown, places)
         for empty in axes.flat[len(panels) :]:
             empty.set_visible(False)
         for column in range(across):
@@ -126,29 +128,31 @@ def sparsity_figure(table: pd.DataFrame, model: str, task: str, metric: str) -> 
         figure.suptitle(f"{model}: {task}", x=0.012, ha="left", fontsize=12, fontweight="bold")
         figure.supylabel(_value_label(task, metric, kind), fontsize=9)
         names = _legend(figure, shown, without_data, not dense.empty)
-        _place(figure, names, _caption(rows, levels, finite, width))
+        _place(figure, names, _caption(rows, calibrated, width))
     return figure
 
 
 def difference_figure(
     table: pd.DataFrame, model: str, task: str, metric: str, reference: str
 ) -> Figure:
-    """Each calibration's difference from the reference with its 95 % interval, a panel a method.
+    """Draw each calibration's difference from the reference with its 95 % interval, one panel per
+    method.
 
-    Rows name pruning target and source beside the point; filled points are those whose interval
-    leaves out no difference, so that grey print tells them too.
+    Each row names target and source. A point is filled if its interval excludes 0, which is visible
+    in grey too.
 
     Args:
         table: one grid's results.
+        model: model to show.
+        task: task of the metric.
+        metric: metric to show.
         reference: a label in `source`.
 
     Raises:
-        TableError: if nothing is there to compare.
+        TableError: if there is nothing to compare.
     """
-    rows = with_labels(table)
-    rows = rows[(rows["model"] == model) & (rows["task"] == task) & (rows["metric"] == metric)]
+    rows = table[(table["model"] == model) & (table["task"] == task) & (table["metric"] == metric)]
     compared = compare_with_reference(rows, reference)
-    compared = compared[np.isfinite(compared["effect"].to_numpy(dtype=np.float64))]
     if compared.empty:
         raise TableError(f"{model} has no {metric} of {task} to compare with {reference}")
     styles = appearances(rows.loc[rows["calibration"] != NO_CALIBRATION, "source"])
@@ -161,13 +165,13 @@ def difference_figure(
         for panel, method in zip(axes, methods, strict=True):
             panel.set_title(method, loc="left")
             of_method = compared[compared["method"] == method].sort_values(["target", "source"])
-            _differences(panel, of_method, styles)
+            _draw_differences(panel, of_method, styles)
         axes[0].set_xlim(*_reach(compared))
         unit = "%" if kind.unit == "%" else f"{kind.unit or metric}"
         better = "left" if kind.lower_is_better else "right"
         figure.supxlabel(
             f"difference from {reference} in {unit} of {metric}: {better} is better. "
-            "Bars: 95 % t interval over seeds,\ncut at the panel's edge; filled: it leaves out 0",
+            "Bars: 95 % t interval over seeds,\ncut at the panel's edge; filled: it excludes 0",
             fontsize=8,
         )
         figure.suptitle(f"{model}: {task}", x=0.012, ha="left", fontsize=12, fontweight="bold")
@@ -176,7 +180,7 @@ def difference_figure(
 
 
 def _reach(compared: pd.DataFrame) -> Limits:
-    """All effects and no difference, and as much of their intervals as leaves these readable."""
+    """Return limits that hold 0, all effects, and their intervals up to a readable width."""
     effects = np.append(compared["effect"].to_numpy(dtype=np.float64), 0.0)
     width = max(float(np.ptp(effects)), 1e-9)
     ends = compared[["low", "high"]].to_numpy(dtype=np.float64)
@@ -186,7 +190,7 @@ def _reach(compared: pd.DataFrame) -> Limits:
     return Limits(float(every.min()) - margin, float(every.max()) + margin)
 
 
-def _differences(panel: Axes, compared: pd.DataFrame, styles: dict[str, Appearance]) -> None:
+def _draw_differences(panel: Axes, compared: pd.DataFrame, styles: dict[str, Appearance]) -> None:
     panel.axvline(0, color=GREY, linewidth=1, linestyle="--", zorder=1)
     labels = []
     for place, row in enumerate(compared.to_dict("records")):
@@ -217,12 +221,12 @@ def _differences(panel: Axes, compared: pd.DataFrame, styles: dict[str, Appearan
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as PNG; equal figures give equal bytes."""
+    """Return the figure as PNG; equal figures give equal bytes."""
     return _saved(figure, "png", {"Software": None}, PNG_DPI)
 
 
 def svg_bytes(figure: Figure) -> bytes:
-    """The figure as SVG, text as outlines; equal figures give equal bytes."""
+    """Return the figure as SVG with text as outlines; equal figures give equal bytes."""
     return _saved(figure, "svg", {"Date": None, "Creator": None}, 72)
 
 
@@ -236,10 +240,10 @@ def _saved(figure: Figure, form: str, metadata: dict[str, Any], dpi: int) -> byt
 # ------------------------------------------------------------------------------------- one panel
 
 
-def _sources(
+def _draw_sources(
     panel: Axes, levels: pd.DataFrame, shown: dict[str, Appearance], places: dict[str, float]
 ) -> None:
-    """Points side by side around their target; lines join unstructured sparsities only."""
+    """Draw points side by side around their target; lines join unstructured sparsities only."""
     step = min(0.14, 0.6 / max(len(shown), 1))
     for place, (source, style) in enumerate(shown.items()):
         rows = levels[levels["source"] == source].set_index("target")
@@ -268,7 +272,7 @@ def _sources(
         )
 
 
-def _across(
+def _draw_references(
     panel: Axes,
     without_data: pd.DataFrame,
     dense: "pd.Series[float]",
@@ -288,14 +292,16 @@ def _across(
                     value, place - 0.42, place + 0.42, GREY, linestyles=style, lw=1.4, zorder=1
                 )
             else:
-                _beyond(panel, place, value, limits, kind)
+                _write_at_edge(panel, place, value, limits, kind)
 
 
-def _beyond(panel: Axes, place: float, value: float, limits: Limits, kind: MetricKind) -> None:
+def _write_at_edge(
+    panel: Axes, place: float, value: float, limits: Limits, kind: MetricKind
+) -> None:
     above = value > limits.high
-    told = f"{100 * value:.0f}" if kind.is_share else _plain(value)
+    text = f"{100 * value:.0f}" if kind.is_share else _plain(value)
     panel.annotate(
-        f"{'↑' if above else '↓'} {told}",
+        f"{'↑' if above else '↓'} {text}",
         (place, limits.high if above else limits.low),
         xytext=(0, -1 if above else 1),
         textcoords="offset points",
@@ -312,7 +318,7 @@ def _limits(
     dense: "pd.Series[float]",
     kind: MetricKind,
 ) -> Limits:
-    """All that calibration gave and the dense level, with other values that are near."""
+    """Return limits that hold the calibrated values, the dense level, and others nearby."""
     spread = calibrated["sd"].fillna(0.0)
     ends = [calibrated["mean"] - spread, calibrated["mean"] + spread, dense]
     scaled = _finite(np.concatenate(ends), kind)
@@ -334,7 +340,7 @@ def _finite(values: Any, kind: MetricKind) -> Any:
 
 
 def _scale(panel: Axes, places: dict[str, float], limits: Limits, kind: MetricKind) -> None:
-    """Axes of one panel, which all share."""
+    """Set the scales and ticks, which all panels share."""
     if kind.is_perplexity:
         panel.set_yscale("log", nonpositive="clip")
         ratio = limits.high / limits.low
@@ -391,27 +397,25 @@ def _legend(
     )
 
 
-def _caption(
-    rows: pd.DataFrame, levels: pd.DataFrame, finite: pd.DataFrame, width_inches: float
-) -> str:
-    seeds = levels.loc[levels["calibration"] != NO_CALIBRATION, "n"]
-    told = []
+def _caption(rows: pd.DataFrame, calibrated: pd.DataFrame, width_inches: float) -> str:
+    seeds = calibrated["n"]
+    sentences = []
     if not seeds.empty:
         few, many = int(seeds.min()), int(seeds.max())
         count = f"{many} seed{'s' if many > 1 else ''}" if few == many else f"{few} to {many} seeds"
-        told.append(f"Mean over {count}" + ("; bars: ± standard deviation." if many > 1 else "."))
+        sentences.append(
+            f"Mean over {count}" + ("; bars: ± standard deviation." if many > 1 else ".")
+        )
     cells = rows.groupby("cell")["status"].first()
     for status, verb in (("failed", "failed"), ("missing", "did not run yet")):
         lost = int((cells == status).sum())
         if lost:
-            told.append(f"Not shown: {lost} of {len(cells)} cells, which {verb}.")
-    if len(levels) > len(finite):
-        told.append(f"Not shown: {len(levels) - len(finite)} infinite values.")
-    return textwrap.fill(" ".join(told), int(width_inches * 15))
+            sentences.append(f"Not shown: {lost} of {len(cells)} cells, which {verb}.")
+    return textwrap.fill(" ".join(sentences), int(width_inches * 15))
 
 
 def _place(figure: Figure, legend: Any, caption: str) -> None:
-    """Panels to the left of the legend, the caption below, nothing over anything."""
+    """Place the panels left of the legend and above the caption, without overlaps."""
     width, height = figure.get_size_inches()
     lines = caption.count("\n") + 1
     bottom = (0.12 + 0.15 * lines) / height

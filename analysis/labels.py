@@ -1,12 +1,12 @@
-"""Short names for what is compared, which tell apart all that varies in a grid.
+"""Short names that distinguish everything that varies in a grid.
 
-`source` is the calibration with its varied settings, `method` the pruner with its own, the
-allocation and the amount of data, `target` the sparsity or the N:M pattern. A setting is named only
-where it varies within one calibration, pruner or allocation of the grid, so plain grids have plain
-labels.
+`source` is the calibration with its varied settings; `method` is the pruner with its own, the
+allocation and the amount of data; `target` is the sparsity or the N:M pattern. A setting is named
+only where it varies within one calibration, pruner or allocation of the grid, so the labels of a
+plain grid are plain.
 
-They and the columns they are made of are ordered categories: pruners from cheap to costly, corpora
-before generated data, sparsities before patterns. So tables and figures sort by meaning.
+The labels and the columns they are made of are ordered categories: pruners from cheap to costly,
+corpora before generated data, sparsities before patterns. Tables and figures thus sort by meaning.
 """
 
 import json
@@ -26,7 +26,7 @@ NO_CALIBRATION = "none"
 UNSTRUCTURED = "unstructured"
 
 PRUNERS = (DENSE, "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps")
-"""From what changes nothing to what costs most; others follow by name."""
+"""From cheap to costly; other pruners follow by name."""
 
 SOURCE_AXES = {
     "prefix_tokens": "{} prefix tokens",
@@ -34,7 +34,7 @@ SOURCE_AXES = {
     "num_samples": "{} samples",
     "temperature": "temperature {}",
 }
-"""Columns that make calibration data another kind of data, and how a label tells them."""
+"""Columns that make calibration data different data, and their text in a label."""
 
 METHOD_AXES = {
     "pruner_options": "{}",
@@ -43,21 +43,19 @@ METHOD_AXES = {
     "nsamples": "{} windows",
     "seqlen": "{} tokens each",
 }
-"""Columns within whose values alone calibrations are compared, and how a label tells them."""
+"""Columns that calibrations share where they are compared, and their text in a label."""
 
 WITHIN_ALLOCATION = ("allocation_options", "nsamples", "seqlen")
-"""Columns that mean nothing to some allocations: what varies is told of each allocation apart."""
+"""Columns without meaning for some allocations: each allocation names its own varied settings."""
 
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)")
 
 
 def with_labels(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the columns `source`, `method` and `target`; unchanged if it has them.
+    """Return the table with the columns `source`, `method` and `target`.
 
     These and `calibration`, `pruner` and `pattern` are ordered categories.
     """
-    if {"source", "method", "target"} <= set(table.columns):
-        return table
     names = ["pruner", "sparsity", "pattern"]
     codes, settings = _distinct(table, names)
     targets = [_target(*setting) for setting in settings[names].itertuples(index=False)]
@@ -75,8 +73,8 @@ def with_labels(table: pd.DataFrame) -> pd.DataFrame:
         "calibration": calibrations,
         "pruner": pruners,
         "pattern": _patterns(labelled),
-        "source": _by_first(labelled, "source", "calibration", calibrations),
-        "method": _by_first(labelled, "method", "pruner", pruners),
+        "source": _by_name(labelled, "source", "calibration", calibrations),
+        "method": _by_name(labelled, "method", "pruner", pruners),
         "target": [*([DENSE] if DENSE in pruners else []), *targets_in_order(labelled)],
     }
     return labelled.astype(
@@ -85,22 +83,22 @@ def with_labels(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Distinct labels: in their own order if they are ordered categories, else numbers in them by
-    size."""
+    """Return the distinct labels: ordered categories in their order, others with the numbers in
+    them by size."""
     if isinstance(labels, pd.Series) and isinstance(labels.dtype, pd.CategoricalDtype):
-        there = set(labels.dropna())
-        return [label for label in labels.dtype.categories if label in there]
+        present = set(labels.dropna())
+        return [label for label in labels.dtype.categories if label in present]
     return sorted(set(labels), key=natural)
 
 
 def natural(label: str) -> list[str | float]:
-    """Sort key in which `4 windows` comes before `16 windows`."""
+    """Return a sort key that puts `4 windows` before `16 windows`."""
     parts = _NUMBER.split(label)
     return [float(part) if odd % 2 else part for odd, part in enumerate(parts)]
 
 
 def targets_in_order(table: pd.DataFrame) -> list[str]:
-    """Distinct targets of pruned cells: unstructured ones by sparsity, then patterns."""
+    """Return the distinct targets of pruned cells: sparsities by size, then patterns."""
     pruned = table.loc[table["pruner"] != DENSE, ["pattern", "sparsity", "target"]]
     distinct = pruned.drop_duplicates("target").to_dict("records")
     ordered = sorted(
@@ -111,7 +109,8 @@ def targets_in_order(table: pd.DataFrame) -> list[str]:
 
 
 def _distinct(table: pd.DataFrame, names: Sequence[str]) -> tuple[Any, pd.DataFrame]:
-    """Of each row the place of its combination of values, and the first row of each."""
+    """Return each row's index among the distinct combinations of values, and the first row of
+    each combination."""
     groups = table.groupby(list(names), dropna=False, sort=False, observed=True)
     codes = groups.ngroup().to_numpy()
     first = np.unique(codes, return_index=True)[1]
@@ -119,47 +118,43 @@ def _distinct(table: pd.DataFrame, names: Sequence[str]) -> tuple[Any, pd.DataFr
 
 
 def _with_varied(table: pd.DataFrame, name: str, axes: dict[str, str]) -> Any:
-    present = [axis for axis in axes if axis in table]
-    codes, settings = _distinct(table, ["grid", name, *present])
+    codes, settings = _distinct(table, ["grid", name, *axes])
     labels = [str(label) for label in settings[name]]
-    for axis in present:
-        within = ["grid", name]
-        if axis in WITHIN_ALLOCATION and "allocation" in table:
-            within.append("allocation")
+    for axis, text in axes.items():
+        within = ["grid", name, *(["allocation"] if axis in WITHIN_ALLOCATION else [])]
         groups = settings.groupby(within, dropna=False, observed=True)
         distinct = groups[axis].transform(lambda column: column.nunique(dropna=False))
         for row, (value, count) in enumerate(zip(settings[axis], distinct, strict=True)):
             if count > 1 and pd.notna(value):
-                labels[row] += ", " + axes[axis].format(_setting(axis, value))
+                labels[row] += ", " + text.format(_setting(axis, value))
     return np.asarray(labels, dtype=object)[codes]
 
 
 def _calibrations(table: pd.DataFrame) -> list[str]:
-    """None first, then corpora, then what a model wrote, each by name."""
-    generated = table.get("num_samples", pd.Series(pd.NA, table.index)).notna()
-    written = set(table.loc[generated, "calibration"])
-    rest = set(table["calibration"]) - written - {NO_CALIBRATION}
+    """Return none first, then corpora, then what a model wrote, each by name."""
+    generated = set(table.loc[table["num_samples"].notna(), "calibration"])
+    corpora = set(table["calibration"]) - generated - {NO_CALIBRATION}
     none = [NO_CALIBRATION] if NO_CALIBRATION in set(table["calibration"]) else []
-    return [*none, *in_order(rest), *in_order(written - {NO_CALIBRATION})]
+    return [*none, *in_order(corpora), *in_order(generated - {NO_CALIBRATION})]
 
 
 def _patterns(table: pd.DataFrame) -> list[str]:
-    there = set(table["pattern"].dropna())
-    return sorted(there, key=lambda pattern: (pattern != UNSTRUCTURED, natural(pattern)))
+    patterns = set(table["pattern"].dropna())
+    return sorted(patterns, key=lambda pattern: (pattern != UNSTRUCTURED, natural(pattern)))
 
 
-def _by_first(table: pd.DataFrame, label: str, name: str, order: list[str]) -> list[str]:
-    """The labels by the order of the names they begin with, then by what varies."""
+def _by_name(table: pd.DataFrame, label: str, name: str, order: list[str]) -> list[str]:
+    """Return the labels by the order of the names they begin with, then by what varies."""
     pairs = table[[name, label]].drop_duplicates().itertuples(index=False, name=None)
     ranked = sorted(pairs, key=lambda pair: (order.index(pair[0]), natural(pair[1])))
-    return list(dict.fromkeys(told for _, told in ranked))
+    return list(dict.fromkeys(text for _, text in ranked))
 
 
 def _setting(axis: str, value: object) -> str:
     if axis in ("pruner_options", "allocation_options"):
         options = json.loads(str(value))
-        told = (f"{name} {option}" for name, option in sorted(options.items()))
-        return ", ".join(told) or "default options"
+        named = (f"{name} {option}" for name, option in sorted(options.items()))
+        return ", ".join(named) or "default options"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,7 +1,7 @@
-"""Where each cell's numbers come from, as one small document that a page can carry.
+"""The origin of each cell's numbers, as one small document for the page.
 
-The specs of all stages before an evaluation are nested in its own, and cells share most of them. So
-each spec is held once, under a number, and stands elsewhere as `{"$spec": number}`.
+An evaluation's spec nests the specs of all stages before it, and cells share most of them. So the
+document holds each spec once, under a number, and refers to it as `{"$spec": number}`.
 """
 
 import json
@@ -15,17 +15,16 @@ REFERENCE = "$spec"
 
 
 def lineage_document(table: pd.DataFrame) -> dict[str, Any]:
-    """`cells`, by their hashes, and the `specs` that they are made by.
+    """Return `cells`, by their hashes, and the list of `specs` that they refer to.
 
-    A cell has its names, `status`, `error` if it has one, the artifacts' `keys`, `seconds`, `host`,
-    its `numbers` as text, and the number of its evaluation's spec, null where the table has none.
+    A cell has its names, `status`, any `error`, the artifacts' `keys`, `seconds`, `host`, its
+    `numbers` as text, and the number of its evaluation's spec.
     """
     specs: list[Any] = []
     known: dict[str, int] = {}
     cells = {}
     for cell, rows in table.groupby("cell", sort=False, observed=True):
         first = {name: value for name, value in rows.iloc[0].items() if not _is_null(value)}
-        spec = first.get("lineage")
         cells[str(cell)] = {
             **{name: str(first[name]) for name in NAMES if name in first},
             "keys": {name: first[name] for name in ("evaluate_key", "prune_key") if name in first},
@@ -41,7 +40,7 @@ def lineage_document(table: pd.DataFrame) -> dict[str, Any]:
                 )
                 if not _is_null(value)
             },
-            "spec": None if spec is None else _interned(json.loads(spec), specs, known),
+            "spec": _interned(json.loads(first["lineage"]), specs, known),
         }
     return {"cells": cells, "specs": specs}
 
@@ -50,22 +49,22 @@ NAMES = ("status", "model", "method", "target", "source", "seed", "error", "host
 
 
 def _interned(spec: dict[str, Any], specs: list[Any], known: dict[str, int]) -> int:
-    """The number of a spec, whose own specs are references."""
-    held = {name: _held(value, specs, known) for name, value in spec.items()}
-    text = json.dumps(held, sort_keys=True)
+    """Add a spec, with references to its inner specs, unless it is there; return its number."""
+    flat = {name: _flat(value, specs, known) for name, value in spec.items()}
+    text = json.dumps(flat, sort_keys=True)
     if text not in known:
         known[text] = len(specs)
-        specs.append(held)
+        specs.append(flat)
     return known[text]
 
 
-def _held(value: Any, specs: list[Any], known: dict[str, int]) -> Any:
+def _flat(value: Any, specs: list[Any], known: dict[str, int]) -> Any:
     if isinstance(value, dict) and "kind" in value:
         return {REFERENCE: _interned(value, specs, known)}
     if isinstance(value, dict):
-        return {name: _held(each, specs, known) for name, each in value.items()}
+        return {name: _flat(each, specs, known) for name, each in value.items()}
     if isinstance(value, list):
-        return [_held(each, specs, known) for each in value]
+        return [_flat(each, specs, known) for each in value]
     return value
 
 

@@ -1,4 +1,4 @@
-"""The results table, from a store or from one Parquet file."""
+"""Read the results table from a store or from one Parquet file."""
 
 import posixpath
 from pathlib import Path
@@ -12,34 +12,30 @@ import pyarrow.parquet as pq
 
 from analysis.labels import in_order, with_labels
 
-ESSENTIAL: dict[str, str] = {
+COLUMNS: dict[str, str] = {
     "grid": "str",
     "cell": "str",
     "status": "str",
+    "error": "str",
     "model": "str",
     "calibration": "str",
     "pruner": "str",
-    "sparsity": "float64",
-    "pattern": "str",
-    "seed": "Int64",
-    "task": "str",
-    "metric": "str",
-    "value": "float64",
-}
-"""Columns without which there is nothing to say, and their types."""
-
-OPTIONAL: dict[str, str] = {
-    "error": "str",
-    "traceback": "category",
     "pruner_options": "str",
     "allocation": "str",
     "allocation_options": "str",
+    "sparsity": "float64",
+    "pattern": "str",
+    "seed": "Int64",
     "nsamples": "Int64",
     "seqlen": "Int64",
     "prefix_tokens": "Int64",
     "drop_fraction": "float64",
     "num_samples": "Int64",
     "temperature": "float64",
+    "measured_sparsity": "float64",
+    "task": "str",
+    "metric": "str",
+    "value": "float64",
     "stderr": "float64",
     "samples": "Int64",
     "limit": "Int64",
@@ -49,28 +45,33 @@ OPTIONAL: dict[str, str] = {
     "dtype": "str",
     "tokenizer": "str",
     "chat_template": "str",
-    "measured_sparsity": "float64",
+    "traceback": "category",
+    "seconds_generate": "float64",
+    "seconds_score": "float64",
     "seconds_prune": "float64",
     "seconds_evaluate": "float64",
     "peak_memory_bytes": "Int64",
     "note": "category",
     "versions": "category",
     "host": "category",
-    "evaluate_key": "str",
     "prune_key": "str",
     "prune_report": "category",
+    "calibration_report": "category",
+    "calibration_tokens": "Int64",
+    "calibration_overlap": "float64",
+    "evaluate_key": "str",
+    "bytes_dense": "Int64",
+    "bytes_masks": "Int64",
+    "bytes_compressed": "Int64",
+    "speed_2_4": "str",
     "lineage": "category",
 }
-"""Columns that are null throughout where a table lacks them. Categories are long texts that many
-rows share."""
+"""Columns of a results table and their types. Categories are long texts that many rows share."""
 
-NUMBER = ("task", "metric", "stderr", "samples")
-"""What describes a number besides its value; null in the row of a cell that has none."""
-
-SHARED = [column for column, dtype in OPTIONAL.items() if dtype == "category"]
+SHARED = [column for column, dtype in COLUMNS.items() if dtype == "category"]
 
 INTEGERS = {pa.int64(): pd.Int64Dtype()}
-"""Read as they are: by way of floats a null would be a number."""
+"""Integers stay integers: as floats, those beyond 2**53 would be rounded where others are null."""
 
 STATUS = pd.CategoricalDtype(["ok", "failed", "missing"], ordered=True)
 
@@ -78,32 +79,30 @@ REMEDY = "write it with `python -m jobs run GRID` or `python -m jobs gather GRID
 
 
 class TableError(ValueError):
-    """A results table, or what is asked of it, is wrong; the message says what to do."""
+    """A results table, or a question to it, is wrong; the message names the remedy."""
 
 
 def load_results(location: str | Path, grid: str | None = None) -> pd.DataFrame:
-    """Read a results table: one row a cell, task and metric; failed cells are one row.
+    """Read a results table: one row per cell, task and metric; a lost cell is one row.
 
-    A cell with a number that is NaN, infinite or not there is a failed one, as the tables of older
-    versions may hold it: its model is broken, and its other numbers say nothing.
-
-    Columns are those of `docs/analysis.md`; further ones are kept as they are. `source`, `method`
-    and `target` name the calibration, the pruner and the sparsity with all that varies in the grid.
-    What has an order that is not the alphabet's is an ordered category.
+    The columns are those of `docs/analysis.md`. `source`, `method` and `target` name the
+    calibration, the pruner and the sparsity with every setting that varies in the grid. Columns
+    with an order of their own are ordered categories.
 
     Args:
-        location: a store's folder or fsspec URL, whose grids are read one below the other, or one
-            Parquet file.
+        location: a store's folder or fsspec URL, or one Parquet file. All grids of a store are
+            read into one table.
         grid: read this grid only.
 
     Raises:
         FileNotFoundError: if there is no such table.
-        TableError: if a column is missing or has a wrong type, or the URL cannot be used.
+        TableError: if a column is missing or has a wrong type, a number is not finite, or the URL
+            cannot be opened.
     """
     files, root = file_system(location)
     if root.endswith(".parquet"):
         if not files.exists(root):
-            raise FileNotFoundError(f"{location}: there is no such results table: {REMEDY}")
+            raise FileNotFoundError(f"{location}: no such results table: {REMEDY}")
         paths = [root]
     else:
         paths = sorted(files.glob(posixpath.join(root, "results", "*.parquet")))
@@ -120,10 +119,10 @@ def load_results(location: str | Path, grid: str | None = None) -> pd.DataFrame:
 
 
 def file_system(location: str | Path) -> tuple[Any, str]:
-    """The fsspec file system of a folder or URL, and the path in it.
+    """Return the fsspec file system of a folder or URL, and the path in it.
 
     Raises:
-        TableError: if nothing installed can read such a URL.
+        TableError: if no installed package can open such a URL.
     """
     try:
         files, root = fsspec.core.url_to_fs(str(location))
@@ -147,38 +146,25 @@ def _read(files: Any, path: str) -> pd.DataFrame:
             read = pq.read_table(file, read_dictionary=SHARED)
             table: pd.DataFrame = read.to_pandas(types_mapper=INTEGERS.get)
         except pa.ArrowInvalid as error:
-            raise TableError(f"{path}: is no Parquet file ({error}): {REMEDY}") from error
-    missing = [column for column in ESSENTIAL if column not in table]
+            raise TableError(f"{path}: is not a Parquet file ({error}): {REMEDY}") from error
+    missing = [column for column in COLUMNS if column not in table]
     if missing:
-        raise TableError(f"{path}: column {', '.join(missing)} is missing: {REMEDY}")
-    typed = {column: _typed(table, column, path) for column in {**ESSENTIAL, **OPTIONAL}}
+        raise TableError(f"{path}: columns are missing: {', '.join(missing)}: {REMEDY}")
+    typed = table.assign(**{column: _typed(table, column, path) for column in COLUMNS})
     unknown = in_order(set(typed["status"].dropna()) - set(STATUS.categories))
     if unknown or typed["status"].isna().any():
         raise TableError(f"{path}: status is {', '.join(unknown) or 'null'}: {REMEDY}")
-    return _spoilt_as_failed(table.assign(**typed)).astype({"status": STATUS})
-
-
-def _spoilt_as_failed(table: pd.DataFrame) -> pd.DataFrame:
-    """One failed row in the place of each cell that has a number that is not finite."""
-    spoilt = (table["status"] == "ok") & table["metric"].notna() & ~np.isfinite(table["value"])
-    if not spoilt.any():
-        return table
-    first = table[spoilt].drop_duplicates(["grid", "cell"])
-    reasons = [
-        f"{task} {metric} is {value}: no result"
-        for task, metric, value in zip(first["task"], first["metric"], first["value"], strict=True)
-    ]
-    failed = first.assign(status="failed", error=reasons, value=np.nan)
-    failed[list(NUMBER)] = None
-    cells = pd.MultiIndex.from_frame(table[["grid", "cell"]])
-    kept = table[~cells.isin(pd.MultiIndex.from_frame(first[["grid", "cell"]]))]
-    whole: pd.DataFrame = pd.concat([kept, failed.astype(table.dtypes)]).sort_index()
-    return whole
+    wrong = typed[typed["metric"].notna() & ~np.isfinite(typed["value"])]
+    if not wrong.empty:
+        first = wrong.iloc[0]
+        number = f"{first['task']} {first['metric']} is {first['value']}"
+        raise TableError(f"{path}: cell {first['cell']}: {number}: {REMEDY}")
+    return typed.astype({"status": STATUS})
 
 
 def _typed(table: pd.DataFrame, column: str, path: str) -> Any:
-    dtype: Any = {**ESSENTIAL, **OPTIONAL}[column]
-    values = table[column] if column in table else pd.Series(np.nan, table.index)
+    dtype: Any = COLUMNS[column]
+    values = table[column]
     try:
         if dtype in ("str", "category"):
             return values.astype(dtype)

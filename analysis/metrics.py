@@ -1,4 +1,4 @@
-"""What a metric's numbers mean: which way is better, how they compare, how they print."""
+"""What a metric's numbers mean: which way is better, how to compare and how to print them."""
 
 import math
 from typing import NamedTuple, TypeVar
@@ -12,25 +12,25 @@ Number = TypeVar("Number", float, Values)
 
 
 class MetricKind(NamedTuple):
-    """How to treat a metric."""
+    """Properties of a metric."""
 
     lower_is_better: bool
     is_perplexity: bool
-    """Compared by ratio, that is on the log scale."""
+    """Compared by ratio, on the log scale."""
     is_share: bool
-    """A share of questions in 0..1, printed in percent."""
+    """A share of questions between 0 and 1, printed in percent."""
 
     @property
     def unit(self) -> str:
-        """Of a difference: `%` of the reference, `points` of a percentage, or the metric's own."""
+        """Return a difference's unit: `%` of the reference, percentage `points`, or none."""
         return "%" if self.is_perplexity else "points" if self.is_share else ""
 
     def scaled(self, values: Values) -> Values:
-        """The values on the scale on which they are compared."""
+        """Return values on the scale on which they are compared."""
         return np.log(values) if self.is_perplexity else values
 
     def effect(self, difference: Number) -> Number:
-        """A difference of scaled values in `unit`."""
+        """Return a difference of scaled values in `unit`."""
         if self.is_perplexity:
             with np.errstate(over="ignore"):
                 ratio: Number = 100 * np.expm1(difference)
@@ -39,7 +39,7 @@ class MetricKind(NamedTuple):
 
 
 def metric_named(name: str) -> MetricKind:
-    """How to treat a metric of lm-eval or of this project; a filter after a comma is ignored."""
+    """Return the properties of a metric; lm-eval's filter after a comma is ignored."""
     base = name.partition(",")[0]
     is_perplexity = base.endswith("perplexity")
     return MetricKind(
@@ -50,7 +50,7 @@ def metric_named(name: str) -> MetricKind:
 
 
 def heading(task: str, metric: str, limit: int | None = None) -> str:
-    """A task's metric with its unit and which way is better, and if not all was asked."""
+    """Return a task's metric with its unit, its better direction and its limit of questions."""
     kind = metric_named(metric)
     unit = " (%)" if kind.is_share else ""
     limited = "" if limit is None else f", first {limit} questions only"
@@ -59,32 +59,30 @@ def heading(task: str, metric: str, limit: int | None = None) -> str:
 
 
 def value_text(value: float, metric: str) -> str:
-    """A value as people read it; shares in percent without the sign."""
-    if not math.isfinite(value):
-        return "∞" if value == math.inf else "n/a"
+    """Return a finite value as text, a share in percent without the sign."""
     if metric_named(metric).is_share:
         return f"{100 * value:.1f}"
     return _digits(value, "")
 
 
 def spread_text(mean: float, sd: float, metric: str) -> str:
-    """`mean ± sd`, or the mean alone where there is no spread to tell."""
-    told = value_text(mean, metric)
-    return f"{told} ± {value_text(sd, metric)}" if math.isfinite(sd) else told
+    """Return `mean ± sd`, or the mean alone if the standard deviation is unknown."""
+    text = value_text(mean, metric)
+    return f"{text} ± {value_text(sd, metric)}" if math.isfinite(sd) else text
 
 
 def effect_text(effect: float, low: float, high: float, unit: str) -> str:
-    """`-3.2 % (-5.0 to -1.4)`, without brackets where there is no interval."""
+    """Return `−3.2 % (−5.0 to −1.4)`, without brackets if there is no interval."""
     if not math.isfinite(effect):
         return "n/a"
-    told = f"{_signed(effect)} {unit}".strip()
+    text = f"{_signed(effect)} {unit}".strip()
     if math.isnan(low) or math.isnan(high):
-        return told
-    return f"{told} ({_signed(low)} to {_signed(high)})"
+        return text
+    return f"{text} ({_signed(low)} to {_signed(high)})"
 
 
 def p_text(p: float) -> str:
-    """A p-value in three decimals."""
+    """Return a p-value with three decimals."""
     return "n/a" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

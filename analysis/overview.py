@@ -1,4 +1,4 @@
-"""The answer in one picture: what pruning costs each text, by calibration data."""
+"""The answer in one figure: what pruning costs each text, by calibration data."""
 
 import numpy as np
 import pandas as pd
@@ -21,14 +21,18 @@ COLOURS = "YlOrBr"
 
 
 def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure | None:
-    """Bits per byte above the dense model: a panel a pruner and target, a row a calibration, a
-    column a text, the best of each column in bold; means over seeds.
+    """Draw bits per byte above the dense model, as means over seeds.
+
+    Each pruner and target has a panel, each calibration a row, each text a column. The best
+    calibration of each column is bold.
 
     Args:
-        note: stands below, before what the figure says of itself.
+        table: one grid's results.
+        model: model to show.
+        note: text below the figure, before the caption.
 
     Returns:
-        None if the dense model or all calibrated prunings lack the metric.
+        The figure; None if the dense model or every calibrated pruner lacks the metric.
     """
     costs = _costs(table, model)
     if costs is None:
@@ -39,11 +43,11 @@ def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure |
     width = LABEL_INCHES + len(panels) * (len(texts) * CELL_INCHES[0] + BETWEEN_INCHES)
     height = (len(sources) + 1) * CELL_INCHES[1]
     calibrated = costs.loc[costs["row"] != NO_DATA, "cost"]
-    highest = float(calibrated[np.isfinite(calibrated)].max())
+    highest = float(calibrated.max())
     title = f"{model}: bits per byte lost on held-out text, by calibration data"
-    below = f"{note} Mean over seeds; bold: the best of a column.".strip()
+    caption = f"{note} Mean over seeds; bold: the best of a column.".strip()
     with rc_context(STYLE):
-        figure = titled_figure(title, below, width, height + 0.6)
+        figure = titled_figure(title, caption, width, height + 0.6)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, ((method, target), rows) in zip(axes, panels, strict=True):
             panel.set_title(f"{method} {target}", loc="left")
@@ -53,8 +57,8 @@ def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure |
 
 
 def _costs(table: pd.DataFrame, model: str) -> pd.DataFrame | None:
-    """Rows `method`, `target`, `row`, `task`, `cost`; pruners without data stand in every panel of
-    their target."""
+    """Return `method`, `target`, `row`, `task` and `cost`; magnitude without data is repeated in
+    every panel of its target."""
     rows = measured(table)
     rows = rows[(rows["metric"] == METRIC) & (rows["model"] == model)]
     dense = rows[rows["pruner"] == DENSE].set_index("task")["value"]
@@ -63,10 +67,10 @@ def _costs(table: pd.DataFrame, model: str) -> pd.DataFrame | None:
         return None
     without_data = rows[(rows["pruner"] == "magnitude") & (rows["calibration"] == NO_CALIBRATION)]
     settings = calibrated[["method", "target"]].drop_duplicates()
-    beside = without_data.drop(columns="method").merge(settings, on="target")
+    repeated = without_data.drop(columns="method").merge(settings, on="target")
     order = [*in_order(calibrated["source"]), NO_DATA]
     both = pd.concat(
-        [calibrated.assign(row=calibrated["source"].astype(str)), beside.assign(row=NO_DATA)],
+        [calibrated.assign(row=calibrated["source"].astype(str)), repeated.assign(row=NO_DATA)],
         ignore_index=True,
     )
     return both.assign(
@@ -76,11 +80,11 @@ def _costs(table: pd.DataFrame, model: str) -> pd.DataFrame | None:
 
 
 def _matrix(panel: Axes, matrix: pd.DataFrame, highest: float) -> None:
-    """Colours go from no loss to the highest of calibrated prunings, and no further."""
+    """Draw one panel; its colours go from no loss to the highest loss of a calibrated pruner."""
     values = matrix.to_numpy(dtype=np.float64)
     panel.imshow(values, cmap=COLOURS, norm=Normalize(0.0, highest), aspect="auto")
     calibrated = values[: -1 if NO_DATA in matrix.index else None]
-    best = np.nanargmin(np.where(np.isfinite(calibrated), calibrated, np.inf), axis=0)
+    best = np.argmin(np.where(np.isnan(calibrated), np.inf, calibrated), axis=0)
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
         shown = "failed" if np.isnan(value) else f"{value:+.3f}" if value < 10 else "> 10"

@@ -1,15 +1,15 @@
-"""Results laid out like the main table of arXiv 2410.17711, beside published numbers.
+"""Results in the layout of the main table of arXiv 2410.17711, beside published numbers.
 
-Rows are a model, a target, a method and its calibration data; columns are perplexities, then the
-tasks' accuracies, then their mean. `published.csv` holds the published numbers with the place each
-was read from. The paper's main table itself is not among them: its repository holds plots only.
+A row is a model, target, method and calibration. The columns are perplexities, then the accuracies
+of the tasks, then their mean. `published.csv` holds the published numbers with the place each was
+read from. It lacks the paper's main table, whose repository holds only plots of it.
 """
 
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.labels import DENSE, NO_CALIBRATION, in_order, natural, with_labels
+from analysis.labels import DENSE, NO_CALIBRATION, in_order, natural
 from analysis.metrics import metric_named
 from analysis.statistics import summarize, with_mean_accuracy
 
@@ -18,43 +18,42 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 OURS = "this table"
 
 TASKS = ("boolq", "winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge", "mmlu")
-"""The paper's order; others follow in the table's."""
+"""The paper's order; other tasks follow in the order of the table."""
 
 ROW = ["model", "target", "method", "calibration"]
 
 
 def published() -> pd.DataFrame:
-    """The published numbers, one a row: what was measured, `value`, and where it stands.
+    """Return the published numbers, one per row.
 
     Columns: `source` and `place` (the paper, and where in it or its repository), `model`, `pruner`,
     `allocation`, `calibration`, `target`, `task`, `metric`, `value` (accuracies as shares), `sd`
-    over seeds, `nsamples`, `seqlen` and a `note`. What a source does not tell is null, or
-    `not stated` where it names a row.
+    over seeds, `nsamples`, `seqlen` and `note`. A field that the source does not state is null, or
+    `not stated` in the columns that name a row.
     """
     text = ("source", "place", "model", "pruner", "allocation", "calibration", "target", "note")
     return pd.read_csv(PUBLISHED, dtype=dict.fromkeys(text, "str"))
 
 
 def paper_table(table: pd.DataFrame, models: list[str] | None = None) -> pd.DataFrame:
-    """Our results and published ones in the layout of the paper's main table.
+    """Return our results and published ones in the layout of the paper's main table.
 
-    One row a model, target, method, calibration and `origin`: `this table`, or where a published
-    number was read. Columns after these: `seeds` behind the means; `lost`, the cells that failed or
-    have not run; then for each metric its mean `TASK: METRIC` and its standard deviation over seeds
-    `TASK: METRIC sd`. Published rows are of the targets that our rows have: first those of our
-    models, by name, then the others.
+    One row per model, target, method, calibration and `origin`: `this table`, or where a published
+    number was read. Columns after these: `seeds`, the number of seeds; `lost`, the number of cells
+    that failed or have not run; then for each metric its mean `TASK: METRIC` and its standard
+    deviation over seeds `TASK: METRIC sd`. Published rows have the targets of our rows: first the
+    rows of our models, by name, then the others.
 
     Args:
-        table: as `load_results` gives it; perplexities, `acc` and averages of it are laid out.
-        models: the published models to show; None for all.
+        table: as `load_results` returns it; perplexities, `acc` and averages of `acc` are shown.
+        models: published models to show; None for all.
     """
-    labelled = with_labels(table)
-    ours = _ours(labelled)
-    theirs = _theirs(in_order(labelled["target"]), models)
+    ours = _ours(table)
+    theirs = _published(in_order(table["target"]), models)
     rows = pd.concat([ours, theirs], ignore_index=True)
     numbers = _columns(rows)
     keys = [*ROW, "origin"]
-    laid = (
+    layout = (
         rows.pivot_table(
             index=keys, columns="number", values=["mean", "sd"], aggfunc="first", dropna=False
         )
@@ -64,16 +63,16 @@ def paper_table(table: pd.DataFrame, models: list[str] | None = None) -> pd.Data
     head = rows.groupby(keys, sort=False, dropna=False)[["seeds", "lost"]].max()
     body = {}
     for number in numbers:
-        body[number] = laid[("mean", number)].reindex(head.index)
-        body[f"{number} sd"] = laid[("sd", number)].reindex(head.index)
+        body[number] = layout[("mean", number)].reindex(head.index)
+        body[f"{number} sd"] = layout[("sd", number)].reindex(head.index)
     whole = pd.concat([head, pd.DataFrame(body, index=head.index)], axis=1).reset_index()
-    return whole.iloc[_order(whole, labelled)].reset_index(drop=True)
+    return whole.iloc[_order(whole, table)].reset_index(drop=True)
 
 
 def _ours(table: pd.DataFrame) -> pd.DataFrame:
     names = {"source": "calibration"}
     rows = with_mean_accuracy(table)
-    rows = rows[rows["metric"].map(_is_laid_out).astype(bool)]
+    rows = rows[rows["metric"].map(_has_column).astype(bool)]
     levels = summarize(rows).drop(columns="calibration").rename(columns=names)
     found = levels.astype(dict.fromkeys(ROW, "str"))[[*ROW, "task", "metric", "mean", "sd", "n"]]
     found = found.rename(columns={"n": "seeds"}).assign(lost=0)
@@ -84,14 +83,14 @@ def _ours(table: pd.DataFrame) -> pd.DataFrame:
     return _numbered(whole.assign(origin=OURS))
 
 
-def _is_laid_out(metric: object) -> bool:
-    """Whether a metric has a column; lost cells have none."""
+def _has_column(metric: object) -> bool:
+    """Return whether a metric has a column; a lost cell has no metric."""
     return isinstance(metric, str) and (
         metric_named(metric).is_perplexity or metric in ("acc", "acc_average")
     )
 
 
-def _theirs(targets: list[str], models: list[str] | None) -> pd.DataFrame:
+def _published(targets: list[str], models: list[str] | None) -> pd.DataFrame:
     rows = published()
     rows = rows[rows["target"].isin([*targets, "not stated"])]
     if models is not None:
@@ -118,7 +117,7 @@ def _numbered(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _columns(rows: pd.DataFrame) -> list[str]:
-    """Perplexities, accuracies in the paper's order, means over tasks."""
+    """Return perplexities, then accuracies in the paper's order, then means over tasks."""
 
     def place(number: str) -> tuple[bool, bool, int]:
         task, _, metric = number.rpartition(": ")
@@ -135,8 +134,10 @@ def _columns(rows: pd.DataFrame) -> list[str]:
 
 
 def _order(rows: pd.DataFrame, table: pd.DataFrame) -> list[int]:
-    """Our models first, each with what is published of it; within one by target and method, the
-    dense model and methods without data before the others."""
+    """Return the row order: our models first, each with its published rows.
+
+    Within a model rows go by target and method, the dense model and methods without data first.
+    """
     models = in_order(table["model"])
     targets, methods = in_order(table["target"]), in_order(table["method"])
 

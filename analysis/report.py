@@ -1,4 +1,4 @@
-"""A grid's results as a folder: the table, its figures, and one page that holds all of it."""
+"""A grid's results as a folder: the table, its figures, and one self-contained page."""
 
 import base64
 import hashlib
@@ -40,18 +40,18 @@ LONG_COLUMNS = ["traceback", "note", "versions", "lineage", "prune_report"]
 """Left out of `table.csv`."""
 
 SURE = 0.05
-"""A corrected p below this is called sure."""
+"""An effect is called sure if its corrected p is below this."""
 
 
 class Picture(NamedTuple):
-    """A figure as the page shows it."""
+    """A figure on the page."""
 
     uri: str
     description: str
 
 
 class Section(NamedTuple):
-    """What the page tells of one metric of one task."""
+    """The page's section on one metric of one task."""
 
     title: str
     anchor: str
@@ -63,17 +63,18 @@ class Section(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """What the page opens with."""
+    """The first section of the page."""
 
     advice: list[str]
     pictures: list[Picture]
     notes: list[str]
-    """What the grid says that readers must know."""
+    """The grid's notes to readers."""
 
 
 def chosen_reference(table: pd.DataFrame, reference: str | None) -> str | None:
-    """The label of the calibration that others are compared with: by default the first,
-    None if no calibrated pruner has a result.
+    """Return the label of the calibration that others are compared with.
+
+    By default it is the first one; it is None if no calibrated pruner has a result.
 
     Raises:
         TableError: if there is no such calibration.
@@ -89,11 +90,12 @@ def write_report(
 ) -> Path:
     """Write `table.csv`, `figures/` in PNG and SVG, and `index.html`, which needs no other file.
 
-    Equal tables give equal bytes. A page that was made of this very table by this very code is left
-    as it is.
+    Equal tables give equal bytes. A page that the same code made from the same table is left as it
+    is.
 
     Args:
-        table: one grid's results as `load_results` gives them.
+        table: one grid's results as `load_results` returns them.
+        output: folder to write.
         reference: a label in `source`; None if no calibrated pruner has a result.
         note: a remark for the top of the page.
 
@@ -103,21 +105,21 @@ def write_report(
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     page = output / "index.html"
-    made_of = _fingerprint(table, reference, note)
-    if page.is_file() and f'content="{made_of}"' in page.read_text(encoding="utf-8"):
+    fingerprint = _fingerprint(table, reference, note)
+    if page.is_file() and f'content="{fingerprint}"' in page.read_text(encoding="utf-8"):
         return page
-    kept = table.drop(columns=[column for column in LONG_COLUMNS if column in table])
-    kept.to_csv(output / "table.csv", index=False, lineterminator="\n")
+    short = table.drop(columns=LONG_COLUMNS)
+    short.to_csv(output / "table.csv", index=False, lineterminator="\n")
     shown = with_mean_accuracy(table)
     metrics = dict.fromkeys([*headline_metrics(shown), *all_metrics(shown)])
     sections = [_section(shown, task, metric, reference, figures) for task, metric in metrics]
-    told = _page(table, _answer(table, figures), sections, reference, note, made_of)
-    page.write_text(told, encoding="utf-8")  # last, so that a page stands for the whole folder
+    html = _page(table, _opening(table, figures), sections, reference, note, fingerprint)
+    page.write_text(html, encoding="utf-8")  # last: a page means that the folder is complete
     return page
 
 
 def _fingerprint(table: pd.DataFrame, reference: str | None, note: str | None) -> str:
-    """SHA-256 over all that a report is made of: the table, what it is asked, and the code."""
+    """Return the SHA-256 of the table, the arguments and the code that a report is made from."""
     digest = hashlib.sha256(table.to_json(orient="split", default_handler=str).encode())
     digest.update(json.dumps([reference, note, matplotlib.__version__]).encode())
     for source in sorted(Path(__file__).parent.glob("*")):
@@ -126,47 +128,45 @@ def _fingerprint(table: pd.DataFrame, reference: str | None, note: str | None) -
     return digest.hexdigest()
 
 
-def _answer(table: pd.DataFrame, figures: Path) -> Opening:
+def _opening(table: pd.DataFrame, figures: Path) -> Opening:
     notes = grid_notes(table)
     pictures = []
     for model in in_order(table["model"]):
         figure = overview_figure(table, model, " ".join(notes))
         if figure is not None:
             name = _file_name(model, "overview")
-            told = f"{model}: bits per byte lost on each text, by calibration data"
-            pictures.append(_picture(figure, name, told, figures))
+            description = f"{model}: bits per byte lost on each text, by calibration data"
+            pictures.append(_picture(figure, name, description, figures))
     return Opening([str(advice) for advice in advise(table)], pictures, notes)
 
 
 def grid_notes(table: pd.DataFrame) -> list[str]:
-    """What the grids of a table say that their readers must know."""
-    return in_order(table["note"].dropna().astype(str)) if "note" in table else []
+    """Return the notes to readers of a table's grids."""
+    return in_order(table["note"].dropna().astype(str))
 
 
 def _section(
     table: pd.DataFrame, task: str, metric: str, reference: str | None, figures: Path
 ) -> Section:
     rows = table[(table["task"] == task) & (table["metric"] == metric)]
-    drawable = rows[(rows["pruner"] != DENSE) & np.isfinite(rows["value"])]
+    pruned = rows[rows["pruner"] != DENSE]
     label = reference if reference in set(rows["source"]) else None
     compared = pd.DataFrame() if label is None else compare_with_reference(rows, label)
-    paired: set[str] = set()
-    if not compared.empty:
-        paired = set(compared.loc[np.isfinite(compared["effect"].astype(float)), "model"])
+    paired = set() if compared.empty else set(compared["model"])
+    title = heading(task, metric, limit_of(table, task))
     pictures = []
-    for model in in_order(drawable["model"]):
-        told = f"{model}: {heading(task, metric, limit_of(table, task))}"
+    for model in in_order(pruned["model"]):
         if label is not None and model in paired:
             figure = difference_figure(table, model, task, metric, label)
             name = _file_name(model, task, metric, "difference")
-            pictures.append(_picture(figure, name, f"{told}, differences from {label}", figures))
+            description = f"{model}: {title}, differences from {label}"
+            pictures.append(_picture(figure, name, description, figures))
         figure = sparsity_figure(table, model, task, metric)
         name = _file_name(model, task, metric)
-        pictures.append(
-            _picture(figure, name, f"{told}, against sparsity by calibration data", figures)
-        )
+        description = f"{model}: {title}, against sparsity by calibration data"
+        pictures.append(_picture(figure, name, description, figures))
     return Section(
-        title=heading(task, metric, limit_of(table, task)),
+        title=title,
         anchor=_file_name(task, metric),
         name=f"{task}: {metric}",
         findings=[] if label is None else _findings(compared, label),
@@ -177,20 +177,23 @@ def _section(
 
 
 def _findings(compared: pd.DataFrame, reference: str) -> list[str]:
-    """Of each calibration, in how many settings it beats the reference, and in how many surely."""
-    told = []
+    """Say in how many settings each calibration beats the reference, and in how many surely."""
+    sentences = []
     for source in in_order(compared["source"]):
-        mine = compared[compared["source"] == source]
-        ahead = mine["better"].astype(bool)
-        sure = (mine["p_holm"] < SURE).to_numpy()
+        rows = compared[compared["source"] == source]
+        ahead = rows["better"].astype(bool)
+        sure = (rows["p_holm"] < SURE).to_numpy()
         better, worse = int((sure & ahead).sum()), int((sure & ~ahead).sum())
-        median = effect_text(float(mine["effect"].median()), np.nan, np.nan, mine["unit"].iloc[0])
-        holds = f"{better} surely better, {worse} surely worse" if better or worse else "none sure"
-        told.append(
-            f"{source} is ahead of {reference} in {int(ahead.sum())} of {len(mine)} settings, by "
-            f"{median} at the median; after Holm's correction at {100 * SURE:.0f} %: {holds}."
+        median = effect_text(float(rows["effect"].median()), np.nan, np.nan, rows["unit"].iloc[0])
+        verdict = (
+            f"{better} surely better, {worse} surely worse" if better or worse else "none sure"
         )
-    return told
+        sentences.append(
+            f"{source} is ahead of {reference} in {int(ahead.sum())} of {len(rows)} settings; the "
+            f"median difference is {median}; after Holm's correction at {100 * SURE:.0f} %: "
+            f"{verdict}."
+        )
+    return sentences
 
 
 def _picture(figure: Figure, name: str, description: str, figures: Path) -> Picture:
@@ -203,11 +206,11 @@ def _picture(figure: Figure, name: str, description: str, figures: Path) -> Pict
 
 def _page(
     table: pd.DataFrame,
-    answer: Opening,
+    opening: Opening,
     sections: list[Section],
     reference: str | None,
     note: str | None,
-    made_of: str,
+    fingerprint: str,
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -222,8 +225,8 @@ def _page(
         counts=status_counts(table),
         reference=reference,
         note=note,
-        answer=answer,
-        made_of=made_of,
+        opening=opening,
+        fingerprint=fingerprint,
         sections=sections,
         paper=paper_layout(table),
         lineage=_embedded(lineage_document(table)),
@@ -235,23 +238,21 @@ def _page(
 
 
 def _embedded(document: dict[str, Any]) -> str:
-    """JSON that may stand in a script element: it cannot close it."""
+    """Return JSON for a script element, which it must not be able to close."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def status_counts(table: pd.DataFrame) -> dict[str, int]:
-    """How many cells are ok, failed and missing."""
+    """Return the numbers of cells that are ok, failed and missing."""
     cells = table.drop_duplicates(["grid", "cell"])["status"]
     return {status: int((cells == status).sum()) for status in ("ok", "failed", "missing")}
 
 
 def _versions(table: pd.DataFrame) -> dict[str, str]:
-    """Each package's version, all of them where cells ran with different ones."""
-    if "versions" not in table:
-        return {}
+    """Return each package's version; several if cells ran with different ones."""
     found: defaultdict[str, set[str]] = defaultdict(set)
-    for told in table["versions"].dropna().unique():
-        packages: dict[str, Any] = json.loads(told)
+    for text in table["versions"].dropna().unique():
+        packages: dict[str, Any] = json.loads(text)
         for package, version in packages.items():
             found[package].add(str(version))
     return {package: ", ".join(sorted(found[package])) for package in sorted(found)}

@@ -1,10 +1,10 @@
 """Means over seeds, and calibrations compared with a reference, seed by seed.
 
-Perplexities are compared on the log scale: noise in them is multiplicative, and what carries over
-from one model to another is a ratio. Their effects and intervals are percent of the reference's
-perplexity. Accuracies are compared as they are, in percentage points. Intervals and p-values come
-from Student's t over seeds, so they speak of the draw of calibration data, not of that of the
-questions, which are the same for all.
+Perplexities are compared on the log scale: their noise is multiplicative, and ratios carry over
+from one model to another. Effects and intervals are percent of the reference's perplexity.
+Accuracies are compared as they are, in percentage points. Intervals and p-values are Student's t
+over seeds, so they cover the draw of calibration data but not the draw of questions, which are the
+same for all.
 """
 
 from collections.abc import Sequence
@@ -14,57 +14,58 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.labels import NO_CALIBRATION, in_order, with_labels
+from analysis.labels import NO_CALIBRATION, in_order
 from analysis.load import TableError
 from analysis.metrics import Values, metric_named
 
 CONFIDENCE = 0.95
 
 SETTING = ["grid", "model", "pruner", "method", "sparsity", "pattern", "target", "task", "metric"]
-"""What two calibrations have in common when they are compared."""
+"""Columns that two calibrations share when they are compared."""
 
 CALIBRATION = ["calibration", "source"]
 
 ROUNDING = 1e-12
-"""Spread below this share of the values is rounding, not spread."""
+"""A spread below this share of the values is rounding error."""
 
 
 class Interval(NamedTuple):
-    """A mean with Student's t interval; all NaN where the values tell nothing of it."""
+    """A mean with Student's t interval; NaN where the values do not determine it."""
 
     mean: float
     low: float
     high: float
     p: float
-    """Two-sided, of the mean being 0."""
+    """Two-sided p-value for a mean of 0."""
 
 
 def t_interval(values: Sequence[float] | Values) -> Interval:
-    """The mean's 95 % interval and p-value; see `t_intervals`."""
+    """Return the mean's 95 % interval and p-value; see `t_intervals`."""
     array = pd.Series(np.asarray(values, dtype=np.float64))
     row = t_intervals(array, [np.zeros(len(array), dtype=np.int64)]).iloc[0]
     return Interval(row["mean"], row["low"], row["high"], row["p"])
 
 
 def t_intervals(values: "pd.Series[float]", by: Any) -> pd.DataFrame:
-    """Student's t interval of the mean of each group: `mean`, `sd`, `standard_error`, 95 % `low`
-    and `high`, two-sided `p` of the mean being 0, and `n`.
+    """Return Student's t interval of each group's mean.
 
-    One value has a mean only. Values without spread, such as two seeds whose accuracies differ by
-    the same number of questions, have no interval: no spread seen is not no spread.
+    The columns are `mean`, `sd`, `standard_error`, 95 % `low` and `high`, `p` (two-sided, for a
+    mean of 0) and `n`. One value has a mean only. Values that are all equal, such as two seeds
+    whose accuracies differ by the same number of questions, have no interval either: two equal
+    values do not show that there is no spread.
 
     Args:
-        values: one number a row.
-        by: what names a row's group, as `pandas.Series.groupby` takes it; groups are sorted.
+        values: one number per row.
+        by: each row's group, as `pandas.Series.groupby` takes it; groups are sorted.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):  # infinite perplexities have no spread
+    with np.errstate(invalid="ignore", divide="ignore"):  # infinite values have no spread
         groups = values.groupby(by, dropna=False, observed=True)
-        told = groups.agg(["mean", "std", "min", "max", "size"])
-        n = told["size"].to_numpy()
-        scale = told[["min", "max"]].abs().max(axis=1).to_numpy()
-        ptp = (told["max"] - told["min"]).to_numpy()
+        moments = groups.agg(["mean", "std", "min", "max", "size"])
+        n = moments["size"].to_numpy()
+        scale = moments[["min", "max"]].abs().max(axis=1).to_numpy()
+        ptp = (moments["max"] - moments["min"]).to_numpy()
         known = (n > 1) & np.isfinite(scale) & (ptp > ROUNDING * np.maximum(scale, 1.0))
-        mean, sd = told["mean"].to_numpy(), told["std"].to_numpy()
+        mean, sd = moments["mean"].to_numpy(), moments["std"].to_numpy()
         error = np.where(known, sd / np.sqrt(n), np.nan)
         half = stats.t.ppf((1 + CONFIDENCE) / 2, np.maximum(n - 1, 1)) * error
         p = 2 * stats.t.sf(np.abs(mean) / error, np.maximum(n - 1, 1))
@@ -78,12 +79,12 @@ def t_intervals(values: "pd.Series[float]", by: Any) -> pd.DataFrame:
                 "p": p,
                 "n": n,
             },
-            index=told.index,
+            index=moments.index,
         )
 
 
 def has_spread(values: Values) -> bool:
-    """Whether there are two values or more, all finite, that differ by more than rounding."""
+    """Return whether there are two or more finite values that differ by more than rounding."""
     scale = float(np.abs(values).max(initial=0.0))
     return bool(
         len(values) > 1
@@ -93,9 +94,9 @@ def has_spread(values: Values) -> bool:
 
 
 def holm(p_values: Sequence[float] | Values) -> Values:
-    """Holm's step-down adjustment for testing them together; NaN stays NaN and is not counted.
+    """Return p-values with Holm's step-down adjustment; NaN stays NaN and is not counted.
 
-    Not statsmodels', which collects garbage at every call: up to half a second in a notebook.
+    statsmodels' own collects garbage at every call, which takes up to half a second in a notebook.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6:65-70.
     """
@@ -108,19 +109,18 @@ def holm(p_values: Sequence[float] | Values) -> Values:
 
 
 def measured(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows with a number, labelled.
+    """Return the rows with a number.
 
     Raises:
-        TableError: if two cells of one grid differ in nothing that the labels tell, since their
-            mean would hide what they do differ in.
+        TableError: if two cells of one grid have the same labels and seed: their mean would hide
+            what they differ in.
     """
-    rows = with_labels(table)
-    rows = rows[(rows["status"] == "ok") & rows["value"].notna()]
+    rows = table[(table["status"] == "ok") & table["value"].notna()]
     twice = rows[rows.duplicated([*SETTING, *CALIBRATION, "seed"], keep=False)]
     if not twice.empty:
         first = twice.iloc[0]
         raise TableError(
-            f"cells {', '.join(sorted(twice['cell'].unique())[:4])}: all are {first['model']}, "
+            f"cells {', '.join(sorted(twice['cell'].unique())[:4])}: each is {first['model']}, "
             f"{first['method']}, {first['target']}, {first['source']}, seed {first['seed']}: "
             "give their calibrations different names in the grid"
         )
@@ -128,10 +128,10 @@ def measured(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting and calibration, over its seeds.
+    """Return one row per setting and calibration, averaged over seeds.
 
-    Columns besides what names them: `mean`, `sd`, `standard_error`, `low` and `high` (95 % t
-    interval of the mean) and `n`, the values behind it. With one value all but the mean are NaN.
+    Columns after the names: `mean`, `sd`, `standard_error`, `low` and `high` (95 % t interval of
+    the mean) and `n`, the number of values. With one value only the mean is not NaN.
     """
     rows = measured(table)
     keys = [rows[name] for name in [*SETTING, *CALIBRATION]]
@@ -139,15 +139,16 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_with_reference(table: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Each calibration against a reference one, paired by seed within each setting.
+    """Compare each calibration with a reference, paired by seed within each setting.
 
-    Columns besides what names them: `reference`; `pairs` (seeds that both have); `mean` and
-    `reference_mean` over these; `difference` of the two; `effect` with its 95 % interval `low` to
-    `high` in `unit`; `better` (the effect's direction); `p`, and `p_holm`, which is corrected for
-    all comparisons of one grid, model, task and metric. One pair has no interval and no p.
+    Columns after the names: `reference`; `pairs` (seeds that both have); `mean` and
+    `reference_mean` over these; their `difference`; `effect` with its 95 % interval `low` to
+    `high` in `unit`; `better`, whether the effect favours the calibration; `p`; and `p_holm`,
+    corrected for all comparisons of one grid, model, task and metric. One pair has no interval and
+    no p.
 
     Args:
-        table: as `load_results` gives it.
+        table: as `load_results` returns it.
         reference: a calibration's name, or its label in `source`.
 
     Raises:
@@ -169,40 +170,42 @@ def compare_with_reference(table: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def paired_effects(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """How `value_a` differs from `value_b` in each group of pairs, on the metric's own scale.
+    """Return the mean difference of `value_a` from `value_b` in each group, on the metric's scale.
 
-    Columns after those of `by`: `pairs`; `mean_a` and `mean_b`; `difference` of the two; `effect`
-    with its 95 % t interval `low` to `high` in `unit`; `better`, whether the effect is for a; `p`.
+    Columns after those of `by`: `pairs`; `mean_a` and `mean_b`; their `difference`; `effect` with
+    its 95 % t interval `low` to `high` in `unit`; `better`, whether the effect favours a; `p`.
 
     Args:
-        pairs: `value_a` and `value_b`, one pair a row.
+        pairs: `value_a` and `value_b`, one pair per row.
         by: the columns that name a group, `metric` among them.
     """
     keys = [pairs[name] for name in by]
-    told = t_intervals(scaled_differences(pairs), keys)
+    intervals = t_intervals(scaled_differences(pairs), keys)
     means = pairs[["value_a", "value_b"]].groupby(keys, dropna=False, observed=True).mean()
-    metrics = told.index.get_level_values("metric").to_series(index=told.index)
+    metrics = intervals.index.get_level_values("metric").to_series(index=intervals.index)
     with np.errstate(invalid="ignore"):
         return pd.DataFrame(
             {
-                "pairs": told["n"],
+                "pairs": intervals["n"],
                 "mean_a": means["value_a"],
                 "mean_b": means["value_b"],
                 "difference": means["value_a"] - means["value_b"],
-                "effect": in_units(told["mean"], metrics),
-                "low": in_units(told["low"], metrics),
-                "high": in_units(told["high"], metrics),
+                "effect": in_units(intervals["mean"], metrics),
+                "low": in_units(intervals["low"], metrics),
+                "high": in_units(intervals["high"], metrics),
                 "unit": metrics.map(lambda name: metric_named(name).unit),
                 "better": np.where(
-                    metrics.map(_lower_is_better).astype(bool), told["mean"] < 0, told["mean"] > 0
+                    metrics.map(_lower_is_better).astype(bool),
+                    intervals["mean"] < 0,
+                    intervals["mean"] > 0,
                 ),
-                "p": told["p"],
+                "p": intervals["p"],
             }
         ).reset_index()
 
 
 def scaled_differences(pairs: pd.DataFrame) -> "pd.Series[float]":
-    """`value_a` less `value_b` of each row, on the scale on which its metric is compared."""
+    """Return `value_a` minus `value_b` of each row, on the scale of its metric."""
     differences = pd.Series(np.nan, pairs.index, dtype=float)
     with np.errstate(invalid="ignore", divide="ignore"):
         for name, rows in pairs.groupby("metric", observed=True):
@@ -213,19 +216,19 @@ def scaled_differences(pairs: pd.DataFrame) -> "pd.Series[float]":
 
 
 def in_units(scaled: "pd.Series[float]", metrics: "pd.Series[str]") -> "pd.Series[float]":
-    """Scaled differences in their metrics' units."""
-    told = pd.Series(np.nan, scaled.index, dtype=float)
+    """Return scaled differences in their metrics' units."""
+    effects = pd.Series(np.nan, scaled.index, dtype=float)
     for name in metrics.unique():
         rows = (metrics == name).to_numpy()
-        told[rows] = metric_named(name).effect(scaled[rows].to_numpy())
-    return told
+        effects[rows] = metric_named(name).effect(scaled[rows].to_numpy())
+    return effects
 
 
 def with_mean_accuracy(table: pd.DataFrame) -> pd.DataFrame:
-    """The table and below it, for two tasks or more, each cell's mean of `acc` over them.
+    """Append each cell's mean of `acc` over all tasks, if there are two or more.
 
-    A cell that lacks one of the tasks has no such row, since its mean would not compare. A group
-    of tasks counts as one more task.
+    A cell that lacks one of the tasks gets no such row: its mean could not be compared. A group of
+    tasks counts as one more task.
     """
     rows = measured(table)
     rows = rows[rows["metric"] == "acc"]
@@ -238,16 +241,16 @@ def with_mean_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     whole = rows.assign(value=cells.transform("mean"), limit=limits.astype("Int64"))
     whole = whole[cells.transform("size") == tasks]
     averaged = whole.drop_duplicates(["grid", "cell"]).assign(task=f"mean of {tasks} tasks")
-    averaged = averaged.drop(columns=["stderr", "samples"], errors="ignore")
-    return pd.concat([with_labels(table), averaged], ignore_index=True)
+    averaged = averaged.drop(columns=["stderr", "samples"])
+    return pd.concat([table, averaged], ignore_index=True)
 
 
 def best_calibration(table: pd.DataFrame, task: str, metric: str, reference: str) -> pd.DataFrame:
-    """The best calibration by a task's metric in each setting, and how it does against a reference.
+    """Return the best calibration of each setting, compared with a reference.
 
-    The best has the best mean over seeds, of perplexity the mean logarithm.
+    The best one has the best mean over seeds, for perplexity the lowest mean logarithm.
 
-    One row a setting with `mean`, `sd` and `n` over all seeds and, unless the reference itself is
+    One row per setting with `mean`, `sd` and `n` over all seeds and, unless the reference itself is
     the best, the columns of `compare_with_reference`. The best of several is also the luckiest:
     trust `p_holm`, which counts all candidates, before the interval. Pruners without data have no
     row.
@@ -258,8 +261,8 @@ def best_calibration(table: pd.DataFrame, task: str, metric: str, reference: str
     rows = measured(table)
     chosen = rows[(rows["task"] == task) & (rows["metric"] == metric)]
     if chosen.empty:
-        there = in_order(rows["task"] + ": " + rows["metric"])
-        raise TableError(f"{task}: {metric} is not in the table: name one of {', '.join(there)}")
+        known = in_order(rows["task"] + ": " + rows["metric"])
+        raise TableError(f"{task}: {metric} is not in the table: name one of {', '.join(known)}")
     rows = chosen[chosen["calibration"] != NO_CALIBRATION]
     label = reference_label(rows, reference)
     kind = metric_named(metric)
@@ -274,28 +277,28 @@ def best_calibration(table: pd.DataFrame, task: str, metric: str, reference: str
     )
     keys = [*SETTING, "source"]
     levels = summarize(rows)[[*keys, "calibration", "mean", "sd", "n"]]
-    versus = compare_with_reference(rows, label).drop(columns=["calibration", "mean", "reference"])
-    best = ranked[keys].merge(levels, on=keys).merge(versus, on=keys, how="left")
+    compared = compare_with_reference(rows, label)
+    compared = compared.drop(columns=["calibration", "mean", "reference"])
+    best = ranked[keys].merge(levels, on=keys).merge(compared, on=keys, how="left")
     return best.assign(reference=label)
 
 
 def reference_label(table: pd.DataFrame, reference: str) -> str:
-    """The label in `source` of a calibration that is named by it or by `calibration`.
+    """Return the label in `source` of a calibration given by its label or its name.
 
     Raises:
-        TableError: if there is none, or several.
+        TableError: if there is no such calibration, or several.
     """
-    rows = with_labels(table)
-    rows = rows[rows["calibration"] != NO_CALIBRATION]
+    rows = table[table["calibration"] != NO_CALIBRATION]
     if reference in set(rows["source"]):
         return reference
     named = in_order(rows.loc[rows["calibration"] == reference, "source"])
     if len(named) != 1:
-        there = named or in_order(rows["source"])
+        known = named or in_order(rows["source"])
         raise TableError(
             f"reference {reference}: "
-            + ("has several settings" if named else "is no calibration of this table")
-            + f": name one of: {'; '.join(there) or 'none, no calibrated pruner has a result'}"
+            + ("has several settings" if named else "is not a calibration of this table")
+            + f": name one of: {'; '.join(known) or 'none, no calibrated pruner has a result'}"
         )
     return named[0]
 

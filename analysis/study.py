@@ -1,4 +1,4 @@
-"""A study: one question, the grid that answers it, and what the numbers say."""
+"""A study: one question, the grid that answers it, and the finding."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,52 +17,54 @@ class Answer(NamedTuple):
     """What a study found."""
 
     what: str
-    """The answer to its question, as far as the intervals support one."""
+    """The answer to the question, as far as the intervals support one."""
 
     size: str
-    """How large the effect is."""
+    """The size of the effect."""
 
     certainty: str
-    """How sure that is."""
+    """How certain the answer is."""
 
     caveat: str
-    """What would change it."""
+    """What could change it."""
 
     figure: Figure
     """Its canonical figure."""
 
     numbers: pd.DataFrame
-    """What the figure and the words rest on."""
+    """The estimates in the figure and the text."""
 
     @property
     def finding(self) -> str:
-        """One paragraph."""
+        """The finding as one line of text."""
         return " ".join((self.what, self.size, self.certainty, self.caveat)).replace("  ", " ")
 
     @property
     def paragraph(self) -> str:
-        """The finding in lines of 110 characters at the most."""
-        return textwrap.fill(self.finding, 110, break_long_words=False)
+        """The finding in lines of at most 110 characters."""
+        return textwrap.fill(self.finding, 110, break_long_words=False, break_on_hyphens=False)
 
 
 class Study(NamedTuple):
-    """One question."""
+    """One question.
+
+    `name` is also the name of its grid and of its grid file.
+    """
 
     name: str
-    """Also its grid's name, and that of its grid file beside its module."""
 
     question: str
     contrast: str
-    """The one comparison that was chosen before any number was seen; others are secondary."""
+    """The main comparison, chosen before any number was seen; others are secondary."""
 
     answer: Callable[[pd.DataFrame], Answer]
-    """From the grid's results table, as `load_results` gives it.
+    """Function of the grid's results table, as `load_results` returns it.
 
-    Raises `TableError` if the table holds too little."""
+    Raises `TableError` if results are missing."""
 
     @property
     def grid_file(self) -> Path:
-        """Below the working directory if it is there."""
+        """Path of the grid file, relative if it lies below the working directory."""
         path = Path(__file__).parent / "studies" / f"{self.name}.yaml"
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -71,17 +73,19 @@ def run_study(study: Study, location: str, grid: str | None = None) -> Answer:
     """Answer a study's question from a store's results or one Parquet file.
 
     Args:
-        grid: the name of the grid to read, if not the study's own.
+        study: the study.
+        location: a store's folder or fsspec URL, or one Parquet file.
+        grid: name of the grid to read; default: the study's own.
 
     Raises:
-        TableError: if its results are not there, or too few; the message says what makes them.
+        TableError: if results are missing; the message names the command that makes them.
     """
     remedy = f"make its results with `python -m jobs run {study.grid_file} --store {location}`"
     try:
         table = load_results(location, grid or study.name)
         answer = study.answer(table)
     except FileNotFoundError as error:
-        raise TableError(f"study {study.name}: {location} has none of it: {remedy}") from error
+        raise TableError(f"study {study.name}: {location} has no results: {remedy}") from error
     except TableError as error:
         raise TableError(f"study {study.name}: {error}: {remedy}") from error
     return answer._replace(caveat=" ".join([answer.caveat, _left_out(table)]).strip())
@@ -91,15 +95,15 @@ def _left_out(table: pd.DataFrame) -> str:
     counts = status_counts(table)
     lost = [
         f"{counts[status]} {verb}"
-        for status, verb in (("failed", "failed"), ("missing", "have not run yet"))
+        for status, verb in (("failed", "failed"), ("missing", "not run yet"))
         if counts[status]
     ]
     total = sum(counts.values())
-    return f"Of {total} cells {' and '.join(lost)}: they are left out." if lost else ""
+    return f"Left out of {total} cells: {', '.join(lost)}." if lost else ""
 
 
 def write_answer(study: Study, answer: Answer, folder: Path) -> Path:
-    """Write `<name>.svg`, `<name>.png` and `<name>.csv`; returns the first one's path."""
+    """Write `<name>.svg`, `<name>.png` and `<name>.csv`; return the path of the SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = folder / f"{study.name}.svg"
     figure.write_bytes(svg_bytes(answer.figure))
@@ -109,22 +113,23 @@ def write_answer(study: Study, answer: Answer, folder: Path) -> Path:
 
 
 def write_page(sections: Sequence[tuple[Study, Answer | None]], folder: Path) -> Path:
-    """Write all findings beside the folder of their figures, as `<folder>.md`; returns its path.
+    """Write all findings to `<folder>.md`, beside the folder of their figures; return its path.
 
     Args:
-        sections: each study, with None where its results are not there.
+        sections: each study with its answer, or None if it has no results.
+        folder: folder of the figures.
     """
     page = folder.parent / f"{folder.name}.md"
-    told = [text for section in sections for text in _section(*section, folder.name)]
-    page.write_text("\n".join([*HEAD, *told]), encoding="utf-8")
+    lines = [line for section in sections for line in _section(*section, folder.name)]
+    page.write_text("\n".join([*HEAD, *lines]), encoding="utf-8")
     return page
 
 
 HEAD = (
     "# Findings",
     "",
-    "What the studies' grids gave, as `python -m analysis study all` tells it. Each is made again",
-    "by the two commands below it. `docs/studies.md` says how a finding is made.",
+    "What the studies' grids show, as `python -m analysis study all` writes it. The two commands",
+    "below a finding reproduce it. `docs/studies.md` explains how a finding is made.",
     "",
 )
 
@@ -142,11 +147,4 @@ def _section(study: Study, answer: Answer | None, folder: str) -> list[str]:
     if answer is None:
         return [*head, "Not run.", "", *commands]
     figure = f"![{study.question}]({folder}/{study.name}.svg)"
-    return [
-        *head,
-        answer.paragraph,
-        "",
-        figure,
-        "",
-        *commands,
-    ]
+    return [*head, answer.paragraph, "", figure, "", *commands]

@@ -1,8 +1,6 @@
-"""One row a cell, one column a metric."""
+"""One row per cell, one column per metric."""
 
 import pandas as pd
-
-from analysis.labels import with_labels
 
 NUMBER = (
     *("task", "metric", "value", "stderr", "samples"),
@@ -12,18 +10,16 @@ NUMBER = (
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell with its own columns, then a column `TASK: METRIC` of each number.
+    """Return one row per cell: its own columns, then one column `TASK: METRIC` per number.
 
-    Cells that failed or have not run are rows too, with `status`, `error` and no numbers; so is
-    a cell that lacks one of the metrics.
+    A cell that failed or has not run is a row without numbers.
 
     Args:
-        table: as `load_results` gives it.
+        table: as `load_results` returns it.
     """
-    labelled = with_labels(table)
-    cells = labelled.drop_duplicates(["grid", "cell"])
-    cells = cells.drop(columns=[name for name in NUMBER if name in cells]).reset_index(drop=True)
-    rows = labelled[labelled["task"].notna()]
+    cells = table.drop_duplicates(["grid", "cell"])
+    cells = cells.drop(columns=list(NUMBER)).reset_index(drop=True)
+    rows = table[table["task"].notna()]
     named = rows["task"].str.cat(rows["metric"], sep=": ")
     order = named.unique()
     codes = cells.set_index(["grid", "cell"]).index

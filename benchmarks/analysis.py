@@ -14,6 +14,7 @@ import pandas as pd
 from rich.console import Console
 
 import analysis
+from analysis.load import COLUMNS
 
 MODELS, CALIBRATIONS, SEEDS, TASKS = 100, 10, 5, 10
 PRUNERS = ("magnitude", "wanda", "sparsegpt", "dsnot")
@@ -23,12 +24,12 @@ SEED_STEP = 0.01
 """By how much the value grows from seed to seed."""
 
 
-def made_table() -> pd.DataFrame:
-    """1,000,000 rows, of 100,000 cells with 10 accuracies each.
+def made_table(models: int = MODELS) -> pd.DataFrame:
+    """Return 10,000 rows per model, of 1,000 cells with 10 accuracies each.
 
     A cell's value is 0.001 times the calibration's number, plus `SEED_STEP` times the seed.
     """
-    axes = (range(MODELS), range(CALIBRATIONS), PRUNERS, SPARSITIES, range(SEEDS))
+    axes = (range(models), range(CALIBRATIONS), PRUNERS, SPARSITIES, range(SEEDS))
     cells = pd.DataFrame(
         itertools.product(*axes), columns=["model", "calibration", "pruner", "sparsity", "seed"]
     )
@@ -41,7 +42,7 @@ def made_table() -> pd.DataFrame:
         status="ok",
         pattern="unstructured",
         metric="acc",
-    )
+    ).reindex(columns=list(COLUMNS))
     rows = cells.loc[cells.index.repeat(TASKS)].reset_index(drop=True)
     return rows.assign(task=np.tile([f"task-{number}" for number in range(TASKS)], len(cells)))
 

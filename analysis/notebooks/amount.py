@@ -13,11 +13,11 @@
 # %% [markdown]
 # # How many windows of calibration data are enough, and how long should they be?
 #
-# Main contrast: 64 windows against the most. Windows cost memory and time to prune with; past some
-# number they bring nothing.
+# Main contrast: 64 windows against the most. Windows cost memory and pruning time; beyond some
+# number they gain nothing.
 #
 # Results: `python -m jobs run analysis/studies/amount.yaml --store STORE`. Set the store here or in
-# the environment; `docs/studies.md` says how a finding is made.
+# the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -49,7 +49,7 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The levels behind it
+# ## Means over seeds
 #
 # Mean perplexity over seeds. `method` names the pruner with its number of windows and their length.
 
@@ -59,10 +59,10 @@ levels = analysis.summarize(rows)
 levels.pivot_table(index="method", columns="source", values="mean", observed=True)
 
 # %% [markdown]
-# ## How much is the luck of the draw?
+# ## How much depends on the draw?
 #
-# The spread between seeds, in percent of the mean. A few windows may do as well on average, and
-# still be a bad bet for one pruning.
+# The standard deviation over seeds, in percent of the mean. A few windows may be as good on average
+# and still be a bad bet for a single pruning.
 
 # %%
 spread = levels.assign(percent=100 * levels["sd"] / levels["mean"])
@@ -82,12 +82,12 @@ analysis.compare_selections(
 )[["pruner", "source", "pairs", "effect", "low", "high", "unit", "p_holm"]]
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
 # Copy the file below and put your model into `models` and your corpora into `corpora`. A wider
-# model has more directions to cover: keep a number well above what you use, since all are told
-# against the most. Windows of another length are compared at the same number, so a shorter one is
-# less text.
+# model has more input directions to cover. Since all numbers are compared with the largest, keep
+# one well above the number you use. Windows of different lengths are compared at the same number,
+# so shorter windows are less text.
 
 # %%
 print(STUDY.grid_file.read_text())

@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # When do the device-seconds that self-generation takes pay?
+# # When do the device-seconds spent on self-generation pay off?
 #
-# Main contrast: the smallest generated set against the mismatched corpus. Corpora are free; text
-# that the model writes costs its time.
+# Main contrast: the smallest generated set against the mismatched corpus. A corpus is free; text
+# that the model writes costs device time.
 #
 # Results: `python -m jobs run analysis/studies/cost.yaml --store STORE`. Set the store here or in
-# the environment; `docs/studies.md` says how a finding is made.
+# the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -51,8 +51,8 @@ answer.numbers.round(3)
 # %% [markdown]
 # ## Where the seconds go
 #
-# Medians over seeds, of all shards together. What a cell took from the store was made once, whoever
-# used it.
+# Medians over seeds, summed over shards. An artifact that several cells share was made once, but
+# counts for each.
 
 # %%
 rows = calibrated(scored(table))
@@ -62,8 +62,8 @@ seconds.assign(total=seconds.sum(axis=1)).round(1)
 # %% [markdown]
 # ## A set that is used again
 #
-# One set serves every pruner, sparsity and pattern of a model. Seconds of each pruning if so many
-# share it: change the number to that of your own grid.
+# One set serves every pruner, sparsity and pattern of a model. The table shows the seconds of each
+# pruning if `PRUNINGS` of them share a set: change the number to that of your own grid.
 
 # %%
 PRUNINGS = 10
@@ -71,9 +71,9 @@ made = seconds["seconds_generate"] + seconds["seconds_score"]
 (seconds["seconds_prune"] + made / PRUNINGS).unstack("source").round(1)
 
 # %% [markdown]
-# ## What they buy
+# ## What the seconds buy
 #
-# The largest set against the corpus, pruner by pruner. Beside the table above, it says whether a
+# The largest set against the corpus, for each pruner. With the table above it shows whether a
 # dearer pruner or generated data is the better use of the same seconds.
 
 # %%
@@ -84,12 +84,12 @@ analysis.compare_selections(largest, rows[rows["calibration"] == "mismatched"])[
 ]
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
 # Copy the file below and put your model into `models` and the corpus that you would use into
-# `mismatched`. Run it on the machine that you ask about: seconds are those of the run. Generate
-# with vLLM where you can, since that is where the seconds go, and choose `num_samples` around what
-# you can pay.
+# `mismatched`. Run it on the machine in question, since the seconds are those of the run. Most of
+# them are spent on generation, so use vLLM if you can, and choose `num_samples` around what you can
+# afford.
 
 # %%
 print(STUDY.grid_file.read_text())

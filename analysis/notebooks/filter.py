@@ -14,10 +14,10 @@
 # # How much of the generated text should be dropped, and for which pruner?
 #
 # Main contrast: dropping 20 % against dropping nothing. Samples of high perplexity may be broken
-# text, or the rare text that pruning must not forget.
+# text, or rare text that the pruned model should keep.
 #
 # Results: `python -m jobs run analysis/studies/filter.yaml --store STORE`. Set the store here or in
-# the environment; `docs/studies.md` says how a finding is made.
+# the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -51,9 +51,9 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The levels behind it
+# ## Means over seeds
 #
-# Mean perplexity over seeds, by the share that is dropped.
+# Mean perplexity over seeds, by the share dropped.
 
 # %%
 rows = calibrated(scored(table))
@@ -63,9 +63,9 @@ levels.pivot_table(index="source", columns="method", values="mean", observed=Tru
 # %% [markdown]
 # ## The best rate of each pruner
 #
-# Best by its mean, against no filter; without an effect where no filter is the best itself. The
-# best of several is chosen for its luck too: `p_holm` counts all rates that it was chosen from, and
-# the interval does not.
+# The rate with the best mean, against no filter. There is no effect where no filter is the best.
+# The best of several is also the luckiest: `p_holm` is corrected for all rates, the interval is
+# not.
 
 # %%
 unfiltered = rows[rows["drop_fraction"] == 0]
@@ -74,12 +74,12 @@ best = best_calibration(rows, task, metric, in_order(unfiltered["source"])[0])
 best[["model", "method", "target", "source", "mean", "effect", "low", "high", "unit", "p_holm"]]
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
-# Copy the file below and put your model into `models` and your corpora into `corpora`. The rates 0
-# and 0.2 must stay. Try a higher `temperature` in the calibration: hotter text gives the filter
-# more to drop. `describe` scores what is left at each rate; without it the study says nothing of
-# that.
+# Copy the file below and put your model into `models` and your corpora into `corpora`. Keep the
+# rates 0 and 0.2. Try a higher `temperature` in the calibration: hotter text gives the filter more
+# to drop. `describe` scores the set that is left at each rate; the study reports these scores if
+# they are there.
 
 # %%
 print(STUDY.grid_file.read_text())

@@ -14,10 +14,10 @@
 # # Does calibration data that a pruned version of the model writes prune as well as its own?
 #
 # Main contrast: data of all pruned generators against data of the dense one. If a pruned model
-# writes as well, it can write the data for a cheaper, sparser one.
+# writes equally good data, it can write the data for a cheaper, sparser one.
 #
 # Results: `python -m jobs run analysis/studies/generator.yaml --store STORE`. Set the store here or
-# in the environment; `docs/studies.md` says how a finding is made.
+# in the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -49,14 +49,14 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The levels behind it
+# ## Means over seeds
 #
-# Mean perplexity over seeds, from the dense generator to the sparsest. The sparsity is that of the
-# model that wrote the data, read from each cell's lineage.
+# Mean perplexity over seeds, from the dense generator to the sparsest. The sparsity of the model
+# that wrote the data is read from each cell's lineage.
 
 # %%
 rows = calibrated(scored(table))
-rows = rows.assign(generator_sparsity=[generator_sparsity(told) for told in rows["lineage"]])
+rows = rows.assign(generator_sparsity=[generator_sparsity(each) for each in rows["lineage"]])
 rows.pivot_table(
     index=["generator_sparsity", "source"], columns="method", values="value", observed=True
 )
@@ -64,19 +64,19 @@ rows.pivot_table(
 # %% [markdown]
 # ## What it could still cost
 #
-# That no difference is shown is not that there is none. The end of an interval on the side of harm
-# says how much a generator could still cost: take one where you could bear that much. With
-# perplexity that is `high`.
+# A difference that is not shown may still exist. For perplexity, `high` is the largest harm that
+# the interval allows: choose a generator for which that much harm would be acceptable.
 
 # %%
 answer.numbers.sort_values("high")[["what", "effect", "high", "p", "seeds"]].round(3)
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
 # Copy the file below and put your model into `models` and your corpora into `corpora`. Any pruner
-# that the grid knows can make a generator; their names are free, but one must be dense. To take out
-# the filter, which uses each generator's own perplexity, add `drop_fraction: 0` to `cells`.
+# can make a generator. The calibrations may have any names, but one generator must be dense. To
+# leave out the filter, which uses each generator's own perplexity, add `drop_fraction: 0` to
+# `cells`.
 
 # %%
 print(STUDY.grid_file.read_text())

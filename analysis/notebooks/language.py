@@ -14,10 +14,10 @@
 # # Which calibration data keeps which language of a model that has two?
 #
 # Main contrast: calibration in a language against calibration in the other, for that language's
-# text. Calibration text in one language may cost the other.
+# text. Calibration in one language may harm the other.
 #
 # Results: `python -m jobs run analysis/studies/language.yaml --store STORE`. Set the store here or
-# in the environment; `docs/studies.md` says how a finding is made.
+# in the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -48,10 +48,10 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The levels behind it
+# ## Means over seeds
 #
-# Mean perplexity over seeds and pruners: a row each calibration, a column each language that is
-# measured. Compare down a column, since the languages are not equally hard.
+# Mean perplexity over seeds and pruners: one row per calibration, one column per measured language.
+# Compare within a column, since the languages are not equally hard.
 
 # %%
 perplexities = table[table["metric"] == "perplexity"]
@@ -61,8 +61,8 @@ levels.pivot_table(index="source", columns="task", values="mean", observed=True)
 # %% [markdown]
 # ## Who pays?
 #
-# The study averages over both languages. Here calibration in the first against calibration in the
-# second, for each measure: what one language gains, and what the other loses by it.
+# The study averages over both languages. This table compares calibration in the first language with
+# calibration in the second, for each measure: what one language gains, the other may lose.
 
 # %%
 first, second = languages(table)
@@ -73,12 +73,12 @@ in_first, in_second = (
 analysis.compare_selections(in_first, in_second)[columns]
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
 # Copy the file below, put your model into `models`, and give each language a corpus and held-out
-# text. Names tie them together: a calibration is named like its language, its measure like that
-# with `-heldout`, generated data with `self-generated-` before it, and the mixture `both`. Try
-# other shares than one half in the mixture.
+# text. The study finds them by name: the calibration is named after its language, the measure adds
+# `-heldout`, generated data has the prefix `self-generated-`, and the mixture is called `both`. Try
+# shares other than one half in the mixture.
 
 # %%
 print(STUDY.grid_file.read_text())

@@ -14,10 +14,10 @@
 # # Does calibration data of several sources keep a model's capabilities better than one source?
 #
 # Main contrast: mixed data against all single sources, over all capabilities. A single source may
-# keep what it speaks of and lose the rest.
+# keep its own capability and lose the others.
 #
 # Results: `python -m jobs run analysis/studies/mixing.yaml --store STORE`. Set the store here or in
-# the environment; `docs/studies.md` says how a finding is made.
+# the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -49,11 +49,11 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The levels behind it
+# ## Means over seeds
 #
 # Mean perplexity over seeds and pruners, in percent above the best source of each capability. A
-# row's highest number is what its calibration does worst: the row where that is lowest is the safe
-# choice.
+# row's highest number is its calibration's worst result. The row whose worst result is best is the
+# safe choice.
 
 # %%
 levels = analysis.summarize(table[(table["metric"] == "perplexity") & table["seed"].notna()])
@@ -64,19 +64,20 @@ above.assign(worst=above.max(axis=1)).sort_values("worst").round(1)
 # %% [markdown]
 # ## Without one capability
 #
-# Does the finding rest on a capability that no single source but its own can keep? Each is left out
-# of the measures in turn.
+# Does the finding rest on a capability that only its own source can keep? Each capability is left
+# out in turn.
 
 # %%
 for measure in in_order(table.loc[table["metric"] == "perplexity", "task"]):
-    told = STUDY.answer(table[table["task"] != measure])
-    print(f"without {measure}:", told.what, told.size)
+    without = STUDY.answer(table[table["task"] != measure])
+    print(f"without {measure}:", without.what, without.size)
 
 # %% [markdown]
 # ## In accuracy
 #
-# Perplexity moves long before answers do. Shares of right answers, mean over seeds and pruners; the
-# mean over tasks is one more task. Empty if the grid evaluated no tasks.
+# Perplexity changes long before answers do. The table shows the share of right answers, averaged
+# over seeds and pruners; the mean over tasks is one more task. It is empty if the grid evaluated no
+# tasks.
 
 # %%
 rows = analysis.with_mean_accuracy(table)
@@ -84,11 +85,11 @@ rows = rows[(rows["metric"] == "acc") & rows["seed"].notna()]
 analysis.summarize(rows).pivot_table(index="source", columns="task", values="mean", observed=True)
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
 # Copy the file below, put your model into `models`, and give each capability a corpus and a
-# held-out text. A calibration is named like its measure but for `-heldout`; `mixed` is the mixture.
-# Put the shares of what you deploy for into the mixture, and add tasks by their lm-eval names.
+# held-out text. A calibration is named like its measure without `-heldout`; the mixture is called
+# `mixed`. Give the mixture the shares of your use case, and add tasks by their lm-eval names.
 
 # %%
 print(STUDY.grid_file.read_text())

@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # Which cheap score of a calibration set foretells how well it prunes?
+# # Which cheap score of a calibration set predicts how well it prunes?
 #
-# Main contrast: the rank correlation of Min-K%++ with the harm by pruning. A score that foretells
+# Main contrast: the rank correlation of Min-K%++ with the harm by pruning. A score that predicts
 # the harm saves pruning with every candidate.
 #
 # Results: `python -m jobs run analysis/studies/predictor.yaml --store STORE`. Set the store here or
-# in the environment; `docs/studies.md` says how a finding is made.
+# in the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -50,22 +50,21 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The sources behind it
+# ## The sources
 #
-# A source is one point, whatever the number of seeds. Harm is the change of perplexity against the
-# mean of all sources, here averaged over pruners and sparsities; below 0 a source is better than
-# most.
+# A source is one point, averaged over seeds. Harm is the difference of perplexity from the mean of
+# all sources, here averaged over pruners and sparsities. Below 0 a source is better than the mean.
 
 # %%
 sources = predictor.gathered(table)
-told = pd.DataFrame(sources.scores, index=sources.names)
-told.assign(harm=sources.kind.effect(sources.harm.mean(axis=1))).sort_values("harm").round(3)
+scores = pd.DataFrame(sources.scores, index=sources.names)
+scores.assign(harm=sources.kind.effect(sources.harm.mean(axis=1))).sort_values("harm").round(3)
 
 # %% [markdown]
-# ## Does one source carry it?
+# ## Does one source carry the finding?
 #
-# The rank correlation with one source left out, for the score named here. If it falls to nothing
-# without one of them, the score tells that source from the rest and nothing more.
+# The rank correlation of the score below, with one source left out. If it vanishes without one
+# source, the score only distinguishes that source from the rest.
 
 # %%
 SCORE = "min_k_plus_plus"
@@ -77,12 +76,12 @@ ranks = {
 pd.Series(ranks).sort_values().round(2)
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
-# Copy the file below, keep `describe`, and name your candidate sources; five are the least, fifteen
-# say something. Without the pretraining text leave out `reference`, and the divergence is not
-# scored. Once it is run, `python -m jobs recommend CANDIDATES.yaml --store STORE` ranks new sources
-# by the score that foretold best, and prunes nothing.
+# Copy the file below, keep `describe`, and name your candidate sources: at least five, better
+# fifteen. Without the pretraining text leave out `reference`; the divergence is then not scored.
+# After the run, `python -m jobs recommend CANDIDATES.yaml --store STORE` ranks new sources by the
+# score that predicted best, without pruning.
 
 # %%
 print(STUDY.grid_file.read_text())

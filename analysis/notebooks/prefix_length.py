@@ -14,10 +14,10 @@
 # # How long should the prefixes of self-generation be, and does that depend on the model?
 #
 # Main contrast: prefixes of 1 to 4 tokens against those of 16 and more. A prefix is the real text
-# that the model goes on from: the longer, the less of a sample is its own.
+# that the model continues: the longer it is, the less of a sample is the model's own.
 #
 # Results: `python -m jobs run analysis/studies/prefix-length.yaml --store STORE`. Set the store
-# here or in the environment; `docs/studies.md` says how a finding is made.
+# here or in the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -50,9 +50,9 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The levels behind it
+# ## Means over seeds
 #
-# Mean perplexity over seeds. Compare down a column: models differ more than lengths do.
+# Mean perplexity over seeds. Compare within a column: models differ more than lengths do.
 
 # %%
 rows = calibrated(scored(table))
@@ -62,8 +62,8 @@ levels.pivot_table(index="source", columns="model", values="mean", observed=True
 # %% [markdown]
 # ## Each model alone
 #
-# The study averages over models before it speaks of all. A best length that resampled seeds seldom
-# choose again is luck: read the share beside it.
+# The study averages over models; here each model has its own finding. A best length that few
+# resamples choose is luck: read the share beside it.
 
 # %%
 for model in in_order(rows["model"]):
@@ -72,8 +72,8 @@ for model in in_order(rows["model"]):
 # %% [markdown]
 # ## Any two lengths
 #
-# Chosen after the figure was seen, two lengths tell less than p says: there were many pairs to
-# choose from.
+# If you choose two lengths after seeing the figure, p is too small: there were many pairs to choose
+# from.
 
 # %%
 two, sixteen = (rows[rows["prefix_tokens"] == length] for length in (2, 16))
@@ -82,11 +82,11 @@ analysis.compare_selections(two, sixteen)[
 ]
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
-# Copy the file below and put your model into `models`, several if you ask about shapes. Take your
-# own corpora for `prefixes` and for `perplexity`. Length 2 and two others must stay; the longest
-# must leave the model room to write in.
+# Copy the file below and put your model into `models`, or several to compare shapes. Use your own
+# corpora for `prefixes` and for `perplexity`. Keep length 2 and two others; the longest must leave
+# the model room to write.
 
 # %%
 print(STUDY.grid_file.read_text())

@@ -13,11 +13,11 @@
 # %% [markdown]
 # # Does calibration data prune better, the nearer it is to the pretraining data?
 #
-# Main contrast: the trend over the share of text of unseen kinds. This is what the paper rests on:
-# self-generated data is meant to be near.
+# Main contrast: the trend over the share of text of unseen kinds. The paper rests on this claim:
+# self-generated data is meant to be near the pretraining data.
 #
 # Results: `python -m jobs run analysis/studies/similarity.yaml --store STORE`. Set the store here
-# or in the environment; `docs/studies.md` says how a finding is made.
+# or in the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -49,9 +49,9 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The levels behind it
+# ## Means over seeds
 #
-# Mean perplexity over seeds, from the pretraining mixture down to text of unseen kinds only.
+# Mean perplexity over seeds, from the pretraining mixture to text of unseen kinds only.
 
 # %%
 rows = calibrated(scored(table))
@@ -61,8 +61,8 @@ levels.pivot_table(index="source", columns=["method", "target"], values="mean", 
 # %% [markdown]
 # ## Each pruner and sparsity alone
 #
-# Does the trend hold in each, or does one setting carry it? The trend is in percent of perplexity
-# by 10 points of unseen text.
+# Does the trend hold in each setting, or does one carry it? The trend is in percent of perplexity
+# per 10 points of unseen text.
 
 # %%
 rows = rows.assign(share=[trailing_number(name) for name in rows["calibration"]])
@@ -73,12 +73,12 @@ trends = {
 estimate_rows(trends).round(3)
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
-# The testbed's pretraining text is known, so that nearness can be set. Of your own model it can
-# only be guessed: mix a corpus that you believe was in its training with one of a kind or a date
-# that cannot have been, name the calibrations `unseen-SHARE` in percent, and keep 0 and two others.
-# The predictor study then asks which score measures nearness where no share is known.
+# The testbed's pretraining text is known, so nearness can be set. For your own model it can only be
+# guessed: mix a corpus that you believe was in its training with one whose kind or date excludes
+# it, name the calibrations `unseen-SHARE` with the share in percent, and keep 0 and two others. The
+# predictor study asks which score measures nearness where no share is known.
 
 # %%
 print(STUDY.grid_file.read_text())

@@ -17,7 +17,7 @@
 # any text will do; the study finds where that ends.
 #
 # Results: `python -m jobs run analysis/studies/sparsity.yaml --store STORE`. Set the store here or
-# in the environment; `docs/studies.md` says how a finding is made.
+# in the environment; `docs/studies.md` explains how a finding is made.
 
 # %%
 import os
@@ -50,10 +50,10 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## The levels behind it
+# ## Means over seeds
 #
-# Mean perplexity over seeds. An effect of many percent can still be the better of two broken
-# models: compare with the dense one, if the grid has it.
+# Mean perplexity over seeds. A large effect can still be the better of two broken models: compare
+# with the dense one, if the grid has it.
 
 # %%
 rows = scored(table)
@@ -61,10 +61,10 @@ levels = analysis.summarize(rows)
 levels.pivot_table(index=["method", "target"], columns="source", values="mean", observed=True)
 
 # %% [markdown]
-# ## Where the threshold moves
+# ## How firm is the threshold?
 #
-# It is where an effect is first shown, so it moves with the pruner and with the number of seeds. If
-# half of the seeds move it up, more of them may well move it down.
+# The threshold is where an effect is first shown, so it depends on the pruner and on the number of
+# seeds. If half of the seeds move it up, more seeds may move it down.
 
 # %%
 for pruner in in_order(calibrated(rows)["pruner"]):
@@ -74,8 +74,8 @@ print("half of the seeds:", STUDY.answer(table[table["seed"] < table["seed"].med
 # %% [markdown]
 # ## What is left to gain
 #
-# Self-generated data against the true pretraining text, which only the testbed knows. Effects near
-# 0: self-generated data is as good as the text that it stands for.
+# Self-generated data against the true pretraining text, which only the testbed knows. Where the
+# effect is near 0, self-generated data replaces the pretraining text fully.
 
 # %%
 generated = rows[rows["calibration"] == "self-generated"]
@@ -85,12 +85,12 @@ analysis.compare_selections(generated, true)[
 ]
 
 # %% [markdown]
-# ## Of your own model
+# ## For your own model
 #
-# Copy the file below and put your model into `models`, a corpus that you would calibrate with into
-# `mismatched`, and held-out text of what the model is for into `heldout`. Drop the calibration
-# `pretraining`, which you will hardly have. To save time take only the sparsities near the
-# threshold, and more seeds.
+# Copy the file below and put your model into `models`, a corpus for calibration into `mismatched`,
+# and held-out text of the model's use case into `heldout`. Drop the calibration `pretraining`
+# unless you have the pretraining text. To save time, keep only the sparsities near the threshold
+# and use more seeds.
 
 # %%
 print(STUDY.grid_file.read_text())

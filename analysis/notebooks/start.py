@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Which calibration data prunes this model best?
 #
-# Reads a grid's results from a store and goes from the table to an answer. Open it in Jupyter with
-# jupytext, or run `jupytext --to ipynb start.py`. Set the store here or in the environment: a
-# folder, `s3://bucket/store`, or one Parquet file.
+# This notebook reads a grid's results from a store and goes from the table to an answer. Open it in
+# Jupyter with jupytext, or run `jupytext --to ipynb start.py`. Set the store here or in the
+# environment: a folder, `s3://bucket/store`, or one Parquet file.
 
 # %%
 import os
@@ -34,7 +34,7 @@ REFERENCE = os.environ.get("CALPRUNE_REFERENCE") or None  # None takes the first
 # %% [markdown]
 # ## The table
 #
-# One row a cell, task and metric. Cells that failed or have not run are rows too.
+# One row per cell, task and metric. Cells that failed or have not run are rows too.
 
 # %%
 table = analysis.load_results(STORE, GRID)
@@ -44,7 +44,7 @@ table.drop_duplicates(["grid", "cell"])["status"].value_counts()
 table.loc[table["status"] != "ok", ["cell", "model", "method", "target", "source", "seed", "error"]]
 
 # %% [markdown]
-# One row a cell, one column a metric:
+# One row per cell, one column per metric:
 
 # %%
 analysis.wide(table).drop(columns=["lineage", "versions", "prune_report", "traceback"])
@@ -52,7 +52,7 @@ analysis.wide(table).drop(columns=["lineage", "versions", "prune_report", "trace
 # %% [markdown]
 # ## The main metric
 #
-# The first perplexity, else the first metric there is. Change it here.
+# The first perplexity, else the first metric. Change it here.
 
 # %%
 task, metric = headline_metrics(analysis.with_mean_accuracy(table))[0]
@@ -73,10 +73,10 @@ levels.pivot_table(
 SVG(svg_bytes(sparsity_figure(table, model, task, metric)))
 
 # %% [markdown]
-# ## How sure is it?
+# ## How certain is it?
 #
-# Differences from the reference, paired by seed. `p_holm` is corrected for all rows of the table
-# below; an interval of two or three seeds is wide, and rightly so.
+# Differences from the reference, paired by seed. `p_holm` is corrected for all rows of a table. An
+# interval of two or three seeds is wide because so few seeds determine little.
 
 # %%
 others = [source for source in in_order(calibrated["source"]) if source != reference]
@@ -86,10 +86,10 @@ compared = {
     ).query("n_a > 0")
     for source in others
 }
-for source, told in compared.items():
+for source, rows_of_source in compared.items():
     print(source, "against", reference)
     columns = ["method", "target", "pairs", "lost_a", "effect", "low", "high", "unit", "p_holm"]
-    print(told[columns].to_string(index=False))
+    print(rows_of_source[columns].to_string(index=False))
 
 # %%
 SVG(svg_bytes(difference_figure(table, model, task, metric, reference)))

@@ -29,4 +29,4 @@ STUDIES: dict[str, Study] = {
         cost,
     )
 }
-"""By name, in the order in which they are told."""
+"""By name, in the order of the page of findings."""

@@ -19,20 +19,20 @@ from analysis.load import TableError
 from analysis.study import Answer, Study
 
 USUAL = 64
-"""Windows that the testbed's other studies take."""
+"""Windows in the testbed's other studies."""
 
 NEGLIGIBLE = 1.0
-"""Percent of perplexity, or points, that count as nothing."""
+"""Effects within this many percent of perplexity, or points, are negligible."""
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """Each number of windows against the most, and each length against the longest."""
+    """Compare each number of windows with the most, and each length with the longest."""
     rows = calibrated(scored(table))
     longest = int(rows["seqlen"].max())
     whole = rows[rows["seqlen"] == longest]
     counts = sorted({int(count) for count in whole["nsamples"]})
     if len(counts) < 2:
-        raise TableError(f"nsamples {counts}: it takes two and more")
+        raise TableError(f"nsamples {counts}: two or more are needed")
     most = counts[-1]
     usual = max([count for count in counts[:-1] if count <= USUAL], default=counts[0])
     at_most = whole[whole["nsamples"] == most]
@@ -62,7 +62,7 @@ def answer(table: pd.DataFrame) -> Answer:
     elif main.shown:
         what = f"{most} windows are worse than {usual}."
     else:
-        what = f"That more than {usual} windows help is not shown."
+        what = f"It is not shown that more than {usual} windows help."
     what += (
         f" {enough[0]} windows are enough: within {NEGLIGIBLE:g} {main.kind.unit} of {most}."
         if enough
@@ -75,11 +75,13 @@ def answer(table: pd.DataFrame) -> Answer:
     effects |= {f"{length} tokens each": each for length, each in lengths.items()}
     certainty = "p of the others is corrected (Holm)."
     if lengths:
-        told = listed([f"{length} tokens {each.text}" for length, each in lengths.items()])
-        certainty += f" Windows of another length than {longest} tokens, as many of them: {told}."
+        by_length = listed([f"{length} tokens {each.text}" for length, each in lengths.items()])
+        certainty += (
+            f" Equally many shorter windows against windows of {longest} tokens: {by_length}."
+        )
     caveat = (
-        "The effects are averaged over sources and pruners, which the figure shows apart. A wider "
-        "model has more directions for its inputs to cover, and may need more."
+        "The effects are averaged over sources and pruners, which the figure shows separately. A "
+        "wider model has more input directions to cover, and may need more windows."
     )
     figure = line_figure(
         "Perplexity after pruning, by the number of calibration windows",
@@ -98,7 +100,7 @@ def _is_negligible(estimate: EffectEstimate) -> bool:
 
 
 def _lengths(rows: pd.DataFrame, longest: int) -> dict[int, EffectEstimate]:
-    """Each shorter length against the longest, where the number of windows is the same."""
+    """Compare each shorter length with the longest, at the same number of windows."""
     shorter = sorted({int(length) for length in rows["seqlen"]} - {longest})
     whole = rows[rows["seqlen"] == longest]
     return corrected(

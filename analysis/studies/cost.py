@@ -1,4 +1,4 @@
-"""When the device-seconds that self-generation takes pay."""
+"""When the device-seconds spent on self-generation pay off."""
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,6 @@ from analysis.evidence import (
     scored,
 )
 from analysis.labels import in_order
-from analysis.load import TableError
 from analysis.study import Answer, Study
 
 CORPUS, GENERATED = "mismatched", "self-generated"
@@ -23,12 +22,9 @@ SECONDS = ["seconds_generate", "seconds_score", "seconds_prune"]
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """Gain and device-seconds of generated sets of several sizes, against the corpus."""
-    lacking = [column for column in SECONDS if column not in table]
-    if lacking:
-        raise TableError(f"column {', '.join(lacking)} is missing")
+    """Compare gain and device-seconds of generated sets of several sizes with the corpus."""
     rows = calibrated(scored(table))
-    seconds = rows[SECONDS].apply(pd.to_numeric)
+    seconds = rows[SECONDS]
     rows = rows.assign(extra=seconds.iloc[:, :2].sum(axis=1), total=seconds.sum(axis=1))
     corpus, generated = of_calibration(rows, CORPUS), of_calibration(rows, GENERATED)
     sizes = sorted({int(size) for size in generated["num_samples"].dropna()})
@@ -52,32 +48,31 @@ def answer(table: pd.DataFrame) -> Answer:
         size = next(s for s, each in by_size.items() if each.shown and each.helps)
         what = f"Self-generation pays from {size} samples on."
     else:
-        what = f"That self-generated data beat the {CORPUS} corpus is not shown for any size."
-    told = [f"{n} samples ({extra[n]:.1f} device-seconds) {e.text}" for n, e in by_size.items()]
+        what = f"It is not shown for any size that self-generated data beat the {CORPUS} corpus."
+    gains = [f"{n} samples ({extra[n]:.1f} device-seconds) {e.text}" for n, e in by_size.items()]
     prune = {
         method: float(rows.loc[rows["method"] == method, "seconds_prune"].median())
         for method in in_order(rows["method"])
     }
     size_text = (
-        f"Against the {CORPUS} corpus: {'; '.join(told)}. A pruning itself takes "
+        f"Against the {CORPUS} corpus: {'; '.join(gains)}. A pruning itself takes "
         f"{listed([f'{value:.1f} s with {name}' for name, value in prune.items()])}: a set that "
-        "many prunings share costs each of them a part."
+        "many prunings share costs each of them a fraction."
     )
     certainty = "p is corrected for the sizes (Holm). "
     if last != first:
         certainty += f"{last} samples against {first}: {more.text}"
-        certainty += "." if more.shown else ", so that more samples pay is not shown."
+        certainty += "." if more.shown else ", so it is not shown that more samples pay."
     dearer = _dearer_pruner(corpus, smallest, prune)
     caveat = (
-        f"{dearer} Seconds are those of this run's machine, all shards added up; a large model "
-        "generates for much longer than it is pruned, unless an engine batches well."
+        f"{dearer} Seconds are those of this run's machine, summed over shards. Generation with a "
+        "large model takes much longer than its pruning, unless an engine batches well."
     )
     figure = point_figure(
         f"Gain against device-seconds spent, from pruning with the {CORPUS} corpus",
         _points(rows, corpus, sizes),
         "device-seconds (log scale)",
         f"change against {next(iter(prune))} with the corpus (%)",
-        log_x=True,
         note="Seconds of generation, scoring and pruning. Bars: 95 % intervals over seeds.",
     )
     effects = {f"{size} samples": each for size, each in by_size.items()}
@@ -86,7 +81,7 @@ def answer(table: pd.DataFrame) -> Answer:
 
 
 def _points(rows: pd.DataFrame, corpus: pd.DataFrame, sizes: list[int]) -> dict[str, list[Point]]:
-    """Of each pruner every source, against the first pruner with the corpus."""
+    """Compare every source of each pruner with the first pruner on the corpus."""
     methods = in_order(rows["method"])
     reference = corpus[corpus["method"] == methods[0]]
     pruner = ["method", "pruner", "pruner_options"]
@@ -106,7 +101,7 @@ def _points(rows: pd.DataFrame, corpus: pd.DataFrame, sizes: list[int]) -> dict[
 
 
 def _dearer_pruner(corpus: pd.DataFrame, generated: pd.DataFrame, prune: dict[str, float]) -> str:
-    """Whether a dearer pruner with the corpus does what self-generation does with a cheap one."""
+    """Compare the cheapest pruner on generated data with the dearest on the corpus."""
     cheap, dear = min(prune, key=prune.__getitem__), max(prune, key=prune.__getitem__)
     if cheap == dear:
         return ""
@@ -118,7 +113,7 @@ def _dearer_pruner(corpus: pd.DataFrame, generated: pd.DataFrame, prune: dict[st
 
 STUDY = Study(
     "cost",
-    "When do the device-seconds that self-generation takes pay?",
+    "When do the device-seconds spent on self-generation pay off?",
     "the smallest generated set against the mismatched corpus",
     answer,
 )

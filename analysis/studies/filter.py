@@ -1,4 +1,4 @@
-"""How much of the generated text should be dropped, for which pruner."""
+"""How much of the generated text to drop, for which pruner."""
 
 import json
 
@@ -25,11 +25,11 @@ PAPER = 0.2
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """Each rate against no filter, by pruner, and what the rate does to the set."""
+    """Compare each rate with no filter, by pruner, and measure what it does to the set."""
     rows = calibrated(scored(table))
     rates = sorted({float(rate) for rate in rows["drop_fraction"].dropna()})
     if 0.0 not in rates or PAPER not in rates:
-        raise TableError(f"drop fractions {rates}: it takes 0 and {PAPER}")
+        raise TableError(f"drop fractions {rates}: 0 and {PAPER} are needed")
     unfiltered = rows[rows["drop_fraction"] == 0]
     across = ["drop_fraction"]
     main = paired(rows[rows["drop_fraction"] == PAPER], unfiltered, across)
@@ -50,7 +50,9 @@ def answer(table: pd.DataFrame) -> Answer:
         better = "helps" if main.helps else "harms"
         what = f"Dropping the {PAPER:.0%} of highest perplexity {better}."
     else:
-        what = f"That dropping the {PAPER:.0%} of highest perplexity changes anything is not shown."
+        what = (
+            f"It is not shown that dropping the {PAPER:.0%} of highest perplexity changes anything."
+        )
     by_method = listed([f"{method} {singly[method, PAPER].text}" for method in methods])
     size = f"Against no filter, over all pruners: {main.text}; by pruner {by_method}."
     shown = [
@@ -61,12 +63,12 @@ def answer(table: pd.DataFrame) -> Answer:
     certainty = (
         f"Of all pruners and rates (Holm) these differ from no filter: {'; '.join(shown)}."
         if shown
-        else "At no rate is any pruner shown to differ from no filter (Holm)."
+        else "No pruner is shown to differ from no filter at any rate (Holm)."
     )
     certainty += _quality(rows, max(rates))
     caveat = (
-        "Sampling at a low temperature leaves few bad samples to drop: hotter sampling, or a "
-        "weaker model, gives the filter more to do."
+        "Sampling at a low temperature produces few bad samples; hotter sampling or a weaker "
+        "model gives the filter more to drop."
     )
     figure = line_figure(
         "Perplexity after pruning, by the share of generated samples that is dropped",
@@ -78,12 +80,12 @@ def answer(table: pd.DataFrame) -> Answer:
 
 
 def _quality(rows: pd.DataFrame, most: float) -> str:
-    """What the highest rate does to the set's own Min-K%++, where the grid describes its sets."""
-    if "calibration_report" not in rows or rows["calibration_report"].isna().all():
+    """Say how the highest rate changes the set's Min-K%++, if the grid describes its sets."""
+    described = rows[rows["calibration_report"].notna()]
+    if described.empty:
         return ""
-    told = rows[rows["calibration_report"].notna()]
-    scores = told.assign(
-        score=[json.loads(report)["min_k_plus_plus"] for report in told["calibration_report"]]
+    scores = described.assign(
+        score=[json.loads(report)["min_k_plus_plus"] for report in described["calibration_report"]]
     ).drop_duplicates(["model", "seed", "drop_fraction"])
     sets = scores.pivot_table(index=["model", "seed"], columns="drop_fraction", values="score")
     if most not in sets or 0.0 not in sets:
@@ -91,7 +93,9 @@ def _quality(rows: pd.DataFrame, most: float) -> str:
     change = (sets[most] - sets[0.0]).dropna().rename("score").reset_index()
     raised = over_seeds(change, metric_named("min_k_plus_plus"))
     if not raised.shown:
-        return f" That dropping {most:.0%} changes the set's Min-K%++ is not shown: {raised.text}."
+        return (
+            f" It is not shown that dropping {most:.0%} changes the set's Min-K%++: {raised.text}."
+        )
     word = "raises" if raised.effect > 0 else "lowers"
     return f" Dropping {most:.0%} {word} the set's own Min-K%++: {raised.text}."
 

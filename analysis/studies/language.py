@@ -1,4 +1,4 @@
-"""A model of two languages: which calibration data keeps which of them."""
+"""Which calibration data keeps which language of a bilingual model."""
 
 import pandas as pd
 
@@ -18,7 +18,7 @@ BOTH, GENERATED, HELD_OUT = "both", "self-generated-", "-heldout"
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """Retention of each language by calibration in it, in the other, in both, self-generated."""
+    """Compare calibration in a language, in the other, in both, and self-generated."""
     both = languages(table)
     rows = calibrated(
         pd.concat(
@@ -30,7 +30,7 @@ def answer(table: pd.DataFrame) -> Answer:
     )
 
     def chosen(of: str, prefix: str = "", other: bool = False) -> pd.DataFrame:
-        """Rows that measure language `of`, calibrated in it or in the other one."""
+        """Return the rows that measure language `of`, calibrated in it or in the other."""
         named = both[1 - both.index(of)] if other else of
         return rows[(rows["language"] == of) & (rows["calibration"] == prefix + named)]
 
@@ -68,9 +68,9 @@ def answer(table: pd.DataFrame) -> Answer:
         )
     if main.shown:
         better = "better" if main.helps else "worse"
-        what = f"A language is kept {better} by calibration in it than in the other."
+        what = f"Calibration in a language keeps it {better} than calibration in the other."
     else:
-        what = "That a language is kept better by calibration in it than in the other is not shown."
+        what = "It is not shown that calibration in a language keeps it better than in the other."
     size = f"Its own language against the other: {main.text}."
     certainty = "Secondary (Holm): " + "; ".join(
         f"{name}, {each.text}" + ("" if each.shown else ", not shown")
@@ -92,14 +92,14 @@ def answer(table: pd.DataFrame) -> Answer:
 
 
 def languages(table: pd.DataFrame) -> list[str]:
-    """The two languages whose held-out text a grid measures, by name.
+    """Return the two languages whose held-out text a grid measures, by name.
 
     Raises:
-        TableError: if there are not two.
+        TableError: if there are not exactly two.
     """
     measures = sorted({str(task) for task in table["task"] if str(task).endswith(HELD_OUT)})
     if len(measures) != 2:
-        raise TableError(f"measures {measures}: it takes two, each a language and {HELD_OUT}")
+        raise TableError(f"measures {measures}: two are needed, each a language and {HELD_OUT}")
     return [measure.removesuffix(HELD_OUT) for measure in measures]
 
 

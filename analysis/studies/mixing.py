@@ -1,4 +1,4 @@
-"""One source of calibration data against several mixed: which capability does each keep."""
+"""Which capabilities one source of calibration data keeps, and which a mixture keeps."""
 
 import pandas as pd
 
@@ -22,10 +22,12 @@ MIXED, HELD_OUT = "mixed", "-heldout"
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """Mixed data against single sources, over all capabilities and for each."""
+    """Compare mixed data with single sources, over all capabilities and for each."""
     measures = in_order(table.loc[table["metric"] == "perplexity", "task"])
     if len(measures) < 2:
-        raise TableError(f"perplexities {measures}: it takes one of each of several capabilities")
+        raise TableError(
+            f"perplexities {measures}: one for each of two or more capabilities is needed"
+        )
     rows = calibrated(pd.concat([scored(table, measure, "perplexity") for measure in measures]))
     mixed = of_calibration(rows, MIXED)
     single = rows[rows["calibration"] != MIXED]
@@ -65,11 +67,11 @@ def answer(table: pd.DataFrame) -> Answer:
     )
     accuracies = _accuracies(table)
     if accuracies:
-        told = [f"{name} {each.text}" for name, each in accuracies.items()]
-        certainty += f" In accuracy (Holm), mixed against single: {listed(told)}."
+        by_task = [f"{name} {each.text}" for name, each in accuracies.items()]
+        certainty += f" In accuracy (Holm), mixed against single: {listed(by_task)}."
     caveat = (
-        "Mixed means equal parts of all capabilities that are measured; a capability that the "
-        "mixture leaves out would be on the other side of this comparison."
+        "The mixture has equal parts of all measured capabilities. A capability that it lacks "
+        "would be on the other side of this comparison."
     )
     panels = {
         "against its own source": corrected(
@@ -93,7 +95,7 @@ def answer(table: pd.DataFrame) -> Answer:
 
 
 def _accuracies(table: pd.DataFrame) -> dict[str, EffectEstimate]:
-    """Mixed against single sources in each task's accuracy."""
+    """Compare mixed data with single sources in each task's accuracy."""
     tasks = in_order(table.loc[table["metric"] == "acc", "task"])
     estimates = {}
     for task in tasks:

@@ -1,7 +1,7 @@
-"""Which cheap score of a calibration set foretells how well it prunes.
+"""Which cheap score of a calibration set predicts how well it prunes.
 
-A source's scores and its numbers after pruning are averaged over seeds; the source is the unit,
-since all that a score says of pruning it says by telling sources apart.
+A source's scores and its results after pruning are averaged over seeds. The source is the unit,
+since a score predicts pruning only through the differences between sources.
 """
 
 import json
@@ -28,49 +28,49 @@ SCORES = {
     "distinct_3": "distinct 3-grams",
     "divergence": "divergence from the pretraining text",
 }
-"""Fields of a set's description, and what they are called."""
+"""Fields of a set's description, and their names."""
 
 MAIN = "min_k_plus_plus"
 SETTING = ["model", "method", "target"]
 LEAST_SOURCES = 5
 
 PLAIN = MetricKind(lower_is_better=False, is_perplexity=False, is_share=False)
-"""Of numbers without a unit."""
+"""The kind of numbers without a unit."""
 
 
 class Sources(NamedTuple):
-    """What is known of each source, averaged over seeds."""
+    """Scores and harm of each source, averaged over seeds."""
 
     names: list[str]
     scores: dict[str, Values]
-    """Of each score one value a source."""
+    """By score, `[sources]`."""
 
     harm: Values
-    """[sources, settings]: the scaled metric, higher is worse, less each setting's mean."""
+    """`[sources, settings]`: the scaled metric minus each setting's mean; higher is worse."""
 
     kind: MetricKind
 
 
 class Prediction(NamedTuple):
-    """What a score foretells."""
+    """How well a score predicts the harm by pruning."""
 
     rank: EffectEstimate
     """Spearman's correlation with the harm, averaged over settings; interval over sources."""
 
     explained: EffectEstimate
-    """Share of the differences in harm explained in sources that were left out of the fit, in
-    points; below 0 the score is worse than no score."""
+    """Share of the differences in harm explained in sources left out of the fit, in percent; below
+    0 the score is worse than no score."""
 
     effect: EffectEstimate
-    """Harm by one standard deviation of the score, by the mixed model."""
+    """Harm per standard deviation of the score, by the mixed model."""
 
     regret: float
-    """What the source chosen by leave-one-out predictions loses against the best, on average over
+    """Loss of the source chosen by leave-one-out predictions against the best one, on average over
     settings, in the metric's unit."""
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """Every score's rank correlation, out-of-source error and effect."""
+    """Return every score's rank correlation, out-of-source error and effect."""
     sources = gathered(table)
     predictions = {name: predict(sources, name) for name in sources.scores}
     main = predictions[MAIN]
@@ -84,14 +84,14 @@ def answer(table: pd.DataFrame) -> Answer:
         )
     else:
         what = (
-            "That Min-K%++ ranks sources as pruning does is not shown (rank correlation "
+            "It is not shown that Min-K%++ ranks sources as pruning does (rank correlation "
             f"{_interval(main.rank)})."
         )
-    foretold = [
+    explained = [
         effect_text(each.effect, each.low, each.high, "%")
         for each in (predictions[name].explained for name in ranked)
     ]
-    named = [f"{SCORES[name]} {told}" for name, told in zip(ranked, foretold, strict=True)]
+    named = [f"{SCORES[name]} {text}" for name, text in zip(ranked, explained, strict=True)]
     size = (
         "Of the differences between sources that the fit has not seen, the scores explain: "
         f"{'; '.join(named)}. One standard deviation of Min-K%++ goes with "
@@ -107,15 +107,15 @@ def answer(table: pd.DataFrame) -> Answer:
             f"average over settings; a random choice {_random_regret(sources):.1f}."
         )
     else:
-        certainty = "No score is shown to foretell unseen sources better than their mean does."
+        certainty = "No score is shown to predict unseen sources better than their mean does."
     caveat = (
-        f"All rests on {len(sources.names)} sources, and the intervals on resampling them: other "
-        "sources, above all real corpora that differ less, can change order and size."
+        f"All estimates rest on {len(sources.names)} sources, the intervals on resampling them. "
+        "Other sources can change order and size, real corpora above all, since they differ less."
     )
     if "divergence" in sources.scores:
         caveat += " The divergence needs the pretraining text, which most models keep secret."
     figure = interval_figure(
-        "How well cheap scores of a calibration set foretell its pruning",
+        "How well cheap scores of a calibration set predict its pruning",
         {
             "rank correlation with harm": {SCORES[n]: p.rank for n, p in predictions.items()},
             "explained in unseen sources (share)": {
@@ -137,20 +137,20 @@ def answer(table: pd.DataFrame) -> Answer:
 
 
 def gathered(table: pd.DataFrame) -> Sources:
-    """The sources that every setting has, with scores and harm.
+    """Return the described sources that have results in every setting, with scores and harm.
 
     Raises:
-        TableError: if they are not described, or fewer than five.
+        TableError: if fewer than five sources are described.
     """
-    if "calibration_report" not in table:
-        raise TableError("no calibration is described (describe: {} in the grid)")
     rows = calibrated(scored(table))
     rows = rows[rows["calibration_report"].notna()]
-    kind = metric_named(str(rows["metric"].iloc[0])) if len(rows) else metric_named("perplexity")
+    if rows.empty:
+        raise TableError("no calibration is described: write describe: {} in the grid")
+    kind = metric_named(str(rows["metric"].iloc[0]))
     harm = rows.pivot_table(index="source", columns=SETTING, values="score").dropna()
     if len(harm) < LEAST_SOURCES:
-        raise TableError(f"{len(harm)} described sources: it takes {LEAST_SOURCES}")
-    reports = pd.DataFrame([json.loads(told) for told in rows["calibration_report"]])
+        raise TableError(f"{len(harm)} described sources: {LEAST_SOURCES} are needed")
+    reports = pd.DataFrame([json.loads(report) for report in rows["calibration_report"]])
     reports = reports.assign(source=rows["source"].to_numpy())
     means = reports.groupby("source").mean(numeric_only=True).loc[harm.index]
     sign = 1 if kind.lower_is_better else -1
@@ -164,7 +164,7 @@ def gathered(table: pd.DataFrame) -> Sources:
 
 
 def predict(sources: Sources, name: str) -> Prediction:
-    """What one score foretells."""
+    """Return how well one score predicts the harm."""
     x, harm = sources.scores[name], sources.harm
     count = len(x)
     errors, baseline, predicted = left_out(x, harm)
@@ -186,20 +186,32 @@ def predict(sources: Sources, name: str) -> Prediction:
 
 
 def rank_correlation(x: Values, harm: Values) -> float:
-    """Spearman's correlation of a score with each setting's harm, averaged over settings."""
+    """Return Spearman's correlation of a score with harm, averaged over settings.
+
+    Args:
+        x: the score, `[sources]`.
+        harm: `[sources, settings]`.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)  # of a resample: NaN
+        warnings.simplefilter(
+            "ignore", stats.ConstantInputWarning
+        )  # a resample may be constant: NaN
         each = [stats.spearmanr(x, column).statistic for column in harm.T]
     return float(np.mean(each))
 
 
 def left_out(x: Values, harm: Values) -> tuple[Values, Values, Values]:
-    """Squared errors of each source by a line through the others, and by their mean alone.
+    """Predict each source by a line through the others, and by their mean alone.
 
-    Settings weigh alike: each is divided by its spread.
+    Each setting is divided by its spread, so that settings have equal weight.
+
+    Args:
+        x: the score, `[sources]`.
+        harm: `[sources, settings]`.
 
     Returns:
-        both [sources], summed over settings, and the predictions [sources, settings].
+        Squared errors of the line and of the mean, each `[sources]`, summed over settings; and the
+        line's predictions, `[sources, settings]`.
     """
     spread = harm.std(axis=0)
     scaled = harm / np.where(spread > 0, spread, 1.0)
@@ -216,8 +228,11 @@ def left_out(x: Values, harm: Values) -> tuple[Values, Values, Values]:
 
 
 def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
-    """Harm by one standard deviation of the score: a fixed slope, and random effects of the source
-    and, in level and slope, of the setting; NaN if the fit does not converge."""
+    """Return the harm per standard deviation of the score, by a mixed model.
+
+    The slope is fixed; the level of each source and the slope of each setting are random. NaN if
+    the fit does not converge.
+    """
     x = sources.scores[name]
     nothing = EffectEstimate(np.nan, np.nan, np.nan, np.nan, len(x), sources.kind)
     if x.std() == 0:
@@ -237,7 +252,7 @@ def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
         [[by_source], [by_setting]],
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a variance of zero is at the boundary, and warns
+        warnings.simplefilter("ignore")  # a variance of 0 lies on the boundary and warns
         fit = sm.MixedLM(sources.harm.flatten(), design, groups, exog_vc=parts).fit(
             reml=True, method=["lbfgs", "powell"]
         )
@@ -254,13 +269,13 @@ def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
 
 def _resampled(statistic: Any, everyone: Any) -> EffectEstimate:
     low, high = bootstrap(len(everyone), statistic, draws=1000)
-    p = 0.0 if low > 0 or high < 0 else 1.0  # only whether the interval has zero
+    p = 0.0 if low > 0 or high < 0 else 1.0  # says only whether the interval holds 0
     return EffectEstimate(statistic(everyone), low, high, p, len(everyone), PLAIN)
 
 
 def _interval(estimate: EffectEstimate) -> str:
-    told = f"{estimate.effect:+.2f}, 95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}"
-    return told.replace("-", "−")
+    text = f"{estimate.effect:+.2f}, 95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}"
+    return text.replace("-", "−")
 
 
 def _random_regret(sources: Sources) -> float:
@@ -281,7 +296,7 @@ def _numbers(predictions: dict[str, Prediction]) -> pd.DataFrame:
 
 STUDY = Study(
     "predictor",
-    "Which cheap score of a calibration set foretells how well it prunes?",
+    "Which cheap score of a calibration set predicts how well it prunes?",
     "the rank correlation of Min-K%++ with the harm by pruning",
     answer,
 )

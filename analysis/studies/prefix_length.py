@@ -1,4 +1,4 @@
-"""How long a prefix self-generation wants, and whether that depends on the model's shape."""
+"""How long self-generation's prefixes should be, and whether that depends on the model's shape."""
 
 from typing import Any
 
@@ -24,18 +24,18 @@ from analysis.metrics import Values, metric_named, p_text
 from analysis.study import Answer, Study
 
 PAPER = 2
-"""Tokens of the paper's prefixes; effects are told against them."""
+"""Tokens of the paper's prefixes, the reference of all effects."""
 
 SHORT, LONG = (1, 4), 16
-"""The range the paper found best, and from where on a prefix is long."""
+"""The range that the paper found best, and the shortest long prefix."""
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """Lengths against the paper's, short against long, and the interaction with the model."""
+    """Compare lengths with the paper's, and short with long, and test the model's influence."""
     rows = calibrated(scored(table))
     lengths = sorted({int(length) for length in rows["prefix_tokens"].dropna()})
     if PAPER not in lengths or len(lengths) < 3:
-        raise TableError(f"prefix lengths {lengths}: it takes {PAPER} and two others")
+        raise TableError(f"prefix lengths {lengths}: {PAPER} and two others are needed")
     models = in_order(rows["model"])
     at_paper = rows[rows["prefix_tokens"] == PAPER]
     lines: list[Curve] = []
@@ -74,18 +74,16 @@ def answer(table: pd.DataFrame) -> Answer:
         f"change against {PAPER} tokens (%)",
         {place: str(length) for place, length in enumerate(lengths)},
     )
-    certainty = (
-        _interaction(rows) if len(models) > 1 else "With one model nothing is said of shapes."
-    )
+    certainty = _interaction(rows) if len(models) > 1 else "One model says nothing about shapes."
     caveat = (
-        "Each shape was trained once: a second training of one shape could differ as much as two "
+        "Each shape was trained once. A second training of one shape could differ as much as two "
         "shapes do."
     )
     return Answer(what, size, certainty, caveat, figure, estimate_rows(effects))
 
 
 def _best(rows: pd.DataFrame, model: str) -> str:
-    """The best length, and how often resampled seeds choose it."""
+    """Name the best length, and say how often resampled seeds choose it."""
     means = rows.pivot_table(index="seed", columns="prefix_tokens", values="score").dropna()
     sign = 1 if metric_named(str(rows["metric"].iloc[0])).lower_is_better else -1
     scores = sign * means.to_numpy(dtype=np.float64)
@@ -101,17 +99,17 @@ def _best(rows: pd.DataFrame, model: str) -> str:
     bootstrap(len(scores), choose)
     share = chosen.count(best) / len(chosen)
     likely = sorted({place for place in chosen if chosen.count(place) >= 0.05 * len(chosen)})
-    others = listed([str(means.columns[place]) for place in likely])
+    frequent = listed([str(means.columns[place]) for place in likely])
     return (
-        f"Best for {model}: {means.columns[best]} tokens, so chosen by {share:.0%} of resampled "
-        f"seeds (others often chosen: {others})."
+        f"Best for {model}: {means.columns[best]} tokens, chosen by {share:.0%} of resamples "
+        f"(chosen by 5% or more: {frequent})."
         if len(likely) > 1
         else f"Best for {model}: {means.columns[best]} tokens, chosen by {share:.0%} of resamples."
     )
 
 
 def _interaction(rows: pd.DataFrame) -> str:
-    """F test of whether the lengths' effects differ between models, seeds as blocks."""
+    """Test by F whether the lengths' effects differ between models, with seeds as blocks."""
     blocks = pd.get_dummies(rows["model"].astype(str) + "/" + rows["seed"].astype(str), dtype=float)
     lengths = rows["prefix_tokens"].astype(str)
     additive = np.hstack([blocks, pd.get_dummies(lengths, dtype=float)])
@@ -120,17 +118,17 @@ def _interaction(rows: pd.DataFrame) -> str:
     (left, rank), (least, full_rank) = (_residual(design, score) for design in (additive, full))
     freedom = len(rows) - full_rank
     if freedom < 1 or least <= 0:
-        return "Whether it differs between the models takes more seeds to tell."
+        return "A test of whether the effect differs between the models needs more seeds."
     f = ((left - least) / (full_rank - rank)) / (least / freedom)
     p = float(stats.f.sf(f, full_rank - rank, freedom))
-    told = f"(interaction of length and model: F = {f:.1f}, p {_equals(p_text(p))})"
+    test = f"(interaction of length and model: F = {f:.1f}, p {_equals(p_text(p))})"
     if p < LEVEL:
-        return f"How the length tells differs between the models {told}."
-    return f"That it differs between the models is not shown {told}."
+        return f"The effect of the length differs between the models {test}."
+    return f"It is not shown that the effect differs between the models {test}."
 
 
 def _residual(design: Values, score: Values) -> tuple[float, int]:
-    """Sum of squares that a linear model leaves, and the model's rank."""
+    """Return a linear model's residual sum of squares, and its rank."""
     fitted, _, rank, _ = np.linalg.lstsq(design, score, rcond=None)
     return float(np.square(score - design @ fitted).sum()), int(rank)
 

@@ -1,4 +1,4 @@
-"""The paper's central claim: the nearer calibration data is to the pretraining data, the better."""
+"""The paper's central claim: calibration data nearer to the pretraining data prunes better."""
 
 import pandas as pd
 
@@ -19,12 +19,12 @@ from analysis.study import Answer, Study
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """The trend over the share of unseen text, and each share against none."""
+    """Estimate the trend over the share of unseen text, and compare each share with none."""
     rows = calibrated(scored(table))
     rows = rows.assign(share=[trailing_number(name) for name in rows["calibration"]])
     shares = sorted(set(rows["share"]))
     if len(shares) < 3 or shares[0] != 0:
-        raise TableError(f"shares of unseen text {shares}: it takes 0 and two others")
+        raise TableError(f"shares of unseen text {shares}: 0 and two others are needed")
     true = rows[rows["share"] == 0]
     across = ["calibration", "share"]
     main = slope(rows, "share", ["calibration"], per=10.0)
@@ -49,27 +49,27 @@ def answer(table: pd.DataFrame) -> Answer:
             effects |= {f"{share:g} % unseen, {method}, {target}": e for share, e in curve.items()}
         panels[method] = lines
     if main.shown:
-        better = "worse" if not main.helps else "better"
+        better = "better" if main.helps else "worse"
         what = f"The more unseen text calibration data holds, the {better} it prunes."
     else:
-        what = "That calibration data prunes worse with more unseen text in it is not shown."
+        what = "It is not shown that calibration data prunes worse with more unseen text in it."
     size = (
         f"By 10 points of unseen text: {main.text}; all of it against none: "
         f"{by_share[shares[-1]].text}; by pruner "
         + listed([f"{method} {each.text}" for method, each in extremes.items()])
         + "."
     )
-    told = [share for share, each in by_share.items() if each.shown]
+    shown = [share for share, each in by_share.items() if each.shown]
     certainty = (
         f"Taken singly (Holm), these shares differ from none: "
-        f"{listed([f'{share:g} %' for share in told])}; the smallest, {told[0]:g} %, by "
-        f"{by_share[told[0]].text}."
-        if told
+        f"{listed([f'{share:g} %' for share in shown])}; the smallest, {shown[0]:g} %, by "
+        f"{by_share[shown[0]].text}."
+        if shown
         else "Taken singly (Holm), no share differs from none."
     )
     caveat = (
-        "The unseen text is of a kind that the model never saw at all; a corpus that differs from "
-        "the pretraining text only in proportions is nearer, and its harm smaller."
+        "The model never saw text of the unseen kinds. A corpus that differs from the pretraining "
+        "text only in proportions is nearer to it, and harms less."
     )
     figure = line_figure(
         "Perplexity after pruning, by the share of unseen text in the calibration data",

@@ -1,4 +1,4 @@
-"""From which sparsity on it matters that calibration data is self-generated."""
+"""From which sparsity on self-generated calibration data matters."""
 
 import pandas as pd
 
@@ -21,7 +21,7 @@ CORPUS, GENERATED, TRUE = "mismatched", "self-generated", "pretraining"
 
 
 def answer(table: pd.DataFrame) -> Answer:
-    """Self-generated data against the corpus at each target."""
+    """Compare self-generated data with the corpus at each target."""
     rows = calibrated(scored(table))
     corpus, generated = of_calibration(rows, CORPUS), of_calibration(rows, GENERATED)
     targets = targets_in_order(rows)
@@ -56,7 +56,7 @@ def answer(table: pd.DataFrame) -> Answer:
         gaps = [target for target in after if target not in helped]
         what += f", though at {listed(gaps)} it is not shown." if gaps else "."
     else:
-        what = f"At no sparsity is it shown that self-generated data beat the {CORPUS} corpus."
+        what = f"It is not shown at any sparsity that self-generated data beat the {CORPUS} corpus."
     if patterns:
         what += f" They do so at {listed(patterns)} too."
     if harmed:
@@ -64,8 +64,8 @@ def answer(table: pd.DataFrame) -> Answer:
     size = "By target: " + "; ".join(f"{t} {each.text}" for t, each in by_target.items()) + "."
     certainty = f"p is corrected for the {len(targets)} targets (Holm)."
     caveat = (
-        "Where it starts moves with the number of seeds, since a small effect needs more of them, "
-        "and with how far the corpus is from the pretraining text."
+        "The threshold depends on the number of seeds, since a small effect needs more of them, "
+        "and on how far the corpus is from the pretraining text."
     )
     figure = line_figure(
         f"Perplexity after pruning with self-generated data, against the {CORPUS} corpus",

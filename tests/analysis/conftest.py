@@ -1,4 +1,4 @@
-"""Results tables made by hand, as `jobs gather` writes them."""
+"""Handmade results tables in the form that `jobs gather` writes."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from moto.server import ThreadedMotoServer
 
-from analysis.load import load_results
+from analysis.load import COLUMNS, load_results
 
 Row = dict[str, Any]
 MakeTable = Callable[[list[Row]], pd.DataFrame]
@@ -29,7 +29,7 @@ WHERE = {
     "seed": 0,
     "task": "questions",
     "metric": "acc",
-    "value": None,
+    "value": 0.5,
 }
 DENSE = {"calibration": "none", "pruner": "dense", "sparsity": 0.0, "pattern": None, "seed": None}
 MAGNITUDE = {"calibration": "none", "pruner": "magnitude", "seed": None}
@@ -38,20 +38,20 @@ TASKS = {"heldout": "perplexity", "colours": "acc", "rivers": "acc"}
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """Write rows as a results table; fields that a row leaves out are those of WHERE."""
+    """Write rows as a results table; a field that a row leaves out is that of WHERE, or null."""
     full = [{**WHERE, **row} for row in rows]
     for row in full:
+        if row["metric"] is None:
+            row["value"] = None
         row.setdefault("cell", "-".join(str(row[name]) for name in CELL).replace(" ", "-"))
         row.setdefault("evaluate_key", f"evaluate-{row['cell']}")
         row.setdefault("lineage", json.dumps(lineage(row)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    types = {"seed": "Int64", "value": "float64"}
-    types |= {"limit": "Int64"} if any("limit" in row for row in full) else {}
-    pd.DataFrame(full).astype(types).to_parquet(path)
+    pd.DataFrame(full, columns=list(COLUMNS)).astype({"seed": "Int64"}).to_parquet(path)
 
 
 def lineage(row: Row) -> Row:
-    """A spec in the shape of an evaluation's, with the specs before it."""
+    """Return a spec shaped like an evaluation's, with the specs before it."""
     model: Row = {"kind": "pretrain", "steps": 700}
     if row["pruner"] != "dense":
         corpus = {"kind": "testbed-corpus", "name": row["calibration"]}
@@ -71,15 +71,15 @@ def make_table(tmp_path: Path) -> MakeTable:
 
 
 def whole_grid() -> list[Row]:
-    """A dense model, magnitude, and two pruners at 4 targets with 3 calibrations of 2 seeds, of
-    which one cell failed and one is missing."""
+    """Return a dense model, magnitude, and two pruners at 4 targets with 3 calibrations and 2
+    seeds; one cell failed and one is missing."""
     rows: list[Row] = []
 
     def measure(cell: Row, harm: float) -> None:
         values = (8 * 2.0**harm, 0.3 + 0.5 / (1 + harm), 0.25 + 0.4 / (1 + harm))
         for (task, metric), value in zip(TASKS.items(), values, strict=True):
-            told = {"task": task, "metric": metric, "value": value}
-            rows.append({**cell, **told, "versions": json.dumps({"torch": "2.9.0"})})
+            number = {"task": task, "metric": metric, "value": value}
+            rows.append({**cell, **number, "versions": json.dumps({"torch": "2.9.0"})})
 
     measure(DENSE, 0.0)
     targets = [(0.5, "unstructured"), (0.6, "unstructured"), (0.7, "unstructured"), (0.5, "2:4")]
@@ -91,11 +91,11 @@ def whole_grid() -> list[Row]:
             ("sparsegpt", "wanda"), list(sources), (0, 1)
         ):
             cell = {**at, "pruner": pruner, "calibration": source, "seed": seed}
-            end = (pruner, source, seed, pattern, sparsity)
-            if end == ("wanda", "mismatched", 1, "unstructured", 0.7):
-                why = {"error": "ValueError: <b>bad</b>", "traceback": "Traceback of it"}
-                rows.append({**cell, "status": "failed", **why, "task": None, "metric": None})
-            elif end == ("wanda", "pretraining", 1, "2:4", 0.5):
+            names = (pruner, source, seed, pattern, sparsity)
+            if names == ("wanda", "mismatched", 1, "unstructured", 0.7):
+                reason = {"error": "ValueError: <b>bad</b>", "traceback": "Traceback of it"}
+                rows.append({**cell, "status": "failed", **reason, "task": None, "metric": None})
+            elif names == ("wanda", "pretraining", 1, "2:4", 0.5):
                 rows.append({**cell, "status": "missing", "task": None, "metric": None})
             else:
                 measure(cell, 0.4 * step * (1 + 0.2 * place) + 0.03 * seed * (1 + place))
@@ -104,7 +104,7 @@ def whole_grid() -> list[Row]:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store's folder with the results of one grid, `hand`."""
+    """Return the folder of a store with the results of one grid, `hand`."""
     folder = tmp_path_factory.mktemp("store")
     write(whole_grid(), folder / "results" / "hand.parquet")
     return folder
@@ -112,8 +112,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The file system of an S3 server, which the environment names, with a bucket
-    `analysis-tests`."""
+    """Return the file system of an S3 server with a bucket `analysis-tests`; the environment names
+    the server."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -127,7 +127,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         files.mkdir("analysis-tests")
         yield files
     finally:
-        files.rm("analysis-tests", recursive=True)  # servers of one process share what they hold
+        files.rm("analysis-tests", recursive=True)  # servers of one process share their files
         server.stop()
         fsspec.filesystem("s3").clear_instance_cache()
 

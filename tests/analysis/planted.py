@@ -1,4 +1,4 @@
-"""Tables with a planted effect for each study, and what the study is to say of them."""
+"""Tables with a planted effect for each study, and the finding expected of it."""
 
 import itertools
 import json
@@ -15,11 +15,11 @@ NOISE = 0.002
 """Standard deviation of a log perplexity."""
 
 Effect = Callable[[Row], float]
-"""What a cell's log perplexity has over 1, before noise."""
+"""A cell's log perplexity minus 1, before noise."""
 
 
 def lineage(sparsity: float = 0.0) -> str:
-    """That of a generated calibration, as far as a study reads it."""
+    """Return the lineage of a generated calibration, as far as a study reads it."""
     model = {"kind": "prune", "sparsity": sparsity} if sparsity else {"kind": "pretrain"}
     samples = {"kind": "generate", "model": model}
     source = {"kind": "filter", "scores": {"samples": samples}}
@@ -27,7 +27,7 @@ def lineage(sparsity: float = 0.0) -> str:
 
 
 def cells(**axes: Any) -> Iterator[Row]:
-    """All points of the axes."""
+    """Yield all combinations of the axes' values."""
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
@@ -97,14 +97,14 @@ def cost() -> list[Row]:
 
 
 def predicting() -> list[Row]:
-    """Twelve sources; the first is the likeliest."""
+    """Return twelve sources; the first is the likeliest under the model."""
     rows = []
     for place in range(12):
         scores = {name: float(np.sin(5 * place + at)) for at, name in enumerate(predictor.SCORES)}
         scores["min_k_plus_plus"] = -0.1 * place
         for cell in cells(pruner=["wanda", "sparsegpt"], sparsity=[0.5, 0.6]):
-            told = {"calibration": f"source-{place}", "calibration_report": json.dumps(scores)}
-            rows.append({**cell, **told})
+            report = json.dumps(scores)
+            rows.append({**cell, "calibration": f"source-{place}", "calibration_report": report})
     return rows
 
 
@@ -112,7 +112,7 @@ def self_generated_helps(cell: Row) -> float:
     return -0.05 if str(cell.get("calibration")).startswith("self-generated") else 0.0
 
 
-# A grid, the planted effect, what is to be said of it, and of noise alone.
+# The rows, the planted effect, the finding expected of it, and the one expected of noise alone.
 CASES: dict[str, tuple[Callable[[], list[Row]], Effect, str, str]] = {
     "prefix-length": (
         prefix_length,
@@ -142,35 +142,35 @@ CASES: dict[str, tuple[Callable[[], list[Row]], Effect, str, str]] = {
         ),
         r"beat the mismatched corpus from 50 % on\. By target: 30 % \S+ % .*; "
         r"50 % −(2\.[789]|3\.[012]) %",
-        "At no sparsity is it shown that self-generated data beat the mismatched corpus",
+        "It is not shown at any sparsity that self-generated data beat the mismatched corpus",
     ),
     "filter": (
         filtering,
         lambda cell: -0.1 * cell["drop_fraction"],
         r"Dropping the 20% of highest perplexity helps\. "
         r"Against no filter, over all pruners: −(1\.[89]|2\.[012]) %",
-        "changes anything is not shown",
+        "It is not shown that dropping the 20% of highest perplexity changes anything",
     ),
     "language": (
         language,
         lambda cell: 0.05 * (cell["task"].split("-")[0] not in cell["calibration"]),
-        r"A language is kept better by calibration in it than in the other\. "
+        r"Calibration in a language keeps it better than calibration in the other\. "
         r"Its own language against the other: −(4\.[789]|5\.[01]) %",
-        "than in the other is not shown",
+        "It is not shown that calibration in a language keeps it better than in the other",
     ),
     "amount": (
         amount,
         lambda cell: 0.5 / cell["nsamples"] ** 0.5,
         r"More than 64 windows still help\. No smaller number .* 64 windows against 256: "
         r"\+(3\.[01234]) %",
-        "That more than 64 windows help is not shown. 1 windows are enough",
+        "It is not shown that more than 64 windows help. 1 windows are enough",
     ),
     "similarity": (
         similarity,
         lambda cell: 0.001 * int(cell["calibration"].split("-")[1]),
         r"The more unseen text calibration data holds, the worse it prunes\. "
         r"By 10 points of unseen text: \+(0\.9|1\.[01]) %",
-        "with more unseen text in it is not shown",
+        "It is not shown that calibration data prunes worse with more unseen text in it",
     ),
     "mixing": (
         mixing,
@@ -184,24 +184,24 @@ CASES: dict[str, tuple[Callable[[], list[Row]], Effect, str, str]] = {
         self_generated_helps,
         r"Self-generation pays with as few as 24 samples\..*24 samples \(4\.0 device-seconds\) "
         r"−(4\.[6789]|5\.[012]) %",
-        "beat the mismatched corpus is not shown for any size",
+        "It is not shown for any size that self-generated data beat the mismatched corpus",
     ),
     "predictor": (
         predicting,
         lambda cell: 0.01 * int(cell["calibration"].split("-")[1]),
         r"Sources of higher Min-K%\+\+ go with lower harm by pruning \(rank correlation −?-?"
         r"(0\.9|1\.0).*Choosing the source by Min-K%\+\+ loses 0\.[0-3] %",
-        "That Min-K%++ ranks sources as pruning does is not shown",
+        "It is not shown that Min-K%++ ranks sources as pruning does",
     ),
 }
 
 
 def planted(settings: list[Row], effect: Effect) -> list[Row]:
-    """A row a setting and seed, with the effect in the logarithm of its perplexity.
+    """Return one row per setting and seed, with the effect in the logarithm of its perplexity.
 
     An accuracy is the inverse of such a perplexity."""
     noise = np.random.default_rng(3)
-    by_seed = noise.normal(0, 0.05, len(SEEDS))  # common to a seed: pairing takes it out
+    by_seed = noise.normal(0, 0.05, len(SEEDS))  # common to a seed, so that pairing removes it
     rows = []
     for place, (cell, seed) in enumerate(itertools.product(settings, SEEDS)):
         level = 1 + effect(cell) + by_seed[seed] + noise.normal(0, NOISE)

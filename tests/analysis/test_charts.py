@@ -59,9 +59,7 @@ def test_what_is_shown_is_filled_and_what_is_not_is_hollow() -> None:
 
 def test_equal_points_give_equal_bytes() -> None:
     points = [Point("a", 1.0, 2.0, 1.0, 3.0, "wanda"), Point("b", 10.0, -2.0, group="ria")]
-    drawn = [
-        svg_bytes(point_figure("title", {"all": points}, "x", "y", log_x=True)) for _ in range(2)
-    ]
+    drawn = [svg_bytes(point_figure("title", {"all": points}, "x", "y")) for _ in range(2)]
     assert drawn[0] == drawn[1]
 
 
@@ -71,7 +69,7 @@ def test_names_of_neighbouring_points_do_not_overlap() -> None:
         Point("192 samples", 5.1, 9.9),
         Point("96 samples", 5.0, 10.0),
     ]
-    figure = point_figure("title", {"all": points}, "x", "y", log_x=True)
+    figure = point_figure("title", {"all": points}, "x", "y")
     labels = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
     extents = [label.get_window_extent() for label in labels]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2))

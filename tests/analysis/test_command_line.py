@@ -11,7 +11,7 @@ from tests.analysis.conftest import MakeTable
 
 
 def ends(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
-    """The exit code of the command as a shell sees it."""
+    """Return the exit code of the command as a shell sees it."""
     monkeypatch.setattr(sys, "argv", ["analysis", *arguments])
     with pytest.raises(SystemExit) as end:
         main()
@@ -88,6 +88,6 @@ def test_of_several_grids_one_must_be_named(
     for grid in ("first", "second"):
         one.assign(grid=grid).to_parquet(tmp_path / "results" / f"{grid}.parquet")
     assert ends(["report", str(tmp_path)], monkeypatch) == 2
-    told = capsys.readouterr().err
-    assert "holds grids first, second: choose one with --grid" in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert "holds grids first, second: choose one with --grid" in message
+    assert "Traceback" not in message

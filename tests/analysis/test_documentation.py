@@ -1,4 +1,4 @@
-"""The code of docs/analysis.md runs as it stands."""
+"""The code of docs/analysis.md runs as written."""
 
 import re
 from pathlib import Path
@@ -31,21 +31,23 @@ def test_the_pages_code_runs_from_top_to_bottom(
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
-    told = capsys.readouterr().out
-    assert "53 cells" in told
-    assert "['dense', '50 %', '60 %', '70 %', '2:4']" in told
-    assert "McNemar" in told
+    printed = capsys.readouterr().out
+    assert "53 cells" in printed
+    assert "['dense', '50 %', '60 %', '70 %', '2:4']" in printed
+    assert "McNemar" in printed
     assert (names["by_question"]["pairs"] == 3).sum() == 2
 
 
-def test_every_column_that_is_loaded_is_told(table: pd.DataFrame) -> None:
+def test_every_column_that_is_loaded_is_documented(table: pd.DataFrame) -> None:
     page = PAGE.read_text() + (PAGE.parent / "results.md").read_text()
     assert [column for column in table if f"`{column}`" not in page] == []
 
 
-def test_the_types_are_those_that_the_page_tells(table: pd.DataFrame) -> None:
-    told = re.findall(r"^\| (`.*`) \| (ordered|float64|Int64|categories)", PAGE.read_text(), re.M)
-    types = {name: kind for names, kind in told for name in re.findall(r"`(\w+)`", names)}
+def test_the_types_are_those_on_the_page(table: pd.DataFrame) -> None:
+    documented = re.findall(
+        r"^\| (`.*`) \| (ordered|float64|Int64|categories)", PAGE.read_text(), re.M
+    )
+    types = {name: kind for names, kind in documented for name in re.findall(r"`(\w+)`", names)}
     for column in table:
         dtype = table[column].dtype
         if not isinstance(dtype, pd.CategoricalDtype):

@@ -29,7 +29,7 @@ def legend_names(figure: Figure) -> list[str]:
 
 
 def bars(figure: Figure, panel: int) -> dict[str, list[tuple[float, float]]]:
-    """Of each source the places across and the means of its points."""
+    """Return the horizontal positions and the means of each source's points."""
     found = [each for each in figure.axes[panel].containers if isinstance(each, ErrorbarContainer)]
     return {
         name: list(zip(*each.lines[0].get_data(), strict=True))
@@ -38,7 +38,7 @@ def bars(figure: Figure, panel: int) -> dict[str, list[tuple[float, float]]]:
 
 
 def undrawn_labels(figure: Figure) -> list[Text]:
-    """Labels of ticks beyond the ends of an axis, which matplotlib keeps and does not draw."""
+    """Return labels of ticks beyond an axis's ends, which matplotlib keeps but does not draw."""
     return [
         tick.label1
         for panel in figure.axes
@@ -49,7 +49,7 @@ def undrawn_labels(figure: Figure) -> list[Text]:
 
 
 def overlapping(figure: Figure) -> list[tuple[str, str]]:
-    """Pairs of texts, panels and the legend that lie over each other; alone, what is cut off."""
+    """Return overlapping pairs of texts, panels and the legend, and what is cut off."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -93,12 +93,12 @@ def test_the_legend_names_calibrations_and_references(figure: Figure) -> None:
     ]
 
 
-def test_labels_tell_units_direction_bars_and_lost_cells(figure: Figure) -> None:
-    told = " ".join(" ".join(texts(figure)).split())
-    assert "perplexity per token on heldout (log scale, lower is better)" in told
-    assert "sparsity (% of pruned weights that are zero), or N:M pattern" in told
-    assert "bars: ± standard deviation" in told
-    assert LOST in told
+def test_labels_state_units_direction_bars_and_lost_cells(figure: Figure) -> None:
+    written = " ".join(" ".join(texts(figure)).split())
+    assert "perplexity per token on heldout (log scale, lower is better)" in written
+    assert "sparsity (% of pruned weights that are zero), or N:M pattern" in written
+    assert "bars: ± standard deviation" in written
+    assert LOST in written
 
 
 def test_perplexity_is_on_a_log_scale_and_accuracy_in_percent(
@@ -149,7 +149,7 @@ def test_no_two_sources_of_up_to_seventy_look_the_same() -> None:
 
 
 @pytest.mark.parametrize("task", ["heldout", "rivers"])
-def test_nothing_lies_over_anything(table: pd.DataFrame, task: str) -> None:
+def test_nothing_overlaps(table: pd.DataFrame, task: str) -> None:
     metric = "perplexity" if task == "heldout" else "acc"
     assert overlapping(sparsity_figure(table, "tiny", task, metric)) == []
 
@@ -167,17 +167,17 @@ def test_long_names_and_four_pruners_do_not_overlap_either(table: pd.DataFrame) 
 
 
 def test_a_reference_far_beyond_is_written_at_the_edge(make_table: MakeTable) -> None:
-    told = {"task": "heldout", "metric": "perplexity"}
-    rows = [{"seed": seed, "value": 10.0 + seed, **told} for seed in (0, 1)]
-    rows += [{**MAGNITUDE, "value": 5e6, **told}, {**DENSE, "value": 8.0, **told}]
+    number = {"task": "heldout", "metric": "perplexity"}
+    rows = [{"seed": seed, "value": 10.0 + seed, **number} for seed in (0, 1)]
+    rows += [{**MAGNITUDE, "value": 5e6, **number}, {**DENSE, "value": 8.0, **number}]
     figure = sparsity_figure(make_table(rows), "tiny", "heldout", "perplexity")
     assert "↑ 5e6" in texts(figure)
     assert figure.axes[0].get_ylim()[1] < 100
 
 
-def test_infinite_perplexities_are_counted_as_failed_and_not_drawn(make_table: MakeTable) -> None:
-    told = {"task": "heldout", "metric": "perplexity"}
-    rows = [{"value": 10.0, **told}, {"value": float("inf"), "sparsity": 0.9, **told}]
+def test_failed_cells_are_counted_and_not_drawn(make_table: MakeTable) -> None:
+    failed = {"status": "failed", "task": None, "metric": None, "sparsity": 0.9}
+    rows = [{"value": 10.0, "task": "heldout", "metric": "perplexity"}, failed]
     figure = sparsity_figure(make_table(rows), "tiny", "heldout", "perplexity")
     assert "Not shown: 1 of 2 cells, which failed." in " ".join(texts(figure))
     assert list(bars(figure, 0).values()) == [[(0.0, 10.0)]]

@@ -19,7 +19,7 @@ def test_one_allocation_for_all_is_not_named(make_table: MakeTable) -> None:
     )
 
 
-def test_allocations_are_told_apart_by_name_and_those_of_one_name_by_their_options(
+def test_allocations_differ_by_name_and_those_of_one_name_by_their_options(
     make_table: MakeTable,
 ) -> None:
     rows = [
@@ -36,7 +36,7 @@ def test_allocations_are_told_apart_by_name_and_those_of_one_name_by_their_optio
     ]
 
 
-def test_magnitude_with_and_without_data_is_told_apart_by_the_allocation_alone(
+def test_magnitude_with_and_without_data_differs_by_the_allocation_alone(
     make_table: MakeTable,
 ) -> None:
     rows = [

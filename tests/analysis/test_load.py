@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import analysis
-from analysis.load import ESSENTIAL, TableError
-from analysis.report import write_report
+from analysis.load import COLUMNS, TableError
 from benchmarks.analysis import SEED_STEP, SEEDS, made_table
+from jobs import gather
 from tests.analysis.conftest import MakeTable
 
 
@@ -32,42 +32,11 @@ def test_failed_and_missing_cells_stay_as_one_row_without_value(store: Path) -> 
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_cell_with_a_number_that_is_not_finite_is_a_failed_one(
-    make_table: MakeTable, value: float
-) -> None:
-    sound, broken = {"seed": 0}, {"seed": 1}
-    numbers = [{"task": "heldout", "metric": "perplexity"}, {"task": "colours", "metric": "acc"}]
-    table = make_table(
-        [
-            *({**sound, **number, "value": 2.0} for number in numbers),
-            {**broken, **numbers[0], "value": value},
-            {**broken, **numbers[1], "value": 1.0},
-        ]
-    )
-    (lost,) = table[table["seed"] == 1].to_dict("records")
-    assert lost["status"] == "failed"
-    assert lost["error"] == f"heldout perplexity is {value}: no result"
-    assert pd.isna([lost[name] for name in ("task", "metric", "value")]).all()
-    assert table.loc[table["seed"] == 0, "value"].tolist() == [2.0, 2.0]
-    assert analysis.compare_selections(
-        table.assign(model="a"), table.assign(model="b"), by=["metric"]
-    ).loc[0, ["lost_a", "lost_b"]].tolist() == [1, 1]
-
-
-def test_a_report_shows_such_a_cell_as_failed(make_table: MakeTable, tmp_path: Path) -> None:
-    number = {"task": "heldout", "metric": "perplexity"}
-    table = make_table([{**number, "seed": seed, "value": 3.0 + seed} for seed in (0, 1)])
-    broken = make_table(
-        [{**number, "seed": seed, "value": value} for seed, value in ((0, 3.0), (1, np.inf))]
-    )
-    pages = [
-        write_report(each, tmp_path / name, None).read_text()
-        for name, each in (("sound", table), ("broken", broken))
-    ]
-    assert ["heldout perplexity is inf" in page for page in pages] == [False, True]
-    assert ["1 failed" in page for page in pages] == [False, True]
-    only = make_table([{**number, "value": np.nan}])
-    assert "heldout perplexity is nan" in write_report(only, tmp_path / "only", None).read_text()
+def test_a_number_that_is_not_finite_is_refused(make_table: MakeTable, value: float) -> None:
+    sound = {"seed": 0, "value": 2.0}
+    broken = {"seed": 1, "cell": "odd", "value": value}
+    with pytest.raises(TableError, match=rf"cell odd: questions acc is {value}: .*jobs gather"):
+        make_table([sound, broken])
 
 
 def test_folder_file_and_url_give_the_same_table(store: Path) -> None:
@@ -98,19 +67,21 @@ def test_of_several_grids_the_named_one_is_read(store: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["", "absent.parquet"])
-def test_what_is_not_there_comes_with_the_command_that_makes_it(tmp_path: Path, name: str) -> None:
+def test_a_missing_table_is_named_with_the_command_that_makes_it(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match="python -m jobs run GRID"):
         analysis.load_results(tmp_path / name)
 
 
-@pytest.mark.parametrize("column", ESSENTIAL)
-def test_a_missing_column_is_named_with_the_file_and_a_remedy(
-    store: Path, tmp_path: Path, column: str
-) -> None:
-    whole = pd.read_parquet(store / "results" / "hand.parquet")
-    whole.drop(columns=column).to_parquet(tmp_path / "cut.parquet")
-    with pytest.raises(ValueError, match=rf"cut\.parquet.*{column}.*jobs gather"):
-        analysis.load_results(tmp_path / "cut.parquet")
+def test_the_columns_are_those_that_jobs_write() -> None:
+    assert set(COLUMNS) == set(gather.COLUMNS)
+
+
+def test_missing_columns_are_named_with_the_file_and_a_remedy(store: Path, tmp_path: Path) -> None:
+    for column in COLUMNS:
+        whole = pq.read_table(store / "results" / "hand.parquet")
+        pq.write_table(whole.drop_columns([column]), tmp_path / "cut.parquet")
+        with pytest.raises(ValueError, match=rf"cut\.parquet: .*missing: {column}: .*jobs gather"):
+            analysis.load_results(tmp_path / "cut.parquet")
 
 
 def test_words_for_numbers_are_refused(store: Path, tmp_path: Path) -> None:
@@ -120,9 +91,9 @@ def test_words_for_numbers_are_refused(store: Path, tmp_path: Path) -> None:
         analysis.load_results(tmp_path / "words.parquet")
 
 
-def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("grid,cell\n")
-    with pytest.raises(TableError, match=r"text\.parquet: is no Parquet file"):
+    with pytest.raises(TableError, match=r"text\.parquet: is not a Parquet file"):
         analysis.load_results(tmp_path / "text.parquet")
 
 
@@ -167,12 +138,12 @@ def test_an_unknown_status_is_refused(store: Path, tmp_path: Path) -> None:
         analysis.load_results(tmp_path / "odd.parquet")
 
 
-def test_a_million_rows_are_loaded_and_grouped_whole(tmp_path: Path) -> None:
-    made_table().to_parquet(tmp_path / "made.parquet")
+def test_a_large_table_is_loaded_and_grouped_whole(tmp_path: Path) -> None:
+    made_table(models=10).to_parquet(tmp_path / "made.parquet")
     table = analysis.load_results(tmp_path / "made.parquet")
-    assert len(table) == 1_000_000
+    assert len(table) == 100_000
     levels = analysis.summarize(table)
-    assert len(levels) == 1_000_000 // SEEDS
+    assert len(levels) == 100_000 // SEEDS
     assert (levels["n"] == SEEDS).all()
     number = levels["calibration"].astype(str).str.removeprefix("calibration-").astype(int)
     expected = 0.001 * number + SEED_STEP * (SEEDS - 1) / 2
@@ -180,13 +151,12 @@ def test_a_million_rows_are_loaded_and_grouped_whole(tmp_path: Path) -> None:
     assert levels["sd"].to_numpy() == pytest.approx(SEED_STEP * np.std(range(SEEDS), ddof=1))
 
 
-def test_integers_that_the_file_holds_beside_nulls_are_read_as_they_are(
-    store: Path, tmp_path: Path
-) -> None:
-    large = 2**60 + 1  # no float64
+def test_integers_beside_nulls_are_read_exactly(store: Path, tmp_path: Path) -> None:
+    large = 2**60 + 1  # not a float64
     written = pq.read_table(store / "results" / "hand.parquet").replace_schema_metadata(None)
     counts = pa.array([large, *[None] * (len(written) - 1)], pa.int64())
-    pq.write_table(written.append_column("num_samples", counts), tmp_path / "integers.parquet")
+    place = written.column_names.index("num_samples")
+    pq.write_table(written.set_column(place, "num_samples", counts), tmp_path / "integers.parquet")
     table = analysis.load_results(tmp_path / "integers.parquet")
     assert str(table["num_samples"].dtype) == "Int64"
     assert table["num_samples"].dropna().to_list() == [large]

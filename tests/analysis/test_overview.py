@@ -1,4 +1,4 @@
-"""The picture of the answer."""
+"""The figure of the answer."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,7 +10,7 @@ from tests.analysis.test_advice import rows
 
 
 def shown(panel: Axes) -> dict[tuple[str, str], tuple[str, str]]:
-    """Row and column to the text that stands there and its weight."""
+    """Return the text and its weight by row and column."""
     across = [label.get_text() for label in panel.get_xticklabels()]
     down = [label.get_text() for label in panel.get_yticklabels()]
     return {

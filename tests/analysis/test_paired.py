@@ -15,7 +15,7 @@ from tests.analysis.test_statistics import T_975, seeds
 
 
 def sides(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of the calibration `other`, and of `corpus`."""
+    """Return the rows of the calibrations `other` and `corpus`."""
     return table[table["calibration"] == "other"], table[table["calibration"] == "corpus"]
 
 
@@ -25,7 +25,7 @@ def only(compared: pd.DataFrame) -> Any:
 
 
 def answered(values: dict[str, list[list[float]]]) -> pd.DataFrame:
-    """Per-request accuracies: calibration to seeds of requests, as `load_requests` gives them."""
+    """Return per-request accuracies as `load_requests` does, from each calibration's runs."""
     rows = [
         {
             **{"grid": "hand", "model": "tiny", "method": "wanda", "target": "50 %"},
@@ -53,7 +53,7 @@ def test_seeds_pair_up_and_the_interval_is_students(make_table: MakeTable) -> No
     assert row["p"] == pytest.approx(expected)
 
 
-def test_the_bootstrap_interval_is_that_of_all_resamples_there_are(make_table: MakeTable) -> None:
+def test_the_bootstrap_interval_is_that_of_all_possible_resamples(make_table: MakeTable) -> None:
     rows = [*seeds("corpus", [0.5] * 4), *seeds("other", [0.51, 0.54, 0.53, 0.59])]
     row = only(compare_selections(*sides(make_table(rows))))
     every = [100 * np.mean(each) for each in itertools.product([0.01, 0.04, 0.03, 0.09], repeat=4)]
@@ -72,8 +72,8 @@ def test_resampled_means_agree_with_scipys_bootstrap() -> None:
 
 
 def test_perplexities_are_bootstrapped_on_the_log_scale(make_table: MakeTable) -> None:
-    told = {"task": "heldout", "metric": "perplexity"}
-    rows = [*seeds("corpus", [10.0, 20.0], **told), *seeds("other", [11.0, 18.0], **told)]
+    number = {"task": "heldout", "metric": "perplexity"}
+    rows = [*seeds("corpus", [10.0, 20.0], **number), *seeds("other", [11.0, 18.0], **number)]
     row = only(compare_selections(*sides(make_table(rows))))
     assert row["effect"] == pytest.approx(100 * (math.sqrt(1.1 * 0.9) - 1))
     assert (row["bootstrap_low"], row["bootstrap_high"]) == pytest.approx((-10, 10))
@@ -82,10 +82,10 @@ def test_perplexities_are_bootstrapped_on_the_log_scale(make_table: MakeTable) -
 @pytest.mark.parametrize("n", [3, 5, 12])
 def test_hedges_g_is_unbiased_where_the_plain_ratio_is_not(n: int) -> None:
     draws = np.random.default_rng(n).normal(1.0, 2.0, size=(20_000, n))
-    told = np.array([hedges_g(draw) for draw in draws])
+    corrected = np.array([hedges_g(draw) for draw in draws])
     plain = draws.mean(axis=1) / draws.std(axis=1, ddof=1)
-    error = told.std() / math.sqrt(len(told))
-    assert told.mean() == pytest.approx(0.5, abs=4 * error)
+    error = corrected.std() / math.sqrt(len(corrected))
+    assert corrected.mean() == pytest.approx(0.5, abs=4 * error)
     assert plain.mean() - 0.5 > 4 * error
 
 
@@ -105,7 +105,7 @@ def test_holm_corrects_for_all_rows(make_table: MakeTable) -> None:
     assert compared["p_holm"].to_list() == pytest.approx(list(holm(compared["p"].to_list())))
 
 
-def test_what_is_lost_or_has_no_partner_is_told(make_table: MakeTable) -> None:
+def test_lost_cells_and_results_without_partner_are_counted(make_table: MakeTable) -> None:
     lost = {"calibration": "other", "task": None, "metric": None, "sparsity": 0.6}
     rows = [
         *seeds("corpus", [0.5, 0.6, 0.7]),
@@ -116,10 +116,10 @@ def test_what_is_lost_or_has_no_partner_is_told(make_table: MakeTable) -> None:
         {**lost, "sparsity": 0.7, "seed": 0, "status": "failed"},
     ]
     compared = compare_selections(*sides(make_table(rows))).set_index("target")
-    told = compared[["pairs", "n_a", "n_b", "lost_a", "lost_b"]]
-    assert told.loc["50 %"].to_list() == [1, 1, 3, 1, 0]
-    assert told.loc["60 %"].to_list() == [0, 0, 1, 1, 0]
-    assert told.loc["70 %"].to_list() == [0, 0, 0, 1, 0]
+    counts = compared[["pairs", "n_a", "n_b", "lost_a", "lost_b"]]
+    assert counts.loc["50 %"].to_list() == [1, 1, 3, 1, 0]
+    assert counts.loc["60 %"].to_list() == [0, 0, 1, 1, 0]
+    assert counts.loc["70 %"].to_list() == [0, 0, 0, 1, 0]
     assert compared["effect"].notna().to_list() == [True, False, False]
     assert compared[["low", "p", "p_holm"]].isna().all(axis=None)
 
@@ -188,8 +188,8 @@ def test_under_the_null_the_bootstraps_p_is_below_a_tenth_once_in_ten() -> None:
         for number, (other, corpus) in enumerate(values)
     ]
     compared = compare_selections(*sides(pd.concat(tables, ignore_index=True)))
-    told = compared["p"].to_list()
-    assert len(told) == 60
-    below = sum(p < 0.1 for p in told)
+    p_values = compared["p"].to_list()
+    assert len(p_values) == 60
+    below = sum(p < 0.1 for p in p_values)
     assert stats.binomtest(below, 60, 0.1).pvalue > 0.001
-    assert 0.3 < np.mean(told) < 0.7
+    assert 0.3 < np.mean(p_values) < 0.7

@@ -8,12 +8,12 @@ from tests.analysis.test_statistics import seeds
 
 @pytest.fixture
 def llama(make_table: MakeTable) -> pd.DataFrame:
-    told = {"model": "llama-2-7b", "task": "wikitext2", "metric": "perplexity"}
-    at = {**told, "sparsity": 0.5}
+    number = {"model": "llama-2-7b", "task": "wikitext2", "metric": "perplexity"}
+    at = {**number, "sparsity": 0.5}
     failed = {"status": "failed", "task": None, "metric": None, "seed": 2}
     return make_table(
         [
-            {**DENSE, **told, "value": 5.2},
+            {**DENSE, **number, "value": 5.2},
             *seeds("c4", [6.4, 6.6], **at),
             {**at, **failed, "calibration": "c4"},
             *[
@@ -26,15 +26,15 @@ def llama(make_table: MakeTable) -> pd.DataFrame:
 
 
 def test_published_rows_stand_by_ours_of_the_same_model_and_are_marked(llama: pd.DataFrame) -> None:
-    told = paper_table(llama)
-    mine = told[told["model"] == "llama-2-7b"]
-    wanda = mine[(mine["method"] == "wanda") & (mine["target"] == "50 %")]
+    laid_out = paper_table(llama)
+    same_model = laid_out[laid_out["model"] == "llama-2-7b"]
+    wanda = same_model[(same_model["method"] == "wanda") & (same_model["target"] == "50 %")]
     assert wanda["origin"].to_list()[0] == OURS
     assert wanda["wikitext2: perplexity"].to_list() == pytest.approx([6.5, 6.42])
     assert "2306.11695" in wanda["origin"].to_list()[1]
-    first_other = told.index[told["model"] != "llama-2-7b"].min()
-    assert told.index[told["model"] == "llama-2-7b"].max() < first_other
-    assert set(told["target"]) <= {"dense", "50 %", "not stated"}
+    first_other = laid_out.index[laid_out["model"] != "llama-2-7b"].min()
+    assert same_model.index.max() < first_other
+    assert set(laid_out["target"]) <= {"dense", "50 %", "not stated"}
 
 
 def test_columns_are_perplexity_then_the_papers_tasks_then_others_then_means(
@@ -51,10 +51,10 @@ def test_columns_are_perplexity_then_the_papers_tasks_then_others_then_means(
     ]
 
 
-def test_means_seeds_and_lost_cells_are_told(llama: pd.DataFrame) -> None:
-    told = paper_table(llama, models=[])
-    assert set(told["origin"]) == {OURS}
-    row = told[told["method"] == "wanda"].iloc[0]
+def test_means_seeds_and_lost_cells_are_shown(llama: pd.DataFrame) -> None:
+    ours = paper_table(llama, models=[])
+    assert set(ours["origin"]) == {OURS}
+    row = ours[ours["method"] == "wanda"].iloc[0]
     assert (row["seeds"], row["lost"]) == (2, 1)
     assert row["wikitext2: perplexity sd"] == pytest.approx(0.1 * 2**0.5)
     assert row["mean of 3 tasks: acc"] == pytest.approx(0.7)

@@ -13,7 +13,7 @@ from tests.analysis.conftest import DENSE, MakeTable
 
 
 class Links(HTMLParser):
-    """All that a page refers to, and the anchors it has."""
+    """A page's links and anchors."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def page(folder: Path) -> str:
 
 
 def plain(page: str) -> str:
-    """The page's text without tags and scripts."""
+    """Return the page's text without tags and scripts."""
     body = re.sub(r"<script.*?</script>", " ", page.partition("<body>")[2], flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
@@ -69,21 +69,21 @@ def test_the_page_holds_the_figures_that_lie_beside_it(folder: Path, page: str) 
     }
 
 
-def test_the_page_counts_cells_and_tells_why_some_failed(page: str) -> None:
-    told = plain(page)
-    assert "53 cells: 51 ok, 1 failed , 1 missing ." in told
-    assert "ValueError: &lt;b&gt;bad&lt;/b&gt;" in told
-    assert "Traceback of it" in told
-    assert "Reference calibration: mismatched" in told
-    assert "torch 2.9.0" in told
+def test_the_page_counts_cells_and_shows_why_some_failed(page: str) -> None:
+    text = plain(page)
+    assert "53 cells: 51 ok, 1 failed , 1 missing ." in text
+    assert "ValueError: &lt;b&gt;bad&lt;/b&gt;" in text
+    assert "Traceback of it" in text
+    assert "Reference calibration: mismatched" in text
+    assert "torch 2.9.0" in text
 
 
 def test_the_best_calibration_stands_with_its_difference(page: str) -> None:
-    told = plain(page)
+    text = plain(page)
     assert re.search(
-        r"tiny wanda 50 % self-generated [\d.]+ ± [\d.]+ −[\d.]+ % \(−[\d.]+ to [−+][\d.]+\)", told
+        r"tiny wanda 50 % self-generated [\d.]+ ± [\d.]+ −[\d.]+ % \(−[\d.]+ to [−+][\d.]+\)", text
     )
-    assert "(one pair: no interval)" in told
+    assert "(one pair: no interval)" in text
 
 
 def test_the_table_has_every_row_of_the_input(folder: Path, table: pd.DataFrame) -> None:
@@ -105,9 +105,9 @@ def test_a_grid_in_which_all_failed_has_a_page_too(make_table: MakeTable, tmp_pa
     lost = {"status": "failed", "error": "OSError: gone", "task": None, "metric": None}
     table = make_table([lost])
     assert chosen_reference(table, None) is None
-    told = plain(write_report(table, tmp_path, None).read_text(encoding="utf-8"))
-    assert "No calibrated pruner has a result yet" in told
-    assert "OSError: gone" in told
+    text = plain(write_report(table, tmp_path, None).read_text(encoding="utf-8"))
+    assert "No calibrated pruner has a result yet" in text
+    assert "OSError: gone" in text
 
 
 def test_a_metric_that_the_reference_lacks_is_shown_uncompared(
@@ -119,22 +119,22 @@ def test_a_metric_that_the_reference_lacks_is_shown_uncompared(
         {"calibration": "other", "value": 9.0, "task": "heldout", "metric": "perplexity"},
         {**DENSE, "value": 0.9},
     ]
-    told = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
-    assert "+10.0 points (one pair: no interval)" in told
-    assert "tiny wanda 50 % 9.00 1" in told
+    text = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
+    assert "+10.0 points (one pair: no interval)" in text
+    assert "tiny wanda 50 % 9.00 1" in text
 
 
 def test_lost_cells_stand_where_their_number_would(page: str) -> None:
-    told = plain(page)
-    assert re.search(r"wanda 70 % [\d.]+ ± [\d.]+, 1 failed", told) or ", 1 failed" in told
-    assert ", 1 missing" in told
+    text = plain(page)
+    assert re.search(r"wanda 70 % [\d.]+ ± [\d.]+, 1 failed", text) or ", 1 failed" in text
+    assert ", 1 missing" in text
 
 
 def test_any_cell_of_the_page_has_its_lineage_once(table: pd.DataFrame, page: str) -> None:
     found = re.search(r'id="lineage-data">(.*?)</script>', page, re.DOTALL)
     assert found is not None
     document = json.loads(found.group(1))
-    asked = {cell for told in re.findall(r'data-cells="([^"]*)"', page) for cell in told.split(" ")}
+    asked = {cell for ids in re.findall(r'data-cells="([^"]*)"', page) for cell in ids.split(" ")}
     assert asked == set(document["cells"]) == set(table["cell"])
 
     def whole(value: Any) -> Any:
@@ -151,30 +151,30 @@ def test_any_cell_of_the_page_has_its_lineage_once(table: pd.DataFrame, page: st
     assert len(pretrained) == 1
 
 
-def test_a_task_of_which_not_all_was_asked_says_so(make_table: MakeTable, tmp_path: Path) -> None:
+def test_a_task_with_a_limit_of_questions_says_so(make_table: MakeTable, tmp_path: Path) -> None:
     rows = [
         {"task": task, "seed": seed, "value": 0.5, "limit": limit}
         for task, limit in (("questions", 40), ("whole", None))
         for seed in (0, 1)
     ]
     write_report(make_table(rows), tmp_path, None)
-    told = plain((tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert "questions: acc (%), higher is better, first 40 questions only" in told
-    assert "mean of 2 tasks: acc (%), higher is better, first 40 questions only" in told
-    assert "whole: acc (%), higher is better, first" not in told
+    text = plain((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "questions: acc (%), higher is better, first 40 questions only" in text
+    assert "mean of 2 tasks: acc (%), higher is better, first 40 questions only" in text
+    assert "whole: acc (%), higher is better, first" not in text
 
 
 def test_calibrations_without_a_seed_in_common_are_shown_uncompared(
     make_table: MakeTable, tmp_path: Path
 ) -> None:
     rows = [{"value": 0.5}, {"calibration": "other", "value": 0.6, "seed": 1}]
-    told = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
-    assert "no seed in common" in told
-    assert " is ahead of " not in told
+    text = plain(write_report(make_table(rows), tmp_path, "corpus").read_text(encoding="utf-8"))
+    assert "no seed in common" in text
+    assert " is ahead of " not in text
     assert not list(tmp_path.glob("figures/*difference*"))
 
 
-def test_a_page_of_this_very_table_is_left_as_it_is(make_table: MakeTable, tmp_path: Path) -> None:
+def test_a_page_of_the_same_table_is_left_as_it_is(make_table: MakeTable, tmp_path: Path) -> None:
     def rows(value: float) -> list[dict[str, Any]]:
         seeds = [{"seed": seed, "value": 0.5 + 0.1 * seed} for seed in (0, 1)]
         return [*seeds, {**DENSE, "value": value}]

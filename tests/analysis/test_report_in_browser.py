@@ -1,4 +1,4 @@
-"""The report's page in a real browser: its script runs, its figures are drawn."""
+"""The report's page in a browser: its script runs, its figures are drawn."""
 
 import shutil
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def emulate(browser: webdriver.Chrome, scheme: str) -> None:
 
 
 def levels(browser: webdriver.Chrome) -> WebElement:
-    """The first table of means."""
+    """Return the first table of means."""
     tables = browser.find_elements(By.CSS_SELECTOR, "table.sortable")
     return next(table for table in tables if table.find_elements(By.CSS_SELECTOR, "button.cell"))
 
@@ -102,7 +102,7 @@ def test_a_heading_sorts_its_table_by_number_and_then_the_other_way(
     up = [float(text.split(" ")[0]) for text in column(table, place) if text]
     assert up == sorted(up)
     assert len(up) == 8
-    assert column(table, place)[-1] == ""  # what has no number stays last
+    assert column(table, place)[-1] == ""  # fields without a number stay last
     heading.click()
     down = column(table, place)
     assert [float(text.split(" ")[0]) for text in down if text] == up[::-1]
@@ -110,7 +110,7 @@ def test_a_heading_sorts_its_table_by_number_and_then_the_other_way(
     assert sorted(down) == sorted(before)
 
 
-def test_a_click_on_a_number_tells_its_cells_and_their_specs(shown: webdriver.Chrome) -> None:
+def test_a_click_on_a_number_shows_its_cells_and_their_specs(shown: webdriver.Chrome) -> None:
     levels(shown).find_element(By.CSS_SELECTOR, "button.cell").click()
     dialog = shown.find_element(By.TAG_NAME, "dialog")
     assert dialog.is_displayed()
@@ -140,7 +140,7 @@ def test_text_stands_out_from_the_page_in_light_and_dark(
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of `rgb(r, g, b)`, as WCAG 2.2 defines it."""
+    """Return the relative luminance of `rgb(r, g, b)`, as WCAG 2.2 defines it."""
     parts = colour[colour.index("(") + 1 : -1].split(",")[:3]
     shares = [float(part) / 255 for part in parts]
     linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]

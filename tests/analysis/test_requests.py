@@ -10,7 +10,7 @@ from tests.analysis.conftest import Row, whole_grid, write
 
 
 def keep_answers(store: Path, key: str, rows: list[Row]) -> None:
-    """Give a store an evaluation's artifact with per-request results."""
+    """Add an evaluation's artifact with per-request results to a store."""
     data = f"data/{key}/0-attempt"
     (store / data).mkdir(parents=True)
     pd.DataFrame(rows).to_parquet(store / data / "requests.parquet")
@@ -28,7 +28,7 @@ def answers(values: list[float]) -> list[Row]:
 
 @pytest.fixture
 def answered(tmp_path: Path) -> Path:
-    """A store in which two cells have per-request results."""
+    """Return a store in which two cells have per-request results."""
     write(whole_grid(), tmp_path / "results" / "hand.parquet")
     table = analysis.load_results(tmp_path)
     chosen = table.query(
@@ -43,30 +43,30 @@ def answered(tmp_path: Path) -> Path:
 
 def test_answers_stand_beside_what_names_their_cell(answered: Path) -> None:
     table = analysis.load_results(answered)
-    told = analysis.load_requests(answered, table[table["calibration"] == "self-generated"])
-    ok = told[told["status"] == "ok"]
+    loaded = analysis.load_requests(answered, table[table["calibration"] == "self-generated"])
+    ok = loaded[loaded["status"] == "ok"]
     assert ok[["source", "target", "task", "doc_id", "value"]].to_numpy().tolist() == [
         ["self-generated", "60 %", "colours", 0, 1.0],
         ["self-generated", "60 %", "colours", 1, 1.0],
         ["self-generated", "60 %", "colours", 2, 0.0],
     ]
-    assert told["source"].dtype == table["source"].dtype
+    assert loaded["source"].dtype == table["source"].dtype
 
 
 def test_cells_without_answers_stay_and_say_why(answered: Path) -> None:
     table = analysis.load_results(answered)
-    told = analysis.load_requests(answered, table)
-    assert set(told["cell"]) == set(table["cell"])
-    lost = told[told["status"] == "missing"]
+    loaded = analysis.load_requests(answered, table)
+    assert set(loaded["cell"]) == set(table["cell"])
+    lost = loaded[loaded["status"] == "missing"]
     assert lost["value"].isna().all()
-    assert "its evaluation holds no requests.parquet" in set(lost["error"].dropna())
-    assert (told["status"] == "failed").sum() == 1
+    assert "its evaluation is not in the store" in set(lost["error"].dropna())
+    assert (loaded["status"] == "failed").sum() == 1
 
 
 def test_two_calibrations_are_compared_request_by_request(answered: Path) -> None:
     table = analysis.load_results(answered)
-    told = analysis.load_requests(answered, table)
-    a, b = (told[told["calibration"] == name] for name in ("self-generated", "mismatched"))
+    loaded = analysis.load_requests(answered, table)
+    a, b = (loaded[loaded["calibration"] == name] for name in ("self-generated", "mismatched"))
     compared = analysis.compare_selections(a, b)
     paired = compared[compared["pairs"] > 0]
     assert paired[["method", "target", "pairs", "test"]].to_numpy().tolist() == [
@@ -89,5 +89,7 @@ def test_a_remote_store_is_read_as_a_folder_is(answered: Path) -> None:
 
 
 def test_a_store_without_any_answers_is_refused(store: Path) -> None:
-    with pytest.raises(analysis.TableError, match=r"holds requests\.parquet: evaluate them anew"):
+    with pytest.raises(
+        analysis.TableError, match=r"holds no evaluation of these 53 cells: name the store"
+    ):
         analysis.load_requests(store, analysis.load_results(store))

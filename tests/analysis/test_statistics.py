@@ -99,8 +99,8 @@ def test_accuracies_are_compared_seed_by_seed_in_points(make_table: MakeTable) -
 
 
 def test_perplexities_are_compared_as_difference_and_percent(make_table: MakeTable) -> None:
-    told = {"task": "heldout", "metric": "perplexity"}
-    rows = [*seeds("corpus", [10.0, 20.0], **told), *seeds("other", [11.0, 18.0], **told)]
+    number = {"task": "heldout", "metric": "perplexity"}
+    rows = [*seeds("corpus", [10.0, 20.0], **number), *seeds("other", [11.0, 18.0], **number)]
     row = compare_with_reference(make_table(rows), "corpus").iloc[0]
     middle, half = math.log(0.99) / 2, T_975[1] * math.log(1.1 / 0.9) / 2
     assert row["difference"] == pytest.approx(-0.5)
@@ -151,7 +151,7 @@ def test_holm_counts_the_comparisons_of_one_metric_together(make_table: MakeTabl
         )
 
 
-def test_an_unknown_reference_is_told_with_those_there_are(make_table: MakeTable) -> None:
+def test_an_unknown_reference_is_refused_with_the_known_ones(make_table: MakeTable) -> None:
     table = make_table([*seeds("corpus", [0.5]), *seeds("other", [0.6])])
     with pytest.raises(TableError, match=r"reference nothing: .*corpus; other"):
         compare_with_reference(table, "nothing")
@@ -168,12 +168,12 @@ def test_the_dense_model_and_pruners_without_data_do_not_compete(make_table: Mak
 
 
 def test_the_best_perplexity_is_the_lowest_at_each_target(make_table: MakeTable) -> None:
-    told = {"task": "heldout", "metric": "perplexity"}
+    number = {"task": "heldout", "metric": "perplexity"}
     rows = [
-        *seeds("corpus", [10.0, 11.0], **told),
-        *seeds("other", [12.0, 13.0], **told),
-        *seeds("corpus", [30.0, 31.0], sparsity=0.6, **told),
-        *seeds("other", [20.0, 22.0], sparsity=0.6, **told),
+        *seeds("corpus", [10.0, 11.0], **number),
+        *seeds("other", [12.0, 13.0], **number),
+        *seeds("corpus", [30.0, 31.0], sparsity=0.6, **number),
+        *seeds("other", [20.0, 22.0], sparsity=0.6, **number),
     ]
     best = best_calibration(make_table(rows), "heldout", "perplexity", "corpus")
     assert best.set_index("target")["calibration"].to_dict() == {"50 %": "corpus", "60 %": "other"}
@@ -181,7 +181,7 @@ def test_the_best_perplexity_is_the_lowest_at_each_target(make_table: MakeTable)
     assert math.isnan(best.set_index("target").loc["50 %", "effect"])
 
 
-def test_a_metric_that_was_not_measured_is_told_with_those_that_were(
+def test_an_unmeasured_metric_is_refused_with_the_measured_ones(
     make_table: MakeTable,
 ) -> None:
     table = make_table(seeds("corpus", [0.5]))
@@ -189,7 +189,7 @@ def test_a_metric_that_was_not_measured_is_told_with_those_that_were(
         best_calibration(table, "heldout", "perplexity", "corpus")
 
 
-def test_two_cells_that_no_label_tells_apart_are_refused(make_table: MakeTable) -> None:
+def test_two_cells_with_the_same_labels_are_refused(make_table: MakeTable) -> None:
     rows = [{"cell": "one", "value": 0.4}, {"cell": "two", "value": 0.6}]
     with pytest.raises(TableError, match=r"cells one, two.*different names"):
         summarize(make_table(rows))

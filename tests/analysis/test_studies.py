@@ -1,5 +1,4 @@
-"""Every study on tables with a planted effect, which it must find with its sign and size, and on
-tables of noise alone, of which it must claim nothing."""
+"""Every study must find a planted effect with its sign and size, and claim nothing of noise."""
 
 import re
 from collections.abc import Callable
@@ -33,9 +32,9 @@ def answered(make_table: MakeTable) -> Callable[[str, Effect], Answer]:
 def test_a_planted_effect_is_found_with_its_sign_and_size(
     name: str, answered: Callable[[str, Effect], Answer]
 ) -> None:
-    _, effect, told, _ = CASES[name]
+    _, effect, expected, _ = CASES[name]
     answer = answered(name, effect)
-    assert re.search(told, answer.finding), answer.finding
+    assert re.search(expected, answer.finding), answer.finding
     assert len(answer.numbers) > 0
 
 
@@ -48,14 +47,14 @@ def test_of_noise_alone_nothing_is_claimed(
     assert not re.search(CASES[name][2], finding)
 
 
-def test_an_effect_that_the_model_turns_round_is_told_as_an_interaction(
+def test_an_effect_that_the_model_reverses_is_reported_as_an_interaction(
     answered: Callable[[str, Effect], Answer],
 ) -> None:
-    def turned(cell: Row) -> float:
+    def reversed_effect(cell: Row) -> float:
         return 0.03 * (cell["prefix_tokens"] >= 16) * (1 if cell["model"] == "flat" else -1)
 
-    finding = answered("prefix-length", turned).finding
-    assert "How the length tells differs between the models" in finding
+    finding = answered("prefix-length", reversed_effect).finding
+    assert "The effect of the length differs between the models" in finding
     assert re.search(r"Best for deep: (16|64) tokens", finding)
     assert re.search(r"Best for flat: [0124] tokens", finding)
 
@@ -134,7 +133,7 @@ def test_a_paragraph_is_the_finding_in_lines_that_fit_a_page(
 def test_the_languages_are_those_whose_text_is_measured(make_table: MakeTable) -> None:
     table = make_table(planted(language(), CASES["language"][1]))
     assert languages(table) == ["north", "south"]
-    with pytest.raises(TableError, match=r"north-heldout.*it takes two"):
+    with pytest.raises(TableError, match=r"north-heldout.*two are needed"):
         languages(table[table["task"] != "south-heldout"])
 
 
@@ -142,8 +141,8 @@ def test_a_study_prints_its_finding_and_writes_its_figure_and_numbers(
     make_table: MakeTable, tmp_path: Path
 ) -> None:
     make_table(planted(similarity(), CASES["similarity"][1]))
-    told = ["study", "similarity", "--store", str(tmp_path / "hand.parquet"), "--grid", "hand"]
-    result = CliRunner().invoke(app, [*told, "--output", str(tmp_path / "out")])
+    command = ["study", "similarity", "--store", str(tmp_path / "hand.parquet"), "--grid", "hand"]
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "The more unseen text calibration data holds, the worse it prunes." in result.output
     figure = (tmp_path / "out" / "similarity.svg").read_bytes()
