@@ -19,7 +19,7 @@ from benchmarks.baseline.sampling import generate
 from benchmarks.measure import pruner_spec
 from benchmarks.targets import Target
 from benchmarks.timing import clock, median_seconds
-from pipeline.evaluation.perplexity import Window, batches, losses
+from pipeline.evaluation.perplexity import ScoredWindow, batches, losses
 from pipeline.generation.decoding_attention import grouped_queries
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
@@ -154,7 +154,7 @@ def measure_scoring(model: Any, windows: Tensor, rounds: int) -> list[Target]:
     """Compare scores, and losses, of windows `[nsamples, seqlen]` with body and output layer."""
     chunked = head_is_linear(model)
     texts = windows.tolist()
-    whole = [Window(np.array(ids), 1, 0, 0) for ids in texts]
+    whole = [ScoredWindow(np.array(ids), 1, 0, 0) for ids in texts]
     tokens = windows.numel()
 
     def score() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from pipeline.evaluation.tasks import task_data_sets
+from pipeline.evaluation.task_data import task_data_sets
 from pipeline.files import fingerprint
 from pipeline.hub import HubItem, corpus_item, is_builder, local_files, model_item, on_hub
 from pipeline.specs import (

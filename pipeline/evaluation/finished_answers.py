@@ -1,4 +1,4 @@
-"""Answers that a model has given, kept where they survive the process that asked for them."""
+"""A model's answers, kept where they survive the process that asked for them."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from pipeline.stage import Keep
 
 
 class FinishedAnswers:
-    """The answers of one model, a file for each set of requests.
+    """The answers of one model, one file for each set of requests.
 
-    A file's name is a hash of the model and of all that was asked, so that no answer can be taken
-    for that of another model or another request.
+    A file's name is a hash of the model and of all that was asked: no answer can be taken for that
+    of another model or request.
 
     Args:
-        model: what tells the model from all others.
+        model: bytes that identify the model.
         folder: where the files go.
         keep: None keeps nothing.
     """
@@ -29,11 +29,11 @@ class FinishedAnswers:
         """Requests that an earlier attempt had answered."""
 
     def get(self, requests: Iterable[bytes], answer: Callable[[], list[Any]]) -> list[Any]:
-        """The answers to the requests, in their order, from `answer` unless they were kept.
+        """Return the answers to the requests, in their order, from `answer` unless they were kept.
 
         Args:
             requests: all that each answer depends on besides the model.
-            answer: gives one JSON value a request.
+            answer: returns one JSON value per request.
         """
         if self.kept is None:
             return answer()

@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
     bytes: npt.NDArray[np.int64]
 
 
-class Window(NamedTuple):
+class ScoredWindow(NamedTuple):
     """What one row of a forward pass is measured on."""
 
     ids: npt.NDArray[np.int64]
@@ -64,7 +64,7 @@ class Measured(NamedTuple):
 
 def protocol_windows(
     texts: Iterable[str], tokenizer: Any, protocol: PerplexityProtocol
-) -> list[Window]:
+) -> list[ScoredWindow]:
     """What a protocol measures of a corpus.
 
     Args:
@@ -94,7 +94,7 @@ def protocol_windows(
 
 def _joined_windows(
     encoded: Iterable[Encoded], before: list[int], protocol: PerplexityProtocol
-) -> list[Window]:
+) -> list[ScoredWindow]:
     length = protocol.longest_text
     stride = protocol.stride or length
     limit = protocol.max_windows
@@ -111,12 +111,14 @@ def _joined_windows(
     ]
 
 
-def _window(before: list[int], text: Encoded, start: int, length: int, unscored: int) -> Window:
+def _window(
+    before: list[int], text: Encoded, start: int, length: int, unscored: int
+) -> ScoredWindow:
     """`length` tokens of a text from `start` on, of which `unscored` stood in the window before."""
     end = start + length
     first = max(1, len(before) + unscored)  # from nothing, nothing is predicted
     inside = slice(start + first - len(before), end)
-    return Window(
+    return ScoredWindow(
         np.concatenate([before, text.ids[start:end]]).astype(np.int64),
         first,
         int(text.words[inside].sum()),
@@ -253,7 +255,7 @@ def _bos(tokenizer: Any) -> int:
 
 
 def batches(
-    windows: list[Window],
+    windows: list[ScoredWindow],
     tokens: int,
     vocabulary: int | None,
     positions: LengthDependence = NONE,
@@ -277,7 +279,7 @@ def batches(
 
 
 @torch.inference_mode()
-def losses(model: Any, batch: list[Window], chunked: bool | None = None) -> list[float]:
+def losses(model: Any, batch: list[ScoredWindow], chunked: bool | None = None) -> list[float]:
     """The loss of each window, summed over its scored tokens, in nats.
 
     Taken in float32 and summed in float64. Shorter windows are padded on the right.
@@ -307,7 +309,7 @@ def losses(model: Any, batch: list[Window], chunked: bool | None = None) -> list
 
 
 def perplexity(
-    windows: list[Window], summed: list[float], protocol: PerplexityProtocol
+    windows: list[ScoredWindow], summed: list[float], protocol: PerplexityProtocol
 ) -> Measured:
     """The number that a protocol asks for, of windows and the losses of each.
 
@@ -321,7 +323,7 @@ def perplexity(
         own = _exp(np.array(summed) / [window.scored for window in windows])
         error = None if len(own) == 1 else float(own.std(ddof=1)) / math.sqrt(len(own))
         return Measured(float(own.mean()), error, len(own))
-    sizes: dict[str, Callable[[Window], int]] = {
+    sizes: dict[str, Callable[[ScoredWindow], int]] = {
         "token": lambda window: window.scored,
         "word": lambda window: window.words,
         "byte": lambda window: window.bytes,
@@ -340,7 +342,7 @@ def _exp(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return exponentials
 
 
-def bits_per_byte(windows: list[Window], summed: list[float]) -> Measured:
+def bits_per_byte(windows: list[ScoredWindow], summed: list[float]) -> Measured:
     """The loss in bits over the bytes of the text: the same for any tokenizer that loses nothing of
     a text, if the model knows it as well."""
     mean, error = _ratio(summed, [window.bytes for window in windows])

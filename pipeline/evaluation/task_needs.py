@@ -16,32 +16,32 @@ from pipeline.errors import InputError
 _NAME = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
 
 DISTRIBUTIONS = {"antlr4": "antlr4-python3-runtime", "bs4": "beautifulsoup4", "PIL": "pillow"}
-"""Of modules that are called otherwise than what installs them."""
+"""Modules whose distribution has another name."""
 
 
-class Function(NamedTuple):
+class _Function(NamedTuple):
     """`!function module.name` in a task file."""
 
     module: Path
 
 
-class _Loader(yaml.SafeLoader):
-    """Keeps functions as they are named, and other tags as nothing."""
+class _TaskFileLoader(yaml.SafeLoader):
+    """Keeps the modules of functions; other tags become None."""
 
     folder: Path
 
 
-def _function(loader: _Loader, node: yaml.ScalarNode) -> Function:
+def _function(loader: _TaskFileLoader, node: yaml.ScalarNode) -> _Function:
     module = str(node.value).rpartition(".")[0].replace(".", "/")
-    return Function(loader.folder / f"{module}.py")
+    return _Function(loader.folder / f"{module}.py")
 
 
-_Loader.add_constructor("!function", _function)
-_Loader.add_multi_constructor("", lambda loader, suffix, node: None)
+_TaskFileLoader.add_constructor("!function", _function)
+_TaskFileLoader.add_multi_constructor("", lambda loader, suffix, node: None)
 
 
 def task_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by the tasks, groups and tags that they name at a glance."""
+    """Return the files of a folder by the tasks, groups and tags that they name at a glance."""
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*.yaml")):
         for name in _NAME.findall(path.read_text(encoding="utf-8")):
@@ -49,21 +49,33 @@ def task_files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def check_needs(names: Iterable[str], files: dict[str, list[Path]]) -> None:
-    """Check that tasks can run here: the packages they import are installed, they run no code that
-    a model writes, and their data come from no script.
+def member_names(tasks: Any) -> Iterator[str]:
+    """Yield the tasks and groups that a group's `task` field names, nested ones included."""
+    for entry in tasks if isinstance(tasks, list) else [tasks]:
+        match entry:
+            case str():
+                yield entry
+            case {"task": list() as inside}:
+                yield from member_names(inside)
+            case {"group": str() as name} | {"task": str() as name}:
+                yield name
 
-    What is not known of a task's files is not looked at.
+
+def check_needs(names: Iterable[str], files: dict[str, list[Path]]) -> None:
+    """Check that tasks can run here.
+
+    The packages that they import must be installed, they must run no code that a model writes, and
+    their data must come from no script. Only files that are known are read.
 
     Args:
-        files: as `task_files` gives them.
+        files: what `task_files` returns.
 
     Raises:
-        InputError: at the first task that cannot.
+        InputError: at the first task that cannot run.
     """
     for name in names:
         for path in _leaves(name, files, set()):
-            settings = _settings(path)
+            settings = _task_settings(path)
             task = settings.get("task", name)
             called = name if task == name else f"{name}: {task}"
             if settings.get("unsafe_code") is True:
@@ -78,51 +90,40 @@ def check_needs(names: Iterable[str], files: dict[str, list[Path]]) -> None:
 
 
 def _leaves(name: str, files: dict[str, list[Path]], seen: set[str]) -> Iterator[Path]:
-    """The files of a task, or of all in a group or under a tag."""
+    """Yield the files of a task, or of all tasks in a group or under a tag."""
     if name in seen:
         return
     seen.add(name)
     for path in files.get(name, []):
-        settings = _settings(path)
+        settings = _task_settings(path)
         if "group" not in settings:
             yield path
         elif settings["group"] == name:
-            for member in _names(settings.get("task")):
+            for member in member_names(settings.get("task")):
                 yield from _leaves(member, files, seen)
 
 
-def _names(tasks: Any) -> Iterator[str]:
-    for entry in tasks if isinstance(tasks, list) else [tasks]:
-        match entry:
-            case str():
-                yield entry
-            case {"task": list() as inside}:
-                yield from _names(inside)
-            case {"group": str() as name} | {"task": str() as name}:
-                yield name
+def _task_settings(path: Path) -> dict[str, Any]:
+    """Return a task file's settings with those that it includes; none if it does not parse."""
 
-
-def _settings(path: Path) -> dict[str, Any]:
-    """A task file's settings, those that it includes among them; none if it does not parse."""
-
-    class Here(_Loader):
+    class Here(_TaskFileLoader):
         folder = path.parent
 
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Here)
-    except (OSError, yaml.YAMLError):  # lm-eval says so when it is loaded
+    except (OSError, yaml.YAMLError):  # lm-eval reports it on loading
         return {}
     if not isinstance(content, dict):
         return {}
     included = content.pop("include", None)
     for name in included if isinstance(included, list) else [included] if included else []:
-        content = {**_settings(path.parent / str(name)), **content}
+        content = {**_task_settings(path.parent / str(name)), **content}
     return content
 
 
-def _functions(value: Any) -> Iterator[Function]:
+def _functions(value: Any) -> Iterator[_Function]:
     match value:
-        case Function():
+        case _Function():
             yield value
         case dict():
             yield from _functions(list(value.values()))
@@ -135,7 +136,7 @@ def _functions(value: Any) -> Iterator[Function]:
 
 
 def _imports(path: Path, seen: set[Path]) -> set[str]:
-    """The packages that a module needs when it is imported, by way of lm-eval's own modules too."""
+    """Return the packages that importing a module needs, directly or through lm-eval's modules."""
     if path in seen or not path.is_file():
         return set()
     seen.add(path)
@@ -151,7 +152,7 @@ def _imports(path: Path, seen: set[Path]) -> set[str]:
 
 
 def _imported(body: list[ast.stmt]) -> Iterator[str]:
-    """Modules that statements import as they run; what an `except` makes up for is not needed."""
+    """Yield the modules that statements import; those that an `except` replaces are optional."""
     for statement in body:
         match statement:
             case ast.Import():
@@ -170,7 +171,7 @@ def _imported(body: list[ast.stmt]) -> Iterator[str]:
 
 
 def _own_file(module: str, path: Path) -> Path | None:
-    """The file of a module of lm-eval, or of one beside the module that imports it."""
+    """Return the file of a module of lm-eval, or of one beside the module that imports it."""
     if module.startswith("lm_eval.tasks"):
         home, rest = lm_eval_folder(), module.removeprefix("lm_eval.")
     else:
@@ -182,7 +183,7 @@ def _own_file(module: str, path: Path) -> Path | None:
 
 
 def lm_eval_folder() -> Path | None:
-    """Where lm-eval is installed, without importing it."""
+    """Return where lm-eval is installed, without importing it."""
     found = importlib.util.find_spec("lm_eval")
     return None if found is None or found.origin is None else Path(found.origin).parent
 

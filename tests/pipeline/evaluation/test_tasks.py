@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from pipeline.errors import InputError
-from pipeline.evaluation.tasks import copy_tasks, missing_tasks
+from pipeline.evaluation.task_data import copy_tasks
+from pipeline.evaluation.tasks import missing_tasks
 from pipeline.specs import LocalTasks, TestbedTasksSpec
 
 TASK = """\

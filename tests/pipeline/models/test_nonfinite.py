@@ -13,7 +13,7 @@ import transformers
 from lm_eval.api.instance import Instance
 
 from pipeline.errors import NonFiniteError
-from pipeline.evaluation.evaluate import take_perplexity
+from pipeline.evaluation.evaluate import measure_perplexity
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.sharing_lm import SharingLM
 from pipeline.models.nonfinite import first_nonfinite
@@ -110,10 +110,10 @@ def test_a_perplexity_is_refused_with_its_window_and_layer(sound: Any, tmp_path:
     corpus = FileCorpus(path=str(tmp_path / "texts.txt"))
     wanted = PerplexitySpec(name="texts", corpus=corpus, seqlen=16)
     nothing = FinishedAnswers(b"", tmp_path)
-    assert take_perplexity(sound, TOKENIZER, wanted, 512, nothing).metrics
+    assert measure_perplexity(sound, TOKENIZER, wanted, 512, nothing).metrics
     model = spoilt(sound, "model.layers.1.mlp.down_proj.weight")
     with pytest.raises(NonFiniteError, match=r"^texts, window 0: .*model\.layers\.1 is the first"):
-        take_perplexity(model, TOKENIZER, wanted, 512, nothing)
+        measure_perplexity(model, TOKENIZER, wanted, 512, nothing)
 
 
 def asked(kind: str, *arguments: Any) -> list[Instance]:

@@ -12,9 +12,9 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-import pipeline.evaluation.sharing_lm
+import pipeline.evaluation.shared_beginnings
 from pipeline.evaluation.finished_answers import FinishedAnswers
-from pipeline.evaluation.perplexity import Window, batches, losses
+from pipeline.evaluation.perplexity import ScoredWindow, batches, losses
 from pipeline.evaluation.sharing_lm import SharingLM
 from pipeline.models.positions import LengthDependence, forget_longer_texts, length_dependence
 from pipeline.scoring.score import score_samples
@@ -176,7 +176,7 @@ def test_a_sample_is_scored_as_if_it_were_alone(model: Any) -> None:
 
 
 def test_a_window_is_measured_as_if_it_were_alone(model: Any) -> None:
-    windows = [Window(np.array(ids), 1, 1, 1) for ids in TEXTS]
+    windows = [ScoredWindow(np.array(ids), 1, 1, 1) for ids in TEXTS]
     found = [0.0] * len(windows)
     for places in batches(windows, 512, None, length_dependence(model.config)):
         batch = [windows[place] for place in places]
@@ -204,8 +204,8 @@ REQUESTS = requests()
 def test_a_choice_is_as_likely_as_if_it_were_alone(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.evaluation.sharing_lm, "WORTHWHILE_TOKENS", 16)
-    monkeypatch.setattr(pipeline.evaluation.sharing_lm, "FAMILY_TOKENS", 6)
+    monkeypatch.setattr(pipeline.evaluation.shared_beginnings, "WORTHWHILE_TOKENS", 16)
+    monkeypatch.setattr(pipeline.evaluation.shared_beginnings, "FAMILY_TOKENS", 6)
     nothing = FinishedAnswers(b"", Path("unused"))
     ours = SharingLM(model, TOKENIZER, 512, nothing)
     ours._max_length = 4 * SWITCH  # beyond the model's own length, where dynamic ropes grow

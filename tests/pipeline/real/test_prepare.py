@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.corpora import documents
 from pipeline.errors import InputError
-from pipeline.evaluation.evaluate import task_metrics
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.sharing_lm import SharingLM
+from pipeline.evaluation.task_metrics import task_metrics
 from pipeline.real import archives
 from pipeline.real.prepare import DISCLOSURE, prepare
 from pipeline.specs import FileCorpus, TaskSpec

@@ -12,7 +12,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluation.tasks import copy_tasks, task_manager
+from pipeline.evaluation.task_data import copy_tasks
+from pipeline.evaluation.tasks import task_manager
 from pipeline.specs import TestbedTasksSpec, WorldSpec
 from pipeline.testbed import tasks
 from pipeline.testbed.language import CLASS_ENDINGS, is_reserved, transliterate
