@@ -336,6 +336,14 @@ class StageResources(Spec):
     retries: int = Field(default=2, ge=0)
     time_limit_seconds: float | None = Field(default=None, gt=0.0)
 
+    device_hidden_bytes: int | None = Field(default=None, ge=0)
+    """Hidden states of the calibration set that are held on the device. To hold all takes
+    nsamples * seqlen * hidden size * bytes of the dtype. Unset, 4 GiB. Only for `prune`."""
+
+    host_hidden_bytes: int | None = Field(default=None, ge=0)
+    """Hidden states beyond that which are held in host memory; the rest goes to files in the
+    system's temporary folder (`TMPDIR`). Unset, 16 GiB. Only for `prune`."""
+
     @field_validator("gpus")
     @classmethod
     def _shares_one_or_takes_whole_ones(cls, gpus: float) -> float:
@@ -346,10 +354,18 @@ class StageResources(Spec):
     def resources(self) -> Resources:
         """The same, as the cluster takes it."""
         return Resources(
-            **self.model_dump(exclude={"replicas"}),
+            **self.model_dump(exclude={"replicas", *HIDDEN_BYTES}),
             min_replicas=self.replicas.min,
             max_replicas=self.replicas.max,
         )
+
+    def settings(self) -> dict[str, int]:
+        """The budgets that are set, as the stage's function takes them."""
+        return self.model_dump(include=HIDDEN_BYTES, exclude_none=True)
+
+
+HIDDEN_BYTES = {"device_hidden_bytes", "host_hidden_bytes"}
+"""Budgets of pruning, on which no result depends."""
 
 
 StageName = Literal[
@@ -413,6 +429,18 @@ class Grid(Spec):
         grid = validate(content)
         grid._auto_dtypes.update(chosen)
         return grid
+
+    @field_validator("resources")
+    @classmethod
+    def _only_pruning_holds_hidden_states(
+        cls, resources: dict[StageName, StageResources]
+    ) -> dict[StageName, StageResources]:
+        for stage, asked in resources.items():
+            for field, budget in asked.settings().items():
+                if stage != "prune":
+                    remedy = "only prune holds hidden states: set it there, or remove it"
+                    raise InputError(f"{stage}.{field}", budget, remedy)
+        return resources
 
     @property
     def auto_dtypes(self) -> Mapping[str, AutoDtype]:

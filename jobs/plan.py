@@ -21,7 +21,7 @@ from jobs.cost import (
 from jobs.grid import GeneratedCalibration, Grid, StageName, lines_of
 from jobs.labels import labels
 from jobs.sizes import checkpoint_parameters
-from jobs.stages import stage_name
+from jobs.stages import Work, stage_name
 from pipeline.specs import (
     GenerateSpec,
     PretrainSpec,
@@ -236,12 +236,13 @@ def _stage(
     asked = grid.resources.get(cast(StageName, name))
     joins = name in POOLED and not isinstance(spec, ShardSpec)  # and so needs no device
     resources = Resources() if asked is None or joins else asked.resources()
+    settings = {} if asked is None else asked.settings()
     return Stage(
         key=spec.key,
         kind=name,
         label=label,
         spec=spec.lineage,
-        payload=spec.model_dump_json(),
+        payload=Work(spec=spec, settings=settings).model_dump_json(),
         inputs=inputs,
         resources=resources,
         seconds=expected_seconds(spec, grid.cost, sizes, resources),

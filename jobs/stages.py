@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import BaseModel, Field
 
 from cluster.heap import keep_freed_memory
 from cluster.store import Partial
@@ -51,8 +51,11 @@ MODULES: dict[str, str] = {
 HUB = "hub-"
 """How the keys of copies of what the hub holds begin."""
 
-_ANY_STAGE: TypeAdapter[StageSpec] = TypeAdapter(
-    Annotated[
+
+class Work(BaseModel):
+    """One stage as a worker takes it."""
+
+    spec: Annotated[
         PretrainSpec
         | TestbedTasksSpec
         | ShardSpec
@@ -66,7 +69,9 @@ _ANY_STAGE: TypeAdapter[StageSpec] = TypeAdapter(
         | EvaluateSpec,
         Field(discriminator="kind"),
     ]
-)
+
+    settings: dict[str, int] = {}
+    """Further arguments of the stage's function. No result depends on them."""
 
 
 def stage_name(spec: StageSpec) -> str:
@@ -94,7 +99,7 @@ def execute(
     """Make one stage in `output`.
 
     Args:
-        payload: the spec as JSON.
+        payload: a `Work` as JSON.
         artifacts: key to folder of each input.
         cpus: threads of tensor work; fixed, since sums depend on how they are split.
         partial: what an attempt that died has finished; pruning and evaluating take hours.
@@ -106,7 +111,8 @@ def execute(
     """
     check_environment()
     keep_freed_memory()
-    spec = _ANY_STAGE.validate_json(payload)
+    work = Work.model_validate_json(payload)
+    spec = work.spec
     module = prepare(stage_name(spec))
     torch = _imported("torch")
     torch.set_num_threads(cpus)
@@ -116,7 +122,7 @@ def execute(
     report: dict[str, Any]
     try:
         with used(_copies(spec, artifacts)):
-            report = _run(module, spec, artifacts, output, partial)
+            report = _run(module, work, artifacts, output, partial)
     except EngineDiedError as error:
         raise WorkerLostError(str(error)) from error
     if torch.cuda.is_available():
@@ -146,16 +152,17 @@ def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Pat
 
 def _run(
     module: ModuleType,
-    spec: StageSpec,
+    work: Work,
     artifacts: Mapping[str, Path],
     output: Path,
     partial: Partial,
 ) -> dict[str, Any]:
     report: dict[str, Any]
+    spec = work.spec
     if isinstance(spec, ShardSpec):
         report = module.run_shard(spec.of, spec.index, artifacts, output)
     elif isinstance(spec, PruneSpec | EvaluateSpec):
-        report = module.run(spec, artifacts, output, partial)
+        report = module.run(spec, artifacts, output, partial, **work.settings)
     else:
-        report = module.run(spec, artifacts, output)
+        report = module.run(spec, artifacts, output, **work.settings)
     return report

@@ -8,6 +8,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+DEVICE_HIDDEN_BYTES = 4 * 2**30
+"""Enough for 128 windows of 2,048 tokens of a 70B model in half precision."""
+
+HOST_HIDDEN_BYTES = 16 * 2**30
+
 
 class Kept:
     """A tensor that is kept in one place, read on the device and overwritten in place."""

@@ -32,6 +32,7 @@ from pipeline.progress import phase
 from pipeline.pruning.allocation import Allocated, LayerTarget, allocate, check_target
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.first_layer import FirstLayer
+from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.pruning.outliers import read_outlier_ratios
 from pipeline.pruning.pruners import PRUNERS, PrunerEntry
 from pipeline.pruning.pruners.pruned import Pruned
@@ -39,8 +40,6 @@ from pipeline.pruning.reuse import first_layer, streamed
 from pipeline.pruning.sparsity_check import MatrixSparsity, check, measure
 from pipeline.pruning.walk import check_windows, layer_sizes, walk
 from pipeline.specs import (
-    DEVICE_HIDDEN_BYTES,
-    HOST_HIDDEN_BYTES,
     Allocation,
     Pruner,
     PruneSpec,
@@ -228,7 +227,12 @@ def _prune_matrix(
 
 
 def run(
-    spec: PruneSpec, artifacts: Artifacts, output: Path, keep: Keep | None = None
+    spec: PruneSpec,
+    artifacts: Artifacts,
+    output: Path,
+    keep: Keep | None = None,
+    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
+    host_hidden_bytes: int = HOST_HIDDEN_BYTES,
 ) -> dict[str, Any]:
     """Prune, measure, and leave masks, or the model with its tokenizer.
 
@@ -238,6 +242,9 @@ def run(
     Args:
         keep: keeps every decoder layer that is done; layers that it has already are not pruned
             again. None keeps none.
+        device_hidden_bytes: bytes of hidden states to hold on the device,
+        host_hidden_bytes: and beyond that in host memory; the rest goes to files in the system's
+            temporary folder. The result depends on neither.
     """
     scratch = output / "scratch"
     model = streamed(spec.model, artifacts)
@@ -264,8 +271,8 @@ def run(
         None if spec.pattern is None else parse_pattern(spec.pattern),
         spec.allocation,
         outlier_ratios=None if outliers is None else read_outlier_ratios(artifacts[outliers.key]),
-        device_hidden_bytes=spec.device_hidden_bytes,
-        host_hidden_bytes=spec.host_hidden_bytes,
+        device_hidden_bytes=device_hidden_bytes,
+        host_hidden_bytes=host_hidden_bytes,
         finished=finished,
         first=first,
     )

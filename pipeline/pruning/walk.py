@@ -14,10 +14,9 @@ from pipeline.models.matrices import Matrix, decoder_layers, matrices
 from pipeline.models.streaming import resident
 from pipeline.progress import report
 from pipeline.pruning.first_layer import FirstLayer
-from pipeline.pruning.hidden_states import Shelf
+from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES, Shelf
 from pipeline.pruning.layer_calls import capture
 from pipeline.pruning.observed_inputs import observed
-from pipeline.specs import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 
 BATCH_TOKENS = 2_048
 """Tokens of a batch on a CPU unless its size is given: activations of so many stay in its cache.

@@ -37,7 +37,6 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
         model,
         windows.tolist(),
         [1] * len(windows),
-        min_k_fraction=spec.min_k_fraction,
         name="window {}".format,
     )
     written = columns(scores)

@@ -19,7 +19,7 @@ from pipeline.models.positions import NONE, LengthDependence
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import report
 from pipeline.shards import join_shards
-from pipeline.specs import ScoreSpec, ShardSpec
+from pipeline.specs import MIN_K_FRACTION, SCORE_BATCH_TOKENS, ScoreSpec, ShardSpec
 from pipeline.stage import Artifacts, Latest
 
 LEAST_DEVIATION = 1e-4
@@ -100,8 +100,6 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
         samples["token_ids"].to_pylist(),
         samples["prefix_tokens"].to_pylist(),
         include_prefix=spec.include_prefix,
-        min_k_fraction=spec.min_k_fraction,
-        batch_tokens=spec.batch_tokens,
         chunked=chunked,
         name=lambda place: f"sample {samples['sample_id'][place]}",
     )
@@ -149,8 +147,8 @@ def score_samples(
     prefix_lengths: Sequence[int],
     *,
     include_prefix: bool = False,
-    min_k_fraction: float = 0.2,
-    batch_tokens: int = 8192,
+    min_k_fraction: float = MIN_K_FRACTION,
+    batch_tokens: int = SCORE_BATCH_TOKENS,
     chunked: bool | None = None,
     name: Callable[[int], str] = "sample {}".format,
 ) -> list[Score]:

@@ -15,6 +15,8 @@ from pipeline.specs.base import (
     without_versions,
 )
 from pipeline.specs.calibration import (
+    MIN_K_FRACTION,
+    SCORE_BATCH_TOKENS,
     DescribeSpec,
     FilterSpec,
     GenerateSpec,
@@ -37,8 +39,6 @@ from pipeline.specs.evaluation import (
 )
 from pipeline.specs.pruners import ALPS, RIA, DSnoT, Magnitude, Pruner, PrunerSpec, SparseGPT, Wanda
 from pipeline.specs.pruning import (
-    DEVICE_HIDDEN_BYTES,
-    HOST_HIDDEN_BYTES,
     OWL,
     Allocation,
     ArithmeticProgression,
@@ -66,10 +66,10 @@ from pipeline.specs.sources import (
 
 __all__ = [
     "ALPS",
-    "DEVICE_HIDDEN_BYTES",
-    "HOST_HIDDEN_BYTES",
+    "MIN_K_FRACTION",
     "OWL",
     "RIA",
+    "SCORE_BATCH_TOKENS",
     "VLLM_LOWEST_TEMPERATURE",
     "Allocation",
     "ArithmeticProgression",

@@ -33,6 +33,10 @@ class Spec(BaseModel):
     unsaid: ClassVar[frozenset[str]] = frozenset()
     """Fields that no lineage names at their default: they came later, and change nothing then."""
 
+    lineage_constants: ClassVar[Mapping[str, Any]] = {}
+    """What every lineage holds beside the fields: settings that were fields once. Keys stay valid
+    so."""
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_meant(cls, content: Any) -> Any:
@@ -81,7 +85,7 @@ class StageSpec(Spec):
 
 
 def without_versions(lineage: Any) -> Any:
-    """A lineage as the specs' own fields, which the versions in it are not."""
+    """A lineage as the specs' own fields, which its versions and constants are not."""
     if isinstance(lineage, list):
         return [without_versions(item) for item in lineage]
     if not isinstance(lineage, dict):
@@ -89,10 +93,18 @@ def without_versions(lineage: Any) -> Any:
     fields = {name: without_versions(value) for name, value in lineage.items()}
     if "kind" in lineage and isinstance(lineage.get("version"), int):
         del fields["version"]
+        for name, value in _lineage_constants(lineage["kind"]).items():
+            if fields.get(name) == value:  # another value has no spec that makes it
+                del fields[name]
         if fields["kind"] == "prune":
             fields.pop("outliers", None)
             fields["pruner"].pop("version", None)
     return fields
+
+
+def _lineage_constants(kind: str) -> Mapping[str, Any]:
+    kinds = {spec.model_fields["kind"].default: spec for spec in StageSpec.__subclasses__()}
+    return kinds[kind].lineage_constants if kind in kinds else {}
 
 
 def canonical_json(value: object) -> bytes:
@@ -122,7 +134,7 @@ def _plain_fields(spec: Spec) -> dict[str, Any]:
         for name, field in type(spec).model_fields.items()
         if name not in spec.unsaid or getattr(spec, name) != field.default
     }
-    return {name: _plain(value) for name, value in said.items()}
+    return {**spec.lineage_constants, **{name: _plain(value) for name, value in said.items()}}
 
 
 def nearest_stages(value: object) -> Iterator[StageSpec]:

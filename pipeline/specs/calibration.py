@@ -1,13 +1,21 @@
 """Calibration data: generate, score, filter, windows, and what a set is like."""
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.specs.base import Fraction, Spec, StageSpec, nearest_stages
 from pipeline.specs.engines import VLLM_LOWEST_TEMPERATURE, Backend, Vllm
 from pipeline.specs.sources import CorpusMixture, FileCorpus, HubCorpus, Model, TestbedCorpus
+
+MIN_K_FRACTION = 0.2
+"""Share of the least likely tokens that Min-K% and Min-K%++ average over. Part of every key of
+scores."""
+
+SCORE_BATCH_TOKENS = 8192
+"""Tokens of a batch that is scored, padding included. Part of every key of scores."""
 
 
 class ShardSpec(StageSpec):
@@ -174,6 +182,10 @@ class ScoreSpec(StageSpec):
     """
 
     version: ClassVar[int] = 3
+    lineage_constants: ClassVar[Mapping[str, Any]] = {
+        "min_k_fraction": MIN_K_FRACTION,
+        "batch_tokens": SCORE_BATCH_TOKENS,
+    }
     kind: Literal["score"] = "score"
 
     samples: GenerateSpec
@@ -184,12 +196,6 @@ class ScoreSpec(StageSpec):
 
     include_prefix: bool = False
     """Score the given tokens too, as the paper's script does; else the generated ones only."""
-
-    min_k_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
-    """Share of the least likely tokens that Min-K% and Min-K%++ average over."""
-
-    batch_tokens: int = Field(default=8192, ge=1)
-    """Tokens of a batch at the most, padding included."""
 
     @property
     def shard_count(self) -> int:
@@ -294,6 +300,7 @@ class DescribeSpec(StageSpec):
     """
 
     version: ClassVar[int] = 1
+    lineage_constants: ClassVar[Mapping[str, Any]] = {"min_k_fraction": MIN_K_FRACTION}
     kind: Literal["describe"] = "describe"
 
     calibration: WindowsSpec
@@ -304,9 +311,6 @@ class DescribeSpec(StageSpec):
 
     reference: WindowsSpec | None = None
     """Text from which the set's divergence is measured, such as the true pretraining text."""
-
-    min_k_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
-    """Share of the least likely tokens that Min-K% and Min-K%++ average over."""
 
 
 def generator_of(source: GenerateSpec | FilterSpec) -> Model:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -84,13 +85,6 @@ class OutliersSpec(StageSpec):
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
-DEVICE_HIDDEN_BYTES = 4 * 2**30
-"""Enough for 128 windows of 2,048 tokens of a 70B model in half precision."""
-
-
-HOST_HIDDEN_BYTES = 16 * 2**30
-
-
 class PruneSpec(StageSpec):
     """Prune every linear layer in a model's decoder layers, experts too.
 
@@ -102,6 +96,10 @@ class PruneSpec(StageSpec):
     """
 
     version: ClassVar[int] = 3
+    lineage_constants: ClassVar[Mapping[str, Any]] = {
+        "device_hidden_bytes": 4 * 2**30,
+        "host_hidden_bytes": 16 * 2**30,
+    }
     kind: Literal["prune"] = "prune"
 
     model: Model
@@ -122,15 +120,6 @@ class PruneSpec(StageSpec):
 
     calibration: WindowsSpec | None = None
     """The calibration set; None exactly where neither pruner nor allocation takes data."""
-
-    device_hidden_bytes: int = Field(default=DEVICE_HIDDEN_BYTES, ge=0)
-    """Bytes of hidden states of the calibration set that are held on the device. It takes
-    nsamples * seqlen * hidden size * bytes of the dtype to hold all; the result does not depend
-    on it."""
-
-    host_hidden_bytes: int = Field(default=HOST_HIDDEN_BYTES, ge=0)
-    """Bytes of hidden states beyond that which are held in host memory; the rest goes to files in
-    the system's temporary folder (`TMPDIR`)."""
 
     checkpoint: bool = False
     """Store an ordinary checkpoint where masks would do."""

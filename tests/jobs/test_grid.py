@@ -89,6 +89,10 @@ def test_other_text_under_the_same_path_is_another_corpus(content: Content, load
             {"resources": {"evaluate": {"gpus": 1.5}}},
             r"resources\.evaluate\.gpus: 1\.5: .*round it",
         ),
+        (
+            {"resources": {"score": {"host_hidden_bytes": 1}}},
+            r"resources\.score\.host_hidden_bytes: 1: only prune holds hidden states",
+        ),
         ({"cost": {"parameters": {"tesbed": 1}}}, r"cost\.parameters: 'tesbed'.*did you mean"),
     ],
 )

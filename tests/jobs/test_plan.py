@@ -26,6 +26,7 @@ from jobs.cost import (
 )
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
+from jobs.stages import Work
 from pipeline.pruning.pruners import PRUNERS
 from pipeline.specs import (
     OWL,
@@ -106,6 +107,17 @@ def test_every_stage_comes_after_its_inputs(content: Content, load: Load) -> Non
     for key, stage in plan.graph.items():
         assert seen.issuperset(stage.inputs)
         seen.add(key)
+
+
+def test_budgets_go_with_every_pruning_and_change_no_key(content: Content, load: Load) -> None:
+    before = make_plan(load(content))
+    content["resources"] = {"prune": {"device_hidden_bytes": 0, "host_hidden_bytes": 7}}
+    plan = make_plan(load(content))
+    assert plan.graph.keys() == before.graph.keys()
+    for stage in plan.graph.values():
+        budgets = {"device_hidden_bytes": 0, "host_hidden_bytes": 7}
+        expected = budgets if stage.kind == "prune" else {}
+        assert Work.model_validate_json(stage.payload).settings == expected
 
 
 def test_shards_take_the_resources_of_their_stage_and_the_join_none(

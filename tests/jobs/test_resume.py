@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -17,11 +18,13 @@ import transformers
 from tokenizers import Tokenizer, models
 
 import pipeline.pruning.prune
+import pipeline.pruning.walk
 from cluster.graph import Stage
 from cluster.run import run_graph
 from cluster.store import Manifest, Partial, Store
-from jobs.stages import execute
+from jobs.stages import Work, execute
 from pipeline.models.layer_files import layer_file
+from pipeline.pruning.hidden_states import Shelf
 from pipeline.specs import (
     FileCorpus,
     LocalModel,
@@ -94,13 +97,38 @@ def pruning(dense: LocalModel, pruner: Pruner) -> PruneSpec:
     )
 
 
-def prune(spec: PruneSpec, calibration: Path, store: Store) -> Manifest:
+def prune(
+    spec: PruneSpec,
+    calibration: Path,
+    store: Store,
+    settings: Mapping[str, int] = MappingProxyType({}),
+) -> Manifest:
     """The stage as a worker makes it."""
     artifacts = {} if spec.calibration is None else {spec.calibration.key: calibration}
     with store.attempt(spec.key) as attempt:
-        payload = spec.model_dump_json()
+        payload = Work(spec=spec, settings=dict(settings)).model_dump_json()
         report = execute(payload, artifacts, attempt.folder, 1, attempt.partial)
         return attempt.commit(report=report, **FACTS)
+
+
+def test_budgets_reach_the_pruning_and_change_no_byte(
+    dense: LocalModel, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = pruning(dense, Wanda())
+    store = Store(str(tmp_path / "store"))
+    usual = prune(spec, calibration, store)
+    asked: list[tuple[int, int]] = []
+
+    class NotingShelf(Shelf):
+        def __init__(self, device: torch.device, device_bytes: int, host_bytes: int) -> None:
+            asked.append((device_bytes, host_bytes))
+            super().__init__(device, device_bytes, host_bytes)
+
+    monkeypatch.setattr(pipeline.pruning.walk, "Shelf", NotingShelf)
+    settings = {"device_hidden_bytes": 0, "host_hidden_bytes": 7}
+    manifest = prune(spec, calibration, Store(str(tmp_path / "other")), settings)
+    assert asked == [(0, 7)]
+    assert manifest.files == usual.files
 
 
 def die_after(number: int, partial: Partial, die: Any) -> None:
@@ -119,11 +147,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from cluster.store import Store
-from pipeline.specs import PruneSpec
+from jobs.stages import Work
 from tests.jobs.test_resume import LAST_KEPT, die_after, execute
 
 url, calibration, payload = sys.argv[1:]
-spec = PruneSpec.model_validate_json(payload)
+spec = Work.model_validate_json(payload).spec
 artifacts = {} if spec.calibration is None else {spec.calibration.key: Path(calibration)}
 with Store(url).attempt(spec.key) as attempt:
     die_after(LAST_KEPT, attempt.partial, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -142,7 +170,7 @@ def test_a_killed_pruning_goes_on_and_leaves_the_bytes_of_an_undisturbed_one(
     spec = pruning(dense, pruner)
     whole = prune(spec, calibration, Store(str(tmp_path / "whole")))
     url = str(tmp_path / "killed")
-    words = [url, str(calibration), spec.model_dump_json()]
+    words = [url, str(calibration), Work(spec=spec).model_dump_json()]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *words], capture_output=True, text=True, cwd=Path.cwd()
     )
@@ -242,7 +270,7 @@ def test_a_worker_that_is_killed_within_a_pruning_loses_only_one_layer(
 
     assert spec.calibration is not None
     windows = stage(spec.calibration.key, "windows")
-    pruned = stage(spec.key, spec.model_dump_json(), spec.calibration.key)
+    pruned = stage(spec.key, Work(spec=spec).model_dump_json(), spec.calibration.key)
     outcome = run_graph(
         {windows.key: windows, pruned.key: pruned},
         [pruned.key],

@@ -109,6 +109,14 @@ def test_a_lineage_tells_the_spec_that_it_is_of() -> None:
         assert type(spec).model_validate(without_versions(told)) == spec
 
 
+def test_a_lineage_with_another_constant_has_no_spec() -> None:
+    """No fields give its key."""
+    spec = examples()["score"]
+    lineage = {**json.loads(canonical_json(spec.lineage)), "min_k_fraction": 0.3}
+    with pytest.raises(ValidationError, match="min_k_fraction"):
+        ScoreSpec.model_validate(without_versions(lineage))
+
+
 def rekeyed(monkeypatch: pytest.MonkeyPatch, kind: type) -> set[str]:
     """The examples whose keys change when the version of a stage or a pruner is raised."""
     before = {name: spec.key for name, spec in examples().items()}
