@@ -25,9 +25,12 @@ from pipeline.specs import (
     CorpusMixture,
     DescribeSpec,
     EvaluateSpec,
+    EvaluationOptions,
+    FilterOptions,
     FilterSpec,
     Fraction,
     GenerateSpec,
+    GenerationOptions,
     Model,
     PerplexitySpec,
     Pruner,
@@ -135,11 +138,8 @@ def evaluate_spec(
             for number, entry in enumerate(measured.all_perplexities())
         ),
         tasks=measured.all_tasks(),
-        task_folder=measured.folder,
-        datasets=measured.datasets,
-        chat_template=measured.chat_template,
-        batch_tokens=measured.batch_tokens,
-        backend=measured.backend,
+        **{name: getattr(measured, name) for name in EvaluationOptions.model_fields}
+        | {"task_folder": measured.folder},
     )
 
 
@@ -209,23 +209,9 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         samples = GenerateSpec(
             model=generator,
             prefixes=_corpora(grid, calibration.prefixes),
-            num_samples=calibration.num_samples if cell.num_samples is None else cell.num_samples,
-            prefix_tokens=calibration.prefix_tokens
-            if cell.prefix_tokens is None
-            else cell.prefix_tokens,
-            prompt=calibration.prompt,
             seqlen=cell.seqlen,
-            top_k=calibration.top_k,
-            top_p=calibration.top_p,
-            temperature=calibration.temperature if cell.temperature is None else cell.temperature,
-            temperature_end=calibration.temperature_end,
-            temperature_tokens=calibration.temperature_tokens,
-            min_new_tokens=calibration.min_new_tokens,
-            repetition_penalty=calibration.repetition_penalty,
-            redraws=calibration.redraws,
             seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
-            shard_size=calibration.shard_size,
-            backend=calibration.backend,
+            **_options(GenerationOptions, calibration, cell),
         )
         source = FilterSpec(
             scores=ScoreSpec(
@@ -233,12 +219,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
                 model=grid.models[calibration.scorer] if calibration.scorer else generator,
                 include_prefix=calibration.include_prefix,
             ),
-            drop_fraction=calibration.drop_fraction
-            if cell.drop_fraction is None
-            else cell.drop_fraction,
-            banned_words=calibration.banned_words,
-            drop_duplicates=calibration.drop_duplicates,
-            near_duplicate_similarity=calibration.near_duplicate_similarity,
+            **_options(FilterOptions, calibration, cell),
         )
     return WindowsSpec(
         source=source,
@@ -248,6 +229,15 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         packing=calibration.packing,
         seed=cell.seed,
     )
+
+
+def _options(options: type[Spec], calibration: GeneratedCalibration, cell: Cell) -> dict[str, Any]:
+    """The calibration's values of such options, and in their place those that the cell has."""
+    names = options.model_fields
+    own = {name: getattr(cell, name) for name in GENERATED_FIELDS if name in names}
+    return {name: getattr(calibration, name) for name in names} | {
+        name: value for name, value in own.items() if value is not None
+    }
 
 
 def _corpora(grid: Grid, names: CorpusNames) -> Corpus | CorpusMixture:

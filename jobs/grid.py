@@ -30,11 +30,12 @@ from pipeline.errors import InputError, did_you_mean
 from pipeline.mistakes import explained
 from pipeline.real.prepare import FOLDER
 from pipeline.specs import (
-    Backend,
     Corpus,
+    EvaluationOptions,
+    FilterOptions,
     Fraction,
+    GenerationOptions,
     HubModel,
-    LocalDatasets,
     LocalModel,
     LocalTasks,
     Mixture,
@@ -43,7 +44,6 @@ from pipeline.specs import (
     Spec,
     TaskSpec,
     TestbedTasksSpec,
-    WordList,
 )
 from pipeline.testbed.presets import PRETRAIN_PRESETS
 
@@ -144,8 +144,12 @@ Generator = Annotated[
 ]
 
 
-class GeneratedCalibration(Spec):
-    """Text that a model writes from prefixes of a corpus, filtered by perplexity."""
+class GeneratedCalibration(GenerationOptions, FilterOptions):
+    """Text that a model writes from prefixes of a corpus, filtered by perplexity.
+
+    `backend` may be `auto`: vLLM if that is installed where the grid is read, else transformers.
+    Keys hold the engine, never `auto`. `banned_words` may be the file's path alone.
+    """
 
     prefixes: CorpusNames
     """Where prefixes are cut from."""
@@ -154,39 +158,9 @@ class GeneratedCalibration(Spec):
     """What writes: one of the grid's models by name, or `{pruner: magnitude, sparsity: 0.5}` for a
     pruned version of the model to be pruned; that model itself if unset."""
 
-    num_samples: int = Field(default=5000, ge=1)
-    prefix_tokens: int = Field(default=2, ge=0)
-    prompt: Literal["raw", "chat"] = "raw"
-    top_k: int = Field(default=50, ge=0)
-    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
-    temperature: float = Field(default=0.6, ge=0.0)
-    temperature_end: float | None = Field(default=None, gt=0.0)
-    temperature_tokens: int | None = Field(default=None, ge=1)
-    min_new_tokens: int = Field(default=0, ge=0)
-    repetition_penalty: float = Field(default=1.2, gt=0.0)
-    redraws: int = Field(default=0, ge=0)
-    shard_size: int = Field(default=64, ge=1)
-
-    backend: Annotated[Backend, BeforeValidator(_here)] = "transformers"
-    """`transformers`, `vllm`, `{name: vllm, tensor_parallel_size: 2, ...}`, or `auto`: vLLM if that
-    is installed where the grid is read, else transformers. Keys hold the engine, never `auto`."""
-
     generation_seed: int | None = Field(default=None, ge=0)
     """One set of texts for all seeds, which then draw the windows only; each seed has its own set
     if unset."""
-
-    drop_fraction: Fraction = 0.2
-    """Share of the samples with the highest perplexity that is dropped; 0 drops only those that
-    have no finite score."""
-
-    banned_words: Annotated[WordList, BeforeValidator(_at_path)] | None = None
-    """Path of a text file with a word or phrase a line, of which no sample may hold one."""
-
-    drop_duplicates: bool = False
-    """Whether only the first of samples with the same token ids is kept."""
-
-    near_duplicate_similarity: float | None = Field(default=None, ge=0.1, le=1.0)
-    """Jaccard similarity from which on a sample is dropped for an earlier one like it."""
 
     scorer: str | None = None
     """Name of the grid's model by whose perplexity samples are dropped; the one that writes if
@@ -197,6 +171,9 @@ class GeneratedCalibration(Spec):
 
     packing: Literal["sample", "concat"] = "concat"
     """How windows are cut."""
+
+    _engine_here = field_validator("backend", mode="before")(_here)
+    _words_at_path = field_validator("banned_words", mode="before")(_at_path)
 
     @property
     def corpora(self) -> list[str]:
@@ -223,8 +200,8 @@ GridCalibration = Annotated[
 ]
 
 
-class Evaluation(Spec):
-    """What is measured on every model of a grid."""
+class Evaluation(EvaluationOptions):
+    """What is measured on every model of a grid; `backend` is written as for a calibration."""
 
     suites: tuple[Annotated[SuiteUse, BeforeValidator(named)], ...] = ()
     """Tasks and perplexities that belong together, by name; what is also named below is measured as
@@ -232,13 +209,8 @@ class Evaluation(Spec):
 
     perplexity: tuple[GridPerplexity, ...] = ()
     tasks: tuple[Annotated[TaskSpec, BeforeValidator(named)], ...] = ()
-    task_folder: Annotated[TestbedTasksSpec | LocalTasks, Field(discriminator="kind")] | None = None
-    datasets: LocalDatasets | None = None
-    chat_template: bool = False
-    batch_tokens: int = Field(default=16384, ge=1)
 
-    backend: Annotated[Backend, BeforeValidator(_here)] = "transformers"
-    """What answers tasks, written as for a calibration."""
+    _engine_here = field_validator("backend", mode="before")(_here)
 
     @model_validator(mode="after")
     def _measures_something(self) -> "Evaluation":

@@ -42,24 +42,8 @@ class ShardSpec(StageSpec):
         return tuple(nearest_stages(self.of))
 
 
-class GenerateSpec(StageSpec):
-    """Let a model go on from short prefixes of real texts.
-
-    Leaves `samples.parquet`: sample_id, source (of a mixture, the name of the corpus that the
-    prefix is from), prefix_tokens (how many leading ids were given and not generated, BOS
-    included), token_ids (those first), text.
-    """
-
-    version: ClassVar[int] = 3
-    kind: Literal["generate"] = "generate"
-
-    model: Model
-    """The generator, as a rule the dense model that is to be pruned."""
-
-    prefixes: Annotated[
-        HubCorpus | FileCorpus | TestbedCorpus | CorpusMixture, Field(discriminator="kind")
-    ]
-    """Where the prefixes are cut from, one a text."""
+class GenerationOptions(Spec):
+    """How texts are written: what a grid says of it and the stage has."""
 
     num_samples: int = Field(default=5000, ge=1)
     """Texts to write."""
@@ -71,9 +55,6 @@ class GenerateSpec(StageSpec):
     prompt: Literal["raw", "chat"] = "raw"
     """`raw` goes on from the prefix itself. `chat` makes it a user's message in the tokenizer's
     chat template, which the model answers; all ids up to the answer are the given ones."""
-
-    seqlen: int = Field(default=2048, ge=8)
-    """Tokens of a sample at the most, prefix and BOS included; EOS may end it earlier."""
 
     top_k: int = Field(default=50, ge=0)
     """Keep the k likeliest tokens; 0 keeps all."""
@@ -101,15 +82,38 @@ class GenerateSpec(StageSpec):
     """How often, at the most, a sample that EOS ends before `seqlen` is drawn again, each time with
     a seed of its own. The longest draw is kept, of equal ones the first."""
 
-    seed: int = Field(default=0, ge=0)
-    """Draws the texts that prefixes come from and, with the sample's number, every token."""
-
     shard_size: int = Field(default=64, ge=1)
     """Samples of a shard, generated together. In the spec, since the make-up of a batch can
     move the last bits of a logit: so the bytes do not depend on how many workers there are."""
 
     backend: Backend = "transformers"
     """The engine."""
+
+
+class GenerateSpec(GenerationOptions, StageSpec):
+    """Let a model go on from short prefixes of real texts.
+
+    Leaves `samples.parquet`: sample_id, source (of a mixture, the name of the corpus that the
+    prefix is from), prefix_tokens (how many leading ids were given and not generated, BOS
+    included), token_ids (those first), text.
+    """
+
+    version: ClassVar[int] = 3
+    kind: Literal["generate"] = "generate"
+
+    model: Model
+    """The generator, as a rule the dense model that is to be pruned."""
+
+    prefixes: Annotated[
+        HubCorpus | FileCorpus | TestbedCorpus | CorpusMixture, Field(discriminator="kind")
+    ]
+    """Where the prefixes are cut from, one a text."""
+
+    seqlen: int = Field(default=2048, ge=8)
+    """Tokens of a sample at the most, prefix and BOS included; EOS may end it earlier."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws the texts that prefixes come from and, with the sample's number, every token."""
 
     @model_validator(mode="after")
     def _engine_takes_the_temperature(self) -> "GenerateSpec":
@@ -226,19 +230,8 @@ def dropped(samples: int, drop_fraction: float) -> int:
     return math.floor(drop_fraction * samples + 0.5)
 
 
-class FilterSpec(StageSpec):
-    """Drop the samples of highest perplexity.
-
-    Leaves `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the same
-    of the others, and reason (`invalid` for want of a finite perplexity, `banned word`,
-    `duplicate`, `near duplicate` or `perplexity`: the first of them that holds).
-    """
-
-    version: ClassVar[int] = 4
-    kind: Literal["filter"] = "filter"
-
-    scores: ScoreSpec
-    """The scores, which name the samples."""
+class FilterOptions(Spec):
+    """Which samples are dropped: what a grid says of it and the stage has."""
 
     drop_fraction: Fraction = 0.2
     """Share to drop: exactly round(fraction * samples) go, besides those that go for another
@@ -253,6 +246,21 @@ class FilterSpec(StageSpec):
     near_duplicate_similarity: float | None = Field(default=None, ge=0.1, le=1.0)
     """Drop a sample that has at least this Jaccard similarity, of sets of runs of five tokens, with
     an earlier one that is not dropped as a duplicate itself. Unset, none is looked for."""
+
+
+class FilterSpec(FilterOptions, StageSpec):
+    """Drop the samples of highest perplexity.
+
+    Leaves `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the same
+    of the others, and reason (`invalid` for want of a finite perplexity, `banned word`,
+    `duplicate`, `near duplicate` or `perplexity`: the first of them that holds).
+    """
+
+    version: ClassVar[int] = 4
+    kind: Literal["filter"] = "filter"
+
+    scores: ScoreSpec
+    """The scores, which name the samples."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
         """The scores and the samples they belong to."""

@@ -124,7 +124,26 @@ class LocalDatasets(Spec):
     """SHA-256 over the folder's files, filled in when a grid is planned."""
 
 
-class EvaluateSpec(StageSpec):
+class EvaluationOptions(Spec):
+    """How a model is measured: what a grid says of it and the stage has."""
+
+    task_folder: Annotated[TestbedTasksSpec | LocalTasks, Field(discriminator="kind")] | None = None
+    """Where tasks beyond lm-eval's own are found."""
+
+    datasets: LocalDatasets | None = None
+    """Where the tasks' data sets are found; those that are not there come from the hub."""
+
+    chat_template: bool = False
+    """Ask tasks in the tokenizer's chat template, examples as turns."""
+
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens of a forward pass, padding included, unless one request has more."""
+
+    backend: Backend = "transformers"
+    """The engine that answers tasks; perplexities are taken with transformers always."""
+
+
+class EvaluateSpec(EvaluationOptions, StageSpec):
     """Measure a model.
 
     Leaves `metrics.parquet`, a row a number, and `requests.parquet`, a row a number of each
@@ -143,21 +162,6 @@ class EvaluateSpec(StageSpec):
 
     tasks: tuple[TaskSpec, ...] = ()
     """lm-eval tasks to run."""
-
-    task_folder: Annotated[TestbedTasksSpec | LocalTasks, Field(discriminator="kind")] | None = None
-    """Where tasks beyond lm-eval's own are found."""
-
-    datasets: LocalDatasets | None = None
-    """Where the tasks' data sets are found; those that are not there come from the hub."""
-
-    chat_template: bool = False
-    """Ask tasks in the tokenizer's chat template, examples as turns."""
-
-    batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens of a forward pass, padding included, unless one request has more."""
-
-    backend: Backend = "transformers"
-    """The engine that answers tasks; perplexities are taken with transformers always."""
 
     @model_validator(mode="after")
     def _measures_something(self) -> "EvaluateSpec":
