@@ -33,6 +33,7 @@ from benchmarks.targets import Target
 from benchmarks.timing import best_of, clock
 from cluster.heap import keep_freed_memory
 from pipeline.models.matrices import set_to_zero
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.pruners.masks import smallest_in_groups
 from pipeline.specs import Uniform
@@ -158,7 +159,7 @@ def prune_once(
     """
     pruner = pruner_spec(name)
     few = replace(geometry, layers=1, nsamples=min(8, geometry.nsamples))
-    prune_model(few.model(device, dtype), few.windows(), pruner, SPARSITY, None, Uniform())
+    prune_model(few.model(device, dtype), few.windows(), pruner, LayerTarget(SPARSITY), Uniform())
     layer_operations, multiply_layer = layer_products(geometry, device, dtype)
     square_operations, multiply_square = square_product(square, device, dtype)
     rates = best_of(
@@ -170,7 +171,7 @@ def prune_once(
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     start = clock(device)
-    prune_model(model, windows, pruner, SPARSITY, None, Uniform())
+    prune_model(model, windows, pruner, LayerTarget(SPARSITY), Uniform())
     seconds = clock(device) - start
     return PrunerRow(
         geometry=geometry.name,

@@ -17,6 +17,7 @@ from benchmarks.baseline.walk import prune as prune_plainly
 from benchmarks.floor import floating_point_operations, layer_products, square_product
 from benchmarks.geometry import Geometry
 from benchmarks.timing import best_of
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.pruners import PRUNERS
 from pipeline.pruning.pruners.masks import smallest_in_groups
@@ -226,4 +227,4 @@ def measure_growth(
 def _pruning(name: str, model: Any, windows: Tensor) -> Callable[[], object]:
     pruner = pruner_spec(name)
     data = windows if pruner.calibrated else None
-    return lambda: prune_model(model, data, pruner, SPARSITY, None, Uniform())
+    return lambda: prune_model(model, data, pruner, LayerTarget(SPARSITY), Uniform())

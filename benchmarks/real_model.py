@@ -25,6 +25,7 @@ from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.models.loading import load_model
 from pipeline.models.output_layer import head_is_linear
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
 from pipeline.scoring.score import score_samples
 from pipeline.specs import LocalModel, Uniform
@@ -209,7 +210,9 @@ def measure_bfloat16(folder: Path, windows: Tensor, rounds: int) -> list[Target]
 
     def pruning(dtype: str) -> Callable[[], object]:
         model = copy.deepcopy(models[dtype])
-        return lambda: prune_model(model, windows, pruner_spec("wanda"), 0.5, None, Uniform())
+        return lambda: prune_model(
+            model, windows, pruner_spec("wanda"), LayerTarget(0.5), Uniform()
+        )
 
     contenders = {dtype: lambda dtype=dtype: pruning(dtype) for dtype in models}
     seconds = median_seconds(contenders, rounds, torch.device("cpu"))

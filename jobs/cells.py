@@ -32,6 +32,7 @@ from pipeline.specs import (
     GenerateSpec,
     GenerationOptions,
     Model,
+    Pattern,
     PerplexitySpec,
     Pruner,
     PruneSpec,
@@ -41,7 +42,6 @@ from pipeline.specs import (
     WeightedCorpus,
     WindowsSpec,
     data_taker,
-    parse_pattern,
 )
 
 NO_CALIBRATION = "none"
@@ -80,10 +80,10 @@ class Cell(Spec):
         with contextlib.suppress(ValueError):
             return {**fields, "sparsity": float(asked)}
         try:
-            kept, group = parse_pattern(asked)
+            sparsity = Pattern.parse(asked).sparsity
         except ValueError as error:
             raise InputError("sparsity", asked, str(error)) from error
-        return {**fields, "pattern": asked, "sparsity": 1 - kept / group}
+        return {**fields, "pattern": asked, "sparsity": sparsity}
 
 
 GENERATED_FIELDS = ("prefix_tokens", "drop_fraction", "num_samples", "temperature")

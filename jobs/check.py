@@ -15,7 +15,7 @@ from pipeline.data.prefixes import parts_in_turn, sources
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.environment import check_environment
 from pipeline.errors import InputError
-from pipeline.pruning.allocation import allocate
+from pipeline.pruning.allocation import LayerTarget, allocate
 from pipeline.scoring.banned_words import read_words
 from pipeline.specs import (
     Corpus,
@@ -28,6 +28,7 @@ from pipeline.specs import (
     HubCorpus,
     HubModel,
     Model,
+    Pattern,
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
@@ -38,7 +39,6 @@ from pipeline.specs import (
     WindowsSpec,
     dropped,
     generator_of,
-    parse_pattern,
 )
 from pipeline.testbed.world import check_mixture
 
@@ -195,7 +195,7 @@ def _check_length(name: str, config: Any, seqlen: int) -> None:
 
 
 def _check_pattern(name: str, config: Any, pattern: str) -> None:
-    _, group = parse_pattern(pattern)
+    group = Pattern.parse(pattern).group
     for field in ("hidden_size", "intermediate_size"):
         width = getattr(config, field, None)
         if isinstance(width, int) and width % group:
@@ -281,10 +281,10 @@ def _layer_sizes(name: str, config: Any, model: Model) -> Sequence[int]:
 def _check_allocation(name: str, sizes: Sequence[int], spec: PruneSpec) -> None:
     if not sizes:
         return
-    pattern = None if spec.pattern is None else parse_pattern(spec.pattern)
     alike = [0.0] * len(sizes)  # the ratios come later, and fit any model
     try:
-        allocate(spec.allocation, spec.sparsity, pattern, sizes, alike)
+        target = LayerTarget.parse(spec.sparsity, spec.pattern)
+        allocate(spec.allocation, target, sizes, alike)
     except InputError as error:
         raise InputError(error.field, error.value, f"model {name}: {error.remedy}") from error
 

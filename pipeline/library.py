@@ -30,6 +30,7 @@ from pipeline.mistakes import explained
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.output_layer import check_causal
 from pipeline.models.vocabulary import check_ids, edge_ids, embedding_rows
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.scoring.filter import reasons_to_drop
@@ -46,12 +47,12 @@ from pipeline.specs import (
     HubModel,
     LocalModel,
     LocalTasks,
+    Pattern,
     PerplexitySpec,
     Pruner,
     TaskSpec,
     TestbedCorpus,
     WindowsSpec,
-    parse_pattern,
 )
 
 Texts = str | Sequence[str] | FileCorpus | HubCorpus | TestbedCorpus
@@ -250,10 +251,10 @@ def prune(
     chosen: Pruner = _named("pruner", TypeAdapter(Pruner), pruner)
     spread: Allocation = _named("allocation", TypeAdapter(Allocation), allocation)
     try:
-        pattern = parse_pattern(sparsity) if isinstance(sparsity, str) else None
+        pattern = Pattern.parse(sparsity) if isinstance(sparsity, str) else None
     except ValueError as error:
         raise InputError("sparsity", sparsity, str(error)) from error
-    share = sparsity if pattern is None else 1 - pattern[0] / pattern[1]
+    share = sparsity if pattern is None else pattern.sparsity
     ratios = None
     if isinstance(spread, OWL):
         if windows is None:
@@ -263,8 +264,7 @@ def prune(
         model.model,
         windows if chosen.calibrated else None,
         chosen,
-        float(share),
-        pattern,
+        LayerTarget(float(share), pattern),
         spread,
         outlier_ratios=ratios,
     )

@@ -15,8 +15,9 @@ import typer
 from benchmarks.measure import pruner_spec
 from cluster.heap import keep_freed_memory
 from pipeline.models.loading import load_model
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
-from pipeline.specs import LocalModel, Uniform, parse_pattern
+from pipeline.specs import LocalModel, Uniform
 
 
 def main(
@@ -33,9 +34,9 @@ def main(
     torch.set_num_threads(1)
     loaded = load_model(LocalModel(path=str(model), dtype="float32"), {}, torch.device("cpu"))
     ids = torch.from_numpy(np.load(windows))  # [nsamples, seqlen]
-    kept = None if pattern is None else parse_pattern(pattern)
+    target = LayerTarget.parse(0.5, pattern)
     start = time.process_time()
-    report = prune_model(loaded, ids, pruner_spec(pruner), 0.5, kept, Uniform())
+    report = prune_model(loaded, ids, pruner_spec(pruner), target, Uniform())
     seconds = time.process_time() - start
     output.write_text(json.dumps({"cpu_seconds": seconds, "sparsity": report.sparsity}))
 

@@ -1,7 +1,7 @@
-"""How a model's sparsity is spread over its decoder layers: an axis apart from the pruner.
+"""Spreading a model's sparsity over its decoder layers, whichever pruner is used.
 
-Plain arithmetic on a number a layer. A layer counts as much as it has weights, so the model is as
-sparse as it was asked to be whether or not its layers are of one size.
+Plain arithmetic with one number a layer. Layers are weighted by their number of weights, so the
+model has the sparsity that was asked for even where its layers differ in size.
 """
 
 import math
@@ -9,27 +9,56 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
-from pipeline.specs import OWL, Allocation, ArithmeticProgression, ByHand, Uniform
+from pipeline.specs import OWL, Allocation, ArithmeticProgression, ByHand, Pattern, Uniform
 
-MOST = 1 - 1e-9
-"""The most a layer is given, since at 1 nothing of it would be left."""
+MAX_SPARSITY = 1 - 1e-9
+"""The largest sparsity of a layer: at 1 nothing of it would be left."""
 
 ROUNDING = 1e-12
-"""What is no more than this beyond a bound is at it."""
+"""A number beyond a bound by no more than this counts as the bound."""
 
 TOLERANCE = 1e-6
-"""How far the mean of sparsities by hand may be from the model's."""
+"""Largest difference between the mean of sparsities by hand and the model's sparsity."""
 
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """What every matrix of one decoder layer is pruned to."""
+    """What the matrices of a decoder layer are pruned to; of a model, the mean over its layers.
+
+    Raises:
+        InputError: if the sparsity is not in [0, 1), or differs from the pattern's.
+    """
 
     sparsity: float
-    """Share of zeros; with a pattern, the pattern's."""
+    """Share of zeros."""
 
-    pattern: tuple[int, int] | None
-    """Kept and group size."""
+    pattern: Pattern | None = None
+    """None zeroes weights wherever the pruner chooses."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:  # NaN is refused too
+            remedy = "is no share of zeros: take 0 or more, and below 1"
+            raise InputError("sparsity", self.sparsity, remedy)
+        if self.pattern is None:
+            return
+        kept, group = self.pattern
+        if not 0 < kept <= group:
+            remedy = "must keep at least one of a group, and at most all"
+            raise InputError("pattern", str(self.pattern), remedy)
+        wanted = self.pattern.sparsity
+        if not math.isclose(self.sparsity, wanted, abs_tol=ROUNDING):
+            remedy = f"contradicts pattern {self.pattern}, which is sparsity {wanted:g}; change one"
+            raise InputError("sparsity", self.sparsity, remedy)
+
+    @classmethod
+    def parse(cls, sparsity: float, pattern: str | None) -> "LayerTarget":
+        """Read a target whose pattern is text, such as `2:4`.
+
+        Raises:
+            InputError: as the class does.
+            ValueError: if the text is not of the form N:M.
+        """
+        return cls(sparsity, None if pattern is None else Pattern.parse(pattern))
 
 
 @dataclass(frozen=True)
@@ -37,81 +66,53 @@ class Allocated:
     """A model's sparsity, spread over its decoder layers."""
 
     layers: list[LayerTarget]
-    """Of each layer, from the first."""
+    """From the first layer to the last."""
 
     clamped: list[int]
-    """Numbers of the layers that are at a bound because their share would lie beyond it."""
-
-
-def check_target(sparsity: float, pattern: tuple[int, int] | None) -> None:
-    """See that a share of zeros is one, and a pattern's own if there is a pattern.
-
-    Args:
-        sparsity: share of zeros.
-        pattern: kept and group size.
-
-    Raises:
-        InputError: if they are not.
-    """
-    if not 0 <= sparsity < 1:  # nor NaN
-        raise InputError("sparsity", sparsity, "is no share of zeros: take 0 or more, and below 1")
-    if pattern is None:
-        return
-    kept, group = pattern
-    text = f"{kept}:{group}"
-    if not 0 < kept <= group:
-        raise InputError("pattern", text, "must keep at least one of a group, and at most all")
-    if not math.isclose(sparsity, 1 - kept / group, abs_tol=ROUNDING):
-        remedy = f"contradicts pattern {text}, which is sparsity {1 - kept / group:g}; change one"
-        raise InputError("sparsity", sparsity, remedy)
+    """Numbers of the layers that were set to a bound because their share lay beyond it."""
 
 
 def allocate(
     allocation: Allocation,
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     sizes: Sequence[int],
     outlier_ratios: Sequence[float] | None = None,
 ) -> Allocated:
     """Spread a model's sparsity over its decoder layers.
 
-    The mean weighted by `sizes` is `sparsity`. A layer that would leave [0, 1) is set to the bound
-    and all others are shifted by one amount to make up for it.
+    The mean weighted by `sizes` is the target's sparsity. A layer that would leave [0, 1) is set to
+    the bound, and all others are shifted by one amount to make up for it.
 
-    With a pattern N:M a layer keeps N_i of M, between 1 and M - 1. Its share of zeros is first held
-    between 1/M and (M - 1)/M as above. Then M times the shares are rounded down, and up again for
-    the largest remainders until the mean is as near to `sparsity` as it gets: equal to it where
-    all layers are of one size, else off by no more than half a step of the largest layer. OWL's
-    own code rounds `lambda * (D_i - min D) / (max D - min D) - mean` for each layer alone, with a
-    lambda that counts weights of a group, and lets the mean drift and N_i leave 1 to M - 1; here
-    `spread` is a share of zeros with and without a pattern.
+    With a pattern N:M a layer keeps N_i of M, between 1 and M - 1. Its share of zeros is first
+    clamped to [1/M, (M - 1)/M] as above. Then M times the shares are rounded down, and up again for
+    the largest remainders until the mean is as near to the target as it gets: equal to it where
+    all layers have one size, else off by at most half a step of the largest layer. OWL's own code
+    rounds `lambda * (D_i - min D) / (max D - min D) - mean` for each layer alone, with a lambda
+    that counts weights of a group, and lets the mean drift and N_i leave 1 to M - 1; here `spread`
+    is a share of zeros with and without a pattern.
 
     Args:
-        sparsity: share of zeros over all matrices; with a pattern it must be the pattern's.
-        pattern: kept and group size, as the mean over the layers.
-        sizes: of each decoder layer, how many weights its matrices have.
-        outlier_ratios: of each decoder layer, for OWL.
+        target: of the model, the mean over its layers.
+        sizes: weights in the matrices of each decoder layer.
+        outlier_ratios: one for each decoder layer; only OWL needs them.
 
     Raises:
-        InputError: if the allocation does not fit the model or the sparsity, or the sparsity not
-            the pattern.
+        InputError: if the allocation does not fit the model or the target.
     """
-    check_target(sparsity, pattern)
     if isinstance(allocation, Uniform):
-        return Allocated([LayerTarget(sparsity, pattern)] * len(sizes), clamped=[])
-    shares = _shares(allocation, sparsity, sizes, outlier_ratios)
-    if pattern is None:
-        held, clamped = _held(shares, sizes, 0.0, MOST)
-        targets = [LayerTarget(share, None) for share in held]
-    else:
-        kept, group = pattern
-        if kept == group:
-            remedy = f"prunes nothing, so allocation {allocation.name} has nothing to spread"
-            raise InputError("pattern", f"{kept}:{group}", f"{remedy}; take uniform")
-        held, clamped = _held(shares, sizes, 1 / group, 1 - 1 / group)
-        zeros = _rounded(held, sizes, group)
-        targets = [LayerTarget(count / group, (group - count, group)) for count in zeros]
-    return Allocated(targets, clamped)
+        return Allocated([target] * len(sizes), clamped=[])
+    shares = _shares(allocation, target.sparsity, sizes, outlier_ratios)
+    if target.pattern is None:
+        shares, clamped = _clamped(shares, sizes, 0.0, MAX_SPARSITY)
+        return Allocated([LayerTarget(share) for share in shares], clamped)
+    kept, group = target.pattern
+    if kept == group:
+        remedy = f"prunes nothing, so allocation {allocation.name} has nothing to spread"
+        raise InputError("pattern", str(target.pattern), f"{remedy}; take uniform")
+    shares, clamped = _clamped(shares, sizes, 1 / group, 1 - 1 / group)
+    zeros = _rounded(shares, sizes, group)
+    layers = [LayerTarget(count / group, Pattern(group - count, group)) for count in zeros]
+    return Allocated(layers, clamped)
 
 
 # --------------------------------------------------------------------------------- shares of layers
@@ -137,13 +138,13 @@ def _shares(
 def _owl(
     spread: float, sparsity: float, sizes: Sequence[int], outlier_ratios: Sequence[float]
 ) -> list[float]:
-    """S_i = S - (r_i - mean r), r_i = 2 lambda (D_i - min D) / (max D - min D): the layer with
-    most outliers is 2 lambda denser than that with fewest."""
+    """S_i = S - (r_i - mean r), r_i = 2 lambda (D_i - min D) / (max D - min D): the layer with most
+    outliers is 2 lambda denser than the one with fewest."""
     if len(outlier_ratios) != len(sizes):
         remedy = f"the model has {len(sizes)} decoder layers, not {len(outlier_ratios)}"
         raise InputError("outlier_ratios", list(outlier_ratios), remedy)
     if not all(0 <= ratio <= 1 for ratio in outlier_ratios):
-        remedy = "are no shares, 0 to 1; count them anew"
+        remedy = "are no shares, 0 to 1; count them again"
         raise InputError("outlier_ratios", list(outlier_ratios), remedy)
     least, most = min(outlier_ratios), max(outlier_ratios)
     if most == least:
@@ -159,7 +160,7 @@ def _arithmetic_progression(
     """S_i = S + beta (i - mean i)."""
     middle = _mean(range(len(sizes)), sizes)
     shares = [sparsity + difference * (number - middle) for number in range(len(sizes))]
-    if shares[0] < -ROUNDING or shares[-1] > MOST:
+    if shares[0] < -ROUNDING or shares[-1] > MAX_SPARSITY:
         limit = min(sparsity / middle, (1 - sparsity) / (len(sizes) - 1 - middle))
         raise InputError(
             "allocation.difference",
@@ -188,11 +189,14 @@ def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
     return math.fsum(v * size for v, size in zip(values, sizes, strict=True)) / sum(sizes)
 
 
-def _held(
+def _clamped(
     shares: list[float], sizes: Sequence[int], low: float, high: float
 ) -> tuple[list[float], list[int]]:
-    """The shares between two bounds, those within shifted so that the weighted mean stays, and
-    the numbers of those that are held back."""
+    """Clamp the shares to two bounds, and shift those within so that the weighted mean stays.
+
+    Returns:
+        The shares, and the numbers of the layers that are at a bound.
+    """
     if low - ROUNDING <= min(shares) and max(shares) <= high + ROUNDING:
         return [min(max(share, low), high) for share in shares], []
     mean = _mean(shares, sizes)
@@ -200,20 +204,20 @@ def _held(
     def shifted(by: float) -> list[float]:
         return [min(max(share + by, low), high) for share in shares]
 
-    below, above = low - max(shares), high - min(shares)
+    least, most = low - max(shares), high - min(shares)
     for _ in range(100):  # halves the interval of the shift, beyond the last bit
-        middle = (below + above) / 2
+        middle = (least + most) / 2
         if _mean(shifted(middle), sizes) < mean:
-            below = middle
+            least = middle
         else:
-            above = middle
-    beyond = [n for n, share in enumerate(shares) if not low <= share + above <= high]
-    return shifted(above), beyond
+            most = middle
+    clamped = [n for n, share in enumerate(shares) if not low <= share + most <= high]
+    return shifted(most), clamped
 
 
 def _rounded(shares: list[float], sizes: Sequence[int], group: int) -> list[int]:
-    """Zeros of every `group` weights in each layer: the shares by largest remainder, of equal ones
-    the first."""
+    """Zeros of every `group` weights in each layer: the shares by largest remainder, the first of
+    equal ones before the others."""
     exact = [round(share * group, 9) for share in shares]  # 2 of 6 must be 2, not 1.999...
     zeros = [math.floor(count) for count in exact]
     missing = math.fsum((e - z) * size for e, z, size in zip(exact, zeros, sizes, strict=True))

@@ -29,7 +29,7 @@ from pipeline.models.matrices import (
 from pipeline.models.streaming import resident
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import phase
-from pipeline.pruning.allocation import Allocated, LayerTarget, allocate, check_target
+from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.first_layer import FirstLayer
 from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
@@ -41,10 +41,10 @@ from pipeline.pruning.sparsity_check import MatrixSparsity, check, measure
 from pipeline.pruning.walk import check_windows, layer_sizes, walk
 from pipeline.specs import (
     Allocation,
+    Pattern,
     Pruner,
     PruneSpec,
     Uniform,
-    parse_pattern,
 )
 from pipeline.stage import Artifacts, Keep
 
@@ -79,8 +79,7 @@ def prune_model(
     model: nn.Module,
     windows: Tensor | None,
     pruner: Pruner,
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     allocation: Allocation,
     batch_size: int | None = None,
     outlier_ratios: Sequence[float] | None = None,
@@ -95,8 +94,7 @@ def prune_model(
     Args:
         model: a causal language model, in evaluation mode.
         windows: the calibration set, token ids `[nsamples, seqlen]`; None for pruners without data.
-        sparsity: share of zeros in each matrix, on average over the decoder layers.
-        pattern: kept and group size of an N:M pattern, likewise on average.
+        target: what each matrix is pruned to, on average over the decoder layers.
         batch_size: windows of a forward pass, by default as many as have
             `pipeline.pruning.walk.BATCH_TOKENS` tokens.
         outlier_ratios: of each decoder layer, as `pipeline.pruning.outliers` counts them; for OWL.
@@ -108,16 +106,15 @@ def prune_model(
         first: the first layer's statistics, which an earlier pruning may have left there.
 
     Raises:
-        InputError: if the sparsity is no share of zeros or not the pattern's, the windows are
-            missing or do not suit the model (`pipeline.pruning.walk.check_windows`; it must be in
-            evaluation mode), a pattern does not fit a matrix, the pruner's options or the
-            allocation do not suit the model, or the model is of a form that cannot be pruned.
+        InputError: if the windows are missing or do not suit the model
+            (`pipeline.pruning.walk.check_windows`; it must be in evaluation mode), the pattern does
+            not fit a matrix, the pruner's options or the allocation do not suit the model, or the
+            model is of a form that cannot be pruned.
         ValueError: if the pruner's options do not go with a pattern, or without one.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         SparsityError: if a matrix is not as sparse afterwards as it should be.
     """
-    check_target(sparsity, pattern)
-    pruner.check_pattern(pattern is not None)
+    pruner.check_pattern(target.pattern is not None)
     entry = PRUNERS[pruner.name](pruner)
     if entry.statistics and windows is None:
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
@@ -134,11 +131,11 @@ def prune_model(
         for number, layer in enumerate(layers):
             with resident(layer):
                 for matrix in matrices(f"{root}.{number}", layer):
-                    _check_matrix(matrix, pattern)
+                    _check_matrix(matrix, target.pattern)
                     paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
                 dense += kept_dense(f"{root}.{number}", layer)
     options = entry.options_by_matrix(pruner, paths)
-    allocated = allocate(allocation, sparsity, pattern, layer_sizes(model), outlier_ratios)
+    allocated = allocate(allocation, target, layer_sizes(model), outlier_ratios)
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
     numbers: dict[str, int] = {}
@@ -188,24 +185,21 @@ def prune_model(
     return PruneReport(measured, facts, allocated, numbers, permutations, dense, len(resumed))
 
 
-def _check_matrix(matrix: Matrix, pattern: tuple[int, int] | None) -> None:
+def _check_matrix(matrix: Matrix, pattern: Pattern | None) -> None:
     if not is_finite(matrix.weight):
         raise NonFiniteError(f"{matrix.name}: the weight has NaN or infinite values")
     columns = matrix.weight.shape[1]
-    if pattern is not None and columns % pattern[1]:
-        remedy = f"{matrix.name} has {columns} inputs, no multiple of {pattern[1]}"
-        raise InputError("pattern", f"{pattern[0]}:{pattern[1]}", remedy)
+    if pattern is not None and columns % pattern.group:
+        remedy = f"{matrix.name} has {columns} inputs, no multiple of {pattern.group}"
+        raise InputError("pattern", str(pattern), remedy)
 
 
 def _prune_matrix(
     matrix: Matrix, entry: PrunerEntry, options: Pruner, target: LayerTarget
 ) -> Pruned:
-    sparsity, pattern = target.sparsity, target.pattern
     weight = matrix.weight
     try:
-        pruned = entry.prune(
-            weight.float().contiguous(), matrix.statistics, sparsity, pattern, options
-        )
+        pruned = entry.prune(weight.float().contiguous(), matrix.statistics, target, options)
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
@@ -214,15 +208,7 @@ def _prune_matrix(
         if not is_finite(weight):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     set_to_zero(weight, pruned.mask)
-    check(
-        matrix.name,
-        weight,
-        pruned.mask,
-        sparsity,
-        pattern,
-        entry.counted_per,
-        pruned.permutation,
-    )
+    check(matrix.name, weight, pruned.mask, target, entry.counted_per, pruned.permutation)
     return pruned
 
 
@@ -267,8 +253,7 @@ def run(
         model,
         windows,
         spec.pruner,
-        spec.sparsity,
-        None if spec.pattern is None else parse_pattern(spec.pattern),
+        LayerTarget.parse(spec.sparsity, spec.pattern),
         spec.allocation,
         outlier_ratios=None if outliers is None else read_outlier_ratios(artifacts[outliers.key]),
         device_hidden_bytes=device_hidden_bytes,
@@ -322,7 +307,7 @@ def _dense_table(dense: Sequence[Dense]) -> pa.Table:
 
 
 def _pattern_text(target: LayerTarget) -> str:
-    return "unstructured" if target.pattern is None else f"{target.pattern[0]}:{target.pattern[1]}"
+    return "unstructured" if target.pattern is None else str(target.pattern)
 
 
 def _allocation_summary(allocation: Allocation, allocated: Allocated) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.masks import zeros_in
 
 
@@ -39,8 +40,7 @@ def check(
     name: str,
     weight: Tensor,
     mask: Tensor,
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     counted_per: Literal["matrix", "row"] | None,
     permutation: Tensor | None = None,
 ) -> None:
@@ -59,13 +59,13 @@ def check(
     Raises:
         SparsityError: naming the matrix, what was asked and what is there.
     """
-    if pattern is not None:
-        kept, size = pattern
+    if target.pattern is not None:
+        kept, size = target.pattern
         chosen = mask if permutation is None else mask[:, permutation]
         _check_count(name, chosen, size, f"group of {size}", size - kept)
     elif counted_per is not None:
         size = weight.shape[1] if counted_per == "row" else weight.numel()
-        _check_count(name, mask, size, counted_per, zeros_in(sparsity, size))
+        _check_count(name, mask, size, counted_per, zeros_in(target.sparsity, size))
     left = int((_nonzero(weight) & mask).count_nonzero())
     if left:
         raise SparsityError(f"{name}: {left} pruned weights are not zero")

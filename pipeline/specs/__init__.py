@@ -47,10 +47,10 @@ from pipeline.specs.pruning import (
     ArithmeticProgression,
     ByHand,
     OutliersSpec,
+    Pattern,
     PruneSpec,
     Uniform,
     data_taker,
-    parse_pattern,
 )
 from pipeline.specs.sources import (
     Corpus,
@@ -100,6 +100,7 @@ __all__ = [
     "Mixture",
     "Model",
     "OutliersSpec",
+    "Pattern",
     "PerplexityProtocol",
     "PerplexitySpec",
     "PretrainSpec",
@@ -126,7 +127,6 @@ __all__ = [
     "dropped",
     "generator_of",
     "nearest_stages",
-    "parse_pattern",
     "without_versions",
 ]
 

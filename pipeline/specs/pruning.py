@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -82,7 +82,34 @@ class OutliersSpec(StageSpec):
     """A score above this many times its layer's mean is an outlier."""
 
 
-_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+class Pattern(NamedTuple):
+    """N:M: of every M adjacent inputs of a row, N are kept."""
+
+    kept: int
+    group: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """Read `"2:4"`.
+
+        Raises:
+            ValueError: if the text has another form, or keeps more weights than a group has.
+        """
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+        if found is None:
+            raise ValueError(f"pattern {text!r} is not of the form N:M, like 2:4")
+        kept, group = int(found[1]), int(found[2])
+        if kept > group:
+            raise ValueError(f"pattern {text} keeps {kept} of {group}: N must not exceed M")
+        return cls(kept, group)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, 1 - N/M."""
+        return 1 - self.kept / self.group
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
 
 
 class PruneSpec(StageSpec):
@@ -137,17 +164,17 @@ class PruneSpec(StageSpec):
     @classmethod
     def _pattern_is_n_of_m(cls, pattern: str | None) -> str | None:
         if pattern is not None:
-            parse_pattern(pattern)
+            Pattern.parse(pattern)
         return pattern
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "PruneSpec":
         if self.pattern is not None:
-            kept, group = parse_pattern(self.pattern)
-            if not math.isclose(self.sparsity, 1 - kept / group):
+            sparsity = Pattern.parse(self.pattern).sparsity
+            if not math.isclose(self.sparsity, sparsity):
                 raise ValueError(
                     f"sparsity {self.sparsity} contradicts pattern {self.pattern}: "
-                    f"set it to {1 - kept / group:g}"
+                    f"set it to {sparsity:g}"
                 )
         self.pruner.check_pattern(self.pattern is not None)
         needs_data = data_taker(self.pruner, self.allocation)
@@ -199,18 +226,3 @@ def data_taker(pruner: Pruner, allocation: Allocation) -> str | None:
     if pruner.calibrated:
         return f"pruner {pruner.name}"
     return f"allocation {allocation.name}" if allocation.calibrated else None
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """`"2:4"` as (2, 4): kept, group size.
-
-    Raises:
-        ValueError: if it is no pattern, or keeps more than the group has.
-    """
-    found = _PATTERN.fullmatch(pattern)
-    if found is None:
-        raise ValueError(f"pattern {pattern!r} is not of the form N:M, like 2:4")
-    kept, group = int(found[1]), int(found[2])
-    if kept > group:
-        raise ValueError(f"pattern {pattern} keeps {kept} of {group}: N must not exceed M")
-    return kept, group

@@ -15,12 +15,13 @@ from benchmarks.baseline.walk import linears, prune
 from benchmarks.geometry import Geometry
 from benchmarks.measure import PRUNER_NAMES, pruner_spec
 from benchmarks.replay import replay
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
-from pipeline.specs import Uniform
+from pipeline.specs import Pattern, Uniform
 
 SMALL = Geometry("small", 64, 160, 3, 4, 2, 96, nsamples=6, seqlen=40)
 UNSTRUCTURED_OR_PATTERN = pytest.mark.parametrize(
-    ("sparsity", "pattern"), [(0.6, None), (0.5, (2, 4))], ids=["unstructured", "2:4"]
+    ("sparsity", "pattern"), [(0.6, None), (0.5, Pattern(2, 4))], ids=["unstructured", "2:4"]
 )
 
 
@@ -28,18 +29,18 @@ def model() -> Any:
     return SMALL.model(torch.device("cpu"), torch.float32)
 
 
-def pruned_by_pipeline(name: str, sparsity: float, pattern: tuple[int, int] | None) -> Any:
+def pruned_by_pipeline(name: str, sparsity: float, pattern: Pattern | None) -> Any:
     pruned = model()
     pruner = pruner_spec(name)
     windows = SMALL.windows() if pruner.calibrated else None
-    prune_model(pruned, windows, pruner, sparsity, pattern, Uniform())
+    prune_model(pruned, windows, pruner, LayerTarget(sparsity, pattern), Uniform())
     return pruned
 
 
 @UNSTRUCTURED_OR_PATTERN
 @pytest.mark.parametrize("name", PRUNER_NAMES)
 def test_the_pipelines_masks_are_the_plain_ones_up_to_float32_ties(
-    name: str, sparsity: float, pattern: tuple[int, int] | None
+    name: str, sparsity: float, pattern: Pattern | None
 ) -> None:
     pruned = pruned_by_pipeline(name, sparsity, pattern)
     agreement = compare(name, model(), pruned, SMALL.windows(), sparsity, pattern)
@@ -51,7 +52,7 @@ def test_the_pipelines_masks_are_the_plain_ones_up_to_float32_ties(
 @UNSTRUCTURED_OR_PATTERN
 @pytest.mark.parametrize("name", METHODS)
 def test_the_plain_walk_prunes_exactly_the_share_asked_for(
-    name: str, sparsity: float, pattern: tuple[int, int] | None
+    name: str, sparsity: float, pattern: Pattern | None
 ) -> None:
     pruned = model()
     prune(pruned, SMALL.windows(), METHODS[name], sparsity, pattern)
@@ -109,9 +110,7 @@ def test_dsnots_moments_are_the_mean_sum_and_variance_of_a_window() -> None:
 
 
 @UNSTRUCTURED_OR_PATTERN
-def test_plain_dsnot_is_its_rules_row_by_row(
-    sparsity: float, pattern: tuple[int, int] | None
-) -> None:
+def test_plain_dsnot_is_its_rules_row_by_row(sparsity: float, pattern: Pattern | None) -> None:
     weight, inputs = row_problem()
     moments = moments_of(inputs)
     initial = METHODS["wanda"].choose(

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.alps import prune_by_alps
 from pipeline.pruning.pruners.dsnot import options_by_matrix, prune_by_dsnot, statistics_of_dsnot
 from pipeline.pruning.pruners.magnitude import prune_by_magnitude
@@ -25,8 +26,7 @@ class PruneMatrix(Protocol):
         self,
         weight: Tensor,
         statistics: Mapping[str, Tensor],
-        sparsity: float,
-        pattern: tuple[int, int] | None,
+        target: LayerTarget,
         options: Any,
     ) -> Pruned: ...
 

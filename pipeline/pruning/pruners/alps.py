@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pipeline.models.matrices import is_finite, set_to_zero
-from pipeline.pruning.allocation import check_target
-from pipeline.pruning.pruners.masks import smallest, smallest_in_groups, zeros_in
+from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.masks import smallest_to_target
 from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import ALPS
 
@@ -30,8 +30,7 @@ GRADIENT_STEPS = 10
 def prune_by_alps(
     weight: Tensor,
     statistics: Mapping[str, Tensor],
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     options: ALPS,
 ) -> Pruned:
     """Find the mask and the weights W that least change the layer's output, ||X W' - X W||_F^2 with
@@ -58,7 +57,6 @@ def prune_by_alps(
     Raises:
         ValueError: if the Hessian is not finite.
     """
-    check_target(sparsity, pattern)
     hessian = statistics["hessian"]
     if not is_finite(hessian):
         raise ValueError("the Hessian has NaN or infinite values")
@@ -69,7 +67,7 @@ def prune_by_alps(
     gram.fill_diagonal_(1.0)
     dense = (weight * scale).masked_fill_(dead, 0.0)
 
-    mask, sparse, facts = _admm(dense, gram, sparsity, pattern)
+    mask, sparse, facts = _admm(dense, gram, target)
     updated = _fitted(dense, sparse, gram, mask) / scale
     updated = torch.where(dead, weight, updated)
     set_to_zero(updated, mask)
@@ -78,24 +76,24 @@ def prune_by_alps(
 
 
 def _admm(
-    dense: Tensor, gram: Tensor, sparsity: float, pattern: tuple[int, int] | None
+    dense: Tensor, gram: Tensor, target: LayerTarget
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """The mask and D, both `[rows, columns]`."""
     values, vectors = torch.linalg.eigh(gram.double())
     values.clamp_(min=0.0)
     rho = FIRST_PENALTY
     inverse = _shifted_inverse(values, vectors, rho)
-    mask = _smallest(dense, sparsity, pattern)
+    mask = smallest_to_target(dense.abs(), target, "matrix")
     kept = mask.numel() - int(mask.sum())
     sparse = dense.masked_fill(mask, 0.0)
     dual = torch.zeros_like(dense)
     before = mask
     for iteration in range(1, MAX_ITERATIONS + 1):
         change = (sparse - dense).mul_(rho).sub_(dual) @ inverse  # W - W'
-        target = change.add_(dense).add_(dual, alpha=1 / rho)  # W + V / rho
-        mask = _smallest(target, sparsity, pattern)
-        sparse = target.masked_fill(mask, 0.0)
-        dual = target.sub_(sparse).mul_(rho)  # V + rho (W - D)
+        shifted = change.add_(dense).add_(dual, alpha=1 / rho)  # W + V / rho
+        mask = smallest_to_target(shifted.abs(), target, "matrix")
+        sparse = shifted.masked_fill(mask, 0.0)
+        dual = shifted.sub_(sparse).mul_(rho)  # V + rho (W - D)
         if iteration % UPDATE_EVERY == 0:
             changed = int((mask != before).sum())
             if changed == 0:
@@ -109,12 +107,6 @@ def _admm(
 def _shifted_inverse(values: Tensor, vectors: Tensor, rho: float) -> Tensor:
     """(H + rho)^-1 from H's eigenvalues and eigenvectors, in float32."""
     return ((vectors / (values + rho)) @ vectors.T).float()
-
-
-def _smallest(weight: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
-    if pattern is not None:
-        return smallest_in_groups(weight.abs(), *pattern)
-    return smallest(weight.abs(), zeros_in(sparsity, weight.numel()))
 
 
 def _fitted(dense: Tensor, start: Tensor, gram: Tensor, mask: Tensor) -> Tensor:

@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.pruning.allocation import check_target
-from pipeline.pruning.pruners.masks import (
-    refuse_nan,
-    smallest_in_groups,
-    smallest_in_rows,
-    zeros_in,
-)
+from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.masks import refuse_nan, smallest_in_rows, smallest_to_target
 from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.pruning.pruners.sparsegpt import inverse_factor, score_scale, sparsegpt_scores
 from pipeline.pruning.pruners.wanda import wanda_scores
@@ -63,8 +58,7 @@ def _variances(options: DSnoT) -> str:
 def prune_by_dsnot(
     weight: Tensor,
     statistics: Mapping[str, Tensor],
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     options: DSnoT,
 ) -> Pruned:
     """Swap pruned and kept weights of each row until its expected error is near zero (algorithm 1).
@@ -92,13 +86,9 @@ def prune_by_dsnot(
     Raises:
         ValueError: if the Hessian cannot be inverted, or a weight or a statistic is not finite.
     """
-    check_target(sparsity, pattern)
     wanda = wanda_scores(weight, statistics["squared_norms"])
     initial, facts = _initial_scores(weight, statistics, wanda, options)
-    if pattern is None:
-        mask = smallest_in_rows(initial, zeros_in(sparsity, weight.shape[1]))
-    else:
-        mask = smallest_in_groups(initial, *pattern)
+    mask = smallest_to_target(initial, target, "row")
     if options.max_cycles == 0:
         return Pruned(mask=mask, facts=facts)
 
@@ -106,13 +96,14 @@ def prune_by_dsnot(
     refuse_nan(contributions)
     claims = contributions / _relative(statistics[_variances(options)], options.variance_power)
     returning = _both_signs(-claims.abs(), contributions, mask, options.max_cycles)
+    pattern = target.pattern
     if pattern is None:
         listed = _both_signs(wanda, -contributions, ~mask, options.max_cycles)
         returning.masked_fill_(listed < 0, -1)  # none comes back for which none is left to go
         leave = _from_list(listed, returning, contributions)
     else:
         scores = initial.masked_fill(mask, torch.inf)
-        leave = _from_group(scores, pattern[1], returning, contributions)
+        leave = _from_group(scores, pattern.group, returning, contributions)
     same_sign = options.same_sign or pattern is not None
     error = (contributions * mask).sum(dim=1, dtype=torch.float64)
     swaps = _swap(mask, error, returning, leave, same_sign, options)

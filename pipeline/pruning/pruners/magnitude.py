@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pipeline.pruning.allocation import check_target
-from pipeline.pruning.pruners.masks import smallest, smallest_in_groups, zeros_in
+from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.masks import smallest_to_target
 from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import Magnitude
 
@@ -13,8 +13,7 @@ from pipeline.specs import Magnitude
 def prune_by_magnitude(
     weight: Tensor,
     statistics: Mapping[str, Tensor],
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     options: Magnitude,
 ) -> Pruned:
     """Zero the smallest |W| of the whole matrix, or of each group of a pattern.
@@ -23,8 +22,4 @@ def prune_by_magnitude(
         weight: `[out_features, in_features]`.
         statistics: none are used.
     """
-    check_target(sparsity, pattern)
-    scores = weight.abs()
-    if pattern is not None:
-        return Pruned(mask=smallest_in_groups(scores, *pattern))
-    return Pruned(mask=smallest(scores, zeros_in(sparsity, weight.numel())))
+    return Pruned(mask=smallest_to_target(weight.abs(), target, "matrix"))

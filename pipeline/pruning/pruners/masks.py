@@ -5,11 +5,13 @@ numpy's vectorised partition and comparisons are several times as fast as torch'
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.pruning.allocation import LayerTarget
 
 _ROUNDING = 1e-12
 """Sparsities are decimal: 0.29 * 100 must be 29, not 28.999..., and no other product may change."""
@@ -35,6 +37,22 @@ def zeros_in(sparsity: float, count: int) -> int:
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity {sparsity} is no share of zeros, 0 to 1")
     return math.floor(sparsity * count * (1 + _ROUNDING))
+
+
+def smallest_to_target(
+    scores: Tensor, target: LayerTarget, counted_per: Literal["matrix", "row"]
+) -> Tensor:
+    """Choose the smallest of the scores `[rows, columns]`: of each group of the target's pattern,
+    or, without one, of the matrix or of each row.
+
+    Raises:
+        ValueError: if a score is NaN, or the columns are no multiple of the pattern's group.
+    """
+    if target.pattern is not None:
+        return smallest_in_groups(scores, *target.pattern)
+    if counted_per == "row":
+        return smallest_in_rows(scores, zeros_in(target.sparsity, scores.shape[1]))
+    return smallest(scores, zeros_in(target.sparsity, scores.numel()))
 
 
 def smallest(scores: Tensor, zeros: int) -> Tensor:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.pruning.allocation import check_target
-from pipeline.pruning.pruners.masks import smallest, smallest_in_groups, zeros_in
+from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.masks import smallest_in_groups, smallest_to_target
 from pipeline.pruning.pruners.permutation import channel_permutation
 from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import RIA
@@ -19,8 +19,7 @@ from pipeline.specs import RIA
 def prune_by_ria(
     weight: Tensor,
     statistics: Mapping[str, Tensor],
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     options: RIA,
 ) -> Pruned:
     """Zero the smallest (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a of the whole
@@ -34,15 +33,12 @@ def prune_by_ria(
         With a permutation, facts: `retained_score`, the sum of the scores that are kept over the
         sum that the columns' own order would keep; 1 where no better order was found.
     """
-    check_target(sparsity, pattern)
     scores = ria_scores(weight, statistics["squared_norms"], options.activation_power)
-    if pattern is None:
-        return Pruned(mask=smallest(scores, zeros_in(sparsity, weight.numel())))
-    if not options.permutation:
-        return Pruned(mask=smallest_in_groups(scores, *pattern))
-    permutation, gain = channel_permutation(scores, *pattern)
+    if target.pattern is None or not options.permutation:
+        return Pruned(mask=smallest_to_target(scores, target, "matrix"))
+    permutation, gain = channel_permutation(scores, *target.pattern)
     mask = torch.empty_like(scores, dtype=torch.bool)
-    mask[:, permutation] = smallest_in_groups(scores[:, permutation], *pattern)
+    mask[:, permutation] = smallest_in_groups(scores[:, permutation], *target.pattern)
     return Pruned(mask=mask, permutation=permutation, facts={"retained_score": gain})
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.models.matrices import is_finite, set_to_zero
-from pipeline.pruning.allocation import check_target
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.masks import refuse_nan, smallest, smallest_in_columns, zeros_in
 from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import SparseGPT
@@ -25,8 +25,7 @@ A pattern has its groups in their place."""
 def prune_by_sparsegpt(
     weight: Tensor,
     statistics: Mapping[str, Tensor],
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     options: SparseGPT,
 ) -> Pruned:
     """Zero columns one after another, and let the later ones make up for it (algorithm 1).
@@ -51,7 +50,6 @@ def prune_by_sparsegpt(
     Raises:
         ValueError: if the Hessian cannot be inverted.
     """
-    check_target(sparsity, pattern)
     rows, columns = weight.shape
     dead = statistics["hessian"].diagonal() == 0
     upper, facts = inverse_factor(statistics["hessian"], dead, options.damping)
@@ -59,9 +57,9 @@ def prune_by_sparsegpt(
 
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # [columns, rows]
     mask = torch.zeros_like(remaining, dtype=torch.bool)
-    group, width = INNER_COLUMNS, options.block_size
+    group, width, pattern = INNER_COLUMNS, options.block_size, target.pattern
     if pattern is not None:
-        group = pattern[1]
+        group = pattern.group
         width = max(group, width // group * group)  # cuts no group
     chosen = 0
     for start in range(0, columns, width):
@@ -69,7 +67,7 @@ def prune_by_sparsegpt(
         block, block_mask = remaining[start:end], mask[start:end]
         scores = sparsegpt_scores(block, scale[start:end])
         if pattern is None:
-            wanted = zeros_in(sparsity, rows * end) - chosen
+            wanted = zeros_in(target.sparsity, rows * end) - chosen
             block_mask.copy_(smallest(scores.T, wanted).T)
             chosen += wanted
         errors = torch.zeros_like(block)
@@ -88,7 +86,7 @@ def prune_by_sparsegpt(
             )
             if pattern is not None:
                 own_scores[:] = sparsegpt_scores(own, own_scale)
-                own_mask[:] = smallest_in_columns(own_scores, pattern[1] - pattern[0])
+                own_mask[:] = smallest_in_columns(own_scores, group - pattern.kept)
             own_errors[:] = own_mask / own_diagonal
             _take_errors(own, own_errors, triangle[part, part])
         if pattern is not None:

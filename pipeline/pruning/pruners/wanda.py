@@ -5,13 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.pruning.allocation import check_target
-from pipeline.pruning.pruners.masks import (
-    refuse_nan,
-    smallest_in_groups,
-    smallest_in_rows,
-    zeros_in,
-)
+from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.masks import refuse_nan, smallest_to_target
 from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import Wanda
 
@@ -25,8 +20,7 @@ LARGEST_SHARE = 0.8
 def prune_by_wanda(
     weight: Tensor,
     statistics: Mapping[str, Tensor],
-    sparsity: float,
-    pattern: tuple[int, int] | None,
+    target: LayerTarget,
     options: Wanda,
 ) -> Pruned:
     """Zero the smallest |W_ij| * ||X_j||_2 of each output row, or of each group of a pattern
@@ -39,13 +33,10 @@ def prune_by_wanda(
     Returns:
         With the variant, facts: `share`, of each row's score mass that was removed at the most.
     """
-    check_target(sparsity, pattern)
     scores = wanda_scores(weight, statistics["squared_norms"])
-    if pattern is not None:
-        return Pruned(mask=smallest_in_groups(scores, *pattern))
     if options.variant:
-        return _prune_by_mass(scores, sparsity)
-    return Pruned(mask=smallest_in_rows(scores, zeros_in(sparsity, weight.shape[1])))
+        return _prune_by_mass(scores, target.sparsity)
+    return Pruned(mask=smallest_to_target(scores, target, "row"))
 
 
 def wanda_scores(weight: Tensor, squared_norms: Tensor) -> Tensor:

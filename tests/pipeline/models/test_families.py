@@ -17,6 +17,7 @@ from pipeline.errors import InputError
 from pipeline.models.layer_files import apply_masks
 from pipeline.models.matrices import STARVED_TOKENS, decoder_layers, matrices
 from pipeline.models.streaming import load_streamed
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.specs import Uniform, Wanda
@@ -61,7 +62,7 @@ ROUTERS = re.compile(
 
 
 def prune(model: Any) -> PruneReport:
-    return prune_model(model, windows(), Wanda(), 0.5, None, Uniform(), batch_size=3)
+    return prune_model(model, windows(), Wanda(), LayerTarget(0.5), Uniform(), batch_size=3)
 
 
 @functools.cache
@@ -295,7 +296,9 @@ def test_a_model_whose_layers_are_read_one_by_one_is_pruned_alike(
     scratch = tmp_path / "scratch"
     model = load_streamed(str(source), torch.float32, torch.device("cpu"), scratch).eval()
     masks = FinishedLayers(tmp_path / "masks", masks=True)
-    prune_model(model, windows(), Wanda(), 0.5, None, Uniform(), batch_size=3, finished=masks)
+    prune_model(
+        model, windows(), Wanda(), LayerTarget(0.5), Uniform(), batch_size=3, finished=masks
+    )
     masked = model_of(family)
     apply_masks(masked, tmp_path / "masks")
     after, _ = pruned(family)

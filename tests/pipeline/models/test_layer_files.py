@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.models.layer_files import LayerFileError, Record, apply_masks, layer_file, write_masks
 from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import prune_model, run
 from pipeline.specs import (
@@ -26,6 +27,7 @@ from pipeline.specs import (
     FileCorpus,
     LocalModel,
     Magnitude,
+    Pattern,
     Pruner,
     PruneSpec,
     SparseGPT,
@@ -127,7 +129,7 @@ def test_masks_give_back_the_pruned_model_bit_for_bit(
     artifacts = dense.run(spec, {}, tmp_path)
     direct = load_model(source, {})
     data = dense.windows() if pruner.calibrated else None
-    prune_model(direct, data, pruner, 0.3, None, Uniform())
+    prune_model(direct, data, pruner, LayerTarget(0.3), Uniform())
     rebuilt = load_model(spec, artifacts)
     assert_same_bits(direct, rebuilt)
     negative = [bits(rebuilt)[name] for name in bits(rebuilt) if "down_proj" in name]
@@ -156,13 +158,13 @@ def test_a_pruned_model_can_be_pruned_again_and_rests_on_all_before_it(
     assert {spec.key for spec in fourth.inputs()} == {third.key}  # a checkpoint of its own
 
     direct = load_model(source, {})
-    prune_model(direct, dense.windows(), Wanda(), 0.25, None, Uniform())
-    prune_model(direct, None, Magnitude(), 0.5, (2, 4), Uniform())
+    prune_model(direct, dense.windows(), Wanda(), LayerTarget(0.25), Uniform())
+    prune_model(direct, None, Magnitude(), LayerTarget(0.5, Pattern(2, 4)), Uniform())
     assert_same_bits(direct, load_model(second, artifacts))
     artifacts = dense.run(third, artifacts, tmp_path / "third")
     artifacts = dense.run(fourth, artifacts, tmp_path / "fourth")
-    prune_model(direct, dense.windows(), SparseGPT(), 0.6, None, Uniform())
-    prune_model(direct, None, Magnitude(), 0.6, None, Uniform())
+    prune_model(direct, dense.windows(), SparseGPT(), LayerTarget(0.6), Uniform())
+    prune_model(direct, None, Magnitude(), LayerTarget(0.6), Uniform())
     assert_same_bits(direct, load_model(fourth, artifacts))
 
 
@@ -211,7 +213,9 @@ def test_the_order_in_which_a_pattern_holds_is_stored_with_the_masks(
     spec = dense.spec(dense.model(), pruner, sparsity=0.5, pattern="2:4")
     artifacts = dense.run(spec, {}, tmp_path)
     direct = load_model(dense.model(), {})
-    report = prune_model(direct, dense.windows(), pruner, 0.5, (2, 4), Uniform())
+    report = prune_model(
+        direct, dense.windows(), pruner, LayerTarget(0.5, Pattern(2, 4)), Uniform()
+    )
     assert_same_bits(direct, load_model(spec, artifacts))
     assert len(report.permutations) > 0
     stored = {
@@ -225,7 +229,9 @@ def test_the_order_in_which_a_pattern_holds_is_stored_with_the_masks(
         assert torch.equal(stored[f"{name}.permutation"].long(), order)
     again = load_model(dense.model(), {})
     kept = FinishedLayers(artifacts[spec.key] / "masks", masks=True, keep=InPlace())
-    resumed = prune_model(again, dense.windows(), pruner, 0.5, (2, 4), Uniform(), finished=kept)
+    resumed = prune_model(
+        again, dense.windows(), pruner, LayerTarget(0.5, Pattern(2, 4)), Uniform(), finished=kept
+    )
     assert resumed.resumed_layers == 2
     assert resumed.matrices == report.matrices
     assert resumed.facts == report.facts

@@ -17,6 +17,7 @@ from pipeline.models.checkpoint import INDEX, write_checkpoint
 from pipeline.models.layer_files import apply_masks, layer_file
 from pipeline.models.matrices import decoder_layers, matrices
 from pipeline.models.streaming import load_streamed, resident
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import prune_model, run
 from pipeline.specs import Magnitude, Pruner, SparseGPT, Uniform, Wanda
@@ -68,7 +69,7 @@ def test_what_is_streamed_is_what_is_pruned_in_memory(
     dense: Dense, tmp_path: Path, pruner: Pruner
 ) -> None:
     direct = in_memory(dense.folder)
-    prune_model(direct, dense.windows(), pruner, 0.5, None, Uniform())
+    prune_model(direct, dense.windows(), pruner, LayerTarget(0.5), Uniform())
     spec = dense.spec(dense.model(), pruner, sparsity=0.5)
     folder = dense.run(spec, {}, tmp_path / "run")[spec.key]
     if spec.stores_masks:
@@ -218,8 +219,7 @@ def test_layers_are_let_go_when_pruning_fails(tmp_path: Path) -> None:
             model,
             None,
             Magnitude(),
-            0.5,
-            None,
+            LayerTarget(0.5),
             Uniform(),
             finished=Full(tmp_path / "masks", masks=True),
         )
@@ -279,5 +279,5 @@ def test_a_model_is_pruned_in_much_less_memory_than_its_weights_take(tmp_path: P
     small, large = map(int, done.stdout.split())
     assert large - small < 0.6 * weights, f"{large - small} for {weights}"
     direct = in_memory(tmp_path / "large")
-    prune_model(direct, dense.windows(), Wanda(), 0.5, None, Uniform())
+    prune_model(direct, dense.windows(), Wanda(), LayerTarget(0.5), Uniform())
     assert_same_bits(direct, in_memory(tmp_path / "out/large/model"))

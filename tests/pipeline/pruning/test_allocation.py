@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.pruning import outliers, prune
-from pipeline.pruning.allocation import Allocated, allocate
+from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.walk import layer_sizes
@@ -30,6 +30,7 @@ from pipeline.specs import (
     FileCorpus,
     LocalModel,
     Magnitude,
+    Pattern,
     Pruner,
     PruneSpec,
     SparseGPT,
@@ -55,30 +56,30 @@ def alike(layers: int) -> list[int]:
 
 
 def test_uniform_gives_every_layer_the_models_own() -> None:
-    allocated = allocate(Uniform(), 0.5, (2, 4), [3, 50, 700])
-    assert [(layer.sparsity, layer.pattern) for layer in allocated.layers] == [(0.5, (2, 4))] * 3
+    allocated = allocate(Uniform(), LayerTarget(0.5, Pattern(2, 4)), [3, 50, 700])
+    assert allocated.layers == [LayerTarget(0.5, Pattern(2, 4))] * 3
 
 
 def test_owl_makes_the_layer_with_most_outliers_two_lambda_denser_than_that_with_fewest() -> None:
     """Densities r = 0, 0.16, 0.04 above 1 - S, less their mean."""
-    allocated = allocate(OWL(spread=0.08), 0.7, None, alike(3), [0.01, 0.05, 0.02])
+    allocated = allocate(OWL(spread=0.08), LayerTarget(0.7), alike(3), [0.01, 0.05, 0.02])
     middle = (0 + 0.16 + 0.04) / 3
     assert shares(allocated) == pytest.approx([0.7 + middle, 0.54 + middle, 0.66 + middle])
     assert allocated.clamped == []
 
 
 def test_owl_is_uniform_where_all_layers_have_as_many_outliers() -> None:
-    assert shares(allocate(OWL(), 0.6, None, [5, 7, 9], [0.02] * 3)) == [0.6] * 3
+    assert shares(allocate(OWL(), LayerTarget(0.6), [5, 7, 9], [0.02] * 3)) == [0.6] * 3
 
 
 def test_an_arithmetic_progression_rises_by_its_difference_around_the_models_sparsity() -> None:
-    allocated = allocate(ArithmeticProgression(difference=0.02), 0.5, None, alike(4))
+    allocated = allocate(ArithmeticProgression(difference=0.02), LayerTarget(0.5), alike(4))
     assert shares(allocated) == pytest.approx([0.47, 0.49, 0.51, 0.53])
 
 
 def test_a_larger_layer_counts_for_more_in_a_progression() -> None:
     """The mean number of a layer is (0 * 1 + 1 * 3) / 4."""
-    allocated = allocate(ArithmeticProgression(difference=0.1), 0.5, None, [1, 3])
+    allocated = allocate(ArithmeticProgression(difference=0.1), LayerTarget(0.5), [1, 3])
     assert shares(allocated) == pytest.approx([0.5 - 0.075, 0.5 + 0.025])
 
 
@@ -87,37 +88,37 @@ def test_the_largest_difference_is_that_of_the_paper(sparsity: float) -> None:
     """0 < beta <= min(2 S, 2 (1 - S)) / (L - 1); with equality a layer of 1 keeps nothing."""
     limit = 2 * min(sparsity, 1 - sparsity) / 31
     within = ArithmeticProgression(difference=0.999 * limit)
-    assert min(shares(allocate(within, sparsity, None, alike(32)))) > 0
+    assert min(shares(allocate(within, LayerTarget(sparsity), alike(32)))) > 0
     beyond = ArithmeticProgression(difference=1.001 * limit)
     with pytest.raises(InputError, match=f"take less than {limit:.4g}"):
-        allocate(beyond, sparsity, None, alike(32))
+        allocate(beyond, LayerTarget(sparsity), alike(32))
 
 
 def test_sparsities_by_hand_are_taken_as_they_are() -> None:
     hand = ByHand(sparsities=(0.2, 0.6, 0.7))
-    assert shares(allocate(hand, 0.5, None, alike(3))) == [0.2, 0.6, 0.7]
+    assert shares(allocate(hand, LayerTarget(0.5), alike(3))) == [0.2, 0.6, 0.7]
     weighted = (0.2 * 4 + 0.6 + 0.7) / 6
-    assert shares(allocate(hand, weighted, None, [4, 1, 1])) == [0.2, 0.6, 0.7]
+    assert shares(allocate(hand, LayerTarget(weighted), [4, 1, 1])) == [0.2, 0.6, 0.7]
 
 
 def test_sparsities_by_hand_with_another_mean_are_refused_with_their_mean() -> None:
     hand = ByHand(sparsities=(0.2, 0.6, 0.7))
     with pytest.raises(InputError, match=r"mean is 0\.500000 .*not 0\.6"):
-        allocate(hand, 0.6, None, alike(3))
+        allocate(hand, LayerTarget(0.6), alike(3))
     with pytest.raises(InputError, match=r"mean is 0\.350000 .*not 0\.5"):
-        allocate(hand, 0.5, None, [4, 1, 1])
+        allocate(hand, LayerTarget(0.5), [4, 1, 1])
 
 
 def test_sparsities_by_hand_of_another_number_of_layers_are_refused() -> None:
     with pytest.raises(InputError, match=r"allocation\.sparsities.*3 entries.*4 decoder layers"):
-        allocate(ByHand(sparsities=(0.5, 0.5, 0.5)), 0.5, None, alike(4))
+        allocate(ByHand(sparsities=(0.5, 0.5, 0.5)), LayerTarget(0.5), alike(4))
 
 
 def test_outlier_ratios_that_are_missing_or_of_another_model_are_refused() -> None:
     with pytest.raises(InputError, match="owl needs them"):
-        allocate(OWL(), 0.5, None, alike(3))
+        allocate(OWL(), LayerTarget(0.5), alike(3))
     with pytest.raises(InputError, match="3 decoder layers, not 2"):
-        allocate(OWL(), 0.5, None, alike(3), [0.1, 0.2])
+        allocate(OWL(), LayerTarget(0.5), alike(3), [0.1, 0.2])
 
 
 # ------------------------------------------------------------------------------------- properties
@@ -132,7 +133,7 @@ def test_owl_keeps_the_mean_the_order_and_the_spread(
     layers: list[tuple[float, int]], sparsity: float, spread: float
 ) -> None:
     ratios, sizes = [ratio for ratio, _ in layers], [size for _, size in layers]
-    allocated = allocate(OWL(spread=spread), sparsity, None, sizes, ratios)
+    allocated = allocate(OWL(spread=spread), LayerTarget(sparsity), sizes, ratios)
     found = shares(allocated)
     assert mean(found, sizes) == pytest.approx(sparsity, abs=1e-6)
     assert all(0 <= share < 1 for share in found)
@@ -149,7 +150,7 @@ def test_a_layer_beyond_a_bound_is_held_there_and_the_others_share_what_it_leave
     layers: list[tuple[float, int]], sparsity: float
 ) -> None:
     ratios, sizes = [ratio for ratio, _ in layers], [size for _, size in layers]
-    allocated = allocate(OWL(spread=0.5), sparsity, None, sizes, ratios)
+    allocated = allocate(OWL(spread=0.5), LayerTarget(sparsity), sizes, ratios)
     found = shares(allocated)
     assert mean(found, sizes) == pytest.approx(sparsity, abs=1e-6)
     assert all(found[number] in (0.0, pytest.approx(1.0)) for number in allocated.clamped)
@@ -166,7 +167,9 @@ def test_a_layer_beyond_a_bound_is_held_there_and_the_others_share_what_it_leave
 @given(st.lists(st.integers(1, 10**9), min_size=2, max_size=80), sparsities)
 def test_a_progression_keeps_mean_and_difference(sizes: list[int], sparsity: float) -> None:
     difference = 0.9 * min(sparsity, 1 - sparsity) / len(sizes)
-    found = shares(allocate(ArithmeticProgression(difference=difference), sparsity, None, sizes))
+    found = shares(
+        allocate(ArithmeticProgression(difference=difference), LayerTarget(sparsity), sizes)
+    )
     assert mean(found, sizes) == pytest.approx(sparsity, abs=1e-9)
     steps = [above - below for below, above in itertools.pairwise(found)]
     assert steps == pytest.approx([difference] * len(steps), abs=1e-12)
@@ -178,45 +181,45 @@ def test_a_progression_keeps_mean_and_difference(sizes: list[int], sparsity: flo
 def test_zeros_of_a_group_go_to_the_largest_remainders() -> None:
     """Of 4 weights 1.1, 1.7, 2.4 and 2.8 zeros: 6 for the whole ones and 2 for the remainders."""
     hand = ByHand(sparsities=(1.1 / 4, 1.7 / 4, 2.4 / 4, 2.8 / 4))
-    allocated = allocate(hand, 0.5, (2, 4), alike(4))
-    assert [target.pattern for target in allocated.layers] == [(3, 4), (2, 4), (2, 4), (1, 4)]
+    allocated = allocate(hand, LayerTarget(0.5, Pattern(2, 4)), alike(4))
+    assert [str(target.pattern) for target in allocated.layers] == ["3:4", "2:4", "2:4", "1:4"]
     assert shares(allocated) == [0.25, 0.5, 0.5, 0.75]
 
 
 def test_of_equal_remainders_the_first_layers_get_the_zeros() -> None:
     hand = ByHand(sparsities=(0.375, 0.625, 0.375, 0.625))
-    allocated = allocate(hand, 0.5, (2, 4), alike(4))
-    assert [target.pattern for target in allocated.layers] == [(2, 4), (1, 4), (3, 4), (2, 4)]
+    allocated = allocate(hand, LayerTarget(0.5, Pattern(2, 4)), alike(4))
+    assert [str(target.pattern) for target in allocated.layers] == ["2:4", "1:4", "3:4", "2:4"]
 
 
 def test_every_group_keeps_one_weight_and_loses_one() -> None:
     hand = ByHand(sparsities=(0.0, 0.9, 0.5, 0.6))
-    allocated = allocate(hand, 0.5, (2, 4), alike(4))
-    assert [target.pattern for target in allocated.layers] == [(3, 4), (1, 4), (2, 4), (2, 4)]
+    allocated = allocate(hand, LayerTarget(0.5, Pattern(2, 4)), alike(4))
+    assert [str(target.pattern) for target in allocated.layers] == ["3:4", "1:4", "2:4", "2:4"]
     assert allocated.clamped == [0, 1]
 
 
 def test_a_pattern_that_prunes_nothing_has_nothing_to_spread() -> None:
     with pytest.raises(InputError, match=r"'4:4'.*take uniform"):
-        allocate(OWL(), 0.0, (4, 4), alike(2), [0.0, 0.1])
+        allocate(OWL(), LayerTarget(0.0, Pattern(4, 4)), alike(2), [0.0, 0.1])
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(layer, min_size=1, max_size=24),
-    st.sampled_from([(2, 4), (1, 4), (4, 8), (5, 8), (1, 3), (3, 7), (16, 32), (1, 2)]),
+    st.sampled_from(["2:4", "1:4", "4:8", "5:8", "1:3", "3:7", "16:32", "1:2"]).map(Pattern.parse),
     st.floats(0.01, 0.5),
     st.booleans(),
 )
 def test_patterns_have_the_mean_of_the_model_as_near_as_whole_weights_can(
-    layers: list[tuple[float, int]], pattern: tuple[int, int], spread: float, same_size: bool
+    layers: list[tuple[float, int]], pattern: Pattern, spread: float, same_size: bool
 ) -> None:
     kept, group = pattern
     ratios = [ratio for ratio, _ in layers]
     sizes = [1000 if same_size else size for _, size in layers]
     sparsity = 1 - kept / group
     allocation = OWL(spread=spread)
-    allocated = allocate(allocation, sparsity, pattern, sizes, ratios)
+    allocated = allocate(allocation, LayerTarget(sparsity, pattern), sizes, ratios)
     zeros = []
     for target in allocated.layers:
         assert target.pattern is not None
@@ -232,10 +235,10 @@ def test_patterns_have_the_mean_of_the_model_as_near_as_whole_weights_can(
         assert abs(error) <= Fraction(max(sizes), 2) * (1 + Fraction(1, 10**6))
     if not allocated.clamped:
         for share, count in zip(
-            shares(allocate(allocation, sparsity, None, sizes, ratios)), zeros, strict=True
+            shares(allocate(allocation, LayerTarget(sparsity), sizes, ratios)), zeros, strict=True
         ):
             assert abs(group * share - count) < 1 + 1e-6
-    assert allocate(allocation, sparsity, pattern, sizes, ratios) == allocated
+    assert allocate(allocation, LayerTarget(sparsity, pattern), sizes, ratios) == allocated
 
 
 # ---------------------------------------------------------------------------------------- outliers
@@ -395,7 +398,7 @@ def test_every_layer_of_a_pruned_model_has_its_own_share(
     model, data = small_model(), windows()
     ratios = [layer.ratio for layer in count_outliers(model, data, 3.5)]
     given = data if pruner.calibrated else None
-    report = prune_model(model, given, pruner, 0.5, None, allocation, outlier_ratios=ratios)
+    report = prune_model(model, given, pruner, LayerTarget(0.5), allocation, outlier_ratios=ratios)
     for share, linears in zip(
         expected_shares(allocation, ratios), linears_by_layer(model), strict=True
     ):
@@ -425,7 +428,9 @@ def test_every_layer_of_a_model_has_its_own_pattern(allocation: Allocation, prun
     model, data = small_model(), windows()
     ratios = [layer.ratio for layer in count_outliers(model, data, 3.5)]
     given = data if pruner.calibrated else None
-    report = prune_model(model, given, pruner, 0.5, (2, 4), allocation, outlier_ratios=ratios)
+    report = prune_model(
+        model, given, pruner, LayerTarget(0.5, Pattern(2, 4)), allocation, outlier_ratios=ratios
+    )
     zeros_of_layers = []
     for linears in linears_by_layer(model):
         counts = {
@@ -447,7 +452,9 @@ def test_a_model_of_unlike_layers_is_as_sparse_as_it_was_asked_to_be(
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(UNEVEN).float().eval()
     ratios = [0.01, 0.03, 0.02, 0.05]
-    report = prune_model(model, None, Magnitude(), 0.6, None, allocation, outlier_ratios=ratios)
+    report = prune_model(
+        model, None, Magnitude(), LayerTarget(0.6), allocation, outlier_ratios=ratios
+    )
     weights = sum(each.rows * each.columns for each in report.matrices)
     zeros = sum(each.zeros for each in report.matrices)
     assert weights == 2 * 9728 + 2 * 12800
@@ -503,7 +510,7 @@ def test_magnitude_with_owl_reads_the_outliers_and_no_windows(
     assert found["weights"] == layer_sizes(small_model())
     ratios = found["outlier_ratio"]
     assert ratios == outlier_ratios_by_brute_force(small_model(), windows(), 3.5)
-    expected = shares(allocate(OWL(), 0.6, None, alike(4), ratios))
+    expected = shares(allocate(OWL(), LayerTarget(0.6), alike(4), ratios))
     assert report["layer_sparsity"] == expected
     assert report["layer_pattern"] == ["unstructured"] * 4
     assert report["allocation_warnings"] == []

@@ -17,6 +17,7 @@ from pipeline.specs import (
     LocalModel,
     Magnitude,
     OutliersSpec,
+    Pattern,
     PerplexitySpec,
     PretrainSpec,
     PruneSpec,
@@ -30,7 +31,6 @@ from pipeline.specs import (
     Wanda,
     WindowsSpec,
     canonical_json,
-    parse_pattern,
     without_versions,
 )
 
@@ -309,5 +309,7 @@ def test_specs_cannot_be_changed() -> None:
 
 
 def test_patterns_keep_n_of_m() -> None:
-    assert parse_pattern("2:4") == (2, 4)
-    assert parse_pattern("16:32") == (16, 32)
+    assert Pattern.parse("2:4") == Pattern(kept=2, group=4)
+    assert Pattern.parse("16:32") == Pattern(kept=16, group=32)
+    assert str(Pattern(2, 4)) == "2:4"
+    assert Pattern(1, 4).sparsity == 0.75

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.alps import prune_by_alps
 from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.pruning.pruners.sparsegpt import prune_by_sparsegpt
-from pipeline.specs import ALPS, SparseGPT
+from pipeline.specs import ALPS, Pattern, SparseGPT
 
 Floats = NDArray[np.float64]
 
@@ -56,14 +57,23 @@ def updated(pruned: Pruned) -> Floats:
 
 @pytest.mark.parametrize(
     ("sparsity", "pattern"),
-    [(0.5, None), (0.7, None), (0.9, None), (0.5, (2, 4)), (0.75, (1, 4)), (0.5, (4, 8))],
+    [
+        (0.5, None),
+        (0.7, None),
+        (0.9, None),
+        (0.5, Pattern(2, 4)),
+        (0.75, Pattern(1, 4)),
+        (0.5, Pattern(4, 8)),
+    ],
 )
 def test_the_weights_are_all_but_the_best_ones_for_the_mask(
-    sparsity: float, pattern: tuple[int, int] | None
+    sparsity: float, pattern: Pattern | None
 ) -> None:
     for seed in range(3):
         weight, inputs = example(24, 64, 300, seed)
-        pruned = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, sparsity, pattern, ALPS())
+        pruned = prune_by_alps(
+            weight, {"hessian": inputs.T @ inputs}, LayerTarget(sparsity, pattern), ALPS()
+        )
         exact, hessian = weight.double().numpy(), damped(inputs, 0.01)
         best = loss(exact, best_on(pruned.mask.numpy(), exact, hessian), hessian)
         found = loss(exact, updated(pruned), hessian)
@@ -78,7 +88,7 @@ def test_small_matrices_of_any_shape_have_the_exact_weights_for_the_mask(
     """At most as many columns as steps: conjugate gradients end at the solution."""
     weight, inputs = example(rows, columns, tokens, seed)
     options = ALPS(damping=0.05)
-    pruned = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, 0.5, None, options)
+    pruned = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, LayerTarget(0.5), options)
     exact, hessian = weight.double().numpy(), damped(inputs, 0.05)
     best = best_on(pruned.mask.numpy(), exact, hessian)
     tolerance = 5e-3 * float(np.abs(best).max()) + 1e-5
@@ -90,7 +100,7 @@ def test_the_mask_is_near_the_best_of_all_masks() -> None:
     ratios = []
     for seed in range(30):
         weight, inputs = example(1, 8, 100, seed)
-        pruned = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, 0.5, None, ALPS())
+        pruned = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, LayerTarget(0.5), ALPS())
         exact, hessian = weight.double().numpy(), damped(inputs, 0.01)
         losses = []
         for gone in itertools.combinations(range(8), 4):
@@ -103,10 +113,11 @@ def test_the_mask_is_near_the_best_of_all_masks() -> None:
 
 @pytest.mark.parametrize("tokens", [40, 400])
 @pytest.mark.parametrize(
-    ("sparsity", "pattern"), [(0.6, None), (0.8, None), (0.95, None), (0.5, (2, 4)), (0.75, (1, 4))]
+    ("sparsity", "pattern"),
+    [(0.6, None), (0.8, None), (0.95, None), (0.5, Pattern(2, 4)), (0.75, Pattern(1, 4))],
 )
 def test_the_outputs_error_is_smaller_than_sparsegpts(
-    tokens: int, sparsity: float, pattern: tuple[int, int] | None
+    tokens: int, sparsity: float, pattern: Pattern | None
 ) -> None:
     for seed in range(5):
         weight, inputs = example(48, 96, tokens, seed)
@@ -115,8 +126,8 @@ def test_the_outputs_error_is_smaller_than_sparsegpts(
         alps, surgeon = (
             loss(exact, updated(pruned), hessian)
             for pruned in (
-                prune_by_alps(weight, statistics, sparsity, pattern, ALPS()),
-                prune_by_sparsegpt(weight, statistics, sparsity, pattern, SparseGPT()),
+                prune_by_alps(weight, statistics, LayerTarget(sparsity, pattern), ALPS()),
+                prune_by_sparsegpt(weight, statistics, LayerTarget(sparsity, pattern), SparseGPT()),
             )
         )
         assert alps < surgeon
@@ -129,7 +140,7 @@ def test_with_inputs_of_no_correlation_little_more_is_lost_than_the_smallest_sco
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(12, 20, generator=generator)
         hessian = torch.diag(torch.rand(20, generator=generator) + 0.1)
-        pruned = prune_by_alps(weight, {"hessian": hessian}, 0.5, None, ALPS(damping=1e-6))
+        pruned = prune_by_alps(weight, {"hessian": hessian}, LayerTarget(0.5), ALPS(damping=1e-6))
         losses = weight.square() * hessian.diagonal()
         least = float(losses.flatten().sort().values[:120].sum())
         assert least * (1 - 1e-5) <= float(losses[pruned.mask].sum()) < least * 1.05
@@ -142,7 +153,7 @@ def test_the_scale_of_the_hessian_does_not_matter_even_with_dead_columns() -> No
     inputs[:, [2, 7, 8]] = 0.0
     hessian = inputs.T @ inputs
     one, two = (
-        prune_by_alps(weight, {"hessian": scale * hessian}, 0.5, None, ALPS())
+        prune_by_alps(weight, {"hessian": scale * hessian}, LayerTarget(0.5), ALPS())
         for scale in (1.0, 2.0**-12)
     )
     assert one.facts["dead_columns"] == 3
@@ -155,7 +166,7 @@ def test_the_scale_of_the_hessian_does_not_matter_even_with_dead_columns() -> No
 def test_dead_columns_beyond_the_count_keep_their_weights() -> None:
     weight, inputs = example(4, 8, 60, seed=12)
     inputs[:, 1:5] = 0.0
-    pruned = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, 0.25, None, ALPS())
+    pruned = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, LayerTarget(0.25), ALPS())
     assert not bool(pruned.mask[:, [0, 5, 6, 7]].any())
     assert pruned.weight is not None
     torch.testing.assert_close(pruned.weight[~pruned.mask], weight[~pruned.mask])
@@ -163,12 +174,12 @@ def test_dead_columns_beyond_the_count_keep_their_weights() -> None:
 
 def test_the_iterations_end_when_the_mask_no_longer_changes() -> None:
     weight, inputs = example(24, 64, 300, seed=1)
-    facts = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, 0.6, None, ALPS()).facts
+    facts = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, LayerTarget(0.6), ALPS()).facts
     assert 6 <= facts["iterations"] < 300
     assert facts["iterations"] % 3 == 0
     updates = facts["iterations"] / 3 - 1
     assert 0.1 * 1.1**updates <= facts["rho"] <= 0.1 * 1.3**updates * (1 + 1e-9)
-    nothing = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, 0.0, None, ALPS())
+    nothing = prune_by_alps(weight, {"hessian": inputs.T @ inputs}, LayerTarget(0.0), ALPS())
     assert nothing.facts["iterations"] == 3
     assert nothing.weight is not None
     torch.testing.assert_close(nothing.weight, weight)
@@ -179,4 +190,4 @@ def test_a_hessian_that_is_not_finite_is_an_error(value: float) -> None:
     hessian = torch.eye(4)
     hessian[1, 2] = hessian[2, 1] = value
     with pytest.raises(ValueError, match="the Hessian has NaN or infinite values"):
-        prune_by_alps(torch.randn(2, 4), {"hessian": hessian}, 0.5, None, ALPS())
+        prune_by_alps(torch.randn(2, 4), {"hessian": hessian}, LayerTarget(0.5), ALPS())

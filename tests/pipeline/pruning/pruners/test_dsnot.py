@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.input_statistics import STATISTICS
 from pipeline.pruning.pruners import PRUNERS
 from pipeline.pruning.pruners.dsnot import options_by_matrix
 from pipeline.pruning.pruners.pruned import Pruned
-from pipeline.specs import DSnoT
+from pipeline.specs import DSnoT, Pattern
 
 Floats = NDArray[np.float64]
 
@@ -38,7 +39,7 @@ def prune(
     weight: Tensor,
     inputs: Tensor,
     sparsity: float = 0.5,
-    pattern: tuple[int, int] | None = None,
+    pattern: Pattern | None = None,
 ) -> Pruned:
     entry = PRUNERS["dsnot"](options)
     sums = {
@@ -49,7 +50,7 @@ def prune(
         for statistic in sums.values():
             statistic.update(part)
     results = {name: statistic.value for name, statistic in sums.items()}
-    return entry.prune(weight, results, sparsity, pattern, options)
+    return entry.prune(weight, results, LayerTarget(sparsity, pattern), options)
 
 
 # -------------------------------------------------------------------------------------- the oracle
@@ -150,7 +151,7 @@ def slow(
     weight: Tensor,
     inputs: Tensor,
     sparsity: float,
-    pattern: tuple[int, int] | None,
+    pattern: Pattern | None,
 ) -> list[list[bool]]:
     exact, moments = weight.double().numpy(), Moments(inputs.double().numpy())
     initial = initial_scores(exact, moments, options)
@@ -177,9 +178,11 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("fields", OPTIONS, ids=str)
-@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4), (4, 8), (3, 4)])
+@pytest.mark.parametrize(
+    "pattern", [None, Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(3, 4)]
+)
 def test_the_mask_is_that_of_the_slow_version(
-    fields: dict[str, Any], pattern: tuple[int, int] | None
+    fields: dict[str, Any], pattern: Pattern | None
 ) -> None:
     options = DSnoT(**fields)
     moved = 0.0
@@ -218,10 +221,10 @@ def errors(weight: Tensor, mask: Tensor, inputs: Tensor) -> Tensor:
     return lost.sum(dim=1).mean(dim=0).abs()
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4)])
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4), Pattern(1, 4)])
 @pytest.mark.parametrize("same_sign", [False, True])
 def test_no_rows_error_grows_and_most_errors_shrink(
-    pattern: tuple[int, int] | None, same_sign: bool
+    pattern: Pattern | None, same_sign: bool
 ) -> None:
     for seed in range(5):
         weight, inputs = example(64, 128, seed)

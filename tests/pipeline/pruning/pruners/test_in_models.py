@@ -8,10 +8,11 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.pruning.sparsity_check import SparsityError, check
 from pipeline.pruning.walk import walk
-from pipeline.specs import ALPS, RIA, DSnoT, Pruner, Uniform, Wanda
+from pipeline.specs import ALPS, RIA, DSnoT, Pattern, Pruner, Uniform, Wanda
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -38,19 +39,21 @@ def windows(count: int = 10, seqlen: int = 24) -> Tensor:
 
 
 def pruned(
-    name: str, pruner: Pruner, sparsity: float = 0.5, pattern: tuple[int, int] | None = None
+    name: str, pruner: Pruner, sparsity: float = 0.5, pattern: Pattern | None = None
 ) -> tuple[dict[str, Tensor], PruneReport]:
     """The pruned weights by name, and the report."""
     model = model_of(name)
-    report = prune_model(model, windows(), pruner, sparsity, pattern, Uniform(), batch_size=3)
+    report = prune_model(
+        model, windows(), pruner, LayerTarget(sparsity, pattern), Uniform(), batch_size=3
+    )
     weights = dict(model.named_parameters())
     return {each.matrix: weights[f"{each.matrix}.weight"] for each in report.matrices}, report
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("pattern", [None, (2, 4)])
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4)])
 def test_dsnot_swaps_in_attention_and_leaves_wandas_mask_elsewhere(
-    name: str, pattern: tuple[int, int] | None
+    name: str, pattern: Pattern | None
 ) -> None:
     dsnot, wanda = DSnoT(update_threshold=0.0), Wanda()
     swapped, report = pruned(name, dsnot, 0.5, pattern)
@@ -75,7 +78,7 @@ def test_a_model_without_attention_is_refused_before_any_forward_pass() -> None:
         del layer.self_attn
     model.register_forward_pre_hook(lambda module, given: pytest.fail("it was run"))
     with pytest.raises(InputError, match="set scope: all"):
-        prune_model(model, windows(), DSnoT(), 0.5, None, Uniform())
+        prune_model(model, windows(), DSnoT(), LayerTarget(0.5), Uniform())
 
 
 def test_window_sums_and_variances_do_not_depend_on_the_batches() -> None:
@@ -124,7 +127,7 @@ def test_a_windows_sum_is_that_of_the_first_layers_own_inputs() -> None:
 
 
 def test_rias_permutations_are_in_the_report_and_the_pattern_holds_in_them() -> None:
-    weights, report = pruned("llama", RIA(permutation=True), 0.5, (2, 4))
+    weights, report = pruned("llama", RIA(permutation=True), 0.5, Pattern(2, 4))
     assert set(report.permutations) == set(weights)
     for matrix, weight in weights.items():
         order = report.permutations[matrix]
@@ -132,7 +135,7 @@ def test_rias_permutations_are_in_the_report_and_the_pattern_holds_in_them() -> 
         zeros = (weight[:, order] == 0).view(len(weight), -1, 4).sum(dim=2)
         assert set(zeros.flatten().tolist()) == {2}
         assert report.facts[matrix]["retained_score"] >= 1
-    assert not pruned("llama", RIA(), 0.5, (2, 4))[1].permutations
+    assert not pruned("llama", RIA(), 0.5, Pattern(2, 4))[1].permutations
 
 
 def test_a_pattern_is_checked_in_the_order_in_which_it_should_hold() -> None:
@@ -140,9 +143,9 @@ def test_a_pattern_is_checked_in_the_order_in_which_it_should_hold() -> None:
     mask = torch.zeros(1, 8, dtype=torch.bool)
     mask[:, order] = torch.tensor([[True, True, False, False] * 2])  # columns 0, 2, 3 and 4
     weight = (~mask).float()
-    check("up_proj", weight, mask, 0.5, (2, 4), "row", order)
+    check("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row", order)
     with pytest.raises(SparsityError, match="3 weights of a group of 4 are pruned, not 2"):
-        check("up_proj", weight, mask, 0.5, (2, 4), "row")
+        check("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
 
 
 def test_wandas_variant_reports_the_sparsity_that_it_reached() -> None:
@@ -153,15 +156,15 @@ def test_wandas_variant_reports_the_sparsity_that_it_reached() -> None:
         assert 0 < report.facts[matrix.matrix]["share"] < 0.8
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4)])
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4)])
 def test_alps_prunes_a_model_and_its_outputs_differ_less_than_wandas(
-    pattern: tuple[int, int] | None,
+    pattern: Pattern | None,
 ) -> None:
     dense = model_of("llama")(input_ids=windows()).logits
 
     def distance(pruner: Pruner) -> float:
         model: nn.Module = model_of("llama")
-        prune_model(model, windows(), pruner, 0.5, pattern, Uniform())
+        prune_model(model, windows(), pruner, LayerTarget(0.5, pattern), Uniform())
         return float((model(input_ids=windows()).logits - dense).detach().square().sum())
 
     assert distance(ALPS()) < distance(Wanda())
@@ -169,6 +172,14 @@ def test_alps_prunes_a_model_and_its_outputs_differ_less_than_wandas(
 
 def test_options_that_do_not_go_with_a_pattern_are_refused() -> None:
     with pytest.raises(ValueError, match="variant has no N:M pattern"):
-        prune_model(model_of("llama"), windows(), Wanda(variant=True), 0.5, (2, 4), Uniform())
+        prune_model(
+            model_of("llama"),
+            windows(),
+            Wanda(variant=True),
+            LayerTarget(0.5, Pattern(2, 4)),
+            Uniform(),
+        )
     with pytest.raises(ValueError, match="permutation serves N:M patterns"):
-        prune_model(model_of("llama"), windows(), RIA(permutation=True), 0.5, None, Uniform())
+        prune_model(
+            model_of("llama"), windows(), RIA(permutation=True), LayerTarget(0.5), Uniform()
+        )

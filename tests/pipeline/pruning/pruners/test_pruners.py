@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jobs.cost import PRUNE_PASSES
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.input_statistics import STATISTICS
 from pipeline.pruning.pruners import PRUNERS, sparsegpt
 from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.pruning.pruners.sparsegpt import inverse_factor
-from pipeline.specs import ALPS, Magnitude, Pruner, SparseGPT, Wanda
+from pipeline.specs import ALPS, Magnitude, Pattern, Pruner, SparseGPT, Wanda
 
 CLASSES = get_args(get_args(Pruner)[0])
 
@@ -34,7 +35,7 @@ def variants() -> list[Any]:
 VARIANTS = variants()
 
 
-def takes(options: Any, pattern: tuple[int, int] | None) -> bool:
+def takes(options: Any, pattern: Pattern | None) -> bool:
     try:
         options.check_pattern(pattern is not None)
     except ValueError:
@@ -58,7 +59,7 @@ EXACT = pytest.mark.parametrize(
     ids=label,
 )
 PATTERNED = pytest.mark.parametrize(
-    "options", [each for each in VARIANTS if takes(each, (2, 4))], ids=label
+    "options", [each for each in VARIANTS if takes(each, Pattern(2, 4))], ids=label
 )
 
 
@@ -85,7 +86,7 @@ def prune(
     weight: Tensor,
     inputs: Tensor,
     sparsity: float,
-    pattern: tuple[int, int] | None = None,
+    pattern: Pattern | None = None,
 ) -> Pruned:
     entry = PRUNERS[options.name](options)
     parts = inputs.split(7)
@@ -96,7 +97,7 @@ def prune(
         for statistic in sums.values():
             statistic.update(part[None])
     results = {key: statistic.value for key, statistic in sums.items()}
-    return entry.prune(weight, results, sparsity, pattern, options)
+    return entry.prune(weight, results, LayerTarget(sparsity, pattern), options)
 
 
 def after(weight: Tensor, pruned: Pruned) -> Tensor:
@@ -137,10 +138,10 @@ def test_the_mask_has_exactly_the_zeros_asked_for(
 
 
 @PATTERNED
-@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (3, 3)])
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(3, 3)])
 @pytest.mark.parametrize("shape", [(24, 48), (1, 48), (48, 24)])
 def test_every_group_of_a_pattern_keeps_exactly_its_share(
-    options: Any, pattern: tuple[int, int], shape: tuple[int, int]
+    options: Any, pattern: Pattern, shape: tuple[int, int]
 ) -> None:
     weight, inputs = weights(*shape, seed=1), correlated(64, shape[1], seed=1)
     pruned = prune(options, weight, inputs, 1 - pattern[0] / pattern[1], pattern)
@@ -176,14 +177,14 @@ def test_any_pattern_holds_with_dead_columns_and_repeated_weights_too(
     columns = groups * group
     weight, inputs = weights(rows, columns, seed).round(), correlated(30, columns, seed)
     inputs[:, :: max(2, columns // 3)] = 0.0
-    pruned = prune(options, weight, inputs, 1 - kept / group, (kept, group))
+    pruned = prune(options, weight, inputs, 1 - kept / group, Pattern(kept, group))
     chosen = in_order(pruned.mask, pruned).view(rows, groups, group).sum(dim=2)
     assert set(chosen.flatten().tolist()) == {group - kept}
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=label)
 def test_what_is_given_stays_as_it_was_and_the_same_comes_out_again(options: Any) -> None:
-    pattern = None if takes(options, None) else (2, 4)
+    pattern = None if takes(options, None) else Pattern(2, 4)
     weight, inputs = weights(8, 16, seed=2), correlated(40, 16, seed=2)
     given = weight.clone(), inputs.clone()
     one = prune(options, weight, inputs, 0.5, pattern)
@@ -205,7 +206,7 @@ def test_of_equal_scores_the_first_go(kind: Any) -> None:
         "row": ["11110000", "11110000", "11110000", "11110000"],
     }[PRUNERS[options.name](options).counted_per]
     assert ["".join("01"[value] for value in row) for row in mask.tolist()] == expected
-    pairs = prune(options, weight, inputs, 0.5, (2, 4)).mask
+    pairs = prune(options, weight, inputs, 0.5, Pattern(2, 4)).mask
     assert pairs.tolist() == [[True, True, False, False] * 2] * 4
 
 
@@ -215,8 +216,8 @@ LOOKING_AT_INPUTS = [
 
 
 @pytest.mark.parametrize("options", LOOKING_AT_INPUTS, ids=label)
-@pytest.mark.parametrize("pattern", [None, (2, 4)])
-def test_columns_without_input_go_first(options: Any, pattern: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4)])
+def test_columns_without_input_go_first(options: Any, pattern: Pattern | None) -> None:
     weight, inputs = weights(6, 8, seed=3) + 10, correlated(50, 8, seed=3)
     inputs[:, [1, 4]] = 0.0
     if takes(options, pattern):
@@ -241,7 +242,7 @@ def test_statistics_that_are_not_finite_are_an_error_or_not_asked_for(
     weight, inputs = weights(6, 8, seed=5), correlated(40, 8, seed=5)
     weight[0, 3] = 0.0  # an infinite input that is multiplied by it is NaN
     inputs[3, 3] = value
-    pattern = None if takes(options, None) else (2, 4)
+    pattern = None if takes(options, None) else Pattern(2, 4)
     if options.calibrated:
         with pytest.raises(ValueError, match=r"NaN|cannot be inverted"):
             prune(options, weight, inputs, 0.5, pattern)
@@ -250,10 +251,10 @@ def test_statistics_that_are_not_finite_are_an_error_or_not_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "pattern"), [(0.5, None), (0.6, None), (0.8, None), (0.5, (2, 4))]
+    ("sparsity", "pattern"), [(0.5, None), (0.6, None), (0.8, None), (0.5, Pattern(2, 4))]
 )
 def test_more_careful_pruners_keep_the_layers_output_better(
-    sparsity: float, pattern: tuple[int, int] | None
+    sparsity: float, pattern: Pattern | None
 ) -> None:
     for seed in range(8):
         weight, inputs = weights(32, 64, seed), correlated(256, 64, seed)
@@ -313,7 +314,7 @@ def obs_by_inversion(
     weight: np.ndarray,
     hessian: np.ndarray,
     sparsity: float,
-    pattern: tuple[int, int] | None,
+    pattern: Pattern | None,
     block_size: int = 128,
 ) -> np.ndarray:
     """SparseGPT's choice and update in float64, without Cholesky factors or held-back updates: for
@@ -339,11 +340,11 @@ def obs_by_inversion(
     return weight
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8), (1, 4)])
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4), Pattern(4, 8), Pattern(1, 4)])
 @pytest.mark.parametrize("shape", [(5, 16), (1, 8), (16, 24)])
 @pytest.mark.parametrize("block_size", [128, 10, 8])
 def test_sparsegpt_is_the_exact_surgeon_in_float64(
-    pattern: tuple[int, int] | None, shape: tuple[int, int], block_size: int
+    pattern: Pattern | None, shape: tuple[int, int], block_size: int
 ) -> None:
     weight, inputs = weights(*shape, seed=6), correlated(200, shape[1], seed=6)
     sparsity = 0.6 if pattern is None else 1 - pattern[0] / pattern[1]
@@ -408,9 +409,9 @@ def test_later_blocks_make_up_for_earlier_ones() -> None:
     """Blocks change when masks are chosen, not that errors are carried on: with a fixed pattern
     in which every group is a block of its own, the result does not depend on the block size."""
     weight, inputs = weights(8, 32, seed=8), correlated(200, 32, seed=8)
-    whole = prune(SparseGPT(block_size=128), weight, inputs, 0.5, (2, 4))
-    small = prune(SparseGPT(block_size=4), weight, inputs, 0.5, (2, 4))
-    odd = prune(SparseGPT(block_size=10), weight, inputs, 0.5, (2, 4))
+    whole = prune(SparseGPT(block_size=128), weight, inputs, 0.5, Pattern(2, 4))
+    small = prune(SparseGPT(block_size=4), weight, inputs, 0.5, Pattern(2, 4))
+    odd = prune(SparseGPT(block_size=10), weight, inputs, 0.5, Pattern(2, 4))
     for other in (small, odd):
         assert torch.equal(whole.mask, other.mask)
         assert whole.weight is not None
@@ -418,9 +419,9 @@ def test_later_blocks_make_up_for_earlier_ones() -> None:
         torch.testing.assert_close(whole.weight, other.weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8), (8, 16)])
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4), Pattern(4, 8), Pattern(8, 16)])
 def test_tensors_of_another_device_are_pruned_as_arrays_on_a_cpu_are(
-    pattern: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+    pattern: Pattern | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, inputs = weights(24, 160, seed=13), correlated(400, 160, seed=13)
     inputs[:, 9] = 0.0
@@ -432,8 +433,8 @@ def test_tensors_of_another_device_are_pruned_as_arrays_on_a_cpu_are(
     torch.testing.assert_close(in_arrays.weight, in_tensors.weight)
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4), (8, 16)])
-def test_a_weight_that_is_nan_is_an_error_wherever_it_is(pattern: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4), Pattern(8, 16)])
+def test_a_weight_that_is_nan_is_an_error_wherever_it_is(pattern: Pattern | None) -> None:
     weight, inputs = weights(4, 160, seed=14), correlated(400, 160, seed=14)
     weight[2, 150] = float("nan")
     with pytest.raises(ValueError, match="a score is NaN"):
@@ -464,7 +465,7 @@ def test_the_scale_of_the_hessian_does_not_matter_even_with_dead_columns() -> No
     hessian = inputs.T @ inputs
     one, two = (
         PRUNERS["sparsegpt"](SparseGPT()).prune(
-            weight, {"hessian": scale * hessian}, 0.5, None, SparseGPT()
+            weight, {"hessian": scale * hessian}, LayerTarget(0.5), SparseGPT()
         )
         for scale in (1.0, 2.0**-12)
     )
@@ -487,7 +488,9 @@ def test_dead_columns_beyond_the_count_keep_their_weights() -> None:
 def test_a_hessian_that_cannot_be_inverted_is_an_error() -> None:
     broken = {"hessian": -torch.eye(8) * torch.arange(1, 9)}
     with pytest.raises(ValueError, match="cannot be inverted"):
-        PRUNERS["sparsegpt"](SparseGPT()).prune(weights(2, 8, 1), broken, 0.5, None, SparseGPT())
+        PRUNERS["sparsegpt"](SparseGPT()).prune(
+            weights(2, 8, 1), broken, LayerTarget(0.5), SparseGPT()
+        )
 
 
 def test_a_hessians_factor_is_computed_once_while_it_is_unchanged(

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners import permutation
 from pipeline.pruning.pruners.permutation import channel_permutation
 from pipeline.pruning.pruners.ria import prune_by_ria, ria_scores
-from pipeline.specs import RIA
+from pipeline.specs import RIA, Pattern
 
 
 def example(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def test_the_scores_are_the_formula_in_float64(
     found = ria_scores(weight, squares, power)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
     mask = prune_by_ria(
-        weight, {"squared_norms": squares}, 0.5, None, RIA(activation_power=power)
+        weight, {"squared_norms": squares}, LayerTarget(0.5), RIA(activation_power=power)
     ).mask
     chosen = set(np.argsort(expected.ravel())[: rows * columns // 2])
     assert set(np.flatnonzero(mask.numpy())) == chosen
@@ -58,13 +59,13 @@ def test_rows_and_columns_of_zeros_score_zero() -> None:
     assert bool((scores == 0).equal(weight == 0))
 
 
-PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)]
+PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(1, 2)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(PATTERNS), st.integers(0, 999))
 def test_a_permutation_never_retains_less(
-    rows: int, groups: int, pattern: tuple[int, int], seed: int
+    rows: int, groups: int, pattern: Pattern, seed: int
 ) -> None:
     kept, group = pattern
     scores = example(rows, groups * group, seed)[0].abs()
@@ -107,9 +108,9 @@ def by_trying_all(scores: Tensor, start: Tensor, kept: int, group: int) -> float
     return retained(scores, groups.flatten(), kept, group)
 
 
-@pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 2)])
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(4, 8), Pattern(1, 2)])
 def test_the_better_end_of_both_starts_is_taken(
-    pattern: tuple[int, int],
+    pattern: Pattern,
 ) -> None:
     kept, group = pattern
     better = set()
@@ -124,7 +125,7 @@ def test_the_better_end_of_both_starts_is_taken(
         better.add(ends[0] > ends[1])
         found = retained(scores, channel_permutation(scores, kept, group)[0], kept, group)
         assert found == pytest.approx(max(ends))
-    if pattern == (2, 4):  # here now the one, now the other
+    if pattern == Pattern(2, 4):  # here now the one, now the other
         assert better == {True, False}
 
 
@@ -151,13 +152,15 @@ def test_large_matrices_are_refined_in_blocks_and_retain_more(
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_mask_holds_in_the_permuted_order_and_keeps_the_best_there(
-    pattern: tuple[int, int],
+    pattern: Pattern,
 ) -> None:
     kept, group = pattern
     weight, squares = example(6, 32, seed=4)
     given = {"squared_norms": squares}
-    pruned = prune_by_ria(weight, given, 1 - kept / group, pattern, RIA(permutation=True))
-    plain = prune_by_ria(weight, given, 1 - kept / group, pattern, RIA())
+    pruned = prune_by_ria(
+        weight, given, LayerTarget(1 - kept / group, pattern), RIA(permutation=True)
+    )
+    plain = prune_by_ria(weight, given, LayerTarget(1 - kept / group, pattern), RIA())
     assert pruned.permutation is not None
     assert pruned.permutation.dtype == torch.int64
     assert plain.permutation is None

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners import PRUNERS
 from pipeline.pruning.pruners.wanda import prune_by_wanda, wanda_scores
 from pipeline.pruning.sparsity_check import check
@@ -43,7 +44,7 @@ def test_one_share_of_mass_serves_all_rows_and_meets_the_sparsity(
     sparsity: float, seed: int
 ) -> None:
     weight, squares = example(40, 200, seed)
-    pruned = prune_by_wanda(weight, {"squared_norms": squares}, sparsity, None, VARIANT)
+    pruned = prune_by_wanda(weight, {"squared_norms": squares}, LayerTarget(sparsity), VARIANT)
     expected = removed_by_share(wanda_scores(weight, squares), pruned.facts["share"])
     assert [set(np.flatnonzero(row)) for row in pruned.mask.numpy()] == expected
     assert float(pruned.mask.float().mean()) == pytest.approx(sparsity, abs=2e-3)
@@ -61,22 +62,22 @@ def test_the_share_is_the_first_one_of_the_bisection_that_is_near_enough() -> No
             break
         low, high = (low, share) if sparsity > 0.6 else (share, high)
         share = (low + high) / 2
-    pruned = prune_by_wanda(weight, {"squared_norms": squares}, 0.6, None, VARIANT)
+    pruned = prune_by_wanda(weight, {"squared_norms": squares}, LayerTarget(0.6), VARIANT)
     assert pruned.facts == {"share": share}
 
 
 def test_a_sparsity_beyond_the_largest_share_ends_there() -> None:
     weight, squares = torch.ones(4, 100), torch.ones(100)
-    pruned = prune_by_wanda(weight, {"squared_norms": squares}, 0.95, None, VARIANT)
+    pruned = prune_by_wanda(weight, {"squared_norms": squares}, LayerTarget(0.95), VARIANT)
     assert pruned.mask.sum(dim=1).tolist() == [79] * 4
     assert 0.799 < pruned.facts["share"] < 0.8
 
 
 def test_its_count_is_not_checked_but_that_the_zeros_are_there_is() -> None:
     weight, squares = example(40, 200, seed=2)
-    mask = prune_by_wanda(weight, {"squared_norms": squares}, 0.6, None, VARIANT).mask
+    mask = prune_by_wanda(weight, {"squared_norms": squares}, LayerTarget(0.6), VARIANT).mask
     counted_per = PRUNERS["wanda"](VARIANT).counted_per
     assert counted_per is None
-    check("up_proj", weight.masked_fill(mask, 0.0), mask, 0.6, None, counted_per)
+    check("up_proj", weight.masked_fill(mask, 0.0), mask, LayerTarget(0.6), counted_per)
     with pytest.raises(RuntimeError, match=r"up_proj: \d+ pruned weights are not zero"):
-        check("up_proj", weight, mask, 0.6, None, counted_per)
+        check("up_proj", weight, mask, LayerTarget(0.6), counted_per)
