@@ -160,7 +160,8 @@ def generate_samples(
 
     Raises:
         InputError: if a prefix leaves no room in `seqlen`, or less than the least to write.
-        NonFiniteError: if the model's logits are NaN or infinite; it names sample and token.
+        NonFiniteError: if the model's logits are NaN or infinite; it names the sample, the
+            token and, on transformers, the module where such values begin.
     """
     longest = max(len(prefix) for prefix in prefixes)
     if longest >= seqlen:

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList, TopPLogitsWarper
 
-from pipeline.errors import NonFiniteError
-
 VECTOR_WIDTH = 64
 """A multiple of the numbers that any processor adds up side by side."""
 
@@ -32,44 +30,6 @@ class Sampling(NamedTuple):
     min_new_tokens: int = 0
     temperature_end: float | None = None
     temperature_tokens: int | None = None
-
-
-class Finite:
-    """Stop at logits that are NaN or infinite, of which any token might be drawn.
-
-    Args:
-        sample_ids: the number of each row's sample.
-        ends: ids after which a row is of no account.
-        prompt_length: ids of each row before the first step.
-    """
-
-    def __init__(self, sample_ids: Sequence[int], ends: Sequence[int], prompt_length: int) -> None:
-        self.sample_ids = sample_ids
-        self.ends = list(ends)
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Leave `scores` [samples, vocabulary] as they are.
-
-        Raises:
-            NonFiniteError: if the greatest of a row is NaN or infinite.
-        """
-        wrong = scores.amax(dim=1).isfinite().logical_not_()  # NaN is the greatest of its row
-        if bool(wrong.any()):
-            written = input_ids[:, self.prompt_length :]
-            ends = torch.tensor(self.ends, dtype=torch.int64, device=written.device)
-            wrong &= ~torch.isin(written, ends).any(dim=1)
-            if bool(wrong.any()):
-                raise not_finite(self.sample_ids[int(wrong.int().argmax())], written.shape[1])
-        return scores
-
-
-def not_finite(sample_id: int, step: int) -> NonFiniteError:
-    """The error for logits from which no token can be drawn."""
-    return NonFiniteError(
-        f"sample {sample_id}: the model's logits are NaN or infinite at new token {step + 1}: "
-        "check its weights, or take dtype: float32"
-    )
 
 
 class Known:
@@ -271,7 +231,6 @@ def logits_processors(
     uniforms: torch.Tensor,
     prompt_length: int,
     *,
-    sample_ids: Sequence[int],
     known: Sequence[int],
     ends: Sequence[int],
     seqlen: int,
@@ -280,13 +239,7 @@ def logits_processors(
 
     `uniforms` is [samples, steps], on the model's device; `known` are the tokenizer's ids.
     """
-    processors = LogitsProcessorList(
-        [
-            Finite(sample_ids, ends, prompt_length),
-            Known(known),
-            RepetitionPenalty(sampling.repetition_penalty),
-        ]
-    )
+    processors = LogitsProcessorList([Known(known), RepetitionPenalty(sampling.repetition_penalty)])
     if sampling.min_new_tokens > 0:
         processors.append(NoEnd(ends, sampling.min_new_tokens, prompt_length))
     if sampling.temperature == 0:

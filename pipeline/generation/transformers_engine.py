@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from pipeline.generation.decoding_attention import grouped_queries
 from pipeline.generation.sampling import Sampling, logits_processors, uniform_numbers
 from pipeline.models.checkpoint import generation_settings
+from pipeline.models.nonfinite import nonfinite_error
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import TokenStream
 
@@ -61,15 +62,11 @@ class TransformersEngine:
         for length, places in batches.items():
             numbers = [sample_ids[place] for place in places]
             uniforms = uniform_numbers(seed, numbers, seqlen).to(self.model.device)
-            processors = logits_processors(
-                sampling,
-                uniforms,
-                length,
-                sample_ids=numbers,
-                known=known,
-                ends=ends,
-                seqlen=seqlen,
+            finite = FiniteLogits(self.model, numbers, ends, length)
+            draw = logits_processors(
+                sampling, uniforms, length, known=known, ends=ends, seqlen=seqlen
             )
+            processors = LogitsProcessorList([finite, *draw])
             given = [prefixes[place] for place in places]
             rows = self._continued(given, processors, ends, seqlen, stream)
             written |= zip(places, rows, strict=True)
@@ -106,6 +103,43 @@ class TransformersEngine:
             )
         rows: list[list[int]] = generated[:, length:].tolist()
         return rows
+
+
+class FiniteLogits:
+    """Stop at logits that are NaN or infinite, from which any token might be drawn.
+
+    Args:
+        model: gives the logits.
+        sample_ids: the number of each row's sample.
+        ends: ids after which a row is no longer read.
+        prompt_length: ids of each row before the first step.
+    """
+
+    def __init__(
+        self, model: Any, sample_ids: Sequence[int], ends: Sequence[int], prompt_length: int
+    ) -> None:
+        self.model = model
+        self.sample_ids = sample_ids
+        self.ends = list(ends)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return `scores` [samples, vocabulary] as they are.
+
+        Raises:
+            NonFiniteError: if the greatest of a row is NaN or infinite; it names the sample, the
+                token and the module where such values begin.
+        """
+        wrong = scores.amax(dim=1).isfinite().logical_not_()  # NaN is the greatest of its row
+        if bool(wrong.any()):
+            written = input_ids[:, self.prompt_length :]
+            ends = torch.tensor(self.ends, dtype=torch.int64, device=written.device)
+            wrong &= ~torch.isin(written, ends).any(dim=1)
+            if bool(wrong.any()):
+                row = int(wrong.int().argmax())
+                what = f"sample {self.sample_ids[row]}, new token {written.shape[1] + 1}"
+                raise nonfinite_error(what, self.model, input_ids[row].tolist())
+        return scores
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types

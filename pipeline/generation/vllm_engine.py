@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import EngineDiedError, InputError
-from pipeline.generation.sampling import Sampling, not_finite, request_seed
+from pipeline.errors import EngineDiedError, InputError, NonFiniteError
+from pipeline.generation.sampling import Sampling, request_seed
 from pipeline.generation.transformers_engine import device_name
 from pipeline.models.checkpoint import write_checkpoint
 from pipeline.models.inspection import (
@@ -151,7 +151,10 @@ class VllmEngine:
         for sample, text in zip(sample_ids, texts, strict=True):
             for step, (token, found) in enumerate(zip(text.token_ids, text.logprobs, strict=True)):
                 if not math.isfinite(found[token].logprob):
-                    raise not_finite(sample, step)
+                    raise NonFiniteError(
+                        f"sample {sample}, new token {step + 1}: the model's logits are NaN or "
+                        "infinite: check the weights and the dtype"
+                    )
         return [list(text.token_ids) for text in texts]
 
     def close(self) -> None:

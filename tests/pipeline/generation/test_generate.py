@@ -42,7 +42,12 @@ from pipeline.generation.sampling import (
     request_seed,
     uniform_numbers,
 )
-from pipeline.generation.transformers_engine import RoomyLayer, TransformersEngine, cache_with_room
+from pipeline.generation.transformers_engine import (
+    FiniteLogits,
+    RoomyLayer,
+    TransformersEngine,
+    cache_with_room,
+)
 from pipeline.models.loading import loaded
 from pipeline.models.vocabulary import end_ids
 from pipeline.scoring.score import score_samples
@@ -325,12 +330,49 @@ def test_texts_of_other_lengths_beside_it_change_nothing_up_to_the_last_position
     assert any(len(sample.token_ids) == 24 for sample in together)
 
 
-def test_a_model_without_numbers_is_an_error_that_names_sample_and_token(model: Any) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    ("parameter", "module"),
+    [
+        ("lm_head.weight", "lm_head"),
+        ("model.layers.1.mlp.down_proj.weight", r"model\.layers\.1"),
+    ],
+)
+def test_logits_that_are_nan_are_an_error_that_names_sample_token_and_module(
+    model: Any, parameter: str, module: str, sampling: Sampling
+) -> None:
     broken = copy.deepcopy(model)
-    broken.lm_head.weight.data[7] = torch.nan
-    for sampling in (GREEDY, Sampling()):
-        with pytest.raises(NonFiniteError, match=r"sample 3: .*NaN or infinite at new token 1:"):
-            generated(broken, [[BOS, 40]], sampling, first=3)
+    broken.get_parameter(parameter).data[7] = torch.nan
+    place = rf"^sample 3, new token 1: .*NaN or infinite: {module} is the first module"
+    with pytest.raises(NonFiniteError, match=place):
+        generated(broken, [[BOS, 40]], sampling, first=3)
+
+
+def test_the_error_for_nan_names_the_sample_that_reads_the_broken_token(model: Any) -> None:
+    broken = copy.deepcopy(model)
+    broken.get_input_embeddings().weight.data[99] = torch.nan
+    place = r"^sample 3, new token 1: .*: model\.embed_tokens is the first module"
+    with pytest.raises(NonFiniteError, match=place):
+        generated(broken, RAGGED, GREEDY)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused_until_a_text_has_ended(
+    model: Any, wrong: float
+) -> None:
+    check = FiniteLogits(model, sample_ids=range(40, 46), ends=[5], prompt_length=3)
+    scores = torch.randn(6, 300, generator=torch.Generator().manual_seed(5))
+    texts = torch.zeros(6, 3 + 2, dtype=torch.int64)
+    scores[1, 8:20] = -torch.inf  # a model may rule tokens out
+    assert check(texts, scores) is scores
+    scores[3, 8] = wrong
+    with pytest.raises(NonFiniteError, match=r"^sample 43, new token 3: .*NaN or infinite"):
+        check(texts, scores)
+    texts[3, 3] = 5
+    assert check(texts, scores) is scores
+    scores[4] = -torch.inf
+    with pytest.raises(NonFiniteError, match=r"^sample 44, new token 3: "):
+        check(texts, scores)
 
 
 def test_rows_that_only_fill_up_the_embeddings_are_never_drawn(model: Any) -> None:
@@ -469,7 +511,6 @@ def test_the_temperature_goes_to_its_end_in_a_straight_line(tokens: int | None) 
         sampling,
         torch.zeros(2, 9),
         4,
-        sample_ids=[0, 1],
         known=range(6),
         ends=[],
         seqlen=12,

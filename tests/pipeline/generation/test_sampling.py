@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from pipeline.errors import NonFiniteError
 from pipeline.generation.sampling import Draw, Sampling, likeliest, logits_processors
 
 ROWS, PROMPT, STEPS = 12, 3, 6
@@ -38,12 +37,11 @@ def wide_draw(
 def made(
     sampling: Sampling, uniforms: torch.Tensor, vocabulary: int, ends: Sequence[int] = ()
 ) -> Any:
-    """Our processors for texts whose numbers begin at 40, of a tokenizer without holes."""
+    """Our processors, of a tokenizer without holes."""
     return logits_processors(
         sampling,
         uniforms,
         PROMPT,
-        sample_ids=range(40, 40 + len(uniforms)),
         known=range(vocabulary),
         ends=ends,
         seqlen=PROMPT + STEPS,
@@ -157,27 +155,6 @@ def test_the_same_tokens_are_drawn_while_the_temperature_changes(
         assert narrow_draw(scores, sampling, uniforms, step) == expected
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.6])
-@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_an_error_that_names_sample_and_token(
-    wrong: float, temperature: float
-) -> None:
-    sampling = Sampling(temperature, 0, 1.0, 1.0)
-    processors = made(sampling, torch.rand(ROWS, STEPS, dtype=torch.float64), 1000, ends=[5])
-    scores = random_logits(torch.Generator().manual_seed(5), 1000, "float32")
-    texts = torch.zeros(ROWS, PROMPT + 2, dtype=torch.int64)
-    scores[1, 8:20] = -torch.inf  # a model may rule tokens out
-    processors(texts, scores.clone())
-    scores[3, 8] = wrong
-    with pytest.raises(NonFiniteError, match=r"sample 43: .*NaN or infinite at new token 3:"):
-        processors(texts, scores.clone())
-    texts[3, PROMPT] = 5  # and so this text is at its end
-    processors(texts, scores.clone())
-    scores[4] = -torch.inf
-    with pytest.raises(NonFiniteError, match="sample 44"):
-        processors(texts, scores.clone())
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_id_that_the_tokenizer_lacks_is_never_drawn(temperature: float) -> None:
     """The likeliest of 40 are 20 rows that fill up the matrix and a hole in the vocabulary."""
@@ -190,7 +167,6 @@ def test_an_id_that_the_tokenizer_lacks_is_never_drawn(temperature: float) -> No
         sampling,
         every,
         PROMPT,
-        sample_ids=range(ROWS),
         known=[token for token in range(20) if token != 7],
         ends=[],
         seqlen=PROMPT + STEPS,
