@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.errors import InputError, NonFiniteError
+from pipeline.models.batching import length_batches
 from pipeline.models.output_layer import MOST_NATS, OutputLayer
 from pipeline.models.positions import NONE, LengthDependence
 from pipeline.specs import PerplexityProtocol
@@ -270,12 +271,7 @@ def batches(
     lengths = [len(window.ids) for window in windows]
     ordered = sorted(range(len(windows)), key=lambda place: -lengths[place])
     limit = tokens if vocabulary is None else min(tokens, LOGITS // vocabulary)
-    for _, alike in itertools.groupby(ordered, lambda place: positions.group(lengths[place])):
-        places = list(alike)
-        while places:
-            size = max(1, limit // lengths[places[0]])
-            yield places[:size]
-            places = places[size:]
+    return length_batches(ordered, lengths, limit, positions)
 
 
 @torch.inference_mode()

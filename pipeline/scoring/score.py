@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import NonFiniteError
+from pipeline.models.batching import length_batches
 from pipeline.models.loading import check_shared_vocabulary, loaded
 from pipeline.models.nonfinite import nonfinite_error
 from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal, head_is_linear
-from pipeline.models.positions import NONE, LengthDependence
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import report
 from pipeline.shards import join_shards
@@ -172,6 +172,7 @@ def score_samples(
     firsts = [1 if include_prefix else max(1, prefix) for prefix in prefix_lengths]
     lengths = [len(ids) for ids in token_ids]
     scored = [place for place, first in enumerate(firsts) if lengths[place] > first]
+    scored.sort(key=lengths.__getitem__)
     scores = [Score(0)] * len(token_ids)
     done, total = 0, sum(lengths[place] for place in scored)
     for batch in length_batches(scored, lengths, batch_tokens, layer.lengths):
@@ -213,28 +214,6 @@ def distinct(token_ids: Sequence[int], length: int) -> float | None:
     """Different runs of `length` tokens as a share of all such runs; None if there is none."""
     runs = [tuple(token_ids[at : at + length]) for at in range(len(token_ids) - length + 1)]
     return len(set(runs)) / len(runs) if runs else None
-
-
-def length_batches(
-    places: Sequence[int],
-    lengths: Sequence[int],
-    batch_tokens: int,
-    positions: LengthDependence = NONE,
-) -> Iterator[list[int]]:
-    """Places of samples of like length, padded to at most `batch_tokens` tokens together.
-
-    Args:
-        positions: those of the model; samples of a batch are of one group.
-    """
-    ordered = sorted(places, key=lambda place: (lengths[place], place))
-    for _, alike in itertools.groupby(ordered, lambda place: positions.group(lengths[place])):
-        batch: list[int] = []
-        for place in alike:
-            if batch and (len(batch) + 1) * lengths[place] > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(place)
-        yield batch
 
 
 def token_scores(

@@ -26,7 +26,6 @@ from pipeline.scoring.score import (
     LEAST_DEVIATION,
     Score,
     distinct,
-    length_batches,
     position_scores,
     score_samples,
 )
@@ -298,14 +297,6 @@ def test_a_token_that_the_model_rules_out_does_not_spoil_the_score(
         found.append(score_samples(ruling, token_ids, PREFIXES))
     agree(found[1], found[0])
     assert all(math.isfinite(one.min_k_plus_plus) for one in found[1])
-
-
-def test_batches_hold_every_sample_once_and_keep_to_the_tokens_allowed() -> None:
-    batches = list(length_batches(range(8), LENGTHS, 40))
-    assert sorted(place for batch in batches for place in batch) == list(range(8))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(LENGTHS[place] for place in batch) <= 40
-    assert list(length_batches(range(8), LENGTHS, 1)) == [[3], [7], [1], [5], [2], [4], [0], [6]]
 
 
 def saved(model: Any, folder: Path, word: str = "w") -> LocalModel:
