@@ -21,8 +21,10 @@ from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.data.windows import Cutting, Tokens, cut_corpus, cut_samples
 from pipeline.environment import check_environment
 from pipeline.errors import InputError, did_you_mean
-from pipeline.evaluation.evaluate import Metric, take_perplexity, task_metrics
+from pipeline.evaluation.evaluate import measure_perplexity
 from pipeline.evaluation.finished_answers import FinishedAnswers
+from pipeline.evaluation.schemas import MetricRow
+from pipeline.evaluation.task_metrics import task_metrics
 from pipeline.generation.generate import Sample, generate_samples
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
@@ -277,7 +279,7 @@ def evaluate(
     seqlen: int = 2048,
     max_windows: int | None = 256,
     task_folder: str | Path | None = None,
-) -> list[Metric]:
+) -> list[MetricRow]:
     """Measure a model: perplexity and bits per byte on texts, and lm-eval tasks.
 
     Args:
@@ -293,7 +295,7 @@ def evaluate(
     """
     asked = [TaskSpec(name=task) if isinstance(task, str) else task for task in tasks]
     check_causal(model.model)
-    found: list[Metric] = []
+    found: list[MetricRow] = []
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         measured = [
@@ -316,8 +318,9 @@ def evaluate(
         )
         answers = FinishedAnswers(b"", scratch)
         for each in measured:
-            taken = take_perplexity(model.model, model.tokenizer, each, spec.batch_tokens, answers)
-            found += taken.metrics
+            found += measure_perplexity(
+                model.model, model.tokenizer, each, spec.batch_tokens, answers
+            ).metrics
         if asked:
             from pipeline.evaluation.sharing_lm import SharingLM  # lm-eval takes seconds to import
 
