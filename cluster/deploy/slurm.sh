@@ -1,8 +1,8 @@
 #!/bin/bash
 # A Ray cluster inside a Slurm job, and one grid on it:
 #   sbatch --nodes=4 --gpus-per-node=1 slurm.sh GRID STORE
-# GRID and STORE must be on a file system that all nodes share (STORE may be a URL). Submitting it
-# again goes on where a job stopped. docs/slurm.md leads through it.
+# GRID and STORE must be on a file system that all nodes share (STORE may be a URL). Submit it again to
+# continue a job that stopped. See docs/slurm.md.
 #SBATCH --job-name=calprune
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,7 +20,7 @@ fi
 grid=$1
 store=$2
 
-# A token of this job's own, which Slurm carries to the nodes with the environment.
+# This job's own token; Slurm passes it to the nodes with the environment.
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE RAY_AUTH_TOKEN

@@ -1,4 +1,4 @@
-"""A driver of its own process: runs the stand-in grid, and tells what was repeated."""
+"""A driver in a process of its own: runs the stand-in grid and prints what was repeated."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from tests.soak import stand_in
 
 
 def main() -> None:
-    """Exit code 1: stages failed, and the same command tries them again."""
+    """Run the grid; exit code 1 if stages failed, which the same command tries again."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--address", required=True)
     parser.add_argument("--store", required=True)
@@ -32,7 +32,7 @@ def main() -> None:
     outcome = run_graph(grid, list(grid), stand_in.execute, store, {})
     print(json.dumps({"repeated": outcome.repeated, "failed": sorted(outcome.failed)}))
     sys.stdout.flush()
-    os._exit(1 if outcome.failed else 0)  # what of Ray is left in the process may hang otherwise
+    os._exit(1 if outcome.failed else 0)  # otherwise what is left of Ray in the process may hang
 
 
 if __name__ == "__main__":

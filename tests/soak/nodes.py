@@ -1,4 +1,4 @@
-"""A Ray of several nodes on this machine, the drivers that use it, and ways to harm both."""
+"""A Ray of several nodes on this machine, drivers that use it, and ways to kill both."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ CPUS = 2
 
 
 class Nodes:
-    """A head that does no work, and nodes that do."""
+    """A head without CPUs, and nodes that make the stages."""
 
     def __init__(self, count: int) -> None:
         self.cluster = Cluster(
@@ -34,28 +34,28 @@ class Nodes:
         return self.cluster.add_node(num_cpus=CPUS, object_store_memory=100 << 20)
 
     def raylet(self, node: Any) -> int:
-        """The process of a node that starts all others on it."""
+        """Return the process of a node that starts all others on it."""
         process: int = node.all_processes["raylet"][0].process.pid
         return process
 
     def kill(self, node: Any) -> None:
-        """Lose a node with all its processes at one stroke."""
+        """Kill all processes of a node."""
         raylet = psutil.Process(self.raylet(node))
         for process in [raylet, *raylet.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
     def replace(self, node: Any) -> None:
-        """Get another for a node that was killed."""
+        """Add a node in place of one that was killed."""
         self.cluster.remove_node(node, allow_graceful=False)
         self.workers[self.workers.index(node)] = self._add()
 
     def at_work(self, what: str) -> list[int]:
-        """Processes that make stages: `make_artifact` of tasks, `Replica` actors."""
+        """Return the processes that make stages: tasks `make_artifact`, actors `Replica`."""
         return [process for node in self.workers for process in self.at_work_on(node, what)]
 
     def at_work_on(self, node: Any, what: str) -> list[int]:
-        """Those of one node."""
+        """Return those of one node."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.raylet(node)).children(recursive=True):
@@ -67,7 +67,7 @@ class Nodes:
 
 @contextlib.contextmanager
 def nodes(count: int) -> Iterator[Nodes]:
-    """As long as the block lasts."""
+    """Run a head and so many nodes for the duration of the block."""
     made = Nodes(count)
     try:
         yield made
@@ -77,7 +77,7 @@ def nodes(count: int) -> Iterator[Nodes]:
 
 @dataclass(frozen=True)
 class Job:
-    """Where a stand-in grid runs and what it leaves."""
+    """Where a stand-in grid runs and what it writes."""
 
     address: str
     store: Path
@@ -85,7 +85,7 @@ class Job:
     seconds: float
 
     def start(self) -> subprocess.Popen[str]:
-        """A driver at work on it."""
+        """Start a driver of the grid."""
         words = ["--address", self.address, "--store", self.store, "--log", self.log]
         return subprocess.Popen(
             [sys.executable, "-m", "tests.soak.drive", *words, "--seconds", str(self.seconds)],
@@ -98,15 +98,15 @@ class Job:
 
 
 def finish(driver: subprocess.Popen[str], timeout: float = 180.0) -> dict[str, Any]:
-    """What a driver tells at its end; a driver that broke down is an error."""
+    """Wait for a driver and return what it printed; fail if it failed."""
     output, errors = driver.communicate(timeout=timeout)
     assert driver.returncode == 0, errors
-    told: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return told
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
 
 
 def harm(nodes: Nodes, driver: subprocess.Popen[str], kind: str, draw: random.Random) -> bool:
-    """Kill a victim of a kind; returns whether there was one."""
+    """Kill a victim of a kind; return whether there was one."""
     if kind == "driver":
         driver.kill()
         driver.wait()
@@ -126,7 +126,7 @@ def harm(nodes: Nodes, driver: subprocess.Popen[str], kind: str, draw: random.Ra
 
 
 def wait_until(true: Any, timeout: float = 90.0) -> Any:
-    """The first true value of a function that is asked again and again."""
+    """Call a function until its value is true, and return that."""
     deadline = time.monotonic() + timeout
     while not (value := true()):
         assert time.monotonic() < deadline, "it never came true"

@@ -1,8 +1,8 @@
 """Random kills over repeated runs of a small grid: `python -m tests.soak.soak --kills 200`.
 
-Each run has a fresh store. While its driver is at work, workers, actors, nodes and the driver
-itself are killed at random moments; a driver that ended without all stages is started again, as a
-user would. Every run must end with the table of the undisturbed one.
+Each run has a new store. While its driver is at work, workers, actors, nodes and the driver itself
+are killed at random moments. A driver that ended before its grid is started again, as a user would.
+Every run must end with the table of the undisturbed one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ STAGE_SECONDS = 0.3
 
 
 def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Figures of as many runs as it takes for so many kills."""
+    """Run grids until so many kills are done, and return the figures."""
     draw = random.Random(seed)
     killed: Counter[str] = Counter()
     runs = equal = drivers = began = 0
@@ -57,7 +57,7 @@ def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
 def _disturbed(
     started: Nodes, job: Job, kills: int, killed: Counter[str], draw: random.Random
 ) -> int:
-    """Run one grid to its end; returns how many drivers that took."""
+    """Run one grid to its end; return how many drivers that took."""
     driver, drivers = job.start(), 1
     while True:
         if driver.poll() == 0:

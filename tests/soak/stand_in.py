@@ -1,5 +1,5 @@
-"""A small grid whose stages take a moment and no science: what they leave tells whether all that
-came before them was right."""
+"""A small grid whose stages only take time. Each writes a digest of its inputs, so the last ones
+show whether all stages before them were right."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ CELLS = 5
 
 @dataclass(frozen=True)
 class AtWork:
-    """One execution of a stage, as it noted itself when it began."""
+    """One execution of a stage, logged when it began."""
 
     key: str
     process: int
@@ -27,7 +27,8 @@ class AtWork:
 
 
 def grid(log: Path, seconds: float) -> Graph:
-    """A pretrained model, its samples in shards, and cells that prune and evaluate it."""
+    """Return a grid with a pretrained model, shards of its samples, and cells that prune and
+    evaluate it."""
 
     def stage(key: str, *inputs: str, pool: str | None = None) -> Stage:
         payload = json.dumps({"key": key, "log": str(log), "seconds": seconds})
@@ -51,27 +52,27 @@ def grid(log: Path, seconds: float) -> Graph:
 def execute(
     payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
 ) -> dict[str, Any]:
-    """Notes that it began, takes its time, and leaves a digest of its name and all its inputs."""
-    told = json.loads(payload)
-    with Path(told["log"]).open("a") as log:
-        log.write(f"{told['key']} {os.getpid()} {os.getppid()}\n")
-    digest = hashlib.sha256(told["key"].encode())
+    """Log the beginning, take the time, and write a digest of the key and all inputs."""
+    fields = json.loads(payload)
+    with Path(fields["log"]).open("a") as log:
+        log.write(f"{fields['key']} {os.getpid()} {os.getppid()}\n")
+    digest = hashlib.sha256(fields["key"].encode())
     for key in sorted(artifacts):
         digest.update((artifacts[key] / "digest").read_bytes())
     (output / "half").write_text("written before the work is done")
-    time.sleep(told["seconds"])
+    time.sleep(fields["seconds"])
     (output / "digest").write_text(digest.hexdigest())
     return {}
 
 
 def executions(log: Path) -> list[AtWork]:
-    """All that began, in their order."""
+    """Return all executions in the order in which they began."""
     lines = log.read_text().splitlines() if log.exists() else []
     words = [line.split() for line in lines]
     return [AtWork(key, int(process), int(raylet)) for key, process, raylet in words]
 
 
 def table(store: Store) -> str:
-    """What the grid measured: a line a cell."""
+    """Return the grid's table: a line a cell."""
     keys = [f"evaluate-{number}" for number in range(CELLS)]
     return "".join(f"{key},{(store.fetch(key) / 'digest').read_text()}\n" for key in keys)
