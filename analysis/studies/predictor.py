@@ -192,11 +192,9 @@ def rank_correlation(x: Values, harm: Values) -> float:
         x: the score, `[sources]`.
         harm: `[sources, settings]`.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", stats.ConstantInputWarning
-        )  # a resample may be constant: NaN
-        each = [stats.spearmanr(x, column).statistic for column in harm.T]
+    ranks, harm_ranks = stats.rankdata(x), stats.rankdata(harm, axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may be constant: NaN
+        each = [np.corrcoef(ranks, column)[0, 1] for column in harm_ranks.T]
     return float(np.mean(each))
 
 

@@ -12,6 +12,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from analysis.load import COLUMNS, load_results
+from analysis.report import write_report
 
 Row = dict[str, Any]
 MakeTable = Callable[[list[Row]], pd.DataFrame]
@@ -135,3 +136,9 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def table(store: Path) -> pd.DataFrame:
     return load_results(store)
+
+
+@pytest.fixture(scope="session")
+def report_page(store: Path, table: pd.DataFrame) -> Path:
+    """Return the page of the store's report, with `mismatched` as the reference."""
+    return write_report(table, store / "report" / "hand", "mismatched")

@@ -102,7 +102,7 @@ def predicting() -> list[Row]:
     for place in range(12):
         scores = {name: float(np.sin(5 * place + at)) for at, name in enumerate(predictor.SCORES)}
         scores["min_k_plus_plus"] = -0.1 * place
-        for cell in cells(pruner=["wanda", "sparsegpt"], sparsity=[0.5, 0.6]):
+        for cell in cells(pruner=["wanda", "sparsegpt"]):
             report = json.dumps(scores)
             rows.append({**cell, "calibration": f"source-{place}", "calibration_report": report})
     return rows

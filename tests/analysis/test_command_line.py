@@ -18,13 +18,11 @@ def ends(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | N
     return end.value.code
 
 
-def test_a_report_is_printed_and_its_page_is_the_last_line(store: Path) -> None:
+def test_a_report_is_printed_and_its_page_is_the_last_line(store: Path, report_page: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(store), "--reference", "mismatched"])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    page = store / "report" / "hand" / "index.html"
-    assert lines[-1] == f"report: {page}"
-    assert page.is_file()
+    assert lines[-1] == f"report: {report_page}"
     assert lines[0] == "hand: 51 ok, 1 failed, 1 missing"
     assert any(line.startswith("heldout: perplexity, lower is better: mean ±") for line in lines)
     assert any(line.startswith("mean of 2 tasks: acc (%), higher is better") for line in lines)
@@ -53,10 +51,11 @@ def test_printed_values_are_those_of_the_table(make_table: MakeTable, tmp_path: 
 
 
 def test_a_store_behind_a_url_is_reported_into_the_working_folder(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    make_table([{"value": 0.5}])
     with fsspec.open("memory://far/results/hand.parquet", "wb") as remote:
-        remote.write((store / "results" / "hand.parquet").read_bytes())
+        remote.write((tmp_path / "hand.parquet").read_bytes())
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["report", "memory://far"])
     assert result.output.splitlines()[-1] == "report: report/hand/index.html"

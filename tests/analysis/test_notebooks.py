@@ -1,13 +1,21 @@
-"""Run each notebook from its first cell to its last, in a kernel of its own."""
+"""Run each notebook from its first cell to its last.
 
+All of them share one kernel, whose imports take longer than the notebooks. Before each one its
+variables are deleted, and it gets the environment of the test.
+"""
+
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jupytext
 import pytest
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
 
 from analysis.studies import STUDIES
 from analysis.study import run_study
@@ -23,13 +31,43 @@ def of_study(name: str) -> Path:
     return NOTEBOOKS / f"{name.replace('-', '_')}.py"
 
 
-def executed(file: Path) -> list[Any]:
-    """Run all cells from the repository's root; return their outputs."""
-    notebook = jupytext.read(file)
-    assert outputs(notebook) == [], "stored output"
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}})
-    client.execute()  # raises where a cell does
-    return outputs(notebook)
+Execute = Callable[[Path], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[AsyncKernelManager]:
+    """Yield a kernel that runs in the repository's root."""
+    manager = AsyncKernelManager()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run_sync(manager.start_kernel)(cwd=str(ROOT), env=environment)
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
+@pytest.fixture
+def execute(kernel: AsyncKernelManager) -> Execute:
+    """Return a function that runs all cells of a notebook and returns their outputs."""
+
+    def run(file: Path) -> list[Any]:
+        notebook = jupytext.read(file)
+        assert outputs(notebook) == [], "stored output"
+        notebook.cells.insert(
+            0,
+            new_code_cell(
+                "%reset -f\n"
+                "import os\n"
+                "os.environ.clear()\n"
+                f"os.environ.update({dict(os.environ)!r})\n"
+                "del os"
+            ),
+        )
+        client = NotebookClient(notebook, km=kernel, timeout=120)
+        client.execute()  # raises where a cell does
+        assert client.kc is not None
+        client.kc.stop_channels()
+        return outputs(notebook)
+
+    return run
 
 
 def outputs(notebook: Any) -> list[Any]:
@@ -53,12 +91,11 @@ def warned(found: list[Any]) -> list[Any]:
 
 
 def test_the_first_notebook_answers_from_a_store_that_the_environment_names(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch, execute: Execute
 ) -> None:
     monkeypatch.setenv("CALPRUNE_STORE", str(store))
     monkeypatch.setenv("CALPRUNE_REFERENCE", "mismatched")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = executed(START)
+    found = execute(START)
     assert len(figures(found)) == 2
     assert "self-generated against mismatched" in texts(found)
     assert "pretraining against mismatched" in texts(found)
@@ -79,8 +116,6 @@ def keep_results(name: str, store: Path) -> None:
     """Write a grid's results with the study's planted effect, a dense model and a failed cell."""
     settings, effect, _, _ = CASES[name]
     rows = planted(settings(), effect)
-    if name == "predictor":
-        rows = [row for row in rows if row["sparsity"] == 0.5]  # its mixed models take seconds
     lost = {**rows[-1], "cell": "lost", "seed": 9, "status": "failed", "error": "OSError: full"}
     lost |= {"task": None, "metric": None, "value": None}
     dense = {**rows[0], **DENSE, "cell": "dense", "value": 2.0}
@@ -88,25 +123,13 @@ def keep_results(name: str, store: Path) -> None:
     write(table, store / "results" / f"{name}.parquet")
 
 
-@pytest.fixture
-def use_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Set the kernels' store in the environment."""
-
-    def name(store: str) -> None:
-        monkeypatch.setenv("CALPRUNE_STORE", store)
-        monkeypatch.delenv("CALPRUNE_GRID", raising=False)
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    return name
-
-
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_studys_notebook_prints_and_draws_its_finding_from_a_store(
-    name: str, tmp_path: Path, use_store: Callable[[str], None]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, execute: Execute
 ) -> None:
     keep_results(name, tmp_path)
-    use_store(str(tmp_path))
-    found = executed(of_study(name))
+    monkeypatch.setenv("CALPRUNE_STORE", str(tmp_path))
+    found = execute(of_study(name))
     finding = run_study(STUDIES[name], str(tmp_path)).finding
     assert finding in " ".join(texts(found).split())
     assert re.search(r"Left out of \d+ cells: 1 failed\.", finding)
@@ -115,12 +138,12 @@ def test_a_studys_notebook_prints_and_draws_its_finding_from_a_store(
 
 
 def test_a_studys_notebook_reads_a_remote_store(
-    tmp_path: Path, s3: Any, use_store: Callable[[str], None]
+    tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch, execute: Execute
 ) -> None:
     keep_results("amount", tmp_path)
     s3.put(str(tmp_path / "results"), "analysis-tests/store/results", recursive=True)
-    use_store("s3://analysis-tests/store")
-    found = executed(of_study("amount"))
+    monkeypatch.setenv("CALPRUNE_STORE", "s3://analysis-tests/store")
+    found = execute(of_study("amount"))
     finding = run_study(STUDIES["amount"], str(tmp_path)).finding
     assert finding in " ".join(texts(found).split())
     assert len(figures(found)) == 1

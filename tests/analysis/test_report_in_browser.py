@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
@@ -12,8 +11,6 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
-
-from analysis.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -49,14 +46,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     driver.quit()
 
 
-@pytest.fixture(scope="module")
-def page(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(table, tmp_path_factory.mktemp("report"), "mismatched")
-
-
 @pytest.fixture
-def shown(browser: webdriver.Chrome, page: Path) -> webdriver.Chrome:
-    browser.get(page.as_uri())
+def shown(browser: webdriver.Chrome, report_page: Path) -> webdriver.Chrome:
+    browser.get(report_page.as_uri())
     return browser
 
 
