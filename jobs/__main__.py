@@ -44,7 +44,7 @@ from jobs.stores import open_store
 from jobs.submit import submit_grid
 from pipeline.errors import InputError
 from pipeline.hub import used
-from pipeline.real.prepare import FOLDER, prepare
+from pipeline.real.prepare import FOLDER, prepare_real_folder
 
 logger = logging.getLogger("jobs")
 
@@ -95,7 +95,7 @@ def prepare_real(
 
     Takes about a minute and 700 MB; does nothing when all is there. No hub is needed.
     """
-    made = prepare(folder)
+    made = prepare_real_folder(folder)
     console.print(f"{'made' if made else 'already there'}: {folder}", soft_wrap=True)
 
 

@@ -135,7 +135,7 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
     assert not isinstance(model, PruneSpec)
     from pipeline.models.inspection import inspect_model
     from pipeline.models.vocabulary import Vocabulary, embedding_rows
-    from pipeline.models.weight_files import named
+    from pipeline.models.weight_files import listed
 
     with _at(f"models.{name}"):
         found = inspect_model(model)
@@ -143,7 +143,7 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
         notes[f"models.{name} was not looked at: the hub is out of reach"] = None
         return None
     if found.unexpected_tensors:
-        unused = named(found.unexpected_tensors)
+        unused = listed(found.unexpected_tensors)
         notes[f"models.{name}: the model has no use for some tensors: {unused}"] = None
     if isinstance(model, HubModel) and model.revision == "main":
         notes[f"models.{name}.revision is no commit: a change on the hub will go unnoticed"] = None

@@ -1,4 +1,4 @@
-"""Environment variables that change numbers, and are no part of a key."""
+"""Environment variables that change numbers but are in no key."""
 
 import os
 
@@ -11,13 +11,13 @@ CHANGES_NUMBERS = (
 
 
 def check_environment() -> None:
-    """Check that no variable is set that makes products coarser than a spec's dtype.
+    """Check that no variable makes products coarser than a spec's dtype.
 
-    Variables that only choose among kernels of one precision (`MKL_CBWR`, `ATEN_CPU_CAPABILITY`)
-    are like other hardware: they move last bits.
+    Variables that only select kernels of one precision (`MKL_CBWR`, `ATEN_CPU_CAPABILITY`) change
+    last bits, as other hardware does.
 
     Raises:
-        InputError: naming the variable.
+        InputError: if one does; it names the variable.
     """
     for name in CHANGES_NUMBERS:
         value = os.environ.get(name, "")

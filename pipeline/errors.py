@@ -1,18 +1,18 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix."""
 
 import difflib
 import reprlib
 from collections.abc import Iterable
 
 LINE = 290
-"""Characters of a message at the most."""
+"""Most characters of a message."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong; the message names field, value and remedy."""
+    """A user's input is wrong; the message names field, value and remedy."""
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
         super().__init__(field, value, remedy)
@@ -21,14 +21,14 @@ class InputError(ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        """One line. What is too long loses its middle: first the value, then the remedy."""
+        """Return one line; if too long, first the value and then the remedy lose their middle."""
         field, remedy = cut(self.field, 80), " ".join(self.remedy.split())
         value = cut(_short.repr(self.value), max(80, LINE - len(field) - len(remedy) - 4))
         return f"{field}: {value}: {cut(remedy, LINE - len(field) - len(value) - 4)}"
 
 
 def cut(text: str, length: int) -> str:
-    """The text, without its middle where it is longer."""
+    """Return the text, without its middle if it is longer."""
     if len(text) <= length:
         return text
     end = (length - 1) // 2
@@ -36,7 +36,7 @@ def cut(text: str, length: int) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What a person may have meant by an unknown name."""
+    """Suggest a known name for an unknown one."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
@@ -49,4 +49,4 @@ class NonFiniteError(ValueError):
 
 
 class EngineDiedError(RuntimeError):
-    """A generation engine broke down; what it was asked for is worth another try elsewhere."""
+    """A generation engine died; its work may succeed on another worker."""

@@ -1,4 +1,4 @@
-"""Files on any file system: where they are, what they hold, and what is wrong with them."""
+"""Files on any file system: finding, hashing, and errors that name a remedy."""
 
 import contextlib
 import functools
@@ -15,19 +15,19 @@ import numpy as np
 from pipeline.errors import InputError
 
 ANSWER_SECONDS = 30.0
-"""How long a server may take to say that a bucket is there."""
+"""Seconds that a server may take to answer whether a bucket exists."""
 
 WHOLE_FILE_BYTES = 64 * 2**20
 """Files up to this size are always hashed whole."""
 
 PIECE_BYTES = 2**20
-"""What is hashed at once."""
+"""Bytes per read of a hash."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Protocol to the extra of calprune that brings its client."""
+"""Extra of calprune with the client of a protocol."""
 
-_UNASKED = {"file", "local", "memory", "http", "https", "hf"}
-"""Protocols without a bucket or a name node to ask after."""
+_NO_BUCKET = {"file", "local", "memory", "http", "https", "hf"}
+"""Protocols without a bucket or a name node."""
 
 _AWS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
 _REFUSED = "access is refused: give credentials that may read and list it"
@@ -45,20 +45,20 @@ _REMEDIES = {
     "HTTPClientError": _SILENT,
     "ClientConnectionError": _SILENT,
 }
-"""By the name of the exception's class: its package need not be installed."""
+"""Remedies by the name of the exception's class, whose package may be missing."""
 
 
 def locate(path: str, field: str = "path") -> tuple[Any, str]:
-    """The file system of a path or URL, and the path there.
+    """Return the file system of a path or URL, and the path in it.
 
-    A remote one is asked once a process whether its bucket, or name node, is there.
+    Once per process, a remote file system is asked whether its bucket, or name node, exists.
 
     Raises:
-        InputError: if it is not, if it refuses or does not answer, or if its client is missing.
+        InputError: if it does not, if it refuses or does not answer, or if its client is missing.
     """
     protocol, separator, rest = path.partition("://")
     with readable(field, path):
-        if separator and "::" not in path and protocol not in _UNASKED:
+        if separator and "::" not in path and protocol not in _NO_BUCKET:
             _ask(f"{protocol}://{rest.split('/')[0]}")
         filesystem, stripped = fsspec.core.url_to_fs(path)
     return filesystem, stripped
@@ -66,21 +66,22 @@ def locate(path: str, field: str = "path") -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def readable(field: str, path: str) -> Iterator[None]:
-    """Turn the error of any file system or its client into an `InputError`."""
+    """Turn errors of any file system or client into an `InputError`."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # each client has exceptions of its own
+    except Exception as error:  # each client has its own exceptions
         raise InputError(field, path, _remedy(error, path)) from error
 
 
 def files(path: str, field: str = "path") -> tuple[Any, list[str]]:
-    """The file system and the sorted files at a path: those that match a glob, or all in a folder
-    but hidden ones and `__pycache__`.
+    """Return the file system and the sorted files at a path.
+
+    They match a glob, or are all in a folder but hidden ones and `__pycache__`.
 
     Raises:
-        InputError: if there is no file, or none can be reached.
+        InputError: if there is no file, or the path cannot be reached.
     """
     filesystem, stripped = locate(path, field)
     with readable(field, path):
@@ -97,7 +98,7 @@ def files(path: str, field: str = "path") -> tuple[Any, list[str]]:
 
 
 def relative(names: list[str]) -> list[str]:
-    """The files' names below the deepest folder that holds all of them."""
+    """Return the files' names below the deepest folder that holds all of them."""
     parents = [PurePosixPath(name).parent for name in names]
     common = parents[0]
     while not all(parent.is_relative_to(common) for parent in parents):
@@ -106,10 +107,10 @@ def relative(names: list[str]) -> list[str]:
 
 
 def fingerprint(*paths: str, field: str = "path", whole_files: bool = True) -> str:
-    """SHA-256 over the names, below their common folder, and contents of the files at each path.
+    """Return the SHA-256 of the names, below their common folder, and contents of all files.
 
-    With `whole_files=False`, for a model's folder, only the size and 64 evenly spaced pieces of
-    1 MiB, first and last included, count of a file above 64 MiB.
+    With `whole_files=False`, for a model's folder, a file above 64 MiB counts with its size and 64
+    evenly spaced pieces of 1 MiB, first and last included.
 
     Raises:
         InputError: if there is no file at one of the paths, or one cannot be read.
@@ -141,9 +142,9 @@ def _pieces(stream: IO[bytes], size: int) -> Iterator[bytes]:
 
 @functools.cache
 def _ask(root: str) -> None:
-    """Raise what a remote file system answers to the question after its bucket.
+    """Ask a remote file system for its bucket, and raise its error.
 
-    In a thread, since clients retry for minutes, some before they can be asked anything.
+    It runs in a thread, since clients retry for minutes, some already when they are made.
     """
     raised: list[Exception] = []
 
@@ -151,7 +152,7 @@ def _ask(root: str) -> None:
         try:
             filesystem, stripped = fsspec.core.url_to_fs(root, skip_instance_cache=True)
             filesystem.info(stripped)
-        except PermissionError:  # who may read a file need not be allowed to look at its bucket
+        except PermissionError:  # permission to read a file does not imply one for its bucket
             pass
         except Exception as error:
             raised.append(error)
@@ -184,7 +185,7 @@ def _remedy(error: Exception, path: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An exception's message in one line, or its kind if it has none."""
+    """Return an exception's message in one line, or its class name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""The hub: whether it answers, what is read from it, and copies to work from without it."""
+"""The hub: whether it answers, what is read from it, and copies for work without it."""
 
 import contextlib
 import functools
@@ -19,26 +19,26 @@ from pipeline.specs import HubCorpus, HubModel, LocalModel, canonical_json
 
 
 class HubItem(NamedTuple):
-    """A model or a data set on the hub, or those files of it that are read."""
+    """A model or a data set on the hub, or the files of it that are read."""
 
     kind: Literal["model", "dataset"]
     name: str
     revision: str | None = None
     files: tuple[str, ...] = ()
-    """Patterns of the files to copy; none copies all."""
+    """Patterns of the files to copy; empty for all."""
 
     @property
     def key(self) -> str:
-        """What its copy is called in a store."""
+        """Key of its copy in a store."""
         digest = hashlib.sha256(canonical_json(list(self))).hexdigest()
         return f"hub-{self.kind}-{digest[:24]}"
 
 
 WEB = ("hf://", "http://", "https://")
-"""How the URLs of files begin that are named by where they are, not by what they hold."""
+"""Beginnings of URLs. A key names such files by their place, not by their content."""
 
 CARDS = ("README.md", "*.json", "*.py", ".huggingface.yaml")
-"""Files that tell how the others are to be read."""
+"""Files that describe how the others are read."""
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 
@@ -46,20 +46,22 @@ _copies: dict[HubItem, Path] = {}
 
 
 def on_hub(corpus: HubCorpus) -> bool:
-    """Whether it is a data set of the hub, not a builder or a folder here."""
+    """Return whether a corpus is a data set on the hub, not a builder or a local folder."""
     return not is_builder(corpus.path) and not Path(corpus.path).exists()
 
 
 def local_files(corpus: HubCorpus) -> tuple[str, ...]:
-    """Paths, globs or URLs of what a corpus of `datasets` reads that is neither on the hub nor
-    elsewhere on the web: a folder, or the files that a builder is given."""
+    """Return the paths, globs or URLs of a corpus that are neither on the hub nor on the web.
+
+    These are a folder, or the files for a builder.
+    """
     if not is_builder(corpus.path):
         return () if on_hub(corpus) else (corpus.path,)
     return tuple(name for name in named_files(corpus) if not name.startswith(WEB))
 
 
 def is_builder(name: str) -> bool:
-    """Whether it is one of `datasets`' own builders, such as `json`, that reads the files named."""
+    """Return whether a name is one of `datasets`' own builders of files, such as `json`."""
     found = importlib.util.find_spec("datasets")
     if "/" in name or found is None or found.origin is None:
         return False
@@ -67,18 +69,18 @@ def is_builder(name: str) -> bool:
 
 
 def named_files(corpus: HubCorpus) -> tuple[str, ...]:
-    """The files that a corpus is restricted to."""
+    """Return the files that a corpus is restricted to."""
     files = corpus.data_files
     return (files,) if isinstance(files, str) else tuple(files or ())
 
 
 def model_item(model: HubModel) -> HubItem:
-    """The copy that stands for a model."""
+    """Return the item to copy for a model."""
     return HubItem("model", model.name, model.revision)
 
 
 def corpus_item(corpus: HubCorpus) -> HubItem:
-    """The copy that stands for a corpus: its files, or those of its configuration."""
+    """Return the item to copy for a corpus: its files, or those of its configuration."""
     files = named_files(corpus)
     if not files and corpus.name is not None:
         files = (f"{corpus.name}/*", f"*/{corpus.name}/*")
@@ -89,7 +91,7 @@ def download(item: HubItem, folder: Path) -> None:
     """Copy an item from the hub into a folder.
 
     Raises:
-        InputError: if the hub does not have it, or is out of reach.
+        InputError: if the hub does not have it or is out of reach.
     """
     import huggingface_hub
 
@@ -101,14 +103,14 @@ def download(item: HubItem, folder: Path) -> None:
             local_dir=folder,
             allow_patterns=[*item.files, *CARDS] if item.files else None,
         )
-    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+    except (OSError, ValueError) as error:  # the hub's errors derive from these
         raise InputError(item.kind, item.name, f"cannot be fetched: {reason(error)}") from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes, with times
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes hold times
 
 
 @contextlib.contextmanager
 def used(copies: Mapping[HubItem, Path]) -> Iterator[None]:
-    """Read these instead of the hub meanwhile, in this process."""
+    """Read these copies instead of the hub, in this process, within the block."""
     before = dict(_copies)
     _copies.update(copies)
     try:
@@ -119,7 +121,7 @@ def used(copies: Mapping[HubItem, Path]) -> Iterator[None]:
 
 
 def copy_of(item: HubItem) -> Path | None:
-    """The folder with a copy, if there is one to use."""
+    """Return the folder with a copy in use, or None."""
     return _copies.get(item)
 
 
@@ -129,8 +131,10 @@ def copies_in_use() -> bool:
 
 
 def local_folder(model: HubModel | LocalModel) -> Path | None:
-    """The folder on this machine with a checkpoint, or with some of its files: the model's own, a
-    copy that is in use, or the hub's cache."""
+    """Return the folder on this machine with a checkpoint or some of its files.
+
+    It is the model's own, a copy in use, or the hub's cache; None if there is none.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
@@ -143,14 +147,14 @@ def local_folder(model: HubModel | LocalModel) -> Path | None:
         found = huggingface_hub.try_to_load_from_cache(
             model.name, "config.json", revision=model.revision
         )
-    except HFValidationError:  # no name that the hub could have
+    except HFValidationError:  # not a valid name on the hub
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
 @functools.cache
 def hub_answers() -> bool:
-    """One try, of ten seconds at the most: the hub's own client retries for most of a minute.
+    """Return whether the hub answers within ten seconds; its client would retry for a minute.
 
     Raises:
         InputError: if HF_ENDPOINT is no URL.

@@ -1,4 +1,4 @@
-"""How far a stage is, told to whoever listens; to nobody in a notebook, at no cost."""
+"""A stage's progress, passed on to a reporter. Without one, as in a notebook, it costs nothing."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -6,8 +6,8 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 Reporter = Callable[[str, float, float, str], None]
-"""Takes the phase, how much of it is done, how much there is (0 where nobody knows), and the unit
-of both. It is called often, and should pass on what it gets about once a second."""
+"""Takes the phase, how much of it is done, how much there is (0 if unknown), and the unit of both.
+It is called often, and should pass on its arguments about once a second."""
 
 Item = TypeVar("Item")
 
@@ -17,7 +17,7 @@ _phase: ContextVar[str] = ContextVar("phase", default="")
 
 @contextlib.contextmanager
 def reporting(reporter: Reporter) -> Iterator[None]:
-    """Pass on what stages report within the block."""
+    """Pass on to a reporter what stages report within the block."""
     reporters, phases = _reporter.set(reporter), _phase.set("")
     try:
         yield
@@ -28,8 +28,10 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Say what the stage does in the block, or in the function that this decorates, such as
-    `loading the model`. A stage's main work has no name."""
+    """Name what the stage does in the block or decorated function, such as `loading the model`.
+
+    A stage's main work has no name.
+    """
     reporter = _reporter.get()
     if reporter is None:
         yield
@@ -45,14 +47,14 @@ def phase(name: str) -> Iterator[None]:
 
 
 def report(done: float, total: float, unit: str) -> None:
-    """Say how much of the present phase is done, such as 12 of 30 `layers`."""
+    """Report how much of the current phase is done, such as 12 of 30 `layers`."""
     reporter = _reporter.get()
     if reporter is not None:
         reporter(_phase.get(), done, total, unit)
 
 
 def counted(items: Iterable[Item], total: float, unit: str) -> Iterator[Item]:
-    """The items; each is reported as done when the next one is asked for."""
+    """Yield the items; report each as done when the next one is asked for."""
     report(0, total, unit)
     for done, item in enumerate(items, start=1):
         yield item
@@ -60,10 +62,10 @@ def counted(items: Iterable[Item], total: float, unit: str) -> Iterator[Item]:
 
 
 class TokenStream:
-    """A `streamer` for transformers' `generate`: reports the tokens of every decoding step.
+    """A `streamer` for transformers' `generate` that reports the tokens of every step.
 
     Args:
-        total: tokens to generate if no text ends early.
+        total: tokens that are generated if no text ends early.
     """
 
     def __init__(self, total: int) -> None:
@@ -72,12 +74,12 @@ class TokenStream:
         self.prompt_is_next = True
 
     def put(self, tokens: Any) -> None:
-        """Count one step's tokens `[batch]`; the first call brings the prompt."""
+        """Count one step's tokens `[batch]`; the first call has the prompt."""
         if not self.prompt_is_next:
             self.done += tokens.numel()
             report(self.done, self.total, "tokens")
         self.prompt_is_next = False
 
     def end(self) -> None:
-        """Called after the last step of a batch; another one may follow."""
+        """Expect the prompt of another batch."""
         self.prompt_is_next = True

@@ -1,4 +1,4 @@
-"""What the sharded stages share: which samples a shard has, what a worker holds, the join."""
+"""Sharded stages: which samples a shard has, and joining shards."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 
 def shard_samples(spec: GenerateSpec, index: int) -> range:
-    """The numbers of the samples in a shard."""
+    """Return the numbers of the samples in a shard."""
     first = index * spec.shard_size
     return range(first, min(first + spec.shard_size, spec.num_samples))
 
@@ -22,7 +22,7 @@ def shard_samples(spec: GenerateSpec, index: int) -> range:
 def join_shards(
     shards: Sequence[ShardSpec], artifacts: Artifacts, output: Path, name: str
 ) -> pa.Table:
-    """Write the rows of all shards' file `name`, sorted by sample_id, to `output`; returns them."""
+    """Write the rows of all shards' file `name`, sorted by sample_id, and return them."""
     tables = [pq.read_table(artifacts[shard.key] / name) for shard in shards]
     table = pa.concat_tables(tables).sort_by("sample_id")
     pq.write_table(table, output / name)

@@ -1,33 +1,32 @@
-"""What every stage is given, and what it may hold from one to the next."""
+"""What every stage is given, and what a worker holds between stages."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 Artifacts = Mapping[str, Path]
-"""A stage's input artifacts: key to local folder."""
+"""A stage's input artifacts, key to local folder."""
 
 Value = TypeVar("Value")
 
 
 class Keep(Protocol):
-    """Files that outlive an attempt at a stage, for the next attempt at the same stage."""
+    """Keeps files of one attempt at a stage for the next attempt."""
 
     def keep(self, path: Path) -> None:
-        """Keep a file under its name; it must not change any more."""
+        """Keep a file under its name; it must not change afterwards."""
 
     def restore(self, path: Path) -> bool:
-        """Put the file that was kept under that name at `path`; False if there is none, or none
-        that is undamaged."""
+        """Restore the kept file of that name to `path`; False if it is missing or damaged."""
 
 
 class Latest(Generic[Value]):
-    """The value last asked for, so that the shards on one worker load and read it once.
+    """The value last asked for, so that the shards on one worker load it once.
 
-    The one before is let go before the next is made: two models need not fit together.
+    It is dropped before the next one is made: two models need not fit in memory.
 
     Args:
-        release: what frees a value that reference counting does not.
+        release: frees what reference counting does not.
     """
 
     def __init__(self, release: Callable[[Value], None] = lambda value: None) -> None:
@@ -35,7 +34,7 @@ class Latest(Generic[Value]):
         self._release = release
 
     def get(self, key: object, make: Callable[[], Value]) -> Value:
-        """The value of a key, made unless it is the last one's."""
+        """Return the value of a key; make it unless it is the last one's."""
         if key not in self._held:
             for value in self._held.values():
                 self._release(value)
@@ -44,5 +43,5 @@ class Latest(Generic[Value]):
         return self._held[key]
 
     def forget(self) -> None:
-        """Let go of the value without releasing it: whoever has it keeps it."""
+        """Drop the value without releasing it: its user keeps it."""
         self._held.clear()

@@ -1,4 +1,4 @@
-"""Text from people, decoded in one place: UTF-8, or an error that names file, line and byte."""
+"""Decoding of users' text: UTF-8, or an error that names file, line and byte."""
 
 import io
 import re
@@ -17,19 +17,19 @@ _KINDS = {
     b"PK\x03\x04": "a ZIP file: unpack it",
     b"PAR1": "a Parquet file: its name must end in .parquet",
 }
-"""What files that are no UTF-8 text begin with."""
+"""First bytes of files that are not UTF-8 text."""
 
-_UNSOUND = re.compile("[\udc80-\udcff\0]")
+_INVALID = re.compile("[\udc80-\udcff\0]")
 """Bytes that are not UTF-8, as `surrogateescape` leaves them, and NUL."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: str, field: str) -> str:
-    r"""The text of a file on any file system, with lines that end in `\n`.
+    r"""Return the text of a file on any file system, with lines that end in `\n`.
 
     Args:
-        field: what the file is, for errors.
+        field: the name of the file's field in errors.
 
     Raises:
         InputError: if it cannot be read, or is not UTF-8.
@@ -39,26 +39,25 @@ def read_text(path: str, field: str) -> str:
         if filesystem.isdir(stripped):
             raise InputError(field, path, "cannot be read: it is a folder, not a text file")
         with filesystem.open(stripped, "rb") as stream:
-            return "".join(_sound(stream, path, field))
+            return "".join(_valid_lines(stream, path, field))
 
 
 def lines(stream: IO[bytes], name: str, field: str = "path") -> Iterator[str]:
-    r"""The lines of a UTF-8 text, without their ends and without byte order marks.
+    r"""Yield the lines of a UTF-8 text without their ends and byte order marks.
 
-    A line ends with `\n`, `\r\n` or `\r`, and with nothing else: not with U+2028, U+0085 or a form
-    feed.
+    A line ends with `\n`, `\r\n` or `\r` only: not with U+2028, U+0085 or a form feed.
 
     Raises:
-        InputError: naming file, line and byte, if it is not UTF-8 or holds a NUL.
+        InputError: if it is not UTF-8 or holds a NUL; it names file, line and byte.
     """
-    return (line.removesuffix("\n") for line in _sound(stream, name, field))
+    return (line.removesuffix("\n") for line in _valid_lines(stream, name, field))
 
 
-def _sound(stream: IO[bytes], name: str, field: str) -> Iterator[str]:
-    r"""The lines with `\n` at their ends."""
+def _valid_lines(stream: IO[bytes], name: str, field: str) -> Iterator[str]:
+    r"""Yield the lines with `\n` at their ends."""
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape")
     for number, line in enumerate(text, start=1):
-        if wrong := _UNSOUND.search(line):
+        if wrong := _INVALID.search(line):
             before = line[: wrong.start()].encode(errors="surrogateescape")
             found = wrong.group().encode(errors="surrogateescape")
             start = line[:8].encode(errors="surrogateescape") if number == 1 else b""
@@ -70,7 +69,7 @@ def _sound(stream: IO[bytes], name: str, field: str) -> Iterator[str]:
 
 
 def check_characters(text: str, field: str, place: str) -> None:
-    r"""See that a text is made of characters alone: JSON can escape half of one, as `\ud83d`.
+    r"""Check that a text holds only whole characters: JSON can escape half of one, as `\ud83d`.
 
     Raises:
         InputError: if it holds half a surrogate pair.

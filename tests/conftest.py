@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from pipeline.real.prepare import prepare
+from pipeline.real.prepare import prepare_real_folder
 from pipeline.testbed import pretrain
 from pipeline.testbed.presets import PRETRAIN_PRESETS
 from tests.once import once
@@ -79,6 +79,6 @@ def real_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pat
     """A real model, texts and tasks, as `python -m jobs prepare` makes them from the registry."""
 
     def make(folder: Path) -> None:
-        assert prepare(folder)
+        assert prepare_real_folder(folder)
 
     return once(tmp_path_factory, worker_id, "real", make)

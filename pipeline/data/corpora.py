@@ -339,5 +339,5 @@ def _hub_source(corpus: HubCorpus) -> dict[str, Any]:
 def _testbed_documents(corpus: TestbedCorpus, seed: int | None) -> Iterator[Document]:
     from pipeline.testbed import world
 
-    rows = world.documents(corpus.world, corpus.mixture, corpus.split, seed or 0)
+    rows = world.world_documents(corpus.world, corpus.mixture, corpus.split, seed or 0)
     return (Document(name, text) for name, text in rows)

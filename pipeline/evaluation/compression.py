@@ -1,4 +1,4 @@
-"""What a model gains by being pruned: bytes on disk by format, and the speed of 2:4."""
+"""What pruning saves: bytes on disk by format, and time with 2:4 weights."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,23 +13,23 @@ from torch.nn import functional
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
 
 TOKENS = 4096
-"""Rows of the input that products are timed with."""
+"""Rows of the input of timed products."""
 
 ROUNDS = 10
-"""The best counts."""
+"""Rounds of timing; the fastest counts."""
 
 CALLS = 10
-"""In a round: enough that starting them does not count."""
+"""Products per round: enough for their launch not to matter."""
 
 SPARSE_TENSOR_CORES = (8, 0)
-"""Compute capability from which on GPUs have them."""
+"""Lowest compute capability with sparse tensor cores."""
 
 
 def bytes_by_format(model: Any) -> dict[str, int]:
-    """What the matrices that are pruned take as safetensors, each by itself.
+    """Return the bytes of a model's prunable matrices as safetensors, each in a file of its own.
 
-    `dense`: all weights. `masks`: a bit a weight, for use with the model that was pruned.
-    `compressed`: those bits and the weights that are not zero.
+    `dense`: all weights. `masks`: one bit per weight, for use with the dense model. `compressed`:
+    those bits and the weights that are not zero.
     """
     totals = {"dense": 0, "masks": 0, "compressed": 0}
     for matrix in _matrices(model):
@@ -43,8 +43,8 @@ def bytes_by_format(model: Any) -> dict[str, int]:
 
 
 def speed_2_4(model: Any) -> str:
-    """How many times faster the products of the first decoder layer are with 2:4 weights in
-    torch's semi-structured form than with the same ones dense, or why that was not measured."""
+    """Return the speed-up of the first decoder layer's products by torch's semi-structured form of
+    2:4 weights over the same weights dense, or why it was not measured."""
     device = next(model.parameters()).device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < SPARSE_TENSOR_CORES:
         return "not measured: no GPU with sparse tensor cores"
@@ -74,7 +74,7 @@ def _is_2_4(weight: Tensor) -> bool:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Of the fastest of some rounds on the GPU."""
+    """Return the seconds of the fastest round on the GPU."""
     times = []
     for _ in range(ROUNDS):
         torch.cuda.synchronize()

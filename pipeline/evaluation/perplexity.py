@@ -1,4 +1,4 @@
-"""Perplexity on a corpus, by a protocol that says all that moves the number."""
+"""Perplexity on a corpus, by a protocol that fixes all that changes the number."""
 
 import itertools
 import math
@@ -17,18 +17,18 @@ from pipeline.models.positions import NONE, LengthDependence
 from pipeline.specs import PerplexityProtocol
 
 LOGITS = 2**28
-"""Logits of one forward pass at the most (half a GiB in bfloat16), unless one window has more;
-where the output layer gives them in parts there is no such limit."""
+"""At most this many logits per forward pass (half a GiB in bfloat16), unless one window has more.
+There is no limit if the output layer gives them in parts."""
 
 TEXTS = 32
-"""Texts tokenised at once."""
+"""Texts per call of the tokenizer."""
 
-BEHIND = 8
-"""Tokens that one is decoded behind: more than a character has bytes."""
+CONTEXT_TOKENS = 8
+"""Tokens that are decoded before another one: more than a character has bytes."""
 
 
 class Encoded(NamedTuple):
-    """Tokens, and how much of the text each of them ends: special tokens end nothing."""
+    """Tokens, and the words and bytes that each one ends; special tokens end none."""
 
     ids: npt.NDArray[np.int64]
     words: npt.NDArray[np.int64]
@@ -36,24 +36,24 @@ class Encoded(NamedTuple):
 
 
 class ScoredWindow(NamedTuple):
-    """What one row of a forward pass is measured on."""
+    """Tokens for one row of a forward pass, and those of them that are scored."""
 
     ids: npt.NDArray[np.int64]
     first: int
-    """Place of the first token that is scored; all after it are too."""
+    """Place of the first scored token; all after it are scored."""
     words: int
-    """Words that the scored tokens end,"""
+    """Words that the scored tokens end."""
     bytes: int
-    """and UTF-8 bytes."""
+    """UTF-8 bytes that the scored tokens end."""
 
     @property
     def scored(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return len(self.ids) - self.first
 
 
 class Measured(NamedTuple):
-    """A number, its standard error over windows or texts, and how many of these there were."""
+    """A number, its standard error over windows or texts, and how many these are."""
 
     value: float
     stderr: float | None
@@ -66,13 +66,13 @@ class Measured(NamedTuple):
 def protocol_windows(
     texts: Iterable[str], tokenizer: Any, protocol: PerplexityProtocol
 ) -> list[ScoredWindow]:
-    """What a protocol measures of a corpus.
+    """Return the windows of a corpus that a protocol measures.
 
     Args:
-        texts: all of the corpus, blank ones included if they are joined.
+        texts: all texts of the corpus, blank ones included if they are joined.
 
     Raises:
-        InputError: if there is not one window, or no token that BOS could be.
+        InputError: if there is no window, or no token for BOS.
     """
     texts = itertools.islice(texts, protocol.texts)
     if protocol.joined_by is not None:
@@ -115,9 +115,9 @@ def _joined_windows(
 def _window(
     before: list[int], text: Encoded, start: int, length: int, unscored: int
 ) -> ScoredWindow:
-    """`length` tokens of a text from `start` on, of which `unscored` stood in the window before."""
+    """Return `length` tokens from `start`, of which the window before scored `unscored`."""
     end = start + length
-    first = max(1, len(before) + unscored)  # from nothing, nothing is predicted
+    first = max(1, len(before) + unscored)  # the first token is not predicted
     inside = slice(start + first - len(before), end)
     return ScoredWindow(
         np.concatenate([before, text.ids[start:end]]).astype(np.int64),
@@ -128,7 +128,7 @@ def _window(
 
 
 def _joined(encoded: Iterable[Encoded], needed: int | None) -> Encoded:
-    """One after the other, as far as they are needed."""
+    """Join texts until there are as many tokens as needed."""
     parts: list[Encoded] = []
     tokens = 0
     for part in encoded:
@@ -147,13 +147,13 @@ def _joined(encoded: Iterable[Encoded], needed: int | None) -> Encoded:
 def encoded_texts(
     texts: Iterable[str], tokenizer: Any, *, special_tokens: bool
 ) -> Iterator[Encoded]:
-    """The tokens of each text, and where its words and bytes end among them.
+    """Yield the tokens of each text, and the words and bytes that they end.
 
-    A token that ends inside a character counts that character as a whole; without a fast tokenizer
-    the one that completes it does.
+    A token that ends inside a character counts the whole character; without a fast tokenizer the
+    token that completes it does.
 
     Raises:
-        InputError: if a tokenizer without a fast version does not give a text back.
+        InputError: if a tokenizer without a fast version does not decode a text exactly.
     """
     texts = iter(texts)
     while batch := list(itertools.islice(texts, TEXTS)):
@@ -179,9 +179,9 @@ def encoded_texts(
 
 
 def _ends_by_decoding(text: str, ids: list[int], tokenizer: Any) -> list[int]:
-    """Where each token ends in a text: characters up to there that decoding gives back.
+    """Return the number of characters up to the end of each token, found by decoding.
 
-    Tokens are decoded one after the other, each behind a few others, as an engine streams text.
+    Tokens are decoded one after the other, each with a few before it, as an engine streams text.
     White space that decoding changes belongs to the token after it. Tokens that the tokenizer puts
     around the text end nothing.
     """
@@ -192,13 +192,13 @@ def _ends_by_decoding(text: str, ids: list[int], tokenizer: Any) -> list[int]:
     place = start = 0
     before, is_whole = "", True
     for number in range(length if begin is not None else 0):
-        if is_whole and number - start > 2 * BEHIND:
-            start = number - BEHIND
+        if is_whole and number - start > 2 * CONTEXT_TOKENS:
+            start = number - CONTEXT_TOKENS
             before = _decoded(inside[start:number], tokenizer)
         after = _decoded(inside[start : number + 1], tokenizer)
         fresh = after[len(before) :] if after.startswith(before) else ""
         is_whole = not fresh.endswith("\ufffd") or text.startswith(fresh, place)
-        if is_whole:  # not in the middle of a character
+        if is_whole:  # it does not end inside a character
             place = _matched(text, place, fresh)
             before = after
         ends.append(place)
@@ -217,8 +217,10 @@ def _decoded(ids: list[int], tokenizer: Any) -> str:
 
 
 def _matched(text: str, place: int, fresh: str) -> int:
-    """The place behind `fresh`, which stands at a place in the text but for its white space; the
-    same place if it does not."""
+    """Return where `fresh` ends if it stands at a place of the text, else that place.
+
+    White space may differ.
+    """
     at = place
     for character in fresh:
         if not character.isspace():
@@ -231,7 +233,7 @@ def _matched(text: str, place: int, fresh: str) -> int:
 
 
 def _words_until(text: str) -> npt.NDArray[np.int64]:
-    """By number of characters, the words that begin among them."""
+    """Return, for each number of characters, the words that begin among them."""
     begun = np.zeros(len(text) + 1, dtype=np.int64)
     for word in re.finditer(r"\S+", text):
         begun[word.start() + 1] = 1
@@ -239,7 +241,7 @@ def _words_until(text: str) -> npt.NDArray[np.int64]:
 
 
 def _bytes_until(text: str) -> npt.NDArray[np.int64]:
-    """By number of characters, the bytes that they take."""
+    """Return, for each number of characters, their bytes."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -261,12 +263,12 @@ def batches(
     vocabulary: int | None,
     positions: LengthDependence = NONE,
 ) -> Iterator[list[int]]:
-    """The places of windows that go through the model together, long ones first.
+    """Yield the places of windows that go through the model together, long ones first.
 
     Args:
-        tokens: of a batch at the most, padding included; one window at least.
-        vocabulary: logits that a pass makes of each token, for `LOGITS`; None if it makes none.
-        positions: those of the model; windows of a batch are of one group.
+        tokens: at most this many per batch, padding included, but at least one window.
+        vocabulary: logits per token of a forward pass, for `LOGITS`; None if it gives none.
+        positions: the model's; windows of a batch are of one group.
     """
     lengths = [len(window.ids) for window in windows]
     ordered = sorted(range(len(windows)), key=lambda place: -lengths[place])
@@ -276,12 +278,12 @@ def batches(
 
 @torch.inference_mode()
 def losses(model: Any, batch: list[ScoredWindow], chunked: bool | None = None) -> list[float]:
-    """The loss of each window, summed over its scored tokens, in nats.
+    """Return the loss of each window in nats, summed over its scored tokens.
 
-    Taken in float32 and summed in float64. Shorter windows are padded on the right.
+    It is taken in float32 and summed in float64. Shorter windows are padded on the right.
 
     Args:
-        chunked: take logits a few positions at a time from hidden states; found out if not given.
+        chunked: take logits from hidden states, a few positions at a time; see `OutputLayer`.
     """
     layer = OutputLayer(model, chunked)
     longest = max(len(window.ids) for window in batch)
@@ -307,10 +309,13 @@ def losses(model: Any, batch: list[ScoredWindow], chunked: bool | None = None) -
 def perplexity(
     windows: list[ScoredWindow], summed: list[float], protocol: PerplexityProtocol
 ) -> Measured:
-    """The number that a protocol asks for, of windows and the losses of each.
+    """Return the perplexity of windows by a protocol.
 
-    The standard error of exp of a mean is that of the mean loss times the perplexity (delta
-    method), None of one window.
+    The standard error is that of the mean loss times the perplexity (delta method); None for one
+    window.
+
+    Args:
+        summed: the summed loss of each window, in nats.
 
     Raises:
         NonFiniteError: if a loss is too large for a perplexity in float64.
@@ -339,8 +344,8 @@ def _exp(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def bits_per_byte(windows: list[ScoredWindow], summed: list[float]) -> Measured:
-    """The loss in bits over the bytes of the text: the same for any tokenizer that loses nothing of
-    a text, if the model knows it as well."""
+    """Return the loss in bits per byte of the text, comparable between tokenizers that lose
+    nothing of a text."""
     mean, error = _ratio(summed, [window.bytes for window in windows])
     return Measured(
         mean / math.log(2), None if error is None else error / math.log(2), len(windows)
@@ -348,8 +353,9 @@ def bits_per_byte(windows: list[ScoredWindow], summed: list[float]) -> Measured:
 
 
 def _ratio(summed: list[float], sizes: list[int]) -> tuple[float, float | None]:
-    """Sum over sum, and its standard error (that of a ratio estimator; of a mean, if all sizes are
-    the same).
+    """Return the ratio of two sums and its standard error as a ratio estimator.
+
+    If all sizes are equal, it is the standard error of a mean.
 
     Raises:
         InputError: if all sizes are 0.

@@ -1,4 +1,4 @@
-"""Chat prompts that are the same every day."""
+"""Chat prompts that do not depend on the day."""
 
 import datetime
 from typing import Any
@@ -8,10 +8,10 @@ import jinja2
 from pipeline.errors import InputError
 
 CHAT_DATE = datetime.datetime(2024, 7, 26)
-"""Today, for every chat template: the date that Llama 3's templates print where they know none."""
+"""Today, for every chat template: the date that Llama 3's templates print by default."""
 
-_CHANCE = {"random", "lipsum"}
-"""What draws at random in Jinja: a filter and a function."""
+_RANDOM = {"random", "lipsum"}
+"""Jinja's filter and its function that draw at random."""
 
 
 def _fixed_date(form: str) -> str:
@@ -19,12 +19,12 @@ def _fixed_date(form: str) -> str:
 
 
 TEMPLATE_ARGUMENTS = {"strftime_now": _fixed_date}
-"""Arguments for every `apply_chat_template`: without them a template may print today's date, which
-no key knows of."""
+"""Arguments of every `apply_chat_template`. Without them a template may print today's date, which
+is in no key."""
 
 
 def chat_ids(tokenizer: Any, message: str) -> list[int]:
-    """The ids of a chat with one message of the user's, up to the answer."""
+    """Return the token ids of a chat with one message from the user, up to the answer."""
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": message}],
         add_generation_prompt=True,
@@ -35,13 +35,13 @@ def chat_ids(tokenizer: Any, message: str) -> list[int]:
 
 
 def check_chat_template(tokenizer: Any, field: str, value: object) -> None:
-    """Check that a tokenizer can write a chat, and the same one every time.
+    """Check that a tokenizer has a chat template that always gives the same prompt.
 
     Args:
-        field, value: what in the grid asks for it.
+        field, value: the field of the grid that asks for it.
 
     Raises:
-        InputError: if it has no chat template, or one that fails or draws at random.
+        InputError: if there is no chat template, or it fails or draws at random.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         remedy = "the tokenizer has no chat template: leave it out, or take a chat model"
@@ -54,6 +54,6 @@ def check_chat_template(tokenizer: Any, field: str, value: object) -> None:
         remedy = f"the tokenizer's chat template fails on one message of a user: {reason}"
         raise InputError(field, value, remedy) from error
     words = {word for _, kind, word in jinja2.Environment().lex(template) if kind == "name"}
-    if words & _CHANCE:
-        remedy = f"the chat template uses Jinja's {min(words & _CHANCE)}: no two prompts are alike"
+    if words & _RANDOM:
+        remedy = f"the chat template uses Jinja's {min(words & _RANDOM)}: no two prompts are alike"
         raise InputError(field, value, remedy)

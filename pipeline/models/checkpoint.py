@@ -1,4 +1,4 @@
-"""Writing an ordinary checkpoint one decoder layer at a time."""
+"""Write an ordinary checkpoint one decoder layer at a time."""
 
 import json
 import shutil
@@ -23,9 +23,9 @@ INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """A checkpoint in the making: a shard for each decoder layer, and one for all else.
+    """A checkpoint that is being written: a shard for each decoder layer, and one for all else.
 
-    transformers itself writes every shard, in the checkpoint's own names and forms where these
+    transformers writes every shard, so tensors have the checkpoint's names and forms where these
     differ from the model's.
     """
 
@@ -36,11 +36,11 @@ class Checkpoint:
         self.shards: dict[int, Path] = {}
 
     def write_layer(self, number: int) -> None:
-        """Write the decoder layer with that number, which must be in memory."""
+        """Write a decoder layer, which must be in memory."""
         self._write(number, self.layers[number].state_dict(prefix=f"{self.root}.{number}."))
 
     def finish(self) -> None:
-        """Write all but the layers, the index, and the configuration."""
+        """Write all but the decoder layers, then the index and the configuration."""
         inside = f"{self.root}."
         state = self.model.state_dict()
         rest = {name: value for name, value in state.items() if not name.startswith(inside)}
@@ -57,23 +57,22 @@ class Checkpoint:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _write(self, number: int, state: dict[str, Tensor]) -> None:
-        part = self.folder / "part"  # it would take earlier shards for those of another checkpoint
+        part = self.folder / "part"  # `save_pretrained` removes other shards beside its own
         own = self.model.generation_config
-        # transformers writes no settings that contradict each other, as some that it reads do.
+        # transformers reads settings that contradict each other, but does not write them.
         with generation_settings(self.model, GenerationConfig()):
             self.model.save_pretrained(part, state_dict=state, max_shard_size=sys.maxsize)
         path = part / "generation_config.json"
         own.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
         name = f"model-{number + 1:05d}-of-{len(self.layers) + 1:05d}.safetensors"
         self.shards[number] = (part / "model.safetensors").rename(self.folder / name)
-        for path in part.iterdir():  # configuration and code, the same every time
+        for path in part.iterdir():  # configuration and code: the same for every shard
             path.replace(self.folder / path.name)
         part.rmdir()
 
 
 def write_checkpoint(spec: Model, artifacts: Artifacts, folder: Path) -> None:
-    """Leave a model as an ordinary checkpoint with its tokenizer, which `from_pretrained` and vLLM
-    load.
+    """Write a model and its tokenizer as an ordinary checkpoint for `from_pretrained` and vLLM.
 
     Raises:
         InputError: if there is no such model, or it has no tokenizer.
@@ -92,7 +91,7 @@ def write_checkpoint(spec: Model, artifacts: Artifacts, folder: Path) -> None:
 
 
 def _tensor_bytes(path: Path) -> int:
-    """Bytes of a safetensors file without its header."""
+    """Return the bytes of a safetensors file without its header."""
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     return path.stat().st_size - 8 - header
@@ -100,7 +99,7 @@ def _tensor_bytes(path: Path) -> int:
 
 @contextmanager
 def generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Stand in for the model's own settings, which fill in whatever a call leaves unset."""
+    """Replace a model's generation settings, which fill in what a call leaves unset."""
     own = model.generation_config
     model.generation_config = settings
     try:

@@ -1,9 +1,9 @@
-"""What pruning leaves of one decoder layer, in one safetensors file: masks or weights.
+"""The safetensors file of one pruned decoder layer: masks or weights.
 
 A matrix's mask is a tensor of bytes `[ceil(rows * columns / 8)]`: row by row, the first weight in
-the highest bit of a byte, 1 where the weight is set to zero, and 0 in the bits left over at the
+the highest bit of a byte, 1 for a weight that is set to zero, and 0 in the bits left over at the
 end (`numpy.packbits`). Weights are `[rows, columns]` in the model's own type. The metadata entry
-`matrices` is JSON: by name, `rows`, `columns`, and `facts`, what the pruner recorded. Where an N:M
+`matrices` is JSON: by name, `rows`, `columns`, and `facts`, which the pruner recorded. If an N:M
 pattern holds in another order of the columns, `<name>.permutation` `[columns]` is that order.
 """
 
@@ -29,58 +29,58 @@ _LAYER_FILE = re.compile(r"layer-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is to be known of pruned matrices besides masks and weights, by matrix name."""
+class LayerRecord:
+    """What a layer file holds besides masks and weights, by matrix name."""
 
     facts: Mapping[str, Mapping[str, float]]
     """What the pruner recorded."""
 
     permutations: Mapping[str, Tensor] = field(default_factory=dict)
-    """The order of the columns `[columns]` in which a pattern holds, where it is not their own."""
+    """The order of the columns `[columns]` in which a pattern holds, if it is not their own."""
 
 
 class LayerFileError(ValueError):
-    """A file does not fit the decoder layer that it is for; the message says where."""
+    """A file does not fit its decoder layer; the message says where."""
 
 
 def layer_file(number: int) -> str:
-    """The file's name, for the decoder layer with that number."""
+    """Return the file name of a decoder layer."""
     return f"layer-{number:05d}.safetensors"
 
 
-def write_masks(path: Path, masks: Mapping[str, Tensor], record: Record) -> None:
-    """Write a layer's masks, matrix name to `[rows, columns]`, True where the weight is zeroed."""
+def write_masks(path: Path, masks: Mapping[str, Tensor], record: LayerRecord) -> None:
+    """Write a layer's masks, matrix name to `[rows, columns]`; True sets a weight to zero."""
     packed = {name: torch.from_numpy(_packed(mask)) for name, mask in masks.items()}
     _save(path, packed, masks, record)
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], record: Record) -> None:
+def write_weights(path: Path, weights: Mapping[str, Tensor], record: LayerRecord) -> None:
     """Write a layer's pruned weights, matrix name to `[rows, columns]`."""
     copied = {name: weight.cpu().contiguous() for name, weight in weights.items()}
     _save(path, copied, weights, record)
 
 
 @torch.no_grad()
-def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Record:
-    """Zero what the file's masks say, or set the matrices to its weights.
+def apply_layer_file(path: Path, found: Sequence[Matrix]) -> LayerRecord:
+    """Apply a file's masks or weights to the matrices of its layer.
 
     Args:
-        found: the matrices of the layer, dense.
+        found: the dense matrices of the layer.
 
     Returns:
-        What was recorded of them.
+        What the file holds besides.
 
     Raises:
         LayerFileError: if names or shapes are not those of the layer.
     """
     with safe_open(path, framework="pt") as file:
-        told = json.loads((file.metadata() or {}).get("matrices", "{}"))
-        _check_names(path, set(told), {matrix.name for matrix in found})
-        there = set(file.keys())
-        orders = {name + _PERMUTATION for name in told} & there
-        _check_names(path, there, set(told) | orders)
+        entries = json.loads((file.metadata() or {}).get("matrices", "{}"))
+        _check_names(path, set(entries), {matrix.name for matrix in found})
+        stored = set(file.keys())
+        orders = {name + _PERMUTATION for name in entries} & stored
+        _check_names(path, stored, set(entries) | orders)
         for matrix in found:
-            shape = (told[matrix.name]["rows"], told[matrix.name]["columns"])
+            shape = (entries[matrix.name]["rows"], entries[matrix.name]["columns"])
             if shape != tuple(matrix.weight.shape):
                 rows, columns = matrix.weight.shape
                 raise LayerFileError(
@@ -97,12 +97,13 @@ def apply_layer_file(path: Path, found: Sequence[Matrix]) -> Record:
         permutations = {
             name.removesuffix(_PERMUTATION): file.get_tensor(name).long() for name in orders
         }
-    return Record({name: entry["facts"] for name, entry in told.items()}, permutations)
+    return LayerRecord({name: entry["facts"] for name, entry in entries.items()}, permutations)
 
 
 def apply_masks(model: nn.Module, folder: Path) -> None:
-    """Zero, in a dense model, what the masks of all its decoder layers say; where a layer is still
-    in its files, when it is read.
+    """Apply the masks of all decoder layers to a dense model.
+
+    A layer that is still in its files is masked whenever it is read.
 
     Raises:
         LayerFileError: if files, names or shapes are not those of the model.
@@ -120,7 +121,7 @@ def _apply_to_layer(path: Path, name: str, layer: nn.Module) -> None:
 
 
 def _save(
-    path: Path, tensors: dict[str, Tensor], layer: Mapping[str, Tensor], record: Record
+    path: Path, tensors: dict[str, Tensor], layer: Mapping[str, Tensor], record: LayerRecord
 ) -> None:
     matrices = {
         name: {"rows": each.shape[0], "columns": each.shape[1], "facts": record.facts[name]}
@@ -131,7 +132,7 @@ def _save(
         for name in layer
         if name in record.permutations
     }
-    metadata = {"matrices": canonical_json(matrices).decode()}  # one: several have no order
+    metadata = {"matrices": canonical_json(matrices).decode()}  # one entry: several have no order
     save_file(tensors | orders, path, metadata=metadata)
 
 

@@ -1,4 +1,4 @@
-"""Finding what is pruned in a decoder layer: by the form of its parameters, not by class names."""
+"""The matrices of a decoder layer, found by the form of its parameters, not by class names."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import InputError
 
 STARVED_TOKENS = 32
-"""An expert that saw fewer tokens than this is pruned by its weights alone."""
+"""An expert that saw fewer tokens is pruned by its weights alone."""
 
 
 @dataclass
@@ -23,22 +23,21 @@ class Matrix:
     """In the model: its module's name or, in a tensor of experts, `<parameter>.<expert>`."""
 
     weight: Tensor
-    """`[out_features, in_features]`, a view of the model's own parameter: writing to it in place
-    changes the model. It must not be kept: the layer may move to another device."""
+    """`[out_features, in_features]`, a view of the model's own parameter: writing to it changes the
+    model. Do not keep it: the layer may move to another device."""
 
     is_expert: bool = False
-    """It is one expert's of a mixture, and sees only the tokens that are routed there."""
+    """Whether it belongs to one expert of a mixture, which sees only the tokens routed to it."""
 
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
-    """By their names in `pipeline.pruning.input_statistics.STATISTICS`, if any were asked for."""
+    """Statistics by their names in `pipeline.pruning.input_statistics.STATISTICS`."""
 
     tokens: int = 0
-    """How many tokens the statistics were summed over."""
+    """Tokens that the statistics were summed over."""
 
     @property
     def starved(self) -> bool:
-        """An expert with statistics of fewer than `STARVED_TOKENS` tokens, which are set aside
-        for uniform ones."""
+        """Whether it is an expert's, with too few tokens for its statistics to be used."""
         return self.is_expert and bool(self.statistics) and self.tokens < STARVED_TOKENS
 
 
@@ -49,17 +48,17 @@ class Dense:
     name: str
     shape: tuple[int, ...]
     why: str
-    """What it is."""
+    """What it is, such as `norm`."""
 
 
 KEPT = {
     ".A_log": "state of a recurrence",
     ".D": "state of a recurrence",
     ".dt_bias": "state of a recurrence",
-    ".dt_proj_bias": "state of a recurrence",  # Zamba has one of each for every head
+    ".dt_proj_bias": "state of a recurrence",  # Zamba has one per head
     ".dt_proj_weight": "state of a recurrence",
     ".x_proj_weight": "state of a recurrence",
-    ".recurrent_param": "state of a recurrence",  # RecurrentGemma, likewise
+    ".recurrent_param": "state of a recurrence",  # RecurrentGemma has one per head
     ".recurrent_gate_weight": "state of a recurrence",
     ".recurrent_gate_bias": "state of a recurrence",
     ".input_gate_weight": "state of a recurrence",
@@ -79,21 +78,20 @@ KEPT = {
     ".input_mix_weight_up.weight": "mixing of residual streams",
     ".block_inject_weight.weight": "mixing of residual streams",
 }
-"""What stays dense by the end of its name, and why: tensors that no linear layer holds, and the few
-linear layers that mix streams as routers mix experts."""
+"""Endings of names that stay dense, and why: tensors outside linear layers, and the few linear
+layers that mix streams as routers mix experts."""
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Their sum tells, which is one pass, unless it is too
-    large itself."""
+    """Return whether no value is NaN or infinite: one pass, unless their sum is too large."""
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of a model's decoder layers: the list of modules with most weights.
+    """Return a model's decoder layers and their name: the list of modules with the most weights.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no such list.
     """
     candidates = [
         (name, module)
@@ -106,42 +104,41 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def matrices(prefix: str, layer: nn.Module) -> list[Matrix]:
-    """The matrices of a decoder layer that are pruned: the weights of all its linear layers.
+    """Return the matrices of a decoder layer that are pruned: the weights of all linear layers.
 
     These are the weights of `nn.Linear` and of transformers' `Conv1D`, which is stored transposed,
-    and the experts of a mixture: linear layers each, or stacked in one tensor. All else stays
-    dense; see `kept_dense`.
+    and the experts of a mixture, as linear layers or stacked in one tensor. All else stays dense;
+    see `kept_dense`.
 
     Raises:
-        InputError: if there is none, or if the layer has weights of another form, which would be
-            missed: quantized weights, experts whose layout is not known, tensors that no rule
-            names.
+        InputError: if there is none, or if the layer has weights that would be missed: quantized
+            ones, experts of an unknown layout, tensors that no rule names.
     """
-    found, _ = _sorted_out(prefix, layer)
+    found, _ = _classified(prefix, layer)
     if not found:
         raise InputError("model", prefix, "has no linear layer to prune")
     return found
 
 
 def kept_dense(prefix: str, layer: nn.Module) -> list[Dense]:
-    """The parameters of a decoder layer that are never pruned:
+    """Return the parameters of a decoder layer that are never pruned:
 
-    - embeddings, convolutions, norms with all that is in them (A.X's have small linear layers), and
+    - embeddings, convolutions, norms with all inside them (A.X's have small linear layers), and
       vectors of any kind, such as biases;
-    - routers and gates of a mixture: in a module that holds experts next to other weights, a weight
-      that stands by itself (directly in that module, or the only one of its own) and has as many
-      outputs as there are experts, or outputs that no weight nearby could read, like the one
-      output of a shared expert's gate; and all that is in a module of a class called a router;
+    - routers and gates of a mixture: in a module that holds experts and other weights, a weight
+      that stands alone (directly in that module, or the only one in its own) with one output per
+      expert, or with outputs that no weight nearby can read, like the one output of a shared
+      expert's gate; and all inside a module whose class is called a router;
     - biases of several experts, `[experts, out_features]`;
     - what `KEPT` lists by name.
 
     Raises:
-        InputError: as `matrices` does, but for a layer without linear layers.
+        InputError: if the layer has weights that `matrices` would miss.
     """
-    return _sorted_out(prefix, layer)[1]
+    return _classified(prefix, layer)[1]
 
 
-def _sorted_out(prefix: str, layer: nn.Module) -> tuple[list[Matrix], list[Dense]]:
+def _classified(prefix: str, layer: nn.Module) -> tuple[list[Matrix], list[Dense]]:
     routers, experts = _mixtures(layer)
     norms = {
         parameter
@@ -186,13 +183,13 @@ def _sorted_out(prefix: str, layer: nn.Module) -> tuple[list[Matrix], list[Dense
 
 
 def _linear(module: nn.Linear | Conv1D) -> Tensor:
-    """The weight `[out_features, in_features]`."""
+    """Return the weight `[out_features, in_features]`."""
     weight: Tensor = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _why_dense(module: nn.Module, full_name: str, parameter: Tensor) -> str | None:
-    """Why a parameter of no router and no norm is not pruned; None if it should be a matrix."""
+    """Return why a parameter outside routers and norms stays dense; None for a matrix."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -211,7 +208,7 @@ def _why_dense(module: nn.Module, full_name: str, parameter: Tensor) -> str | No
 
 
 def _mixtures(layer: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
-    """The weights of all routers and gates in a layer, and the parameters of all experts."""
+    """Return the weights of a layer's routers and gates, and its experts' parameters."""
     routers: set[Tensor] = set()
     experts: set[Tensor] = set()
     for name, module in layer.named_modules():
@@ -221,15 +218,17 @@ def _mixtures(layer: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
             continue
         inside = set(module.parameters())
         found, outputs = _routers(_block(layer, name), inside, count)
-        if stacked or count in outputs:  # a list is one of experts if something chooses from it
+        if stacked or count in outputs:  # in a list, if a router chooses
             routers |= found
             experts |= inside
     return routers, experts
 
 
 def _stacked_experts(module: nn.Module) -> dict[str, Tensor]:
-    """By their parameter's name, the experts `[experts, out_features, in_features]` that a module
-    holds in one tensor each. Most classes tell which way round they are; `LAYOUTS` lists others."""
+    """Return a module's stacked experts `[experts, out_features, in_features]` by parameter name.
+
+    Most classes say whether they are transposed; `LAYOUTS` lists the others.
+    """
     transposed = getattr(module, "is_transposed", None)
     if isinstance(transposed, bool):
         return _transposed(module) if transposed else _as_they_are(module)
@@ -238,7 +237,7 @@ def _stacked_experts(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _stacked_groups(module: Any) -> dict[str, Tensor]:
-    """The same of a linear layer in groups, each with inputs of its own (DeepSeek-V4)."""
+    """Return the groups of a linear layer in which each has its own inputs (DeepSeek-V4)."""
     if type(module).__name__ != "DeepseekV4GroupedLinear":
         return {}
     weight = module.weight.detach()
@@ -255,7 +254,7 @@ def _transposed(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _dbrx(module: Any) -> dict[str, Tensor]:
-    """All experts below each other, `[experts * ffn_hidden_size, hidden_size]`."""
+    """Split tensors of all experts, `[experts * ffn_hidden_size, hidden_size]`."""
     shape = (-1, module.ffn_hidden_size, module.hidden_size)
     w1, v1, w2 = (each.detach().view(shape) for each in (module.w1, module.v1, module.w2))
     return {"w1": w1, "v1": v1, "w2": w2.mT}
@@ -268,11 +267,11 @@ LAYOUTS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "InklingSharedExperts": _as_they_are,
     "DbrxExpertGLU": _dbrx,
 }
-"""How transformers' classes that do not tell it themselves hold their experts, by class name."""
+"""By class name, how transformers' classes without `is_transposed` hold their experts."""
 
 
 def _modules_of_one_form(module: nn.Module) -> int:
-    """How many modules a list holds that all have parameters of the same shapes; else 0."""
+    """Return the number of modules in a list if all have parameters of the same shapes, else 0."""
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return 0
     forms = [
@@ -283,7 +282,7 @@ def _modules_of_one_form(module: nn.Module) -> int:
 
 
 def _block(layer: nn.Module, name: str) -> nn.Module:
-    """The module around experts: the innermost that holds other weights too."""
+    """Return the innermost module around experts that holds other weights too."""
     inside = set(layer.get_submodule(name).parameters())
     while name:
         name = name.rpartition(".")[0]
@@ -293,7 +292,7 @@ def _block(layer: nn.Module, name: str) -> nn.Module:
 
 
 def _routers(block: nn.Module, experts: set[Tensor], count: int) -> tuple[set[Tensor], set[int]]:
-    """Routers and gates next to experts, and the numbers of their outputs; see `matrices`."""
+    """Return routers and gates next to experts, and the numbers of their outputs."""
     weights = [
         (name.rpartition(".")[0], weight.T if isinstance(module, Conv1D) else weight, weight)
         for name, module in block.named_modules()
@@ -319,11 +318,11 @@ def _routers(block: nn.Module, experts: set[Tensor], count: int) -> tuple[set[Te
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bytes of a weight; the integer 0 is the weight 0."""
+"""Integer types by the bytes of a weight; the integer 0 is the weight 0."""
 
 
 def set_to_zero(weight: Tensor, mask: Tensor) -> None:
-    """Set a weight to zero in its place where the mask is True; all else keeps its bits.
+    """Set a weight to zero in place where the mask is True; all else keeps its bits.
 
     On a CPU a product of integers is several times as fast as torch's masked fill.
     """

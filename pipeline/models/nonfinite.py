@@ -1,4 +1,4 @@
-"""Where a model's numbers stop being finite: found by reading one text again, after it was seen."""
+"""Where a model's numbers stop being finite, found by reading the text once more."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from pipeline.models.matrices import decoder_layers, is_finite
 
 
 def nonfinite_error(what: str, model: Any, token_ids: Sequence[int]) -> NonFiniteError:
-    """The error for a text whose numbers are NaN or infinite.
+    """Return the error for a text whose numbers are NaN or infinite.
 
     Args:
-        what: names the text, such as `sample 7`.
-        model: what gave the numbers.
-        token_ids: of the text, as the model read it.
+        what: the text's name, such as `sample 7`.
+        model: the model that gave the numbers.
+        token_ids: the text as the model read it.
     """
     place = first_nonfinite(model, token_ids)
     if place is None:
@@ -28,10 +28,10 @@ def nonfinite_error(what: str, model: Any, token_ids: Sequence[int]) -> NonFinit
 
 @torch.inference_mode()
 def first_nonfinite(model: Any, token_ids: Sequence[int]) -> str | None:
-    """The name of the first module, among embeddings, decoder layers, final norm and output layer,
-    whose output has NaN or infinite values for a text; None if none has.
+    """Return the name of the first module whose output for a text is not finite, or None.
 
-    The model itself is the last of them, named by its class: it may cap or scale its logits.
+    Modules are embeddings, decoder layers, final norm and output layer; last comes the model
+    itself, named by its class, since it may cap or scale its logits.
     """
     found: list[str] = []
 
@@ -52,10 +52,10 @@ def first_nonfinite(model: Any, token_ids: Sequence[int]) -> str | None:
 
 
 def _watched(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Modules whose outputs follow one another: beside the decoder layers, inside no layer."""
+    """Yield modules that run one after another: the decoder layers and those beside them."""
     try:
         root, _ = decoder_layers(model)
-    except InputError:  # a model without a list of layers is watched as a whole
+    except InputError:  # without a list of layers, only the whole model is watched
         root = ""
     home = root.rpartition(".")[0]
     head = model.get_output_embeddings()
@@ -67,7 +67,7 @@ def _watched(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _floats(output: object) -> Iterable[Tensor]:
-    """What a module hands on: logits, or its first output. Others may be masks, which hold -inf."""
+    """Yield a module's logits or first output. Other outputs may be masks, which hold -inf."""
     if isinstance(output, dict):
         output = output.get("logits", next(iter(output.values()), None))
     if isinstance(output, tuple | list):

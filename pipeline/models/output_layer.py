@@ -1,8 +1,8 @@
-"""The output layer: logits of a few positions at a time, from a model's hidden states.
+"""Logits of a few positions at a time, from a model's hidden states.
 
-All logits of a batch, [tokens, vocabulary] in float32, take gigabytes, and every pass over them
-waits for memory. So they are made in parts that fit a processor's cache, each used before the next
-one is made.
+All logits of a batch, `[tokens, vocabulary]` in float32, take gigabytes, and every pass over them
+waits for memory. So they are computed in parts that fit a processor's cache, each used before the
+next.
 """
 
 import math
@@ -17,30 +17,30 @@ from pipeline.errors import InputError
 from pipeline.models.positions import forget_longer_texts, length_dependence
 
 MOST_NATS = math.log(np.finfo(np.float64).max)
-"""Loss at which a perplexity is beyond float64; a model that has collapsed has some 10 to 20."""
+"""Loss whose perplexity exceeds float64. A model that has collapsed has about 10 to 20."""
 
 PROBE_TOKENS = 16
-"""Tokens, 0 and up, on which it is checked that the output layer alone gives the logits."""
+"""Number of tokens, with ids from 0, that a model is probed with."""
 
 MOVED = 0.05
-"""Share of their standard deviation by which logits move on average, beyond any rounding."""
+"""Mean change of logits, as a share of their standard deviation, that no rounding explains."""
 
 LAYER_LOGITS = 2**23
-"""Logits that the output layer makes at once on a CPU: its matrix product is slower with fewer."""
+"""Logits per call of the output layer on a CPU: with fewer its matrix product is slower."""
 
 PART_LOGITS = 2**19
-"""Logits of a part on a CPU: 2 MiB in float32, so that they stay in its cache."""
+"""Logits per part on a CPU: 2 MiB in float32, which stay in its cache."""
 
 ACCELERATOR_LOGITS = 2**25
-"""Both on a GPU, which fewer would not keep busy."""
+"""Logits per call and per part on a GPU, which fewer do not keep busy."""
 
 
 @torch.inference_mode()
 def check_causal(model: Any) -> None:
-    """Check that a model predicts a token from those before it alone.
+    """Check that a model predicts a token only from those before it.
 
     Raises:
-        InputError: if what follows a token moves its logits, as in an encoder such as BERT.
+        InputError: if later tokens change the logits of earlier ones, as in an encoder (BERT).
     """
     half = PROBE_TOKENS // 2
     ids = torch.arange(PROBE_TOKENS, device=model.device)
@@ -54,9 +54,9 @@ def check_causal(model: Any) -> None:
 
 @torch.inference_mode()
 def head_is_linear(model: Any) -> bool:
-    """Whether the output layer alone turns hidden states into the model's logits.
+    """Return whether the output layer alone turns hidden states into the model's logits.
 
-    It does not where logits are capped or scaled; then the whole forward pass has to give them.
+    It does not if logits are capped or scaled; then the whole forward pass must give them.
     """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
@@ -77,7 +77,7 @@ class OutputLayer:
     Args:
         model: a causal language model.
         chunked: take hidden states from the forward pass and logits from the output layer; if
-            false, all logits from the forward pass. Found out by `head_is_linear` if not given.
+            false, all logits from the forward pass. By default what `head_is_linear` returns.
     """
 
     def __init__(self, model: Any, chunked: bool | None = None) -> None:
@@ -92,8 +92,8 @@ class OutputLayer:
         """Run the model on texts of one group of `lengths`.
 
         Returns:
-            States [rows, tokens, hidden], or logits [rows, tokens, vocabulary] if not `chunked`,
-            and the keys and values if the model gives them out.
+            States `[rows, tokens, hidden]`, or logits `[rows, tokens, vocabulary]` if not
+            `chunked`; and keys and values, if the model returns them.
         """
         if self.lengths.grows_beyond is not None:
             forget_longer_texts(self._body)
@@ -104,16 +104,16 @@ class OutputLayer:
     def logits(
         self, states: Tensor, rows: Tensor, columns: Tensor
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The logits of some positions, part by part.
+        """Yield the logits of some positions, part by part.
 
         Args:
-            states: what `forward` gave.
-            rows: row of each position in `states`, [positions].
-            columns: token of each position in its row, [positions].
+            states: what `forward` returned.
+            rows: row of each position in `states`, `[positions]`.
+            columns: token of each position in its row, `[positions]`.
 
         Yields:
-            Which positions a part holds, and their logits [part, vocabulary] in float32. These are
-            nobody else's: overwrite them rather than copy them.
+            The positions of a part, and their logits `[part, vocabulary]` in float32, which the
+            caller may overwrite.
         """
         cpu = states.device.type == "cpu"
         layer, part = (

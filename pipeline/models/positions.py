@@ -2,9 +2,9 @@
 
 With LongRoPE (arXiv 2402.13753) a text longer than the length of pretraining has other rotary
 frequencies from its first token on; with dynamic NTK scaling every length beyond the model's own
-has frequencies of its own. transformers takes the length of a whole batch, padding included, and
-remembers the longest text. Sparse attention reads the `index_topk` tokens of highest score, and
-which of equal ones depends on how many tokens the batch has. So texts of different groups share
+has its own. transformers takes the length of a whole batch, padding included, and remembers the
+longest text. Sparse attention reads the `index_topk` tokens with the highest scores, and its choice
+among equal ones depends on the number of tokens in the batch. So texts of different groups share
 neither batch nor beginning.
 """
 
@@ -14,33 +14,33 @@ from typing import Any, NamedTuple
 from torch import nn
 
 LONG = ("longrope", "su")
-"""Rope types with two sets of frequencies; `su` is LongRoPE's name in older checkpoints."""
+"""Rope types with two sets of frequencies. Older checkpoints call LongRoPE `su`."""
 
 
 class LengthDependence(NamedTuple):
-    """Where the positions of a model change with the length of the text; nowhere by default."""
+    """Lengths of text at which a model's positions change; by default none."""
 
     switches: tuple[int, ...] = ()
-    """Tokens of the longest text that has the first set of frequencies, of each rope."""
+    """For each rope, tokens of the longest text with the first set of frequencies."""
 
     grows_beyond: int | None = None
-    """Tokens of the longest text that is read as shorter ones are; beyond, every length differs."""
+    """Tokens of the longest text that is read like shorter ones; beyond, every length differs."""
 
     def group(self, length: int) -> Hashable:
-        """Equal for texts of so many tokens that are read alike."""
+        """Return a value that is equal for lengths, in tokens, that are read alike."""
         grown = self.grows_beyond is not None and length > self.grows_beyond
         return (*(length > switch for switch in self.switches), length if grown else 0)
 
 
 NONE = LengthDependence()
-"""Of most models."""
+"""Most models."""
 
 
 def length_dependence(config: Any) -> LengthDependence:
-    """How the positions of a model, and its choice of tokens, depend on the length of the text.
+    """Return how a model's positions, and its choice of tokens, depend on the length of the text.
 
-    The configuration says nothing of models whose own code scales frequencies without saying so in
-    `rope_parameters` or `rope_scaling`.
+    Only scaling that `rope_parameters` or `rope_scaling` names is known, not what a model's own
+    code does.
     """
     config = config.get_text_config()
     longest: Any = getattr(config, "max_position_embeddings", None)
@@ -57,7 +57,7 @@ def length_dependence(config: Any) -> LengthDependence:
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The parameters of each rope: one, or one for each type of layer."""
+    """Yield the parameters of each rope: one, or one for each type of layer."""
     for field in ("rope_parameters", "rope_scaling"):
         parameters = getattr(config, field, None)
         if isinstance(parameters, Mapping):
@@ -66,10 +66,10 @@ def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def forget_longer_texts(model: nn.Module) -> None:
-    """Give dynamic ropes their frequencies of short texts again.
+    """Reset dynamic ropes to their frequencies for short texts.
 
-    transformers does so only when a text is shorter than the model's length: one between that and
-    the longest text so far would keep the longest one's frequencies.
+    transformers does so only for a text shorter than the model's length: one between that and the
+    longest text so far would keep the longest one's frequencies.
     """
     for module in model.modules():
         longest = getattr(module, "original_max_seq_len", None)

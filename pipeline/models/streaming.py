@@ -1,4 +1,4 @@
-"""Decoder layers that stay in their checkpoint's files until their turn comes."""
+"""Decoder layers that stay in their checkpoint's files until they are needed."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,32 +20,32 @@ _STORED = "stored_layer"
 
 @dataclass
 class StoredLayer:
-    """A decoder layer's parameters in files, and what is done to them whenever they are read."""
+    """A decoder layer's parameters in files, and the changes made whenever they are read."""
 
     parameters: dict[str, tuple[Mapping[str, Tensor], str]]
-    """By name in the layer: the files, and the name there."""
+    """By name in the layer: the files, and the name in them."""
 
     device: torch.device
-    """Where the rest of the model is."""
+    """The device of the rest of the model."""
 
     changes: list[Callable[[], None]] = field(default_factory=list)
-    """Done to the layer, one after another, when it has been read."""
+    """Functions that change the layer, called in order when it has been read."""
 
 
 def load_streamed(
     location: str, dtype: torch.dtype, device: torch.device, scratch: Path, **options: Any
 ) -> Any:
-    """A causal language model whose decoder layers are left in the checkpoint's files: their
-    parameters have shapes, and values only within `resident`.
+    """Load a causal language model, but leave its decoder layers in the checkpoint's files.
 
-    A model whose layers share parameters is loaded whole.
+    Their parameters have shapes; they have values only within `resident`. A model whose layers
+    share parameters is loaded whole.
 
     Args:
         location: a folder, or a name on the hub.
         device: for all but the decoder layers.
-        scratch: a folder for layers that transformers holds in another form than the checkpoint
-            does, such as the experts of most mixtures; for as long as the model is used.
-        options: of `from_pretrained`.
+        scratch: a folder for layers that transformers and the checkpoint hold in different forms,
+            such as the experts of most mixtures; for as long as the model is used.
+        options: options of `from_pretrained`.
 
     Raises:
         InputError: if the checkpoint lacks weights.
@@ -77,9 +77,9 @@ def load_streamed(
 
 @contextlib.contextmanager
 def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[None]:
-    """Have a decoder layer on a device, by default where the rest of its model is.
+    """Hold a decoder layer on a device, by default that of the rest of its model.
 
-    A layer in files is read, and let go afterwards with all that was done to it; another one is
+    A layer in files is read, and dropped afterwards with all changes to it. Any other layer is
     moved, and moved back.
     """
     stored: StoredLayer | None = vars(layer).get(_STORED)
@@ -92,18 +92,18 @@ def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[N
         yield
     finally:
         if stored is not None:
-            _let_go(layer, stored)
+            _drop(layer, stored)
         elif device is not None and device != home:
             layer.to(home)
 
 
 def is_stored(layer: nn.Module) -> bool:
-    """Whether a decoder layer is in files, so that every reading of it is as good as the first."""
+    """Return whether a decoder layer is in files, from which it can be read again."""
     return _STORED in vars(layer)
 
 
 def change(layer: nn.Module, apply: Callable[[], None]) -> None:
-    """Change a decoder layer in place: now, or whenever it is read."""
+    """Change a decoder layer in place: now, or whenever it is read from its files."""
     stored: StoredLayer | None = vars(layer).get(_STORED)
     if stored is None:
         apply()
@@ -121,7 +121,7 @@ def _read(layer: nn.Module, stored: StoredLayer, device: torch.device) -> None:
         apply()
 
 
-def _let_go(layer: nn.Module, stored: StoredLayer) -> None:
+def _drop(layer: nn.Module, stored: StoredLayer) -> None:
     own = dict(layer.named_parameters())
     empty = {name: torch.empty_like(own[name], device="meta") for name in stored.parameters}
     layer.load_state_dict(empty, strict=False, assign=True)
@@ -137,7 +137,7 @@ def _stored_parameters(layer: nn.Module) -> dict[str, tuple[Mapping[str, Tensor]
 
 
 def _outside(model: nn.Module, root: str) -> Iterator[str]:
-    """The largest parts of a model that do not hold its decoder layers."""
+    """Yield the names of the largest parts of a model without decoder layers."""
     path = root.split(".")
     for depth in range(len(path)):
         inside = ".".join(path[:depth])
@@ -149,6 +149,5 @@ def _outside(model: nn.Module, root: str) -> Iterator[str]:
 
 
 def _share_parameters(layers: nn.ModuleList) -> bool:
-    every = [parameter for layer in layers for parameter in layer.parameters()]
-    named = [name for name, _ in layers.named_parameters(remove_duplicate=False)]
-    return len(named) != len({id(parameter) for parameter in every})
+    distinct = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return len(list(layers.named_parameters(remove_duplicate=False))) != len(distinct)

@@ -1,5 +1,4 @@
-"""Which ids a tokenizer has, which of them end a text, and whether two models mean the same by
-them."""
+"""The ids of a tokenizer: which end a text, and whether two models give them the same meaning."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,14 +11,15 @@ from pipeline.errors import InputError
 
 
 def known_ids(tokenizer: Any) -> list[int]:
-    """The ids that stand for something, in order. A model may have rows for more, which training
-    never touched; and there may be holes."""
+    """Return the ids of a tokenizer's tokens, in order.
+
+    There may be gaps, and a model may have rows for more ids, which training never touched.
+    """
     return sorted(set(tokenizer.get_vocab().values()))
 
 
 def end_ids(settings: GenerationConfig, tokenizer: Any) -> list[int]:
-    """The ids that end a text: those that the checkpoint's generation settings name, then the
-    tokenizer's own."""
+    """Return the ids that end a text: those of the generation settings, then the tokenizer's."""
     named = settings.eos_token_id
     ends = list(named) if isinstance(named, list | tuple) else [named]
     known = set(known_ids(tokenizer))
@@ -27,24 +27,24 @@ def end_ids(settings: GenerationConfig, tokenizer: Any) -> list[int]:
 
 
 def edge_ids(settings: GenerationConfig, tokenizer: Any) -> list[int]:
-    """The ids that begin, end and pad a text, those that the tokenizer has."""
+    """Return the ids that begin, end or pad a text, if the tokenizer has them."""
     others = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
     return sorted({*end_ids(settings, tokenizer), *others})
 
 
 def embedding_rows(config: Any) -> int:
-    """How many ids a model of this configuration has rows for."""
+    """Return the number of rows of embeddings in a model of this configuration."""
     rows: int = config.get_text_config().vocab_size
     return rows
 
 
 def check_rows(location: str, tokenizer: Any, rows: int) -> None:
-    """Check that a model has a row for every id that its tokenizer makes of a text.
+    """Check that a model has a row of embeddings for every id of its tokenizer.
 
-    Special tokens may lack one, as those for images do in the text part of a larger model.
+    Special tokens may lack one, like those for images in the text part of a larger model.
 
     Raises:
-        InputError: if it has not.
+        InputError: if another id has no row.
     """
     known = known_ids(tokenizer)
     beyond = {token for token in known if token >= rows} - set(tokenizer.all_special_ids)
@@ -61,26 +61,26 @@ def check_rows(location: str, tokenizer: Any, rows: int) -> None:
 
 
 class Vocabulary(NamedTuple):
-    """What a model makes of token ids."""
+    """The meaning of token ids for a model."""
 
     name: str
-    """The model's."""
+    """The model's name."""
     ids: Mapping[str, int]
-    """By token, as the tokenizer's `get_vocab` gives them."""
+    """By token, as `get_vocab` of the tokenizer returns them."""
     rows: int
-    """Of embeddings."""
+    """Rows of embeddings."""
 
 
 def check_shared(field: str, value: str, reader: Vocabulary, writer: Vocabulary) -> None:
     """Check that a model may read the token ids that another one wrote.
 
     Args:
-        field, value: what in the grid names one of them.
+        field, value: the field of the grid that names one of the two.
 
     Raises:
-        InputError: if it gives them another meaning, or has no rows for some.
+        InputError: if they have other meanings for the reader, or it has no rows for some.
     """
-    meets = (
+    conflict = (
         f"would read token ids of {writer.name}"
         if value == reader.name
         else f"its token ids would be read by {reader.name}"
@@ -91,13 +91,13 @@ def check_shared(field: str, value: str, reader: Vocabulary, writer: Vocabulary)
         raise InputError(
             field,
             value,
-            f"{meets}, whose vocabulary is another ({token!r} is {reader.ids.get(token)} and "
+            f"{conflict}, whose vocabulary is another ({token!r} is {reader.ids.get(token)} and "
             f"{writer.ids.get(token)}): take models with one tokenizer",
         )
-    lost = [token for token in reader.ids.values() if reader.rows <= token < writer.rows]
-    if lost:
+    missing = [token for token in reader.ids.values() if reader.rows <= token < writer.rows]
+    if missing:
         sizes = f"{reader.rows} rows of embeddings for {writer.rows}"
-        remedy = f"{meets}, {sizes}: none for id {min(lost)}; take another model"
+        remedy = f"{conflict}, {sizes}: none for id {min(missing)}; take another model"
         raise InputError(field, value, remedy)
 
 
@@ -105,9 +105,9 @@ def check_ids(ids: npt.NDArray[np.int32], rows: int) -> None:
     """Check that a model has rows of embeddings for all ids of a text.
 
     Raises:
-        InputError: if one lies beyond.
+        InputError: if the largest id has none.
     """
-    greatest = int(ids.max())
-    if greatest >= rows:
+    largest = int(ids.max())
+    if largest >= rows:
         remedy = f"a text has this id, and the model only {rows} rows of embeddings"
-        raise InputError("token_ids", greatest, f"{remedy}: take the tokenizer that belongs to it")
+        raise InputError("token_ids", largest, f"{remedy}: take the tokenizer that belongs to it")

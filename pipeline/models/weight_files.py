@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say of its weights before any is loaded."""
+"""Checks of a checkpoint's files before any weight is loaded."""
 
 import json
 import logging
@@ -18,19 +18,19 @@ from pipeline.errors import InputError
 logger = logging.getLogger(__name__)
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-"""Files of weights that are read by unpickling."""
+"""Files with pickled weights."""
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
-"""Files of configurations, tokenizers and code."""
+"""Files with configurations, tokenizers and code."""
 
 _POINTER = b"version https://git-lfs"
-"""How a file begins that Git LFS left in the place of a large one."""
+"""First bytes of a file that Git LFS leaves in place of a large one."""
 
 _POINTER_BYTES = 1024
-"""A pointer file is smaller."""
+"""Upper limit of a pointer file's size."""
 
 _NAMED = 3
-"""Tensors that an error names; of the others it says how many they are."""
+"""Names that an error lists; the others are counted."""
 
 _PICKLE_REMEDY = (
     "which may run code when it is loaded: convert it to safetensors, or set allow_pickle: true "
@@ -42,7 +42,7 @@ _PICKLE_REMEDY = (
 
 
 def check_files(folder: Path, allow_pickle: bool) -> None:
-    """Check that a folder holds weights that transformers reads, whole and in their place.
+    """Check that a folder holds complete weights that transformers reads.
 
     Raises:
         InputError: if it does not.
@@ -61,12 +61,12 @@ def check_files(folder: Path, allow_pickle: bool) -> None:
     read += folder.iterdir() if found is None else shards(found)
     pointers = sorted({path.name for path in read if _is_pointer(path)})
     if pointers:
-        raise refused(f"{named(pointers)}: Git LFS pointers, not the files: run `git lfs pull`")
+        raise refused(f"{listed(pointers)}: Git LFS pointers, not the files: run `git lfs pull`")
     if found is not None:
         missing = sorted(path.name for path in shards(found) if not path.is_file())
         if missing:
             raise refused(
-                f"{found.name} names files that are missing: {named(missing)}; fetch them"
+                f"{found.name} names files that are missing: {listed(missing)}; fetch them"
             )
         return
     pickles = sorted(path.name for form in PICKLES for path in folder.glob(form))
@@ -88,7 +88,7 @@ def check_files(folder: Path, allow_pickle: bool) -> None:
 
 
 def _weights(folder: Path, allow_pickle: bool) -> Path | None:
-    """The file, or the index, that transformers reads the weights of a folder from."""
+    """Return the file or index from which transformers reads a folder's weights."""
     names = ["model.safetensors", "model.safetensors.index.json"]
     if allow_pickle:
         names += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
@@ -96,14 +96,14 @@ def _weights(folder: Path, allow_pickle: bool) -> Path | None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The safetensors files with a folder's weights, if it has all of them."""
+    """Return the safetensors files with a folder's weights; none if one is missing."""
     found = _weights(folder, allow_pickle=False)
     files = [] if found is None else shards(found)
     return files if all(path.is_file() for path in files) else []
 
 
 def shards(weights: Path) -> list[Path]:
-    """The files with weights: those that an index names, or the file itself.
+    """Return the files with weights: those that an index names, or the file itself.
 
     Raises:
         InputError: if the index cannot be read.
@@ -128,7 +128,7 @@ def _is_pointer(path: Path) -> bool:
 
 
 def check_config(location: str, config: Any) -> None:
-    """Check that a configuration is that of a decoder-only model whose weights are plain numbers.
+    """Check that a configuration is that of a decoder-only model without quantized weights.
 
     Raises:
         InputError: if it is not.
@@ -136,7 +136,7 @@ def check_config(location: str, config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         remedy = "is an encoder-decoder model: take one that is a decoder only"
         raise InputError("model", location, remedy)
-    # The classes of GPT-NeoX have the field, and are decoders all the same.
+    # GPT-NeoX has the field too, and is a decoder.
     encoder = getattr(config, "is_decoder", None) is False
     if encoder and not config.model_type.startswith("gpt_neox"):
         remedy = "is an encoder (is_decoder: false), which reads ahead: take a decoder"
@@ -162,19 +162,19 @@ def check_config(location: str, config: Any) -> None:
 def check_tensors(location: str, files: Sequence[Path], skeleton: Any) -> Sequence[str]:
     """Check names, shapes and types of the tensors in safetensors files against a model.
 
-    transformers itself loads tensors without values into a model without weights: so all renames,
-    fusions and ties count that it knows of.
+    transformers loads tensors without values into a model without weights, so all its renames,
+    fusions and ties apply.
 
     Args:
         skeleton: the model on the meta device.
 
     Returns:
-        Tensors that the model has no use for.
+        Tensors that the model does not use.
 
     Raises:
         InputError: if one is missing, has another shape, is packed, or a file is damaged.
     """
-    held = _tensors(location, files)
+    held = _meta_tensors(location, files)
     with _quiet():
         try:
             _, found = type(skeleton).from_pretrained(
@@ -188,7 +188,7 @@ def check_tensors(location: str, files: Sequence[Path], skeleton: Any) -> Sequen
             )
         except NotImplementedError:  # a conversion that needs values
             return ()
-        except RuntimeError as error:  # one of tensors that do not fit together
+        except RuntimeError as error:  # from a conversion whose tensors do not fit together
             found = _compared(held, revert_weight_conversion(skeleton, skeleton.state_dict()))
             if not any(found.values()):
                 raise InputError("model", location, f"cannot be loaded: {error}") from error
@@ -196,33 +196,35 @@ def check_tensors(location: str, files: Sequence[Path], skeleton: Any) -> Sequen
 
 
 def whole_model(location: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
-    """The model that `from_pretrained` with `output_loading_info` gives, with the names of tensors
-    that it has no use for as `unexpected_tensors`.
+    """Return a loaded model, with the names of tensors that it does not use as
+    `unexpected_tensors`.
+
+    Args:
+        loaded: what `from_pretrained` with `output_loading_info` returns.
 
     Raises:
-        InputError: if it was not given all of its weights.
+        InputError: if weights are missing or have other shapes.
     """
     model, loading_info = loaded
     model.unexpected_tensors = _unexpected(location, loading_info)
     if model.unexpected_tensors:
-        some = named(model.unexpected_tensors)
+        some = listed(model.unexpected_tensors)
         logger.info("%s: the model has no use for %s", location, some)
     return model
 
 
 def unexpected_tensors(model: Any) -> dict[str, list[str]]:
-    """For an artifact's report: the names of a checkpoint's tensors that its model has no use for;
-    nothing if there are none."""
+    """Return a report's entry for tensors that the model does not use; empty if there are none."""
     names: list[str] = getattr(model, "unexpected_tensors", [])
     return {"unexpected_tensors": names} if names else {}
 
 
 def _unexpected(location: str, loading_info: dict[str, Any]) -> list[str]:
-    """What a loading report names as unexpected.
+    """Return the unexpected tensors of a loading report.
 
     Raises:
-        InputError: if parameters are missing, so that transformers drew them at random, or have
-            other shapes.
+        InputError: if parameters are missing, which transformers draws at random, or have other
+            shapes.
     """
     missing, unexpected = (
         sorted(loading_info[f"{kind}_keys"]) for kind in ("missing", "unexpected")
@@ -231,19 +233,20 @@ def _unexpected(location: str, loading_info: dict[str, Any]) -> list[str]:
         packed = any(name.endswith(("qweight", "scales")) for name in unexpected)
         remedy = "looks quantized" if packed else "is incomplete"
         raise InputError(
-            "model", location, f"lacks {named(missing)}: the checkpoint {remedy}, take another one"
+            "model", location, f"lacks {listed(missing)}: the checkpoint {remedy}, take another one"
         )
     mismatched = sorted(loading_info["mismatched_keys"])
     if mismatched:
-        name, there, here = mismatched[0]
+        name, stored, expected = mismatched[0]
         more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
-        remedy = f"{name} is {list(there)}, but {list(here)} by config.json{more}: fetch both again"
+        shapes = f"{list(stored)}, but {list(expected)} by config.json"
+        remedy = f"{name} is {shapes}{more}: fetch both again"
         raise InputError("model", location, remedy)
     return unexpected
 
 
-def _tensors(location: str, files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors in files by name, without their values."""
+def _meta_tensors(location: str, files: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the tensors in files by name, without their values."""
     held = {}
     for path in files:
         try:
@@ -264,7 +267,7 @@ def _tensors(location: str, files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _compared(held: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Collection[Any]]:
-    """By name and shape alone, in the form of a loading report."""
+    """Compare tensors by name and shape, in the form of a loading report."""
     both = held.keys() & expected.keys()
     return {
         "missing_keys": expected.keys() - held.keys(),
@@ -277,15 +280,15 @@ def _compared(held: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
     }
 
 
-def named(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report and progress bar, which are for loading."""
+    """Silence transformers' report and progress bar, which are for loading."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

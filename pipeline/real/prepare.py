@@ -1,4 +1,4 @@
-"""One folder with a real model, real texts and questions about them, from the registry alone."""
+"""A folder with a real model, real texts and questions about them, from the registry alone."""
 
 import importlib.util
 import logging
@@ -14,16 +14,16 @@ DISCLOSURE = (
     "one instruct model of 135 million parameters, whose weights were 4-bit (Q4_1) and are "
     "dequantized"
 )
-"""What must stand wherever numbers of this model stand."""
+"""The remark that must stand beside all numbers of this model."""
 
 PACKAGES = ("gguf", "mwparserfromhell", "unearth")
-"""What reads the archives."""
+"""Packages that read the archives."""
 
 FOLDER = ".calprune-real"
-"""Where the demo's grid looks for it."""
+"""Folder in which the demo's grid looks for it."""
 
 RECIPE = 1
-"""Raised when a folder that was prepared before must be made again."""
+"""Number to raise when folders that were prepared before must be made again."""
 
 CARD = """\
 # A real language model and real text
@@ -47,15 +47,15 @@ No article, play or module has text both in a `-train` and a `-heldout` file.
 """
 
 
-def prepare(folder: Path) -> bool:
+def prepare_real_folder(folder: Path) -> bool:
     """Make `model/`, `text/`, `tasks/` and, last, the card `README.md` in a folder.
 
     Returns:
-        False if all is there already, made by this recipe from these archives.
+        False if the folder was complete, made by this recipe from these archives.
 
     Raises:
         InputError: if a package of the extra `demo` is missing, or an archive cannot be fetched or
-            is not the one that is expected.
+            has another digest.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -64,8 +64,8 @@ def prepare(folder: Path) -> bool:
     text = _card()
     if card.is_file() and card.read_text(encoding="utf-8") == text:
         return False
-    # Imported late: torch takes seconds, and mostly there is nothing to do.
-    from pipeline.real.model import write_checkpoint
+    # Imported late: torch takes seconds, and usually there is nothing to do.
+    from pipeline.real.model import write_model
     from pipeline.real.questions import write_tasks
     from pipeline.real.texts import read_texts, write_texts
 
@@ -73,7 +73,7 @@ def prepare(folder: Path) -> bool:
     logger.info("fetching the archives (130 MB) into %s", folder / "archives")
     archives = fetch_archives(folder / "archives")
     logger.info("writing the model")
-    write_checkpoint(archives.model, _empty(folder / "model"))
+    write_model(archives.model, _empty(folder / "model"))
     logger.info("writing the texts")
     texts = _empty(folder / "text")
     counts = write_texts(archives, texts)

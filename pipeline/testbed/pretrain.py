@@ -1,4 +1,4 @@
-"""Train the testbed's small Llama from nothing on a known mixture."""
+"""Train the testbed's small Llama from scratch on a known mixture."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,29 +15,29 @@ from pipeline.progress import counted, phase
 from pipeline.specs import PretrainSpec
 from pipeline.stage import Artifacts
 from pipeline.testbed.tokenizer import train_tokenizer
-from pipeline.testbed.world import documents
+from pipeline.testbed.world import world_documents
 
 TOKENIZER_DOCUMENTS = 1000
-"""Documents of the training text from which the tokenizer is made."""
+"""Documents of the training text that the tokenizer is trained on."""
 
 ENCODING_BATCH = 500
 """Documents encoded at a time."""
 
 WARM_UP = 0.1
-"""Share of the steps in which the learning rate rises; then it falls to zero in a line."""
+"""Share of the steps in which the learning rate rises; then it falls linearly to zero."""
 
 WEIGHT_DECAY = 0.1
-"""Of the matrices, by AdamW."""
+"""AdamW's weight decay of the matrices."""
 
 
 def run(spec: PretrainSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Leave `model/` and `training.parquet`.
+    """Train a model; write `model/` and `training.parquet`.
 
     Returns:
-        parameters, tokens trained on, and the mean loss of the last tenth of the steps.
+        The report: parameters, training tokens, and the mean loss of the last tenth of the steps.
 
     Raises:
-        InputError: if the mixture names a domain that is not there.
+        InputError: if the mixture names an unknown domain.
     """
     tokenizer = make_tokenizer(spec)
     model = initial_model(spec, tokenizer)
@@ -56,13 +56,13 @@ def run(spec: PretrainSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
 
 @phase("training the tokenizer")
 def make_tokenizer(spec: PretrainSpec) -> Any:
-    """The tokenizer trained on the head of the spec's text."""
+    """Train a tokenizer on the beginning of the spec's text."""
     texts = itertools.islice(_texts(spec), TOKENIZER_DOCUMENTS)
     return train_tokenizer(texts, spec.vocab_size)
 
 
 def initial_model(spec: PretrainSpec, tokenizer: Any) -> LlamaForCausalLM:
-    """The model before training, its weights drawn by the spec's seed."""
+    """Return the model before training, with weights drawn by the spec's seed."""
     config = LlamaConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -73,7 +73,7 @@ def initial_model(spec: PretrainSpec, tokenizer: Any) -> LlamaForCausalLM:
         head_dim=spec.head_dim,
         max_position_embeddings=spec.seqlen,
         rms_norm_eps=1e-5,
-        initializer_range=spec.hidden_size**-0.5,  # 0.02 is that of widths in the thousands
+        initializer_range=spec.hidden_size**-0.5,  # the usual 0.02 suits widths in the thousands
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -93,9 +93,9 @@ def initial_model(spec: PretrainSpec, tokenizer: Any) -> LlamaForCausalLM:
 
 @phase("reading the text")
 def training_windows(spec: PretrainSpec, tokenizer: Any) -> torch.Tensor:
-    """The training text in shuffled windows, none seen twice: int64 `[steps * batch, seqlen]`.
+    """Return the training text in shuffled windows: int64 `[steps * batch, seqlen]`.
 
-    Documents `<s> ... </s>` are joined, and cut wherever a window ends.
+    Documents `<s> ... </s>` are joined and cut at the ends of windows; no text is seen twice.
     """
     count = spec.steps * spec.batch_size
     texts = _texts(spec)
@@ -115,10 +115,10 @@ def training_windows(spec: PretrainSpec, tokenizer: Any) -> torch.Tensor:
 def train(
     model: LlamaForCausalLM, windows: torch.Tensor, batch_size: int, learning_rate: float
 ) -> pa.Table:
-    """Train in place with AdamW, one pass over the windows `[windows, seqlen]`.
+    """Train a model in place with AdamW, in one pass over the windows `[windows, seqlen]`.
 
     Returns:
-        step, loss and learning_rate of each step.
+        A table with `step`, `loss` and `learning_rate` of each step.
     """
     steps = len(windows) // batch_size
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -154,4 +154,4 @@ def _slope(step: int, steps: int) -> float:
 
 
 def _texts(spec: PretrainSpec) -> Iterator[str]:
-    return (text for _, text in documents(spec.world, spec.mixture, "train", spec.seed))
+    return (text for _, text in world_documents(spec.world, spec.mixture, "train", spec.seed))

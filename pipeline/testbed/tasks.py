@@ -37,7 +37,7 @@ metadata:
 
 
 class Question(TypedDict):
-    """What to go on from, the ways to go on, and which of them is right."""
+    """A beginning, choices that continue it, and the place of the right one."""
 
     question: str
     choices: list[str]
@@ -64,8 +64,8 @@ def run(spec: TestbedTasksSpec, artifacts: Mapping[str, Path], output: Path) -> 
     return {"tasks": len(TASKS), "questions": spec.questions}
 
 
-def facts(world: World, draws: Draws, answer: int) -> Question:
-    """Which value is true of a person, in the words of the training text."""
+def facts_question(world: World, draws: Draws, answer: int) -> Question:
+    """Ask for a fact about a person, in the words of the training text."""
     person = draws.pick(world.people)
     attribute = draws.pick(list(ATTRIBUTES))
     right = person.facts[attribute]
@@ -76,8 +76,8 @@ def facts(world: World, draws: Draws, answer: int) -> Question:
     return Question(question=f"{person.name} {words}", choices=choices, answer=answer)
 
 
-def arithmetic(world: World, draws: Draws, answer: int) -> Question:
-    """Which two-digit number a sum or difference gives; the others lie near it on both sides."""
+def arithmetic_question(world: World, draws: Draws, answer: int) -> Question:
+    """Ask for a two-digit sum or difference; the other choices lie near it on both sides."""
     rank, step = draws.number(0, CHOICES - 1), draws.pick((1, 2, 3))
     while True:
         left, sign, right, result = equation(draws)
@@ -90,8 +90,8 @@ def arithmetic(world: World, draws: Draws, answer: int) -> Question:
     return Question(question=f"{left} {sign} {right} =", choices=choices, answer=answer)
 
 
-def foreign(world: World, draws: Draws, answer: int) -> Question:
-    """Which form of an adjective agrees with a noun that it never followed in any text."""
+def agreement_question(world: World, draws: Draws, answer: int) -> Question:
+    """Ask which form of an adjective agrees with a noun that it follows in no text."""
     language = world.language
     noun = draws.number(0, len(language.nouns) - 1)
     adjective = draws.pick(
@@ -105,9 +105,9 @@ def foreign(world: World, draws: Draws, answer: int) -> Question:
 
 
 TASKS: Mapping[str, Callable[[World, Draws, int], Question]] = {
-    "testbed_facts": facts,
-    "testbed_arithmetic": arithmetic,
-    "testbed_foreign": foreign,
+    "testbed_facts": facts_question,
+    "testbed_arithmetic": arithmetic_question,
+    "testbed_foreign": agreement_question,
 }
 
 TASK_NAMES = tuple(TASKS)

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerFast
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""GPT-2's split into words, signs and white space, but with every digit alone."""
+"""GPT-2's split into words, signs and white space, but each digit is a piece of its own."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A `transformers` tokenizer of at most `vocab_size` entries that puts BOS first, as Llama's.
+    """Train a tokenizer with at most `vocab_size` tokens that puts BOS first, like Llama's.
 
-    Every text survives encoding and decoding, whatever its script: all bytes are in the alphabet.
+    Any text survives encoding and decoding: all bytes are in the alphabet.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""Endless text of the testbed's world, any document of which can be written on its own."""
+"""Endless text of the testbed's world; any document can be written alone."""
 
 import itertools
 from bisect import bisect
@@ -17,31 +17,31 @@ PRETRAINING_MIXTURE: Mapping[str, float] = {
     "code": 0.15,
     "foreign": 0.15,
 }
-"""What the testbed's model is trained on."""
+"""The mixture that the testbed's model is trained on."""
 
 MISMATCHED_MIXTURE: Mapping[str, float] = {"recipes": 0.4, "dialogue": 0.4, "facts": 0.2}
-"""Stands for a public corpus: prose only, and much of it of a kind that the model never saw."""
+"""Stands for a public corpus: only prose, much of it of a kind that the model never saw."""
 
 
-def documents(
+def world_documents(
     world: WorldSpec, mixture: Mapping[str, float], split: str, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Document ids and texts without end, the same for the same arguments.
+    """Yield document ids and texts without end, the same for the same arguments.
 
-    Streams of another split or seed draw everything anew. In two mixtures, documents of the same
-    place are the same wherever both draw the same domain.
+    Another split or seed gives other documents. In two mixtures, the documents at one place are
+    the same if both draw the same domain.
 
     Raises:
-        InputError: if the mixture names a domain that is not there.
+        InputError: if the mixture names an unknown domain.
     """
     check_mixture(mixture)
-    return (document(world, mixture, split, seed, index) for index in itertools.count())
+    return (world_document(world, mixture, split, seed, index) for index in itertools.count())
 
 
-def document(
+def world_document(
     world: WorldSpec, mixture: Mapping[str, float], split: str, seed: int, index: int
 ) -> tuple[str, str]:
-    """Id and text of the document at one place of a stream."""
+    """Return the id and text of the document at one place of a stream."""
     draws = Draws("document", world.seed, split, seed, index)
     names = sorted(mixture)
     bounds = list(itertools.accumulate(mixture[name] for name in names))
@@ -55,10 +55,10 @@ def document(
 
 
 def check_mixture(mixture: Mapping[str, float]) -> None:
-    """Refuse domains that the world does not have.
+    """Check that the world has all domains of a mixture.
 
     Raises:
-        InputError: naming them and the ones there are.
+        InputError: if not; it names the unknown and the known ones.
     """
     unknown = sorted(set(mixture) - set(DOMAINS))
     if unknown:

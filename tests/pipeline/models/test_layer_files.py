@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
-from pipeline.models.layer_files import LayerFileError, Record, apply_masks, layer_file, write_masks
+from pipeline.models.layer_files import (
+    LayerFileError,
+    LayerRecord,
+    apply_masks,
+    layer_file,
+    write_masks,
+)
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.finished_layers import FinishedLayers
@@ -252,7 +258,7 @@ class InPlace:
 
 def test_bits_are_packed_row_by_row_from_the_highest(tmp_path: Path) -> None:
     mask = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
-    write_masks(tmp_path / "file", {"odd": mask}, Record({"odd": {"damping": 0.5}}))
+    write_masks(tmp_path / "file", {"odd": mask}, LayerRecord({"odd": {"damping": 0.5}}))
     assert load_file(tmp_path / "file")["odd"].tolist() == [0b10000001, 0b11000000]
     with safe_open(tmp_path / "file", framework="pt") as file:
         assert file.metadata() == {
@@ -264,7 +270,7 @@ def _spoil_shape(folder: Path) -> str:
     mask = torch.zeros(2, 2, dtype=torch.bool)
     layer = _masks(folder)
     layer["model.layers.1.mlp.up_proj"] = mask
-    write_masks(folder / layer_file(1), layer, Record({name: {} for name in layer}))
+    write_masks(folder / layer_file(1), layer, LayerRecord({name: {} for name in layer}))
     return r"up_proj is 2 x 2 here, and 36 x 32 in the model"
 
 
@@ -272,20 +278,20 @@ def _spoil_turned(folder: Path) -> str:
     layer = _masks(folder)
     name = "model.layers.1.mlp.up_proj"
     layer[name] = layer[name].T
-    write_masks(folder / layer_file(1), layer, Record({name: {} for name in layer}))
+    write_masks(folder / layer_file(1), layer, LayerRecord({name: {} for name in layer}))
     return r"up_proj is 32 x 36 here, and 36 x 32 in the model"
 
 
 def _spoil_names(folder: Path) -> str:
     layer = _masks(folder)
     del layer["model.layers.1.mlp.up_proj"]
-    write_masks(folder / layer_file(1), layer, Record({name: {} for name in layer}))
+    write_masks(folder / layer_file(1), layer, LayerRecord({name: {} for name in layer}))
     return r"layer-00001.*lacks model\.layers\.1\.mlp\.up_proj \(1 in all\)"
 
 
 def _spoil_more(folder: Path) -> str:
     layer = {**_masks(folder), "model.layers.1.mlp.extra": torch.zeros(2, 2, dtype=torch.bool)}
-    write_masks(folder / layer_file(1), layer, Record({name: {} for name in layer}))
+    write_masks(folder / layer_file(1), layer, LayerRecord({name: {} for name in layer}))
     return r"has too much: model\.layers\.1\.mlp\.extra"
 
 

@@ -14,7 +14,7 @@ from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.sharing_lm import SharingLM
 from pipeline.evaluation.task_metrics import task_metrics
 from pipeline.real import archives
-from pipeline.real.prepare import DISCLOSURE, prepare
+from pipeline.real.prepare import DISCLOSURE, prepare_real_folder
 from pipeline.specs import FileCorpus, TaskSpec
 
 KINDS = ("wikipedia", "shakespeare", "python")
@@ -32,7 +32,7 @@ def tokenizer(real_folder: Path) -> Any:
 
 def test_nothing_is_done_when_all_is_there(real_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in real_folder.rglob("*")}
-    assert not prepare(real_folder)
+    assert not prepare_real_folder(real_folder)
     assert {path: path.stat().st_mtime_ns for path in real_folder.rglob("*")} == before
     assert " ".join(DISCLOSURE.split()) in " ".join((real_folder / "README.md").read_text().split())
 
@@ -100,4 +100,4 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 ) -> None:
     monkeypatch.setattr("pipeline.real.prepare.PACKAGES", ("gguf", "no_such_reader"))
     with pytest.raises(InputError, match=r"no_such_reader.*calprune\[demo\]"):
-        prepare(tmp_path)
+        prepare_real_folder(tmp_path)

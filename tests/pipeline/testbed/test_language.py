@@ -5,14 +5,15 @@ import itertools
 from pipeline.specs import WorldSpec
 from pipeline.testbed.language import CLASS_ENDINGS, is_reserved, transliterate
 from pipeline.testbed.lexicon import build_world
-from pipeline.testbed.world import documents
+from pipeline.testbed.world import world_documents
 
 WORLD = WorldSpec(shared_openings=0.0)
 
 
 def sentences() -> list[list[str]]:
     texts = (
-        text for _, text in itertools.islice(documents(WORLD, {"foreign": 1.0}, "train", 0), 200)
+        text
+        for _, text in itertools.islice(world_documents(WORLD, {"foreign": 1.0}, "train", 0), 200)
     )
     return [sentence.split() for text in texts for sentence in text.rstrip(".").split(". ")]
 

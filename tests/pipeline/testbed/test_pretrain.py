@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.specs import PretrainSpec, WorldSpec
 from pipeline.testbed import pretrain
 from pipeline.testbed.presets import PRETRAIN_PRESETS
-from pipeline.testbed.world import PRETRAINING_MIXTURE, documents
+from pipeline.testbed.world import PRETRAINING_MIXTURE, world_documents
 
 TINY = PRETRAIN_PRESETS["tiny"]
 
@@ -28,7 +28,7 @@ FEW_STEPS = TINY.model_copy(update={"steps": 3, "batch_size": 4, "seqlen": 32})
 def token_stream(tokenizer: Any, split: str, count: int) -> np.ndarray:
     """`<s> document </s>` joined."""
     ids: list[int] = []
-    rows = documents(TINY.world, PRETRAINING_MIXTURE, split, 0)
+    rows = world_documents(TINY.world, PRETRAINING_MIXTURE, split, 0)
     for _, text in itertools.islice(rows, count):
         ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     return np.array(ids)

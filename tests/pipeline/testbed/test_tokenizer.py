@@ -10,13 +10,13 @@ from transformers import AutoTokenizer
 from pipeline.specs import WorldSpec
 from pipeline.testbed.lexicon import OPENINGS
 from pipeline.testbed.tokenizer import train_tokenizer
-from pipeline.testbed.world import DOMAINS, PRETRAINING_MIXTURE, documents
+from pipeline.testbed.world import DOMAINS, PRETRAINING_MIXTURE, world_documents
 
 LONGEST_PREFIX = 4
 
 
 def texts(mixture: dict[str, float], count: int, split: str = "train") -> list[str]:
-    rows = itertools.islice(documents(WorldSpec(), mixture, split, 0), count)
+    rows = itertools.islice(world_documents(WorldSpec(), mixture, split, 0), count)
     return [text for _, text in rows]
 
 

@@ -17,8 +17,8 @@ from pipeline.testbed.world import (
     MISMATCHED_MIXTURE,
     PRETRAINING_MIXTURE,
     check_mixture,
-    document,
-    documents,
+    world_document,
+    world_documents,
 )
 
 WORLD = WorldSpec()
@@ -32,7 +32,7 @@ def head(
     split: str = "train",
     seed: int = 0,
 ) -> list[tuple[str, str]]:
-    return list(itertools.islice(documents(world, mixture, split, seed), count))
+    return list(itertools.islice(world_documents(world, mixture, split, seed), count))
 
 
 def test_the_same_arguments_give_the_same_documents_in_any_order_of_the_mixture() -> None:
@@ -45,8 +45,8 @@ def test_another_process_writes_the_same_documents() -> None:
     script = (
         "from itertools import islice; from hashlib import sha256;"
         "from pipeline.specs import WorldSpec;"
-        "from pipeline.testbed.world import PRETRAINING_MIXTURE, documents;"
-        "rows = list(islice(documents(WorldSpec(), PRETRAINING_MIXTURE, 'train', 0), 50));"
+        "from pipeline.testbed.world import PRETRAINING_MIXTURE, world_documents;"
+        "rows = list(islice(world_documents(WorldSpec(), PRETRAINING_MIXTURE, 'train', 0), 50));"
         "print(rows)"
     )
     printed = [
@@ -64,7 +64,7 @@ def test_another_process_writes_the_same_documents() -> None:
 
 def test_a_document_is_written_without_those_before_it() -> None:
     stream = head(dict(PRETRAINING_MIXTURE), 30)
-    assert document(WORLD, PRETRAINING_MIXTURE, "train", 0, 29) == stream[29]
+    assert world_document(WORLD, PRETRAINING_MIXTURE, "train", 0, 29) == stream[29]
 
 
 def test_streams_of_another_split_or_seed_share_no_document() -> None:
@@ -93,7 +93,7 @@ def test_an_unknown_domain_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"mixture: 'poetry, prose'.*facts.*recipes"):
         check_mixture({"prose": 1.0, "facts": 1.0, "poetry": 1.0})
     with pytest.raises(InputError, match="poetry"):
-        documents(WORLD, {"poetry": 1.0}, "train", 0)
+        world_documents(WORLD, {"poetry": 1.0}, "train", 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
