@@ -19,7 +19,6 @@ from benchmarks.geometry import Geometry
 from benchmarks.timing import best_of
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
-from pipeline.pruning.pruners import PRUNERS
 from pipeline.pruning.pruners.masks import smallest_in_groups
 from pipeline.specs import Pruner, Uniform
 
@@ -34,7 +33,7 @@ PATTERN = (2, 4)
 GROWTH = (1, 2, 4)
 """Multiples of the layers, and of the windows, over which growth is measured."""
 
-PRUNER_NAMES = [name for name in METHODS if name in PRUNERS]
+PRUNER_NAMES = list(METHODS)
 """The pruners that have a plain counterpart."""
 
 PUBLISHED: dict[str, dict[str, Any]] = {"dsnot": {"keep": "all", "variance": "pooled"}}

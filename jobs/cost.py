@@ -64,20 +64,6 @@ PASSES = {
 """Passes of a token through the model; training's backward pass counts two, and outliers take the
 statistics and the outputs of every layer."""
 
-PRUNE_PASSES = {
-    "magnitude": 0.0,
-    "wanda": 2.0,
-    "ria": 2.0,
-    "dsnot": 2.5,
-    "sparsegpt": 2.7,
-    "alps": 8.0,
-}
-"""Statistics and outputs of every layer, and Hessians; the iterations of ALPS cost more."""
-
-COLUMN_PASSES = {"sparsegpt": 4.0, "alps": 16.0}
-"""Passes of as many tokens as a matrix has inputs, which inverses and the updates of later columns
-cost however few the tokens are."""
-
 LAYERS = 30
 """Of a decoder, about: with its parameters they say how many inputs its matrices have."""
 
@@ -176,7 +162,7 @@ def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> 
     if isinstance(spec, PruneSpec):
         on_core, on_gpu = CHOOSE_SECONDS
         each += on_gpu if resources.gpus else on_core / resources.cpus
-        tokens += COLUMN_PASSES.get(spec.pruner.name, 0.0) * math.sqrt(size / (12 * LAYERS))
+        tokens += spec.pruner.column_passes * math.sqrt(size / (12 * LAYERS))
     passes = 2.0 * size * tokens / rate(_stage(spec), cost, resources)
     return FIXED_SECONDS[_stage(spec)] + each * size + passes
 
@@ -234,7 +220,7 @@ def _stage(spec: StageSpec) -> str:
 
 def _passes(spec: StageSpec) -> float:
     if isinstance(spec, PruneSpec):
-        return PRUNE_PASSES[spec.pruner.name]
+        return spec.pruner.forward_passes
     return PASSES.get(_stage(spec), 0.0)
 
 

@@ -34,8 +34,8 @@ from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.first_layer import FirstLayer
 from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.pruning.outliers import read_outlier_ratios
-from pipeline.pruning.pruners import PRUNERS, PrunerEntry
-from pipeline.pruning.pruners.pruned import Pruned
+from pipeline.pruning.pruners import pruner_for
+from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.reuse import first_layer, streamed
 from pipeline.pruning.sparsity_check import MatrixSparsity, check, measure
 from pipeline.pruning.walk import check_windows, layer_sizes, walk
@@ -115,8 +115,8 @@ def prune_model(
         SparsityError: if a matrix is not as sparse afterwards as it should be.
     """
     pruner.check_pattern(target.pattern is not None)
-    entry = PRUNERS[pruner.name](pruner)
-    if entry.statistics and windows is None:
+    matrix_pruner = pruner_for(pruner)
+    if matrix_pruner.statistics and windows is None:
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
     if windows is not None:
         check_windows(model, windows)
@@ -134,7 +134,7 @@ def prune_model(
                     _check_matrix(matrix, target.pattern)
                     paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
                 dense += kept_dense(f"{root}.{number}", layer)
-    options = entry.options_by_matrix(pruner, paths)
+    options = matrix_pruner.options_by_matrix(pruner, paths)
     allocated = allocate(allocation, target, layer_sizes(model), outlier_ratios)
     measured: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
@@ -149,7 +149,9 @@ def prune_model(
     def visit(number: int, found: list[Matrix]) -> None:
         masks: dict[str, Tensor] = {}
         for matrix in found:
-            pruned = _prune_matrix(matrix, entry, options[matrix.name], allocated.layers[number])
+            pruned = _prune_matrix(
+                matrix, matrix_pruner, options[matrix.name], allocated.layers[number]
+            )
             masks[matrix.name], facts[matrix.name] = pruned.mask, dict(pruned.facts)
             if matrix.starved:
                 facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
@@ -173,7 +175,7 @@ def prune_model(
     walk(
         model,
         windows,
-        entry.statistics,
+        matrix_pruner.statistics,
         visit,
         batch_size,
         device,
@@ -195,11 +197,11 @@ def _check_matrix(matrix: Matrix, pattern: Pattern | None) -> None:
 
 
 def _prune_matrix(
-    matrix: Matrix, entry: PrunerEntry, options: Pruner, target: LayerTarget
+    matrix: Matrix, pruner: MatrixPruner, options: Pruner, target: LayerTarget
 ) -> Pruned:
     weight = matrix.weight
     try:
-        pruned = entry.prune(weight.float().contiguous(), matrix.statistics, target, options)
+        pruned = pruner.prune(weight.float().contiguous(), matrix.statistics, target, options)
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
@@ -208,7 +210,7 @@ def _prune_matrix(
         if not is_finite(weight):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     set_to_zero(weight, pruned.mask)
-    check(matrix.name, weight, pruned.mask, target, entry.counted_per, pruned.permutation)
+    check(matrix.name, weight, pruned.mask, target, pruner.counted_per, pruned.permutation)
     return pruned
 
 
@@ -247,7 +249,7 @@ def run(
     windows = first = None
     if spec.calibration is not None and spec.pruner.calibrated:
         windows = read_windows(artifacts[spec.calibration.key])
-        first = first_layer(spec, PRUNERS[spec.pruner.name](spec.pruner).statistics, artifacts)
+        first = first_layer(spec, pruner_for(spec.pruner).statistics, artifacts)
     outliers = spec.outliers
     report = prune_model(
         model,

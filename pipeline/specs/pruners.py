@@ -20,6 +20,14 @@ class PrunerSpec(Spec):
     updates_weights: ClassVar[bool] = False
     """Whether it changes the weights that it keeps; else masks say all that it does."""
 
+    forward_passes: ClassVar[float] = 2.0
+    """For estimates: its work in passes of the calibration set through the model. Statistics take
+    one, and the outputs of pruned layers another."""
+
+    column_passes: ClassVar[float] = 0.0
+    """For estimates: its work that does not grow with the calibration set, such as an inverse, in
+    passes of as many tokens as a matrix has inputs."""
+
     def check_pattern(self, patterned: bool) -> None:
         """See that the options have a meaning with an N:M pattern, or without one.
 
@@ -33,6 +41,7 @@ class Magnitude(PrunerSpec):
 
     name: Literal["magnitude"] = "magnitude"
     calibrated: ClassVar[bool] = False
+    forward_passes: ClassVar[float] = 0.0
 
 
 class Wanda(PrunerSpec):
@@ -55,6 +64,8 @@ class SparseGPT(PrunerSpec):
     name: Literal["sparsegpt"] = "sparsegpt"
     version: ClassVar[int] = 2
     updates_weights: ClassVar[bool] = True
+    forward_passes: ClassVar[float] = 2.7
+    column_passes: ClassVar[float] = 4.0
 
     damping: float = Field(default=0.01, gt=0.0)
     """Added to the Hessian's diagonal, as a share of its mean."""
@@ -69,6 +80,7 @@ class DSnoT(PrunerSpec):
 
     name: Literal["dsnot"] = "dsnot"
     version: ClassVar[int] = 2
+    forward_passes: ClassVar[float] = 2.5
 
     initial: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
     """Whose score chooses the initial mask, in each row or group; of SparseGPT's the score alone,
@@ -124,6 +136,8 @@ class ALPS(PrunerSpec):
     name: Literal["alps"] = "alps"
     version: ClassVar[int] = 2
     updates_weights: ClassVar[bool] = True
+    forward_passes: ClassVar[float] = 8.0
+    column_passes: ClassVar[float] = 16.0
 
     damping: float = Field(default=0.01, gt=0.0)
     """Added to the Hessian's diagonal, as a share of its mean."""

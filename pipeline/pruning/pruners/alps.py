@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pipeline.models.matrices import is_finite, set_to_zero
 from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.masks import smallest_to_target
-from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import ALPS
 
 FIRST_PENALTY = 0.1
@@ -25,6 +25,11 @@ MAX_ITERATIONS = 300
 
 GRADIENT_STEPS = 10
 """Steps of the conjugate gradients."""
+
+
+def pruner(options: ALPS) -> MatrixPruner:
+    """Return what the walk runs with these options."""
+    return MatrixPruner(prune_by_alps, ("hessian",), "matrix")
 
 
 def prune_by_alps(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.masks import refuse_nan, smallest_in_rows, smallest_to_target
-from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.pruning.pruners.sparsegpt import inverse_factor, score_scale, sparsegpt_scores
 from pipeline.pruning.pruners.wanda import wanda_scores
 from pipeline.specs import DSnoT, SparseGPT
@@ -21,10 +21,11 @@ ATTENTION = ("attention", "attn")
 """What stands in the names of attention modules."""
 
 
-def statistics_of_dsnot(options: DSnoT) -> tuple[str, ...]:
-    """The names of the statistics that `prune_by_dsnot` takes with these options."""
+def pruner(options: DSnoT) -> MatrixPruner:
+    """Return what the walk runs with these options."""
     hessian = ("hessian",) if options.initial == "sparsegpt" else ()
-    return ("squared_norms", "window_sums", _variances(options), *hessian)
+    statistics = ("squared_norms", "window_sums", _variances(options), *hessian)
+    return MatrixPruner(prune_by_dsnot, statistics, "row", options_by_matrix)
 
 
 def options_by_matrix(options: DSnoT, paths: Mapping[str, str]) -> dict[str, DSnoT]:

@@ -5,9 +5,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.masks import smallest_to_target
-from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import Magnitude
+
+
+def pruner(options: Magnitude) -> MatrixPruner:
+    """Return what the walk runs with these options."""
+    return MatrixPruner(prune_by_magnitude, (), "matrix")
 
 
 def prune_by_magnitude(

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.masks import smallest_in_groups, smallest_to_target
 from pipeline.pruning.pruners.permutation import channel_permutation
-from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import RIA
+
+
+def pruner(options: RIA) -> MatrixPruner:
+    """Return what the walk runs with these options."""
+    return MatrixPruner(prune_by_ria, ("squared_norms",), "matrix")
 
 
 def prune_by_ria(

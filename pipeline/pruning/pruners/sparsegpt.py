@@ -10,8 +10,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.models.matrices import is_finite, set_to_zero
 from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.masks import refuse_nan, smallest, smallest_in_columns, zeros_in
-from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import SparseGPT
 
 DAMPING_RAISES = 5
@@ -20,6 +20,11 @@ DAMPING_RAISES = 5
 INNER_COLUMNS = 32
 """Columns of a block of which the earlier errors are taken out together, and their own one by one.
 A pattern has its groups in their place."""
+
+
+def pruner(options: SparseGPT) -> MatrixPruner:
+    """Return what the walk runs with these options."""
+    return MatrixPruner(prune_by_sparsegpt, ("hessian",), "matrix")
 
 
 def prune_by_sparsegpt(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.masks import refuse_nan, smallest_to_target
-from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import Wanda
 
 TOLERANCE = 1e-3
@@ -15,6 +15,11 @@ TOLERANCE = 1e-3
 
 LARGEST_SHARE = 0.8
 """Of a row's score mass that the variant may remove."""
+
+
+def pruner(options: Wanda) -> MatrixPruner:
+    """Return what the walk runs with these options."""
+    return MatrixPruner(prune_by_wanda, ("squared_norms",), None if options.variant else "row")
 
 
 def prune_by_wanda(

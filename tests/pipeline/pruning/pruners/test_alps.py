@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.alps import prune_by_alps
-from pipeline.pruning.pruners.pruned import Pruned
+from pipeline.pruning.pruners.base import Pruned
 from pipeline.pruning.pruners.sparsegpt import prune_by_sparsegpt
 from pipeline.specs import ALPS, Pattern, SparseGPT
 

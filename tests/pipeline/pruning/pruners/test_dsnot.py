@@ -14,9 +14,9 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.input_statistics import STATISTICS
-from pipeline.pruning.pruners import PRUNERS
+from pipeline.pruning.pruners import pruner_for
+from pipeline.pruning.pruners.base import Pruned
 from pipeline.pruning.pruners.dsnot import options_by_matrix
-from pipeline.pruning.pruners.pruned import Pruned
 from pipeline.specs import DSnoT, Pattern
 
 Floats = NDArray[np.float64]
@@ -41,16 +41,16 @@ def prune(
     sparsity: float = 0.5,
     pattern: Pattern | None = None,
 ) -> Pruned:
-    entry = PRUNERS["dsnot"](options)
+    matrix_pruner = pruner_for(options)
     sums = {
         name: STATISTICS[name](inputs.shape[2], len(inputs), inputs.device)
-        for name in entry.statistics
+        for name in matrix_pruner.statistics
     }
     for part in inputs.split(2):
         for statistic in sums.values():
             statistic.update(part)
     results = {name: statistic.value for name, statistic in sums.items()}
-    return entry.prune(weight, results, LayerTarget(sparsity, pattern), options)
+    return matrix_pruner.prune(weight, results, LayerTarget(sparsity, pattern), options)
 
 
 # -------------------------------------------------------------------------------------- the oracle

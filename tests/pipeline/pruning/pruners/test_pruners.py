@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.cost import PRUNE_PASSES
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.input_statistics import STATISTICS
-from pipeline.pruning.pruners import PRUNERS, sparsegpt
-from pipeline.pruning.pruners.pruned import Pruned
+from pipeline.pruning.pruners import pruner_for, sparsegpt
+from pipeline.pruning.pruners.base import Pruned
 from pipeline.pruning.pruners.sparsegpt import inverse_factor
 from pipeline.specs import ALPS, Magnitude, Pattern, Pruner, SparseGPT, Wanda
 
@@ -55,7 +54,7 @@ UNSTRUCTURED = pytest.mark.parametrize(
 )
 EXACT = pytest.mark.parametrize(
     "options",
-    [each for each in VARIANTS if takes(each, None) and PRUNERS[each.name](each).counted_per],
+    [each for each in VARIANTS if takes(each, None) and pruner_for(each).counted_per],
     ids=label,
 )
 PATTERNED = pytest.mark.parametrize(
@@ -64,9 +63,10 @@ PATTERNED = pytest.mark.parametrize(
 
 
 def test_there_are_a_pruner_and_an_estimate_for_every_spec() -> None:
-    assert list(PRUNERS) == [kind().name for kind in CLASSES]
     assert len(VARIANTS) > len(CLASSES) + 5
-    assert set(PRUNE_PASSES) == set(PRUNERS)
+    for options in VARIANTS:
+        assert bool(pruner_for(options).statistics) == options.calibrated
+        assert (options.forward_passes > 0) == options.calibrated
 
 
 def correlated(tokens: int, columns: int, seed: int) -> Tensor:
@@ -88,16 +88,17 @@ def prune(
     sparsity: float,
     pattern: Pattern | None = None,
 ) -> Pruned:
-    entry = PRUNERS[options.name](options)
+    matrix_pruner = pruner_for(options)
     parts = inputs.split(7)
     sums = {
-        key: STATISTICS[key](inputs.shape[1], len(parts), inputs.device) for key in entry.statistics
+        key: STATISTICS[key](inputs.shape[1], len(parts), inputs.device)
+        for key in matrix_pruner.statistics
     }
     for part in parts:
         for statistic in sums.values():
             statistic.update(part[None])
     results = {key: statistic.value for key, statistic in sums.items()}
-    return entry.prune(weight, results, LayerTarget(sparsity, pattern), options)
+    return matrix_pruner.prune(weight, results, LayerTarget(sparsity, pattern), options)
 
 
 def after(weight: Tensor, pruned: Pruned) -> Tensor:
@@ -113,7 +114,7 @@ def error(weight: Tensor, pruned: Pruned, inputs: Tensor) -> float:
 
 def counted(options: Any, sparsity: str, rows: int, columns: int) -> int:
     """Zeros by exact arithmetic, in each row or in the whole matrix."""
-    if PRUNERS[options.name](options).counted_per == "row":
+    if pruner_for(options).counted_per == "row":
         return rows * math.floor(Fraction(sparsity) * columns)
     return math.floor(Fraction(sparsity) * rows * columns)
 
@@ -204,7 +205,7 @@ def test_of_equal_scores_the_first_go(kind: Any) -> None:
     expected = {
         "matrix": ["11111111", "11111111", "00000000", "00000000"],
         "row": ["11110000", "11110000", "11110000", "11110000"],
-    }[PRUNERS[options.name](options).counted_per]
+    }[pruner_for(options).counted_per]
     assert ["".join("01"[value] for value in row) for row in mask.tolist()] == expected
     pairs = prune(options, weight, inputs, 0.5, Pattern(2, 4)).mask
     assert pairs.tolist() == [[True, True, False, False] * 2] * 4
@@ -464,7 +465,7 @@ def test_the_scale_of_the_hessian_does_not_matter_even_with_dead_columns() -> No
     inputs[:, [2, 7, 8]] = 0.0
     hessian = inputs.T @ inputs
     one, two = (
-        PRUNERS["sparsegpt"](SparseGPT()).prune(
+        pruner_for(SparseGPT()).prune(
             weight, {"hessian": scale * hessian}, LayerTarget(0.5), SparseGPT()
         )
         for scale in (1.0, 2.0**-12)
@@ -488,9 +489,7 @@ def test_dead_columns_beyond_the_count_keep_their_weights() -> None:
 def test_a_hessian_that_cannot_be_inverted_is_an_error() -> None:
     broken = {"hessian": -torch.eye(8) * torch.arange(1, 9)}
     with pytest.raises(ValueError, match="cannot be inverted"):
-        PRUNERS["sparsegpt"](SparseGPT()).prune(
-            weights(2, 8, 1), broken, LayerTarget(0.5), SparseGPT()
-        )
+        pruner_for(SparseGPT()).prune(weights(2, 8, 1), broken, LayerTarget(0.5), SparseGPT())
 
 
 def test_a_hessians_factor_is_computed_once_while_it_is_unchanged(

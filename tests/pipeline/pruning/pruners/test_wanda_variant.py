@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning.allocation import LayerTarget
-from pipeline.pruning.pruners import PRUNERS
+from pipeline.pruning.pruners import pruner_for
 from pipeline.pruning.pruners.wanda import prune_by_wanda, wanda_scores
 from pipeline.pruning.sparsity_check import check
 from pipeline.specs import Wanda
@@ -76,7 +76,7 @@ def test_a_sparsity_beyond_the_largest_share_ends_there() -> None:
 def test_its_count_is_not_checked_but_that_the_zeros_are_there_is() -> None:
     weight, squares = example(40, 200, seed=2)
     mask = prune_by_wanda(weight, {"squared_norms": squares}, LayerTarget(0.6), VARIANT).mask
-    counted_per = PRUNERS["wanda"](VARIANT).counted_per
+    counted_per = pruner_for(VARIANT).counted_per
     assert counted_per is None
     check("up_proj", weight.masked_fill(mask, 0.0), mask, LayerTarget(0.6), counted_per)
     with pytest.raises(RuntimeError, match=r"up_proj: \d+ pruned weights are not zero"):
