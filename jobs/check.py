@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
-from jobs.grid import StageName, StageResources
+from jobs.grid import StageResources
 from jobs.plan import Plan
 from pipeline.data.corpora import check_corpus
 from pipeline.data.prefixes import corpora as prefix_corpora
@@ -206,7 +206,7 @@ def _check_pattern(name: str, config: Any, pattern: str) -> None:
             )
 
 
-def _check_vllm(plan: Plan, stage: StageName, name: str, config: Any, engine: Vllm) -> None:
+def _check_vllm(plan: Plan, stage: str, name: str, config: Any, engine: Vllm) -> None:
     if not importlib.util.find_spec("vllm"):
         remedy = "vLLM is not installed here: install calprune[vllm], or set backend: transformers"
         raise InputError("backend", "vllm", remedy)

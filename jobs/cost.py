@@ -11,11 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from cluster.graph import Resources
 from jobs.grid import Cost
+from jobs.stages import STAGES, stage_name
 from pipeline.specs import (
     DescribeSpec,
     EvaluateSpec,
@@ -27,6 +29,7 @@ from pipeline.specs import (
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
+    ShardedSpec,
     ShardSpec,
     StageSpec,
     TaskSpec,
@@ -39,30 +42,6 @@ CORE_FLOPS = 5.0e10
 
 GPU_FLOPS = 4.0e14
 """The same of a GPU: a half of what an H200 reaches in bfloat16."""
-
-UTILISATION = {
-    "pretrain": (1.0, 0.3),
-    "generate": (0.3, 0.1),
-    "score": (0.65, 0.5),
-    "describe": (0.65, 0.5),
-    "outliers": (0.65, 0.5),
-    "prune": (0.65, 0.5),
-    "evaluate": (0.75, 0.4),
-}
-"""Share of that rate, on a CPU and on a GPU. Those of a CPU compare as stages of a model of 135
-million weights did on one machine (bfloat16, AMX); those of a GPU are not measured by stage. A step
-of generation reads every weight for one token of each sample."""
-
-PASSES = {
-    "pretrain": 3.0,
-    "generate": 1.0,
-    "score": 1.0,
-    "describe": 1.0,
-    "outliers": 2.0,
-    "evaluate": 1.0,
-}
-"""Passes of a token through the model; training's backward pass counts two, and outliers take the
-statistics and the outputs of every layer."""
 
 LAYERS = 30
 """Of a decoder, about: with its parameters they say how many inputs its matrices have."""
@@ -81,20 +60,6 @@ QUESTION_TOKENS = 600
 
 TESTBED_QUESTION_TOKENS = 60
 """Tokens of a question of the testbed's tasks, which take no other."""
-
-FIXED_SECONDS = {
-    "pretrain": 5.0,
-    "testbed-tasks": 1.0,
-    "generate": 2.0,
-    "score": 2.0,
-    "filter": 0.5,
-    "windows": 0.5,
-    "describe": 2.0,
-    "outliers": 2.0,
-    "prune": 2.0,
-    "evaluate": 5.0,
-}
-"""What a stage takes besides its passes: it reads and stores, and libraries set up."""
 
 LOAD_SECONDS = 2.0e-9
 """Of each parameter of a model that a stage loads: two bytes, at a GB a second."""
@@ -154,22 +119,26 @@ def expected_seconds(
 
 def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> float:
     """More than 0: a fixed time, the model's weights once, and its passes."""
-    if isinstance(spec, GenerateSpec | ScoreSpec):
+    name = stage_name(spec)
+    fixed = STAGES[name].fixed_seconds
+    if isinstance(spec, ShardedSpec):
         return JOIN_SECONDS
     if _model(spec) is None:
-        return FIXED_SECONDS[_stage(spec)]
+        return fixed
     each, tokens = LOAD_SECONDS, _passes(spec) * _tokens(spec)
     if isinstance(spec, PruneSpec):
         on_core, on_gpu = CHOOSE_SECONDS
         each += on_gpu if resources.gpus else on_core / resources.cpus
         tokens += spec.pruner.column_passes * math.sqrt(size / (12 * LAYERS))
-    passes = 2.0 * size * tokens / rate(_stage(spec), cost, resources)
-    return FIXED_SECONDS[_stage(spec)] + each * size + passes
+    passes = 2.0 * size * tokens / rate(name, cost, resources)
+    return fixed + each * size + passes
 
 
 def rate(stage: str, cost: Cost, resources: Resources) -> float:
     """FLOP a second that a kind of stage reaches on its GPUs, or else on its cores."""
-    on_cpu, on_gpu = UTILISATION[stage]
+    reached = STAGES[stage].utilisation
+    assert reached is not None, f"{stage} passes no tokens through a model"
+    on_cpu, on_gpu = reached
     if resources.gpus:
         return on_gpu * (cost.flops_per_second or GPU_FLOPS * resources.gpus)
     return on_cpu * (cost.flops_per_second or CORE_FLOPS * resources.cpus)
@@ -203,25 +172,20 @@ def model_name(model: Model) -> str:
 
 
 def _model(spec: StageSpec) -> Model | None:
-    match spec:
-        case ShardSpec():
-            return spec.of.model
-        case PretrainSpec():
-            return spec
-        case DescribeSpec() | OutliersSpec() | PruneSpec() | EvaluateSpec():
-            return spec.model
-        case _:
-            return None  # joins and cuts, no forward pass
-
-
-def _stage(spec: StageSpec) -> str:
-    return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
+    """The model that the stage passes tokens through; None if it joins, cuts or writes."""
+    if STAGES[stage_name(spec)].utilisation is None or isinstance(spec, ShardedSpec):
+        return None
+    if isinstance(spec, PretrainSpec):
+        return spec
+    made: Any = spec.of if isinstance(spec, ShardSpec) else spec
+    model: Model = made.model
+    return model
 
 
 def _passes(spec: StageSpec) -> float:
     if isinstance(spec, PruneSpec):
         return spec.pruner.forward_passes
-    return PASSES.get(_stage(spec), 0.0)
+    return STAGES[stage_name(spec)].passes
 
 
 def _tokens(spec: StageSpec) -> float:
@@ -243,8 +207,10 @@ def _tokens(spec: StageSpec) -> float:
                 (entry.max_windows or MANY_WINDOWS) * entry.seqlen for entry in spec.perplexity
             )
             return texts + sum(_task_tokens(spec, task) for task in spec.tasks)
+        case PruneSpec():
+            return 0.0  # takes no data
         case _:
-            return 0.0
+            raise TypeError(f"the tokens of a stage {spec.kind} are not known")
 
 
 def _task_tokens(spec: EvaluateSpec, task: TaskSpec) -> float:

@@ -23,6 +23,7 @@ from pydantic import (
 from cluster.graph import Resources
 from jobs.dtypes import AutoDtype, with_dtypes
 from jobs.outside import with_fingerprints
+from jobs.stages import STAGES
 from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
 from jobs.yaml_file import line_of, read_yaml
 from pipeline.data.presets import CORPUS_PRESETS
@@ -340,20 +341,6 @@ HIDDEN_BYTES = {"device_hidden_bytes", "host_hidden_bytes"}
 """Budgets of pruning, on which no result depends."""
 
 
-StageName = Literal[
-    "pretrain",
-    "testbed-tasks",
-    "generate",
-    "score",
-    "filter",
-    "windows",
-    "describe",
-    "outliers",
-    "prune",
-    "evaluate",
-]
-
-
 class Grid(Spec):
     """A grid file."""
 
@@ -385,7 +372,9 @@ class Grid(Spec):
     """Store every pruned model as an ordinary checkpoint, also where masks would do: sixteen times
     the bytes in half precision. `export` makes one of a single model."""
 
-    resources: dict[StageName, StageResources] = Field(default_factory=dict)
+    resources: dict[str, StageResources] = Field(default_factory=dict)
+    """By the name of a stage."""
+
     cost: Cost = Cost()
 
     _auto_dtypes: dict[str, AutoDtype] = PrivateAttr(default_factory=dict)
@@ -404,10 +393,10 @@ class Grid(Spec):
 
     @field_validator("resources")
     @classmethod
-    def _only_pruning_holds_hidden_states(
-        cls, resources: dict[StageName, StageResources]
-    ) -> dict[StageName, StageResources]:
+    def _stages_take_them(cls, resources: dict[str, StageResources]) -> dict[str, StageResources]:
         for stage, asked in resources.items():
+            if stage not in STAGES:
+                raise InputError(stage, stage, f"is no stage; {did_you_mean(stage, STAGES)}")
             for field, budget in asked.settings().items():
                 if stage != "prune":
                     remedy = "only prune holds hidden states: set it there, or remove it"

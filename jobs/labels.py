@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jobs.cells import NO_CALIBRATION, Cell
+from jobs.stages import STAGES
 from pipeline.specs import (
     Allocation,
     DescribeSpec,
@@ -30,15 +31,6 @@ NUMBERS = (
     "seed",
 )
 """Fields of a cell that stand before their value, in this order."""
-
-IRRELEVANT = {
-    "pretrain": ("calibration", *NUMBERS),
-    "testbed-tasks": ("calibration", "model", *NUMBERS),
-    "generate": ("nsamples", "drop_fraction"),
-    "score": ("nsamples", "drop_fraction"),
-    "filter": ("nsamples",),
-}
-"""Fields that make no difference to a kind of stage, even where all its cells agree in them."""
 
 AS_REFERENCE = "as reference"
 """Windows that calibration sets are compared with."""
@@ -138,7 +130,8 @@ class _Words:
         return " ".join([spec.kind, *self._words(spec, owners)])
 
     def _words(self, spec: StageSpec, owners: Owners) -> Iterator[str]:
-        said = self.varies.difference(IRRELEVANT.get(spec.kind, ())) & owners.keys()
+        fields = STAGES[spec.kind].cell_fields
+        said = self.varies.intersection(owners if fields is None else owners.keys() & fields)
         if "calibration" in said:
             names = sorted(owners["calibration"])
             yield "+".join(names) if len(names) <= MOST_NAMES else f"{len(names)} calibrations"

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,38 +18,19 @@ from jobs.cost import (
     model_name,
     parameters,
 )
-from jobs.grid import GeneratedCalibration, Grid, StageName, lines_of
+from jobs.grid import GeneratedCalibration, Grid, lines_of
 from jobs.labels import labels
 from jobs.sizes import checkpoint_parameters
-from jobs.stages import Work, stage_name
+from jobs.stages import LINES, STAGES, Work, line_of, stage_name
 from pipeline.specs import (
     GenerateSpec,
     PretrainSpec,
-    PruneSpec,
+    ShardedSpec,
     ShardSpec,
     StageSpec,
     Vllm,
     WindowsSpec,
 )
-
-ORDER = (
-    "pretrain",
-    "testbed-tasks",
-    "generate shard",
-    "generate",
-    "score shard",
-    "score",
-    "filter",
-    "windows",
-    "describe",
-    "outliers",
-    "prune",
-    "evaluate",
-)
-"""The way of the data."""
-
-POOLED = ("generate", "score")
-"""Stages whose shards run on actors that keep their model loaded."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +101,11 @@ def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
         stored: keys that the store holds.
     """
     missing = set(needed(plan.graph, plan.targets, stored))
+    by_line: dict[str, list[str]] = {line: [] for line in LINES}
+    for key, spec in plan.specs.items():
+        by_line[line_of(spec)].append(key)
     lines = []
-    for stage in ORDER:
-        keys = [key for key, spec in plan.specs.items() if line_of(spec) == stage]
+    for stage, keys in by_line.items():
         to_make = [key for key in keys if key in missing]
         guesses = [
             estimate(plan.specs[key], plan.grid.cost, plan.sizes, plan.graph[key].resources)
@@ -208,11 +191,6 @@ def _collect(
         inputs[spec.key] = tuple(before.key for before in all_before)
 
 
-def line_of(spec: StageSpec) -> str:
-    """The line of `ORDER` that a stage belongs to."""
-    return f"{stage_name(spec)} shard" if isinstance(spec, ShardSpec) else spec.kind
-
-
 def model_sizes(grid: Grid) -> dict[str, float]:
     """Parameters by hub name or path: what the grid gives, else what the model's files tell."""
     sizes: dict[str, float] = {}
@@ -233,8 +211,8 @@ def _stage(
     sizes: dict[str, float],
 ) -> Stage:
     name = stage_name(spec)
-    asked = grid.resources.get(cast(StageName, name))
-    joins = name in POOLED and not isinstance(spec, ShardSpec)  # and so needs no device
+    asked = grid.resources.get(name)
+    joins = isinstance(spec, ShardedSpec)  # and so needs no device
     resources = Resources() if asked is None or joins else asked.resources()
     settings = {} if asked is None else asked.settings()
     return Stage(
@@ -252,13 +230,11 @@ def _stage(
 
 def _pool(spec: StageSpec) -> str | None:
     """What an actor keeps loaded: a model, or an engine made for its longest text and batch."""
-    match spec:
-        case ShardSpec(of=GenerateSpec(backend=Vllm()) as samples):
-            engine = f"{samples.backend} {samples.seqlen} {samples.shard_size}"
-            return f"{samples.kind} {samples.model} {engine}"
-        case ShardSpec():
-            return f"{spec.of.kind} {spec.of.model}"
-        case PruneSpec():
-            return f"{spec.kind} {spec.model}"
-        case _:
-            return None
+    name = stage_name(spec)
+    if not STAGES[name].keeps_model or isinstance(spec, ShardedSpec):
+        return None
+    made: Any = spec.of if isinstance(spec, ShardSpec) else spec
+    engine = ""
+    if isinstance(made, GenerateSpec) and isinstance(made.backend, Vllm):
+        engine = f" {made.backend} {made.seqlen} {made.shard_size}"
+    return f"{name} {made.model}{engine}"

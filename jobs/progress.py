@@ -13,9 +13,9 @@ from rich.text import Text
 from cluster.board import Position
 from cluster.graph import Graph, Stage
 from cluster.store import Failure, Manifest, Store
-from jobs.cost import UTILISATION
 from jobs.forecast import Forecast, Room
-from jobs.plan import ORDER, POOLED, Plan
+from jobs.plan import Plan
+from jobs.stages import LINES, STAGES
 from pipeline.specs import GenerateSpec, ShardSpec
 
 LAST_ERRORS = 5
@@ -28,9 +28,6 @@ MOST_RECALLED = 3
 
 LONGEST_PHASE = 60
 """Characters of a phase that are shown; an evaluation's names all its tasks."""
-
-COMPUTING = {f"{kind} shard" if kind in POOLED else kind for kind in UTILISATION}
-"""Lines whose stages pass tokens through a model."""
 
 
 @dataclass
@@ -79,7 +76,7 @@ class Progress:
             samples: to be generated.
             stages: those to make, each after its inputs; without them there is no time left.
         """
-        self.lines = {name: Line(totals[name]) for name in ORDER if totals.get(name)}
+        self.lines = {name: Line(totals[name]) for name in LINES if totals.get(name)}
         self.samples_to_make = samples
         self.samples = self.tokens = 0
         self.forecast = Forecast(stages or {}, line_name, computes)
@@ -235,18 +232,23 @@ class Progress:
     def _replicas(self, name: str) -> int | None:
         """Actors of a line; the stages that join shards have none."""
         kind = name.removesuffix(" shard")
-        return self.replicas.get(kind) if name != kind or kind not in POOLED else None
+        joins = name == kind and STAGES[kind].sharded
+        return None if joins else self.replicas.get(kind)
 
 
 def computes(stage: Stage) -> bool:
     """Whether a stage's time depends on the device's rate."""
-    return line_name(stage) in COMPUTING
+    kind = STAGES[stage.kind]
+    return kind.utilisation is not None and kind.sharded == _is_shard(stage)
 
 
 def line_name(stage: Stage) -> str:
-    """The line of `jobs.plan.ORDER` that a stage belongs to."""
-    shard = stage.kind in POOLED and stage.pool is not None
-    return f"{stage.kind} shard" if shard else stage.kind
+    """The one of `jobs.stages.LINES` that a stage of the graph is counted in."""
+    return f"{stage.kind} shard" if _is_shard(stage) else stage.kind
+
+
+def _is_shard(stage: Stage) -> bool:
+    return STAGES[stage.kind].sharded and stage.pool is not None
 
 
 def progress_of(plan: Plan, missing: Collection[str]) -> Progress:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.store import Store
-from jobs.plan import ORDER, Plan, line_of
+from jobs.plan import Plan
+from jobs.stages import LINES, line_of
 
 CELL = ["model", "pruner", "target", "calibration", "seed"]
 VARIED = [
@@ -33,7 +34,7 @@ def print_state(plan: Plan, store: Store, console: Console) -> None:
     done = store.keys() & plan.graph.keys()
     under_way = (store.names("leases") & plan.graph.keys()) - done
     failed = (store.names("failures") & plan.graph.keys()) - done - under_way
-    counts = {line: [0, 0, 0, 0] for line in ORDER}
+    counts = {line: [0, 0, 0, 0] for line in LINES}
     for key, spec in plan.specs.items():
         states = (key in done, key in under_way, key in failed)
         counts[line_of(spec)][states.index(True) if any(states) else 3] += 1

@@ -1,15 +1,16 @@
-"""Where a spec meets the function that makes its artifact."""
+"""All stages, and how a worker makes one."""
 
 import contextlib
 import gc
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
 from cluster.heap import keep_freed_memory
 from cluster.store import Partial
@@ -28,47 +29,156 @@ from pipeline.specs import (
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
+    ShardedSpec,
     ShardSpec,
     StageSpec,
     TestbedTasksSpec,
     WindowsSpec,
 )
 
-MODULES: dict[str, str] = {
-    "pretrain": "pipeline.testbed.pretrain",
-    "testbed-tasks": "pipeline.testbed.tasks",
-    "generate": "pipeline.generation.generate",
-    "score": "pipeline.scoring.score",
-    "filter": "pipeline.scoring.filter",
-    "windows": "pipeline.data.windows",
-    "describe": "pipeline.scoring.describe",
-    "outliers": "pipeline.pruning.outliers",
-    "prune": "pipeline.pruning.prune",
-    "evaluate": "pipeline.evaluation.evaluate",
+
+@dataclass(frozen=True)
+class StageKind:
+    """What is known of a kind of stage."""
+
+    spec: type[StageSpec]
+
+    module: str
+    """Holds its function `run`. Imported on the worker: planning must not wait for torch."""
+
+    fixed_seconds: float
+    """What it takes besides its passes: it reads and stores, and libraries set up."""
+
+    passes: float = 0.0
+    """Passes of a token through the model. Training's backward pass counts two, and outliers take
+    the statistics and the outputs of every layer. A pruning has as many as its pruner says."""
+
+    utilisation: tuple[float, float] | None = None
+    """Share of the rate of its devices that it reaches on a CPU and on a GPU; None if it passes no
+    tokens through a model. Those of a CPU compare as stages of a model of 135 million weights did
+    on one machine (bfloat16, AMX); those of a GPU are not measured by stage. A step of generation
+    reads every weight for one token of each sample."""
+
+    keeps_model: bool = False
+    """Its stages, or their shards, run on actors that keep a model loaded."""
+
+    keeps_parts: bool = False
+    """It keeps what is finished for the next attempt."""
+
+    cell_fields: tuple[str, ...] | None = None
+    """Fields of a cell that can make a difference to it; None for all."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether it is made in shards, and joins them itself."""
+        return issubclass(self.spec, ShardedSpec)
+
+
+_OF_TEXTS = (
+    "calibration",
+    "model",
+    "seqlen",
+    "prefix_tokens",
+    "num_samples",
+    "temperature",
+    "seed",
+)
+
+STAGES: dict[str, StageKind] = {
+    kind.spec.model_fields["kind"].default: kind
+    for kind in (
+        StageKind(
+            PretrainSpec,
+            "pipeline.testbed.pretrain",
+            fixed_seconds=5.0,
+            passes=3.0,
+            utilisation=(1.0, 0.3),
+            cell_fields=("model",),
+        ),
+        StageKind(TestbedTasksSpec, "pipeline.testbed.tasks", fixed_seconds=1.0, cell_fields=()),
+        StageKind(
+            GenerateSpec,
+            "pipeline.generation.generate",
+            fixed_seconds=2.0,
+            passes=1.0,
+            utilisation=(0.3, 0.1),
+            keeps_model=True,
+            cell_fields=_OF_TEXTS,
+        ),
+        StageKind(
+            ScoreSpec,
+            "pipeline.scoring.score",
+            fixed_seconds=2.0,
+            passes=1.0,
+            utilisation=(0.65, 0.5),
+            keeps_model=True,
+            cell_fields=_OF_TEXTS,
+        ),
+        StageKind(
+            FilterSpec,
+            "pipeline.scoring.filter",
+            fixed_seconds=0.5,
+            cell_fields=(*_OF_TEXTS, "drop_fraction"),
+        ),
+        StageKind(WindowsSpec, "pipeline.data.windows", fixed_seconds=0.5),
+        StageKind(
+            DescribeSpec,
+            "pipeline.scoring.describe",
+            fixed_seconds=2.0,
+            passes=1.0,
+            utilisation=(0.65, 0.5),
+        ),
+        StageKind(
+            OutliersSpec,
+            "pipeline.pruning.outliers",
+            fixed_seconds=2.0,
+            passes=2.0,
+            utilisation=(0.65, 0.5),
+        ),
+        StageKind(
+            PruneSpec,
+            "pipeline.pruning.prune",
+            fixed_seconds=2.0,
+            utilisation=(0.65, 0.5),
+            keeps_model=True,
+            keeps_parts=True,
+        ),
+        StageKind(
+            EvaluateSpec,
+            "pipeline.evaluation.evaluate",
+            fixed_seconds=5.0,
+            passes=1.0,
+            utilisation=(0.75, 0.4),
+            keeps_parts=True,
+        ),
+    )
 }
-"""Stage to module; imported on the worker, since planning must not wait for torch."""
+"""Every stage by name, in the order of the data's way. All that depends on the kind of stage is
+taken from here, or from methods of its spec."""
+
+LINES = tuple(
+    line
+    for name, kind in STAGES.items()
+    for line in ([f"{name} shard", name] if kind.sharded else [name])
+)
+"""Lines of tables with a line for each kind of stage, and for the shards of those that have any."""
 
 HUB = "hub-"
 """How the keys of copies of what the hub holds begin."""
 
 
+def _as_spec(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    kind = value["kind"]
+    spec = ShardSpec if kind == "shard" else STAGES[kind].spec
+    return spec.model_validate(value)
+
+
 class Work(BaseModel):
     """One stage as a worker takes it."""
 
-    spec: Annotated[
-        PretrainSpec
-        | TestbedTasksSpec
-        | ShardSpec
-        | GenerateSpec
-        | ScoreSpec
-        | FilterSpec
-        | WindowsSpec
-        | DescribeSpec
-        | OutliersSpec
-        | PruneSpec
-        | EvaluateSpec,
-        Field(discriminator="kind"),
-    ]
+    spec: Annotated[SerializeAsAny[StageSpec], BeforeValidator(_as_spec)]
 
     settings: dict[str, int] = {}
     """Further arguments of the stage's function. No result depends on them."""
@@ -79,10 +189,15 @@ def stage_name(spec: StageSpec) -> str:
     return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
 
 
+def line_of(spec: StageSpec) -> str:
+    """The one of `LINES` that a stage is counted in."""
+    return f"{stage_name(spec)} shard" if isinstance(spec, ShardSpec) else spec.kind
+
+
 def prepare(kind: str) -> ModuleType:
     """The module that makes stages of a kind; a new process takes seconds to import it."""
     with phase("importing libraries"):
-        return _imported(MODULES[kind])
+        return _imported(STAGES[kind].module)
 
 
 @contextlib.contextmanager
@@ -161,7 +276,7 @@ def _run(
     spec = work.spec
     if isinstance(spec, ShardSpec):
         report = module.run_shard(spec.of, spec.index, artifacts, output)
-    elif isinstance(spec, PruneSpec | EvaluateSpec):
+    elif STAGES[spec.kind].keeps_parts:
         report = module.run(spec, artifacts, output, partial, **work.settings)
     else:
         report = module.run(spec, artifacts, output, **work.settings)

@@ -15,7 +15,8 @@ from cluster.store import CorruptArtifactError, Manifest, Store
 from jobs.console import console
 from jobs.fetch import copied_items
 from jobs.grid import load_grid
-from jobs.plan import ORDER, make_plan
+from jobs.plan import make_plan
+from jobs.stages import LINES
 from jobs.stores import open_store
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def du(store: StoreUrl = ".calprune") -> None:
     table.add_column("artifacts", footer=str(len(everything)), justify="right")
     total = decimal(sum(manifest.bytes for manifest in everything))
     table.add_column("size", footer=total, justify="right")
-    known = [kind for kind in ORDER if kind in artifacts]
+    known = [kind for kind in LINES if kind in artifacts]
     for kind in [*known, *sorted(artifacts.keys() - known)]:  # copies from the hub are no stage's
         manifests = artifacts[kind]
         size = decimal(sum(manifest.bytes for manifest in manifests))

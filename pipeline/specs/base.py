@@ -103,8 +103,16 @@ def without_versions(lineage: Any) -> Any:
 
 
 def _lineage_constants(kind: str) -> Mapping[str, Any]:
-    kinds = {spec.model_fields["kind"].default: spec for spec in StageSpec.__subclasses__()}
-    return kinds[kind].lineage_constants if kind in kinds else {}
+    for spec in _subclasses(StageSpec):
+        if spec.model_fields["kind"].default == kind:
+            return spec.lineage_constants
+    return {}
+
+
+def _subclasses(spec: type[StageSpec]) -> Iterator[type[StageSpec]]:
+    for child in spec.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def canonical_json(value: object) -> bytes:

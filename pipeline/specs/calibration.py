@@ -42,6 +42,23 @@ class ShardSpec(StageSpec):
         return tuple(nearest_stages(self.of))
 
 
+class ShardedSpec(StageSpec):
+    """A stage whose samples are independent."""
+
+    @property
+    def shard_count(self) -> int:
+        """How many parts there are."""
+        raise NotImplementedError
+
+    def shards(self) -> tuple[ShardSpec, ...]:
+        """The parts in order."""
+        return tuple(ShardSpec(of=self, index=index) for index in range(self.shard_count))
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """The shards: the stage itself only joins them."""
+        return self.shards()
+
+
 class GenerationOptions(Spec):
     """How texts are written: what a grid says of it and the stage has."""
 
@@ -90,7 +107,7 @@ class GenerationOptions(Spec):
     """The engine."""
 
 
-class GenerateSpec(GenerationOptions, StageSpec):
+class GenerateSpec(GenerationOptions, ShardedSpec):
     """Let a model go on from short prefixes of real texts.
 
     Leaves `samples.parquet`: sample_id, source (of a mixture, the name of the corpus that the
@@ -166,19 +183,10 @@ class GenerateSpec(GenerationOptions, StageSpec):
 
     @property
     def shard_count(self) -> int:
-        """How many parts there are."""
         return math.ceil(self.num_samples / self.shard_size)
 
-    def shards(self) -> tuple[ShardSpec, ...]:
-        """The parts in order."""
-        return tuple(ShardSpec(of=self, index=index) for index in range(self.shard_count))
 
-    def inputs(self) -> tuple[StageSpec, ...]:
-        """The shards: the stage itself only joins them."""
-        return self.shards()
-
-
-class ScoreSpec(StageSpec):
+class ScoreSpec(ShardedSpec):
     """Score samples under a model.
 
     Leaves `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k,
@@ -203,16 +211,7 @@ class ScoreSpec(StageSpec):
 
     @property
     def shard_count(self) -> int:
-        """How many parts there are: one for each shard of samples."""
-        return self.samples.shard_count
-
-    def shards(self) -> tuple[ShardSpec, ...]:
-        """The parts in order."""
-        return tuple(ShardSpec(of=self, index=index) for index in range(self.shard_count))
-
-    def inputs(self) -> tuple[StageSpec, ...]:
-        """The shards: the stage itself only joins them."""
-        return self.shards()
+        return self.samples.shard_count  # one for each shard of samples
 
 
 class WordList(Spec):

@@ -15,7 +15,7 @@ from cluster.store import Partial, Store
 from jobs.check import check
 from jobs.grid import load_grid
 from jobs.plan import make_plan
-from jobs.stages import MODULES, execute
+from jobs.stages import STAGES, execute
 from pipeline.environment import CHANGES_NUMBERS
 from pipeline.errors import InputError
 
@@ -126,7 +126,7 @@ def made(grids: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[di
 
 
 def test_every_stage_is_made(made: list[dict[str, Any]]) -> None:
-    assert {key.rpartition("-")[0] for key in made[0]} == {*MODULES, "shard"}
+    assert {key.rpartition("-")[0] for key in made[0]} == {*STAGES, "shard"}
 
 
 def test_other_date_place_locale_and_threads_leave_the_same_bytes(

@@ -14,7 +14,6 @@ from jobs.check import check
 from jobs.cost import (
     CHOOSE_SECONDS,
     CORE_FLOPS,
-    FIXED_SECONDS,
     GPU_FLOPS,
     LOAD_SECONDS,
     UNKNOWN_PARAMETERS,
@@ -26,7 +25,8 @@ from jobs.cost import (
 )
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
-from jobs.stages import Work
+from jobs.stages import LINES, STAGES, Work
+from pipeline import specs
 from pipeline.specs import (
     OWL,
     EvaluateSpec,
@@ -39,6 +39,7 @@ from pipeline.specs import (
     Pruner,
     PruneSpec,
     ScoreSpec,
+    ShardedSpec,
     ShardSpec,
     SparseGPT,
     StageSpec,
@@ -118,6 +119,30 @@ def test_budgets_go_with_every_pruning_and_change_no_key(content: Content, load:
         budgets = {"device_hidden_bytes": 0, "host_hidden_bytes": 7}
         expected = budgets if stage.kind == "prune" else {}
         assert Work.model_validate_json(stage.payload).settings == expected
+
+
+def test_every_spec_of_a_stage_has_a_row() -> None:
+    stages = [
+        kind
+        for kind in vars(specs).values()
+        if isinstance(kind, type) and issubclass(kind, StageSpec)
+    ]
+    without = {StageSpec, ShardedSpec, ShardSpec}
+    assert {kind.spec for kind in STAGES.values()} == set(stages) - without
+    assert set(LINES) >= set(STAGES)
+
+
+def test_a_stage_without_a_row_fails_and_does_not_vanish_from_the_plan(
+    content: Content, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = load(content)
+    plan = make_plan(grid)
+    monkeypatch.delitem(STAGES, "filter")
+    with pytest.raises(KeyError, match="filter"):
+        make_plan(grid)
+    monkeypatch.setattr("jobs.plan.LINES", tuple(line for line in LINES if line != "filter"))
+    with pytest.raises(KeyError, match="filter"):
+        count_stages(plan, ())
 
 
 def test_shards_take_the_resources_of_their_stage_and_the_join_none(
@@ -238,7 +263,9 @@ def test_estimates_are_flop_over_rate() -> None:
     fixed = guess(pruned.model_copy(update={"calibration": empty})).seconds
     passes = 2 * 2 * 7e9 * 128 * 2048
     assert guess(pruned).seconds - fixed == pytest.approx(passes / 0.5e14)
-    assert fixed == pytest.approx(FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + CHOOSE_SECONDS[1]))
+    assert fixed == pytest.approx(
+        STAGES["prune"].fixed_seconds + 7e9 * (LOAD_SECONDS + CHOOSE_SECONDS[1])
+    )
     assert guess(pruned).bytes == 7e9 / 8
     assert guess(pruned.model_copy(update={"checkpoint": True})).bytes == 14e9
     assert estimate(pruned, cost, {}) is None
@@ -259,7 +286,7 @@ def test_estimates_are_flop_over_rate() -> None:
         (Resources(cpus=3), 3 * 0.65 * CORE_FLOPS, CHOOSE_SECONDS[0] / 3),
         (Resources(cpus=3, gpus=2), 2 * 0.5 * GPU_FLOPS, CHOOSE_SECONDS[1]),
     ):
-        fixed = FIXED_SECONDS["prune"] + 7e9 * (LOAD_SECONDS + choose)
+        fixed = STAGES["prune"].fixed_seconds + 7e9 * (LOAD_SECONDS + choose)
         assert guess(pruned, Cost(), resources).seconds - fixed == pytest.approx(passes / flops)
 
 
@@ -276,7 +303,7 @@ def test_sparsegpts_columns_cost_the_same_for_few_tokens_as_for_many() -> None:
         seconds.append(found.seconds)
     none, one, two = seconds
     assert two - one == pytest.approx(one - none)
-    fixed = FIXED_SECONDS["prune"] + 6.7e9 * (LOAD_SECONDS + CHOOSE_SECONDS[0])
+    fixed = STAGES["prune"].fixed_seconds + 6.7e9 * (LOAD_SECONDS + CHOOSE_SECONDS[0])
     columns = (none - fixed) * 1e12 / (2 * 6.7e9)
     assert 0.5 < columns / (4 * 4096) < 2
 
@@ -295,7 +322,7 @@ def test_questions_in_a_tasks_folder_are_counted(tmp_path: Path) -> None:
         spec = EvaluateSpec(model=model, tasks=asked, task_folder=folder)
         found = estimate(spec, cost, sizes)
         assert found is not None
-        passes = found.seconds - FIXED_SECONDS["evaluate"] - 1e8 * LOAD_SECONDS
+        passes = found.seconds - STAGES["evaluate"].fixed_seconds - 1e8 * LOAD_SECONDS
         tokens.append(passes * rate("evaluate", cost, Resources()) / 2e8)
     questions = list(map(len, lines))
     assert tokens[0] == pytest.approx(sum(questions[:2]) / 4)
