@@ -10,8 +10,7 @@ from typing import Any
 from jobs.grid import StageResources
 from jobs.plan import Plan
 from pipeline.data.corpora import check_corpus
-from pipeline.data.prefixes import corpora as prefix_corpora
-from pipeline.data.prefixes import parts_in_turn, sources
+from pipeline.data.prefixes import parts_in_turn, prefix_corpora, prefix_sources
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.environment import check_environment
 from pipeline.errors import InputError
@@ -326,7 +325,7 @@ def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
         case WindowsSpec(source=HubCorpus() | FileCorpus() | TestbedCorpus() as source):
             yield source, spec.nsamples, spec.seqlen, spec.packing == "concat"
         case GenerateSpec(prefix_tokens=tokens) if tokens > 0:
-            for name, count in Counter(sources(spec)).items():
+            for name, count in Counter(prefix_sources(spec)).items():
                 yield prefix_corpora(spec)[name], count, tokens, False
         case EvaluateSpec():
             for entry in spec.perplexity:

@@ -5,6 +5,7 @@ mean what the fields of the stage's spec do, and a wrong one raises an `InputErr
 """
 
 import contextlib
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +26,7 @@ from pipeline.evaluation.evaluate import measure_perplexity
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.schemas import MetricRow
 from pipeline.evaluation.task_metrics import task_metrics
-from pipeline.generation.generate import Sample, generate_samples
-from pipeline.generation.sampling import Sampling
+from pipeline.generation.generate import Sample, generate_shard
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.mistakes import explained
 from pipeline.models.loading import load_model, load_tokenizer
@@ -37,7 +37,6 @@ from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.scoring.filter import reasons_to_drop
 from pipeline.scoring.score import Score, score_samples
-from pipeline.shards import shard_samples
 from pipeline.specs import (
     OWL,
     Allocation,
@@ -115,20 +114,11 @@ def generate(model: LanguageModel, prefixes: Texts, **settings: Any) -> list[Sam
         spec = _checked(GenerateSpec, model=model.spec, prefixes=corpus, **settings)
         begun = read_prefixes(spec, model.tokenizer)
     engine = TransformersEngine(model.model)
-    samples: list[Sample] = []
-    for shard in range(spec.shard_count):
-        numbers = list(shard_samples(spec, shard))
-        samples += generate_samples(
-            engine,
-            model.tokenizer,
-            [begun[number] for number in numbers],
-            numbers,
-            sampling=Sampling(**{name: getattr(spec, name) for name in Sampling._fields}),
-            seqlen=spec.seqlen,
-            seed=spec.seed,
-            redraws=spec.redraws,
-        )
-    return samples
+    shards = (
+        generate_shard(spec, index, engine, model.tokenizer, begun)
+        for index in range(spec.shard_count)
+    )
+    return list(itertools.chain.from_iterable(shards))
 
 
 def score(

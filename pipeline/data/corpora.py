@@ -1,4 +1,4 @@
-"""Reading text: a corpus's documents in its own or a seeded order, and checks before any work."""
+"""Corpora: their documents in their own or a seeded order, and checks before any work."""
 
 import glob
 import itertools
@@ -18,42 +18,46 @@ from pipeline.specs import Corpus, FileCorpus, HubCorpus, TestbedCorpus
 from pipeline.text import check_characters, lines
 
 SHUFFLE_BUFFER = 10_000
-"""Documents among which a streamed hub corpus draws the next one."""
+"""Documents that a streamed hub corpus holds to draw the next one from."""
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 
 TESTBED_SAMPLE = 1000
-"""Documents of the endless testbed that a check looks at."""
+"""Documents of the endless testbed that a check reads."""
 
 
 class Document(NamedTuple):
-    """A text and the name that tells where it stands in its corpus."""
+    """A text; `id` says where it stands in its corpus."""
 
     id: str
     text: str
 
 
-def documents(
+def read_documents(
     corpus: Corpus, seed: int | None = None, *, blank: bool = False
 ) -> Iterator[Document]:
-    """Each document of a corpus once at most; blank texts are left out, unless `blank` keeps them.
+    """Yield each document of a corpus at most once.
 
-    With a seed the order is random and the seed's own: over all rows of a file corpus, whose texts
-    are then held in memory, and of a downloaded hub corpus; over the shards and a buffer of 10,000
-    documents of a streamed one, whose ids are then places in that stream.
+    The seed draws the order: of all rows of a file corpus, whose texts are then held in memory, or
+    of a downloaded hub corpus. A streamed hub corpus shuffles its shards and a buffer of 10,000
+    documents, whose ids are then places in the shuffled stream.
+
+    Args:
+        seed: None keeps the corpus's own order.
+        blank: also yield blank texts.
 
     Raises:
-        InputError: if the corpus cannot be read as it is described, or holds no text.
+        InputError: if the corpus cannot be read as described, or all its texts are blank.
     """
     match corpus:
         case FileCorpus():
-            found = _file_documents(corpus, seed)
+            rows = _file_documents(corpus, seed)
         case HubCorpus():
-            found = _hub_documents(corpus, seed)
+            rows = _hub_documents(corpus, seed)
         case TestbedCorpus():
-            found = _testbed_documents(corpus, seed)
-    kept = (document for document in found if blank or document.text.strip())
+            rows = _testbed_documents(corpus, seed)
+    kept = (document for document in rows if blank or document.text.strip())
     first = next(kept, None)
     if first is None:
         raise InputError("corpus", _source(corpus), "holds no text: every document is blank")
@@ -64,26 +68,28 @@ def documents(
 def check_corpus(
     corpus: Corpus, nsamples: int = 1, seqlen: int = 1, *, joined: bool = False
 ) -> str | None:
-    """Find out cheaply that a corpus cannot do: give `nsamples` texts of `seqlen` tokens each.
+    """Check cheaply that a corpus can have `nsamples` texts of `seqlen` tokens each.
 
-    `joined` asks only that all texts together hold `seqlen` tokens. No tokenizer is needed: a text
-    of b UTF-8 bytes has b + 2 tokens at the most, special ones included. So what is refused would
-    surely fail, but what passes may still turn out too short.
+    No tokenizer is needed: a text of b UTF-8 bytes has at most b + 2 tokens, special ones included.
+    What is refused would certainly fail; what passes may still be too short.
+
+    Args:
+        joined: require only `seqlen` tokens in all texts together.
 
     Returns:
-        A warning if the corpus could not be looked at because its hub is out of reach, or if
-        windows will overlap since all texts together have fewer tokens.
+        A warning if the corpus was not checked because its hub is out of reach, or if windows will
+        overlap because all texts together have too few tokens.
 
     Raises:
-        InputError: if the corpus cannot be read, or is surely too short.
+        InputError: if the corpus cannot be read, or is certainly too short.
     """
     if isinstance(corpus, HubCorpus):
         note = _check_hub(corpus)
         if not local_files(corpus):
             return note
-        # Nothing is prepared for it yet; parts of a split cannot be streamed.
+        # Stream it, since it is not prepared yet; parts of a split cannot be streamed.
         corpus = corpus.model_copy(update={"streaming": "[" not in corpus.split})
-    rows = documents(corpus)
+    rows = read_documents(corpus)
     if isinstance(corpus, TestbedCorpus):
         rows = itertools.islice(rows, TESTBED_SAMPLE)
     tokens = np.array([len(row.text.encode()) + 2 for row in rows])
@@ -136,7 +142,7 @@ def _file_documents(corpus: FileCorpus, seed: int | None) -> Iterator[Document]:
 
 
 def _format(name: str) -> tuple[str, str | None]:
-    """`.jsonl` and the like, and the compression or None."""
+    """Return the format, such as `.jsonl`, and the compression or None."""
     path = PurePosixPath(name.lower())
     compression = COMPRESSIONS.get(path.suffix)
     ending = path.with_suffix("").suffix if compression else path.suffix
@@ -171,7 +177,7 @@ def _json_text(line: str, place: str, text_field: str) -> str:
     if not line.strip():
         return ""
     try:
-        row = json.loads(line, object_pairs_hook=tuple)  # pairs: a name may stand twice
+        row = json.loads(line, object_pairs_hook=tuple)  # pairs, since a name may occur twice
     except (ValueError, RecursionError) as error:
         remedy = f"is no JSON ({error}): write one JSON object a line"
         raise InputError("path", place, remedy) from error
@@ -182,11 +188,11 @@ def _json_text(line: str, place: str, text_field: str) -> str:
         has = sorted(name for name, _ in row)
         raise InputError("text_field", text_field, f"{place} has only {has}")
     if len(texts) > 1:
-        raise InputError("text_field", text_field, f"{place} has it {len(texts)} times: leave one")
-    return _checked(texts[0], text_field, place)
+        raise InputError("text_field", text_field, f"{place} has it {len(texts)} times: keep one")
+    return _checked_text(texts[0], text_field, place)
 
 
-def _checked(text: Any, text_field: str, place: str) -> str:
+def _checked_text(text: Any, text_field: str, place: str) -> str:
     if not isinstance(text, str | None):
         shown = "an object" if isinstance(text, tuple | dict) else cut(repr(text), 60)
         raise InputError("text_field", text_field, f"{place} holds {shown} there, not text")
@@ -241,18 +247,18 @@ def _hub_documents(corpus: HubCorpus, seed: int | None) -> Iterator[Document]:
                 remedy = f"{corpus.path} has only {sorted(row)}"
                 raise InputError("text_field", corpus.text_field, remedy)
             place = f"{corpus.path}, row {number}"
-            text = _checked(row[corpus.text_field], corpus.text_field, place)
+            text = _checked_text(row[corpus.text_field], corpus.text_field, place)
             # The builder `text` leaves a file's byte order mark in its first line.
             yield Document(str(number), text.removeprefix("\ufeff" * (corpus.path == "text")))
     except InputError:
         raise
-    except Exception as error:  # those of `datasets` and of all that it rests on
+    except Exception as error:  # of `datasets` or anything below it
         _find_damage(corpus)
-        raise _unloadable(corpus, error) from error
+        raise _loading_error(corpus, error) from error
 
 
-def _unloadable(corpus: HubCorpus, error: Exception) -> InputError:
-    """What is wrong with a data set, by the error of `datasets`."""
+def _loading_error(corpus: HubCorpus, error: Exception) -> InputError:
+    """Return what is wrong with a data set, from the error of `datasets`."""
     why = reason(error.__cause__ or error)
     if "scripts are no longer supported" in why:
         remedy = (
@@ -268,10 +274,10 @@ def _unloadable(corpus: HubCorpus, error: Exception) -> InputError:
 
 
 def _find_damage(corpus: HubCorpus) -> None:
-    """Read a builder's files here, since `datasets` names neither file nor line of an error.
+    """Read a builder's files here to find the file and line of an error, which `datasets` hides.
 
     Raises:
-        InputError: naming them.
+        InputError: if a file is damaged; it names the file and the line.
     """
     if corpus.path in ("json", "parquet", "text"):
         for path in local_files(corpus):
@@ -306,8 +312,8 @@ def _check_hub(corpus: HubCorpus) -> str | None:
         builder = datasets.load_dataset_builder(**source)
     except ConnectionError:
         return unchecked
-    except Exception as error:  # those of `datasets` and of all that it rests on
-        raise _unloadable(corpus, error) from error
+    except Exception as error:  # of `datasets` or anything below it
+        raise _loading_error(corpus, error) from error
     columns = builder.info.features
     if columns is not None and corpus.text_field not in columns:
         raise InputError("text_field", corpus.text_field, f"{corpus.path} has only {list(columns)}")
@@ -325,7 +331,7 @@ def _check_split(corpus: HubCorpus, builder: Any) -> None:
 
 
 def _hub_source(corpus: HubCorpus) -> dict[str, Any]:
-    """Where `datasets` finds it: in a copy, if there is one to use, else on the hub."""
+    """Return where `datasets` finds a corpus: in a local copy if there is one, else on the hub."""
     copy = copy_of(corpus_item(corpus))
     files = corpus.data_files
     return {

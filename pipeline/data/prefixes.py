@@ -1,4 +1,4 @@
-"""What a generated text goes on from: the first few tokens of real texts."""
+"""Prefixes, which generated texts continue: the first few tokens of real texts."""
 
 import functools
 import itertools
@@ -8,27 +8,29 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
-from pipeline.data.corpora import documents
+from pipeline.data.corpora import read_documents
 from pipeline.errors import InputError
 from pipeline.models.chat import chat_ids, check_chat_template
 from pipeline.specs import Corpus, CorpusMixture, GenerateSpec, TestbedCorpus
 
 TESTBED_TEXTS_PER_PREFIX = 1000
-"""Where the endless testbed is given up as too short."""
+"""Texts of the endless testbed that are tried for each prefix."""
 
 PIECE_CHARACTERS = 32
-"""Characters of a text that are tokenised at first, for each token needed."""
+"""Characters of a text that are tokenised first, for each token needed."""
 
 EDGE_TOKENS = 16
 """Tokens at the end of a cut text that may differ from those of the whole text."""
 
 CUT_CHARACTER = "\ufffd"
-"""What a character decodes to of which not all bytes are there."""
+"""What the bytes of an incomplete character decode to."""
 
 
 def read_prefixes(spec: GenerateSpec, tokenizer: Any) -> list[list[int]]:
-    """The given ids of every sample: BOS if the tokenizer adds it, then `prefix_tokens` of a text;
-    of a chat the whole prompt around these.
+    """Return the given ids of every sample.
+
+    They are BOS, if the tokenizer adds it, and `prefix_tokens` tokens of a text; in a chat the
+    whole prompt around these.
 
     Raises:
         InputError: if a source has too few texts of that many tokens, or if the tokenizer lacks
@@ -38,17 +40,19 @@ def read_prefixes(spec: GenerateSpec, tokenizer: Any) -> list[list[int]]:
         return [[start_id(tokenizer)]] * spec.num_samples
     if spec.prompt == "chat":
         check_chat_template(tokenizer, "prompt", "chat")
-    names = sources(spec)
-    counts = Counter(names)
+    sources = prefix_sources(spec)
+    corpora = prefix_corpora(spec)
     parts = {
-        name: iter(_prefixes_of(corpora(spec)[name], count, spec, tokenizer))
-        for name, count in counts.items()
+        source: iter(_corpus_prefixes(corpora[source], count, spec, tokenizer))
+        for source, count in Counter(sources).items()
     }
-    return [next(parts[name]) for name in names]
+    return [next(parts[source]) for source in sources]
 
 
-def _prefixes_of(corpus: Corpus, count: int, spec: GenerateSpec, tokenizer: Any) -> list[list[int]]:
-    rows = documents(corpus, spec.seed)
+def _corpus_prefixes(
+    corpus: Corpus, count: int, spec: GenerateSpec, tokenizer: Any
+) -> list[list[int]]:
+    rows = read_documents(corpus, spec.seed)
     if isinstance(corpus, TestbedCorpus):
         rows = itertools.islice(rows, TESTBED_TEXTS_PER_PREFIX * count)
     texts = (row.text for row in rows)
@@ -66,34 +70,34 @@ def _prefixes_of(corpus: Corpus, count: int, spec: GenerateSpec, tokenizer: Any)
 # ---------------------------------------------------------------------------------------- sources
 
 
-def corpora(spec: GenerateSpec) -> dict[str | None, Corpus]:
-    """The corpora of a mixture by name; one that is not mixed has none."""
+def prefix_corpora(spec: GenerateSpec) -> dict[str | None, Corpus]:
+    """Return the corpora of a mixture by name; a single corpus has the name None."""
     if isinstance(spec.prefixes, CorpusMixture):
         return {name: part.corpus for name, part in spec.prefixes.parts.items()}
     return {None: spec.prefixes}
 
 
-def sources(spec: GenerateSpec) -> list[str | None]:
-    """The name in the mixture of each sample's corpus; None without a mixture, or a prefix."""
+def prefix_sources(spec: GenerateSpec) -> list[str | None]:
+    """Return the name of each sample's corpus; None without a mixture or without a prefix."""
     if not isinstance(spec.prefixes, CorpusMixture) or spec.prefix_tokens == 0:
         return [None] * spec.num_samples
     return list(parts_in_turn(spec.prefixes, spec.num_samples))
 
 
 def parts_in_turn(mixture: CorpusMixture, count: int) -> list[str]:
-    """The name of the part that each of `count` texts is taken from."""
-    names = sorted(mixture.parts)  # as in the key, which knows no order of them
+    """Return the name of the part that each of `count` texts is taken from."""
+    names = sorted(mixture.parts)  # the key does not depend on their order, nor may this
     weights = tuple(mixture.parts[name].weight for name in names)
     return [names[place] for place in turns(weights, count)]
 
 
 @functools.lru_cache(maxsize=64)
 def turns(weights: tuple[float, ...], count: int) -> tuple[int, ...]:
-    """Which of the parts comes at each of `count` turns.
+    """Return which part has each of `count` turns.
 
-    Of the first n turns, for every n, a part with the share w gets floor(w * n) or ceil(w * n):
-    the c-th of its turns lies in [floor(c / w), ceil((c + 1) / w)), and of those that may come the
-    one comes whose interval ends first (Baruah et al., Proportionate progress, 1996).
+    In the first n turns, for every n, a part with the share w has floor(w * n) or ceil(w * n): its
+    turn c lies in [floor(c / w), ceil((c + 1) / w)), and of the parts that may have a turn the one
+    whose interval ends first has it (Baruah et al., Proportionate progress, 1996).
     """
     written = [Fraction(str(weight)) for weight in weights]  # 0.3 is 3/10
     scale = math.lcm(*(weight.denominator for weight in written))
@@ -113,14 +117,14 @@ def turns(weights: tuple[float, ...], count: int) -> tuple[int, ...]:
 
 
 def text_prefixes(texts: Iterable[str], tokenizer: Any, prefix_tokens: int) -> Iterator[list[int]]:
-    """BOS, if the tokenizer adds it, and the first ids of each text that has enough of them."""
+    """Yield BOS, if the tokenizer adds it, and the first ids of each text with enough tokens."""
     leading = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     for ids in _long_enough(texts, tokenizer, prefix_tokens):
         yield leading + ids
 
 
 def chat_prompts(texts: Iterable[str], tokenizer: Any, prefix_tokens: int) -> Iterator[list[int]]:
-    """A chat up to its answer, with the beginning of each such text as the user's message."""
+    """Yield a chat up to its answer; the beginning of a text is the user's message."""
     for ids in _long_enough(texts, tokenizer, prefix_tokens):
         message = tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip(CUT_CHARACTER)
         yield chat_ids(tokenizer, message)
@@ -134,7 +138,10 @@ def _long_enough(texts: Iterable[str], tokenizer: Any, count: int) -> Iterator[l
 
 
 def first_ids(text: str, tokenizer: Any, count: int) -> list[int]:
-    """The first `count` ids of a text, fewer if it has fewer, without tokenising all of it."""
+    """Return the first `count` ids of a text, or all if there are fewer.
+
+    Only a piece of a long text is tokenised.
+    """
     needed = count + EDGE_TOKENS
     characters = PIECE_CHARACTERS * needed
     while True:
@@ -147,14 +154,14 @@ def first_ids(text: str, tokenizer: Any, count: int) -> list[int]:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself begins a text with BOS."""
+    """Return whether the tokenizer itself begins a text with BOS."""
     return tokenizer.bos_token_id is not None and (
         tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     )
 
 
 def start_id(tokenizer: Any) -> int:
-    """The id that a text without a prefix begins with: BOS, or EOS for want of it.
+    """Return the id that a text without a prefix begins with: BOS, else EOS.
 
     Raises:
         InputError: if the tokenizer has neither.

@@ -1,4 +1,4 @@
-"""Corpora of the field, and of the testbed, under short names."""
+"""Short names for corpora of the field and of the testbed, and for perplexity protocols."""
 
 from pipeline.specs import HubCorpus, PerplexityProtocol, TestbedCorpus
 from pipeline.testbed.world import MISMATCHED_MIXTURE, PRETRAINING_MIXTURE
@@ -21,13 +21,13 @@ CORPUS_PRESETS: dict[str, HubCorpus | TestbedCorpus] = {
     "testbed-heldout": TestbedCorpus(mixture=dict(PRETRAINING_MIXTURE), split="evaluation"),
     "testbed-mismatched": TestbedCorpus(mixture=dict(MISMATCHED_MIXTURE)),
 }
-"""Name to data set. Files named by hand make up one split, `train`, whatever they hold: so it is in
-the `datasets` library, and so C4's validation file is read as `train` too."""
+"""Name to data set. The `datasets` library reads named files as one split, `train`, so C4's
+validation file is read as `train` too."""
 
 PERPLEXITY_PRESETS: dict[str, PerplexityProtocol] = {
     "wanda-wikitext2": PerplexityProtocol(joined_by="\n\n", max_windows=None),
     "wanda-c4": PerplexityProtocol(joined_by=" ", texts=1100, max_windows=256),
     "alpaca-texts": PerplexityProtocol(unit="text", texts=10_000, max_windows=None),
 }
-"""Name to protocol. The first two are those of SparseGPT, Wanda, DSnoT and OWL, on WikiText-2's
-test set and C4's first validation file; the third is that of arXiv 2410.17711's code on Alpaca."""
+"""Name to protocol. SparseGPT, Wanda, DSnoT and OWL use the first two, on WikiText-2's test set and
+C4's first validation file; the code of arXiv 2410.17711 uses the third, on Alpaca."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.data.corpora import Document, documents
+from pipeline.data.corpora import Document, read_documents
 from pipeline.data.prefixes import parts_in_turn
 from pipeline.errors import InputError
 from pipeline.models.loading import check_shared_vocabulary, load_configs, load_tokenizer
@@ -29,18 +29,18 @@ from pipeline.specs import (
 from pipeline.stage import Artifacts
 
 Tokenize = Callable[[list[str]], list[list[int]]]
-"""Texts to the ids of each."""
+"""Takes texts and returns the ids of each."""
 
 BATCH = 32
-"""Texts tokenised at once; no more than this are read beyond the need."""
+"""Texts tokenised at once; at most this many are read in excess."""
 
 JOINED_SURPLUS = 4
-"""A corpus is joined up to this many times the tokens of the windows asked for."""
+"""Times the tokens of all windows, up to which a corpus is joined."""
 
 TESTBED_TEXTS_PER_WINDOW = 1000
-"""Where the endless testbed is given up as too short."""
+"""Texts of the endless testbed that are tried for each window."""
 
-SCHEMA = pa.schema(
+WINDOWS_SCHEMA = pa.schema(
     {
         "window": pa.int32(),
         "document": pa.string(),
@@ -57,8 +57,8 @@ class Tokens(NamedTuple):
     ids: npt.NDArray[np.int32]
 
 
-class Window(NamedTuple):
-    """`ids` [seqlen] begin in `document`, `offset` tokens after its first."""
+class CalibrationWindow(NamedTuple):
+    """`ids` [seqlen], which begin in `document`, `offset` tokens after its first."""
 
     document: str
     offset: int
@@ -66,7 +66,7 @@ class Window(NamedTuple):
 
 
 class Cutting(NamedTuple):
-    """How windows are cut; the fields mean what those of `WindowsSpec` do."""
+    """How windows are cut; the fields are those of `WindowsSpec`."""
 
     nsamples: int = 128
     seqlen: int = 2048
@@ -74,22 +74,23 @@ class Cutting(NamedTuple):
     seed: int = 0
 
 
-class Cut(NamedTuple):
-    """Windows, and what was read for them."""
+class CutWindows(NamedTuple):
+    """Windows, and how much text was read for them."""
 
-    windows: list[Window]
+    windows: list[CalibrationWindow]
     texts_read: int
     texts_too_short: int
     tokens_read: int
     distinct_tokens: int
-    """Of the windows; a token that two of them share counts once."""
+    """Tokens of all windows; one that two windows share counts once."""
 
 
 def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """Cut a calibration set and write `windows.parquet`.
 
     Raises:
-        InputError: if the source has too little text, or its generator other tokens than the model.
+        InputError: if the source has too little text, or if its generator and the model have
+            different tokens.
     """
     tokenizer = load_tokenizer(spec.model, artifacts)
     how = Cutting(**{name: getattr(spec, name) for name in Cutting._fields})
@@ -119,7 +120,7 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
     }
 
 
-def cut_samples(texts: Iterable[Tokens], edges: list[int], how: Cutting) -> Cut:
+def cut_samples(texts: Iterable[Tokens], edges: list[int], how: Cutting) -> CutWindows:
     """Cut windows from generated texts; joined texts lose the ids in `edges` at both ends.
 
     Raises:
@@ -130,29 +131,29 @@ def cut_samples(texts: Iterable[Tokens], edges: list[int], how: Cutting) -> Cut:
     return _cut(shuffled(list(texts), how.seed), how)
 
 
-def cut_corpus(corpus: Corpus, tokenizer: Any, how: Cutting) -> Cut:
-    """Cut windows from a corpus, whose texts are read in the seed's own order.
+def cut_corpus(corpus: Corpus, tokenizer: Any, how: Cutting) -> CutWindows:
+    """Cut windows from a corpus; the seed draws the order of its texts.
 
     Raises:
         InputError: if the corpus cannot be read, or has too few texts or too short ones.
     """
     joined = how.packing == "concat"
-    rows = documents(corpus, how.seed)
+    rows = read_documents(corpus, how.seed)
     if isinstance(corpus, TestbedCorpus):
         rows = itertools.islice(rows, TESTBED_TEXTS_PER_WINDOW * how.nsamples)
     texts = tokenized(rows, tokenize_with(tokenizer, special_tokens=not joined))
     if joined:
-        texts = at_most(texts, JOINED_SURPLUS * how.nsamples * how.seqlen)
+        texts = take_tokens(texts, JOINED_SURPLUS * how.nsamples * how.seqlen)
     return _cut(texts, how)
 
 
-def _cut(texts: Iterable[Tokens], how: Cutting) -> Cut:
+def _cut(texts: Iterable[Tokens], how: Cutting) -> CutWindows:
     cut = concat_windows if how.packing == "concat" else sample_windows
     return cut(texts, how.nsamples, how.seqlen, how.seed)
 
 
-def _cut_mixture(mixture: CorpusMixture, tokenizer: Any, how: Cutting) -> Cut:
-    """The windows that each part alone would give, in turn; documents name their part."""
+def _cut_mixture(mixture: CorpusMixture, tokenizer: Any, how: Cutting) -> CutWindows:
+    """Cut the windows that each part alone would give, in turn; documents name their part."""
     names = parts_in_turn(mixture, how.nsamples)
     cuts = {
         name: cut_corpus(mixture.parts[name].corpus, tokenizer, how._replace(nsamples=count))
@@ -160,7 +161,7 @@ def _cut_mixture(mixture: CorpusMixture, tokenizer: Any, how: Cutting) -> Cut:
     }
     windows = {name: iter(cut.windows) for name, cut in cuts.items()}
     in_turn = [(name, next(windows[name])) for name in names]
-    return Cut(
+    return CutWindows(
         [window._replace(document=f"{name}:{window.document}") for name, window in in_turn],
         texts_read=sum(cut.texts_read for cut in cuts.values()),
         texts_too_short=sum(cut.texts_too_short for cut in cuts.values()),
@@ -169,17 +170,17 @@ def _cut_mixture(mixture: CorpusMixture, tokenizer: Any, how: Cutting) -> Cut:
     )
 
 
-def sample_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> Cut:
-    """Take one window of each text that is long enough, until there are `nsamples`.
+def sample_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> CutWindows:
+    """Cut one window from each text that is long enough, until there are `nsamples`.
 
     The start is uniform over all `len(ids) - seqlen + 1` places. (The reference code of Wanda and
-    SparseGPT draws texts with replacement and leaves the last place out.)
+    SparseGPT draws texts with replacement and leaves out the last place.)
 
     Raises:
-        InputError: if the texts end before.
+        InputError: if too few texts are long enough.
     """
     offsets = np.random.default_rng([seed, 1])
-    windows: list[Window] = []
+    windows: list[CalibrationWindow] = []
     read = tokens = longest = 0
     for text in texts:
         read += 1
@@ -187,19 +188,21 @@ def sample_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: in
         longest = max(longest, len(text.ids))
         if len(text.ids) >= seqlen:
             offset = int(offsets.integers(len(text.ids) - seqlen + 1))
-            windows.append(Window(text.document, offset, text.ids[offset : offset + seqlen]))
+            windows.append(
+                CalibrationWindow(text.document, offset, text.ids[offset : offset + seqlen])
+            )
             if len(windows) == nsamples:
-                return Cut(windows, read, read - nsamples, tokens, nsamples * seqlen)
+                return CutWindows(windows, read, read - nsamples, tokens, nsamples * seqlen)
     remedy = (
-        f"{nsamples} windows of {seqlen} tokens were asked for, but of {read} texts only "
+        f"{nsamples} windows of {seqlen} tokens are needed, but of {read} texts only "
         f"{len(windows)} are that long and the longest has {longest} tokens: lower seqlen or "
         "nsamples, give more or longer texts, or set packing: concat"
     )
     raise InputError("nsamples", nsamples, remedy)
 
 
-def concat_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> Cut:
-    """Join all texts and take `nsamples` stretches at uniformly random places; they may overlap.
+def concat_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> CutWindows:
+    """Join all texts and cut `nsamples` windows at uniformly random places; they may overlap.
 
     Raises:
         InputError: if the texts together are shorter than one window.
@@ -219,13 +222,15 @@ def concat_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: in
     for start in starts:
         text = int(np.searchsorted(ends, start, side="right"))
         offset = int(start - ends[text]) + len(held[text].ids)
-        windows.append(Window(held[text].document, offset, joined[start : start + seqlen]))
+        windows.append(
+            CalibrationWindow(held[text].document, offset, joined[start : start + seqlen])
+        )
     distinct = seqlen + int(np.minimum(np.diff(np.sort(starts)), seqlen).sum())
-    return Cut(windows, len(held), 0, total, distinct)
+    return CutWindows(windows, len(held), 0, total, distinct)
 
 
 def tokenize_with(tokenizer: Any, *, special_tokens: bool) -> Tokenize:
-    """A tokenizer as a function from texts to ids, whole and without padding."""
+    """Return a function that tokenises texts, whole and without padding."""
 
     def tokenize(texts: list[str]) -> list[list[int]]:
         encoded = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)
@@ -236,7 +241,7 @@ def tokenize_with(tokenizer: Any, *, special_tokens: bool) -> Tokenize:
 
 
 def tokenized(rows: Iterable[Document], tokenize: Tokenize) -> Iterator[Tokens]:
-    """The ids of each document, in order; read as far as is asked for, give or take a batch."""
+    """Yield the ids of each document in order, reading at most a batch in excess."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, BATCH)):
         for row, ids in zip(batch, tokenize([row.text for row in batch]), strict=True):
@@ -244,19 +249,19 @@ def tokenized(rows: Iterable[Document], tokenize: Tokenize) -> Iterator[Tokens]:
 
 
 def read_samples(folder: Path) -> Iterator[Tokens]:
-    """The ids of generated samples, as they were generated, in the order of their numbers."""
+    """Yield the ids of generated samples, as generated, in the order of their numbers."""
     table = pq.read_table(folder / "samples.parquet", columns=["sample_id", "token_ids"])
     for row in table.sort_by("sample_id").to_pylist():
         yield Tokens(str(row["sample_id"]), np.array(row["token_ids"], dtype=np.int32))
 
 
 def shuffled(texts: list[Tokens], seed: int) -> Iterator[Tokens]:
-    """The texts in a random order."""
+    """Return the texts in a random order."""
     return (texts[place] for place in np.random.default_rng([seed, 0]).permutation(len(texts)))
 
 
-def at_most(texts: Iterable[Tokens], tokens: int) -> Iterator[Tokens]:
-    """The first texts, up to the one that brings the tokens to at least this many."""
+def take_tokens(texts: Iterable[Tokens], tokens: int) -> Iterator[Tokens]:
+    """Yield the first texts, up to the one with which they have at least `tokens` tokens."""
     taken = 0
     for text in texts:
         yield text
@@ -266,13 +271,13 @@ def at_most(texts: Iterable[Tokens], tokens: int) -> Iterator[Tokens]:
 
 
 def strip_ends(texts: Iterable[Tokens], ends: list[int]) -> Iterator[Tokens]:
-    """The texts without the ids in `ends` before the first and after the last other one."""
+    """Yield the texts without the ids in `ends` at their beginning and end."""
     for document, ids in texts:
         inside = np.flatnonzero(~np.isin(ids, ends))
         yield Tokens(document, ids[inside[0] : inside[-1] + 1] if len(inside) else ids[:0])
 
 
-def write_windows(windows: list[Window], folder: Path) -> None:
+def write_windows(windows: list[CalibrationWindow], folder: Path) -> None:
     """Write `windows.parquet`."""
     columns = {
         "window": range(len(windows)),
@@ -280,11 +285,11 @@ def write_windows(windows: list[Window], folder: Path) -> None:
         "offset": [window.offset for window in windows],
         "token_ids": [window.ids for window in windows],
     }
-    pq.write_table(pa.table(columns, schema=SCHEMA), folder / "windows.parquet")
+    pq.write_table(pa.table(columns, schema=WINDOWS_SCHEMA), folder / "windows.parquet")
 
 
 def read_windows(folder: Path) -> torch.Tensor:
-    """The ids of `windows.parquet`, [nsamples, seqlen] int64."""
+    """Return the ids of `windows.parquet`, [nsamples, seqlen] int64."""
     column = pq.read_table(folder / "windows.parquet", columns=["token_ids"])["token_ids"]
     ids = column.combine_chunks().flatten().to_numpy().astype(np.int64)
     return torch.from_numpy(ids).reshape(len(column), -1)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import progress
-from pipeline.data.corpora import documents
+from pipeline.data.corpora import read_documents
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.evaluation.compression import bytes_by_format, speed_2_4
 from pipeline.evaluation.finished_answers import FinishedAnswers
@@ -183,7 +183,7 @@ def measure_perplexity(
     Raises:
         NonFiniteError: if a loss is NaN or infinite, or too large for a perplexity.
     """
-    texts = documents(wanted.corpus, blank=wanted.joined_by is not None)
+    texts = read_documents(wanted.corpus, blank=wanted.joined_by is not None)
     windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
     summed = [0.0] * len(windows)
     done = 0

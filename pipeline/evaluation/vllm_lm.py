@@ -17,12 +17,12 @@ from pipeline.evaluation.request_checks import check_finite, check_pair, documen
 from pipeline.generation.vllm_engine import (
     STARTING,
     cache_folder,
-    cpu_cache,
+    cpu_cache_bytes,
     engine_arguments,
     process_settings,
     reported_steps,
+    vllm_checkpoint,
     vllm_version,
-    weights,
 )
 from pipeline.models.chat import TEMPLATE_ARGUMENTS
 from pipeline.models.loading import load_configs, model_dtype
@@ -51,9 +51,9 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
     cache = (
         {}
         if torch.cuda.is_available()
-        else {"kv_cache_memory_bytes": cpu_cache(spec.model, config, texts, longest)}
+        else {"kv_cache_memory_bytes": cpu_cache_bytes(spec.model, config, texts, longest)}
     )
-    with weights(spec.model, artifacts) as (folder, options), process_settings():
+    with vllm_checkpoint(spec.model, artifacts) as (folder, options), process_settings():
         with phase("importing vLLM"):
             checked = _checked_class(_lm_eval_module().VLLM)
             hugging_face = importlib.import_module("lm_eval.models.huggingface").HFLM

@@ -1,4 +1,4 @@
-"""Attention of one new token on a CPU: query heads that share keys and values are one product."""
+"""Attention of one new token on a CPU, without a copy of keys and values for each query head."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,23 +9,24 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "calprune_grouped_sdpa"
+GROUPED_SDPA = "calprune_grouped_sdpa"
+"""The name of this attention in transformers."""
 
 
 @contextmanager
 def grouped_queries(model: Any) -> Iterator[None]:
-    """Let a model on a CPU attend so meanwhile.
+    """Make a model on a CPU attend with its query heads grouped, within the block.
 
-    By itself transformers repeats the keys and values of each group for all its query heads, in
-    every layer and step, which takes as long as the rest of a step. The last bits differ. Models
-    that do not attend by SDPA stay as they are.
+    transformers repeats the keys and values of a group for each of its query heads, in every layer
+    and step, which takes as long as the rest of a step. The last bits differ. Models that do not
+    attend by SDPA are left as they are.
     """
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         yield
         return
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(GROUPED_SDPA, _attend)
+    AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
+    model.set_attn_implementation(GROUPED_SDPA)
     try:
         yield
     finally:
@@ -42,11 +43,12 @@ def _attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `sdpa_attention_forward`.
+    """Attend as `sdpa_attention_forward` does.
 
     Args:
         query: [samples, heads, tokens, head_dim]
-        key: [samples, groups, keys, head_dim]; `value` likewise.
+        key: [samples, groups, keys, head_dim]
+        value: [samples, groups, keys, head_dim]
         attention_mask: [samples, 1, tokens, keys]
 
     Returns:
@@ -60,7 +62,7 @@ def _attend(
             module, query, key, value, attention_mask, dropout, scaling, **more
         )
         return attended, None
-    # The heads of a group stand where tokens do: all of them see what the one token sees.
+    # The heads of a group take the dimension of tokens: all of them see what the one token sees.
     attended = torch.nn.functional.scaled_dot_product_attention(
         query.view(samples, groups, heads // groups, -1),
         key,

@@ -1,4 +1,4 @@
-"""Self-generation: a model goes on from the first few tokens of real texts."""
+"""Self-generation: a model continues the first few tokens of real texts."""
 
 import json
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import GenerationConfig
 
-from pipeline.data.prefixes import read_prefixes, sources
+from pipeline.data.prefixes import prefix_sources, read_prefixes
 from pipeline.errors import InputError
 from pipeline.generation.sampling import Sampling, redraw_seed
+from pipeline.generation.shards import join_shards, shard_samples
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.generation.vllm_engine import VllmEngine
 from pipeline.models.loading import load_tokenizer, loaded
 from pipeline.models.vocabulary import end_ids, known_ids
 from pipeline.progress import phase
-from pipeline.shards import join_shards, shard_samples
 from pipeline.specs import GenerateSpec, StageSpec, Vllm, canonical_json
 from pipeline.stage import Artifacts, Latest
 
-SCHEMA = pa.schema(
+SAMPLES_SCHEMA = pa.schema(
     {
         "sample_id": pa.int64(),
         "source": pa.string(),
@@ -37,7 +37,7 @@ _vllm_engines: Latest[VllmEngine] = Latest(release=VllmEngine.close)
 
 
 class Sample(NamedTuple):
-    """A generated text: the given ids, then the generated ones, with EOS if it came to that.
+    """A generated text: the given ids, then the generated ones, with the final EOS if there is one.
 
     A text that EOS would end at once has the given ids alone.
     """
@@ -53,27 +53,18 @@ def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path
 
     Raises:
         InputError: if the source has too few texts that are long enough.
+        NonFiniteError: if the model's logits are NaN or infinite.
     """
     engine, tokenizer = loaded_engine(spec, artifacts)
     with phase("reading prefixes"):
         prefixes = _prefixes.get(spec.key, lambda: read_prefixes(spec, tokenizer))
-    numbers = list(shard_samples(spec, index))
-    samples = generate_samples(
-        engine,
-        tokenizer,
-        [prefixes[number] for number in numbers],
-        numbers,
-        sampling=Sampling(**{name: getattr(spec, name) for name in Sampling._fields}),
-        seqlen=spec.seqlen,
-        seed=spec.seed,
-        redraws=spec.redraws,
-    )
+    samples = generate_shard(spec, index, engine, tokenizer, prefixes)
     columns: dict[str, list[Any]] = {
         name: [getattr(sample, name) for sample in samples] for name in Sample._fields
     }
-    origins = sources(spec)
-    columns["source"] = [origins[number] for number in numbers]
-    table = pa.table(columns, schema=SCHEMA)
+    sources = prefix_sources(spec)
+    columns["source"] = [sources[sample.sample_id] for sample in samples]
+    table = pa.table(columns, schema=SAMPLES_SCHEMA)
     facts = canonical_json(engine.facts)
     pq.write_table(table.replace_schema_metadata({"engine": facts}), output / "samples.parquet")
     return _report(table, spec.seqlen, {facts})
@@ -87,7 +78,7 @@ def run(spec: GenerateSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
 
 
 def loaded_engine(spec: GenerateSpec, artifacts: Artifacts) -> tuple["Engine", Any]:
-    """The spec's engine with its model, and the tokenizer."""
+    """Return the spec's engine with its model loaded, and the tokenizer."""
     if not isinstance(spec.backend, Vllm):
         model, tokenizer = loaded(spec.model, artifacts)
         return TransformersEngine(model), tokenizer
@@ -111,14 +102,14 @@ def _report(table: pa.Table, seqlen: int, facts: set[bytes]) -> dict[str, Any]:
 
 
 class Engine(Protocol):
-    """What generates: token ids in, token ids out."""
+    """A loaded model that generates: token ids in, token ids out."""
 
     generation_config: GenerationConfig
-    """The checkpoint's own settings, of which only the ids that end a text count."""
+    """The checkpoint's own settings; only the ids that end a text are used."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Engine, version and device, which go with the artifact."""
+        """Engine, version and device, for the artifact's report."""
 
     def write(
         self,
@@ -131,11 +122,40 @@ class Engine(Protocol):
         seqlen: int,
         seed: int,
     ) -> list[list[int]]:
-        """What comes after each prefix, up to the first of `ends` or to `seqlen` ids in all.
+        """Return what follows each prefix, up to the first of `ends` or `seqlen` ids in all.
 
-        Ids past either may follow. Only `known` ids, the tokenizer's, are drawn, and which depends
-        on the seed and a sample's number, not on the rest of the batch.
+        More ids may follow either. Only `known` ids, the tokenizer's, are drawn. The draw depends
+        on the seed and the sample's number, not on the rest of the batch.
         """
+
+
+def generate_shard(
+    spec: GenerateSpec,
+    index: int,
+    engine: Engine,
+    tokenizer: Any,
+    prefixes: Sequence[Sequence[int]],
+) -> list[Sample]:
+    """Generate the samples of one shard.
+
+    Args:
+        prefixes: those of all samples, by number.
+
+    Raises:
+        InputError: if a prefix leaves too little room in `seqlen`.
+        NonFiniteError: if the model's logits are NaN or infinite.
+    """
+    numbers = shard_samples(spec, index)
+    return generate_samples(
+        engine,
+        tokenizer,
+        [prefixes[number] for number in numbers],
+        numbers,
+        sampling=Sampling(**{name: getattr(spec, name) for name in Sampling._fields}),
+        seqlen=spec.seqlen,
+        seed=spec.seed,
+        redraws=spec.redraws,
+    )
 
 
 def generate_samples(
@@ -149,19 +169,19 @@ def generate_samples(
     seed: int = 0,
     redraws: int = 0,
 ) -> list[Sample]:
-    """Go on from each prefix until EOS or `seqlen` tokens.
+    """Continue each prefix until EOS or `seqlen` tokens.
 
     Args:
-        prefixes: the ids given, at least one of each sample; lengths may differ.
-        sample_ids: their numbers.
-        seqlen: tokens at the most, the prefix included.
-        redraws: how often those that are shorter are drawn again, as one batch each time; of all
-            draws the longest is kept, of equal ones the first.
+        prefixes: the given ids of each sample, at least one; lengths may differ.
+        sample_ids: the number of each sample.
+        seqlen: most tokens of a sample, prefix included.
+        redraws: how often shorter samples are drawn again, as one batch each time. The longest
+            draw is kept; of equally long ones the first.
 
     Raises:
-        InputError: if a prefix leaves no room in `seqlen`, or less than the least to write.
-        NonFiniteError: if the model's logits are NaN or infinite; it names the sample, the
-            token and, on transformers, the module where such values begin.
+        InputError: if a prefix leaves no room in `seqlen`, or less than `min_new_tokens`.
+        NonFiniteError: if the model's logits are NaN or infinite. It names the sample, the token
+            and, on transformers, the module where such values begin.
     """
     longest = max(len(prefix) for prefix in prefixes)
     if longest >= seqlen:
@@ -171,32 +191,32 @@ def generate_samples(
         remedy = f"of {seqlen} tokens a prefix already has {longest}: lower it or raise seqlen"
         raise InputError("min_new_tokens", sampling.min_new_tokens, remedy)
     ends, known = end_ids(engine.generation_config, tokenizer), known_ids(tokenizer)
-    found: list[list[int]] = [[] for _ in prefixes]
-    short = list(range(len(prefixes)))
+    token_ids: list[list[int]] = [[] for _ in prefixes]
+    unfinished = list(range(len(prefixes)))
     for draw in range(1 + redraws):
         written = engine.write(
-            [prefixes[place] for place in short],
-            [sample_ids[place] for place in short],
+            [prefixes[place] for place in unfinished],
+            [sample_ids[place] for place in unfinished],
             ends,
             known,
             sampling=sampling,
             seqlen=seqlen,
             seed=redraw_seed(seed, draw) if draw else seed,
         )
-        for place, row in zip(short, written, strict=True):
+        for place, row in zip(unfinished, written, strict=True):
             ids = [*prefixes[place], *until_end(row, ends)[: seqlen - len(prefixes[place])]]
-            found[place] = max(found[place], ids, key=len)
-        short = [place for place in short if len(found[place]) < seqlen]
-        if not short:
+            token_ids[place] = max(token_ids[place], ids, key=len)
+        unfinished = [place for place in unfinished if len(token_ids[place]) < seqlen]
+        if not unfinished:
             break
     samples = []
-    for number, prefix, ids in zip(sample_ids, prefixes, found, strict=True):
+    for number, prefix, ids in zip(sample_ids, prefixes, token_ids, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         samples.append(Sample(number, len(prefix), ids, text))
     return samples
 
 
 def until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """The ids up to the first of `ends`, that one included; none if it comes at once."""
+    """Return the ids up to the first of `ends`, which is included; none if it comes first."""
     first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     return ids[: first + 1] if first else []

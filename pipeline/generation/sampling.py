@@ -1,11 +1,11 @@
 """How the next token is drawn: repetition penalty, minimum length, temperature, top-k, top-p,
 inverse CDF.
 
-Every sample has uniform numbers of its own, so what is drawn for it does not depend on the samples
-that happen to share its batch.
+Every sample has its own uniform numbers, so the draw does not depend on the other samples of its
+batch.
 
-Passes over the whole vocabulary are dear: with 49,152 tokens a sort of it takes as long as the
-model's forward pass on a CPU. So what comes after top-k sees the tokens that it kept, and the
+Passes over the whole vocabulary are slow: with 49,152 tokens a sort of it takes as long as the
+model's forward pass on a CPU. So what follows top-k sees only the tokens that it kept, and the
 processors change the scores in place; `generate` hands them a copy of its own.
 """
 
@@ -21,7 +21,7 @@ VECTOR_WIDTH = 64
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn; the fields mean what those of `GenerateSpec` do."""
+    """How tokens are drawn; the fields are those of `GenerateSpec`."""
 
     temperature: float = 0.6
     top_k: int = 50
@@ -32,11 +32,11 @@ class Sampling(NamedTuple):
     temperature_tokens: int | None = None
 
 
-class Known:
-    """Rule out ids that the tokenizer lacks: rows of embeddings that only fill up the matrix.
+class KnownTokens:
+    """Rule out ids that the tokenizer lacks: rows that only pad the embedding matrix.
 
     Args:
-        known: the ids that it has.
+        known: the tokenizer's ids.
     """
 
     def __init__(self, known: Sequence[int]) -> None:
@@ -44,7 +44,7 @@ class Known:
         self.unknown: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Set those of `scores` [samples, vocabulary] to -inf, in place."""
+        """Set the unknown ids of `scores` [samples, vocabulary] to -inf, in place."""
         if self.unknown is None:
             every = torch.arange(scores.shape[1])
             self.unknown = every[~torch.isin(every, self.known)].to(scores.device)
@@ -70,8 +70,8 @@ class RepetitionPenalty:
         return scores.scatter_(1, input_ids, penalised)
 
 
-class NoEnd:
-    """Make a text go on: none of `ends` before it has `min_new_tokens` new ids.
+class MinNewTokens:
+    """Rule out `ends` until a text has `min_new_tokens` new ids.
 
     Args:
         prompt_length: ids of each row before the first step.
@@ -82,7 +82,7 @@ class NoEnd:
         self.length = prompt_length + min_new_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Set the ends of `scores` [samples, vocabulary] to -inf, in place, while ids are few."""
+        """Set the ends of `scores` [samples, vocabulary] to -inf, in place, in short texts."""
         if input_ids.shape[1] >= self.length:
             return scores
         ends = torch.tensor(self.ends, dtype=torch.int64, device=scores.device)
@@ -92,11 +92,11 @@ class NoEnd:
 class Temperature:
     """Divide by a temperature, which may go from one value to another in a straight line.
 
-    Of new token i, from 0, it is start + (end - start) * min(1, i / steps) (arXiv 2410.17170).
+    For new token i, from 0, it is start + (end - start) * min(1, i / steps) (arXiv 2410.17170).
 
     Args:
-        end: the value at the end; as at the start if None.
-        steps: tokens after which it is at the end value.
+        end: the last value; None keeps the first.
+        steps: tokens after which the last value is reached.
         prompt_length: ids of each row before the first step.
     """
 
@@ -114,15 +114,15 @@ class Temperature:
 
 
 class Draw:
-    """Leave only the token drawn from what top-k and then top-p keep.
+    """Leave only the token that is drawn from what top-k and then top-p keep.
 
     It is the token at which the cumulative probability passes a given uniform number. Tokens stand
     in the order of the vocabulary, so a logit's last bit hardly ever changes the draw.
 
     Args:
-        top_k: so many of the likeliest tokens are kept, and all that tie with the last of them; 0
+        top_k: keep this many of the likeliest tokens and all that tie with the last of them; 0
             keeps all.
-        top_p: of these, the fewest likeliest that hold this probability are kept; 1 keeps all.
+        top_p: of these keep the fewest that hold this probability, likeliest first; 1 keeps all.
         uniforms: [samples, steps] float64 in [0, 1).
         prompt_length: ids of each row before the first step.
     """
@@ -137,7 +137,7 @@ class Draw:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Draw from softmax(`scores`) [samples, vocabulary]; all others become -inf, in place."""
-        tokens, logits = likeliest(scores, self.top_k)
+        tokens, logits = top_k_logits(scores, self.top_k)
         if self.top_p < 1:
             logits = self._nucleus(tokens, logits, scores.shape[1])
         cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
@@ -148,16 +148,16 @@ class Draw:
         return scores.fill_(-torch.inf).scatter_(1, tokens.gather(1, places), 0.0)
 
     def _nucleus(self, tokens: torch.Tensor, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
-        kept, parted = nucleus(logits, self.top_p)
-        if len(parted) and logits.shape[1] < vocabulary:
-            ids, few = tokens[parted], logits[parted]
-            whole, _ = nucleus(spread(ids, few, vocabulary), self.top_p)
-            kept[parted] = whole.gather(1, ids).masked_fill(few == -torch.inf, -torch.inf)
+        kept, tied = nucleus(logits, self.top_p)
+        if len(tied) and logits.shape[1] < vocabulary:
+            ids, tied_logits = tokens[tied], logits[tied]
+            whole, _ = nucleus(scatter_logits(ids, tied_logits, vocabulary), self.top_p)
+            kept[tied] = whole.gather(1, ids).masked_fill(tied_logits == -torch.inf, -torch.inf)
         return kept
 
 
-def likeliest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that top-k keeps of `scores` [samples, vocabulary], and their logits.
+def top_k_logits(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens that top-k keeps of `scores` [samples, vocabulary], and their logits.
 
     Both are [samples, width], in the order of the vocabulary. Rows that keep fewer tokens than
     others end with the vocabulary's last token at -inf. `top_k: 0` keeps all tokens.
@@ -170,7 +170,7 @@ def likeliest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Ten
     kept = (scores < least).logical_not_()  # all that tie with the last one, and NaN
     counts = kept.sum(dim=1)
     width = int(counts.max()) + 1
-    # A sum over so many columns has the last bits of a sum over the whole vocabulary.
+    # A sum over this many columns has the last bits of a sum over the whole vocabulary.
     width += (vocabulary - width) % VECTOR_WIDTH
     if width >= vocabulary:
         return everything, scores.masked_fill(~kept, -torch.inf)
@@ -184,10 +184,10 @@ def likeliest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def nucleus(logits: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits` [samples, width] with -inf where top-p drops a token, and the rows in doubt.
+    """Return `logits` [samples, width] with -inf where top-p drops a token, and the tied rows.
 
-    In these it keeps some and drops others of equal logits. Which, depends on how the sort orders
-    equal values, and so on how many it sorts: ask again with the whole vocabulary.
+    In a tied row top-p keeps some and drops others of equal logits. Which ones depends on how the
+    sort orders equal values, and so on how many it sorts: repeat it with the whole vocabulary.
     """
     kept: torch.Tensor = TopPLogitsWarper(top_p)(None, logits)
     dropped = kept == -torch.inf
@@ -196,27 +196,27 @@ def nucleus(logits: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Ten
     return kept, (lowest_kept == highest_dropped).nonzero().squeeze(1)
 
 
-def spread(tokens: torch.Tensor, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """The scores [samples, vocabulary] that have these `logits` at `tokens`, and -inf elsewhere."""
+def scatter_logits(tokens: torch.Tensor, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return scores [samples, vocabulary] with `logits` at `tokens` and -inf elsewhere."""
     scores = logits.new_full((len(logits), vocabulary), -torch.inf)
     # The last token may stand there twice, once to fill the row at -inf.
     return scores.scatter_reduce_(1, tokens, logits, "amax")
 
 
 def uniform_numbers(seed: int, sample_ids: list[int], steps: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), each row fixed by the seed and its sample: [samples, steps]."""
+    """Return uniform numbers in [0, 1), [samples, steps]; seed and sample fix each row."""
     rows = [np.random.default_rng(_stream(seed, sample)).random(steps) for sample in sample_ids]
     return torch.from_numpy(np.stack(rows))
 
 
 def request_seed(seed: int, sample_id: int) -> int:
-    """A sample's own seed in [0, 2^63), for an engine that draws by itself."""
+    """Return a sample's own seed in [0, 2^63), for an engine that draws by itself."""
     return int(_stream(seed, sample_id).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def redraw_seed(seed: int, draw: int) -> int:
-    """The seed in [0, 2^63) of a later draw of samples, numbered from 1."""
-    # Two numbers in the spawn key: the stream of no sample, which has one.
+    """Return the seed in [0, 2^63) of a later draw of samples, numbered from 1."""
+    # Two numbers in the spawn key: a sample's stream has one, so this is no sample's.
     stream = np.random.SeedSequence(seed, spawn_key=(0, draw))
     return int(stream.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -235,13 +235,15 @@ def logits_processors(
     ends: Sequence[int],
     seqlen: int,
 ) -> LogitsProcessorList:
-    """The processors in the order in which they work; without the draws at temperature 0.
+    """Return the processors in the order in which they work; at temperature 0 without the draw.
 
     `uniforms` is [samples, steps], on the model's device; `known` are the tokenizer's ids.
     """
-    processors = LogitsProcessorList([Known(known), RepetitionPenalty(sampling.repetition_penalty)])
+    processors = LogitsProcessorList(
+        [KnownTokens(known), RepetitionPenalty(sampling.repetition_penalty)]
+    )
     if sampling.min_new_tokens > 0:
-        processors.append(NoEnd(ends, sampling.min_new_tokens, prompt_length))
+        processors.append(MinNewTokens(ends, sampling.min_new_tokens, prompt_length))
     if sampling.temperature == 0:
         return processors
     tokens = sampling.temperature_tokens

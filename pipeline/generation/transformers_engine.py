@@ -1,7 +1,7 @@
 """Generation by transformers: the prefixes of one length are one batch.
 
-So nothing is padded. Padding would take positions that some models do not have, count as text in
-the state of recurrent layers, and let positions that depend on the length depend on other texts.
+So nothing is padded. Padding would use positions that some models do not have, enter the state of
+recurrent layers, and make positions that depend on the length depend on other texts.
 """
 
 import inspect
@@ -30,7 +30,7 @@ class TransformersEngine:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Engine, version and device, and tensors of the checkpoint that were of no use."""
+        """Engine, version and device, and tensors of the checkpoint that the model does not use."""
         return {
             "backend": "transformers",
             "backend_version": metadata.version("transformers"),
@@ -49,7 +49,7 @@ class TransformersEngine:
         seqlen: int,
         seed: int,
     ) -> list[list[int]]:
-        """What comes after each prefix; those of one length are one batch.
+        """Return what follows each prefix; those of one length are one batch.
 
         Raises:
             NonFiniteError: if the model's logits are NaN or infinite.
@@ -68,12 +68,12 @@ class TransformersEngine:
             )
             processors = LogitsProcessorList([finite, *draw])
             given = [prefixes[place] for place in places]
-            rows = self._continued(given, processors, ends, seqlen, stream)
+            rows = self._generate_batch(given, processors, ends, seqlen, stream)
             written |= zip(places, rows, strict=True)
         return [written[place] for place in range(len(prefixes))]
 
     @torch.inference_mode()
-    def _continued(
+    def _generate_batch(
         self,
         prefixes: Sequence[Sequence[int]],
         processors: LogitsProcessorList,
@@ -81,7 +81,7 @@ class TransformersEngine:
         seqlen: int,
         stream: TokenStream,
     ) -> list[list[int]]:
-        """What comes after prefixes of equal length."""
+        """Return what follows prefixes of equal length."""
         given = torch.tensor(prefixes, device=self.model.device)
         length = given.shape[1]
         settings = GenerationConfig(
@@ -90,7 +90,7 @@ class TransformersEngine:
             eos_token_id=list(ends) or None,
             pad_token_id=ends[0] if ends else 0,
         )
-        # RecurrentGemma's modules keep the state, and would go on from it after a single token.
+        # RecurrentGemma's modules keep their state, and a prefix of one token would continue it.
         if (clear := getattr(self.model.base_model, "_setup_cache", None)) is not None:
             clear(self.model.config, len(given), given.device, self.model.dtype)
         with generation_settings(self.model, settings), grouped_queries(self.model):
@@ -99,7 +99,7 @@ class TransformersEngine:
                 attention_mask=torch.ones_like(given),
                 logits_processor=processors,
                 streamer=stream,
-                **cache_with_room(self.model, seqlen),
+                **preallocated_cache(self.model, seqlen),
             )
         rows: list[list[int]] = generated[:, length:].tolist()
         return rows
@@ -142,57 +142,57 @@ class FiniteLogits:
         return scores
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """A layer's keys and values, with room for as many tokens as there will be.
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """A layer's keys and values, in memory for as many tokens as there will be.
 
-    What it extends is copied as a whole to a larger place for every new token, which took up to
-    half of a step's time. The values, and so the texts, are the same.
+    `DynamicLayer` copies all of them for every new token, which took up to half of a step's time.
+    The values, and so the texts, are the same.
 
     Args:
-        room: tokens.
+        max_tokens: tokens that there is memory for.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, max_tokens: int) -> None:
         super().__init__()
-        self.room = room
+        self.max_tokens = max_tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take memory for keys and values like these, [samples, heads, tokens, head_dim]."""
+        """Allocate memory for keys and values like these, [samples, heads, tokens, head_dim]."""
         super().lazy_initialization(key_states, value_states)
-        self.places = [
-            states.new_empty((*states.shape[:-2], self.room, states.shape[-1]))
+        self.memory = [
+            states.new_empty((*states.shape[:-2], self.max_tokens, states.shape[-1]))
             for states in (key_states, value_states)
         ]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the keys and values of new tokens; all so far."""
+        """Add the keys and values of new tokens; return all so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
         length = before + key_states.shape[-2]
-        for place, states in zip(self.places, (key_states, value_states), strict=True):
-            place[..., before:length, :] = states
-        self.keys, self.values = (place[..., :length, :] for place in self.places)
+        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
+            memory[..., before:length, :] = states
+        self.keys, self.values = (memory[..., :length, :] for memory in self.memory)
         return self.keys, self.values
 
 
-def cache_with_room(model: Any, room: int) -> dict[str, DynamicCache]:
-    """The argument of `generate` for a cache of so many tokens.
+def preallocated_cache(model: Any, max_tokens: int) -> dict[str, DynamicCache]:
+    """Return the argument of `generate` for a cache of at most `max_tokens` tokens.
 
-    There is none if some layer keeps anything but the keys and values of all tokens, such as those
-    of a window or a state: `generate` then makes the cache that the model needs.
+    It is empty if a layer keeps anything but the keys and values of all tokens, such as those of a
+    window, or a state: `generate` then makes the cache that the model needs.
     """
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return {}
     cache = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return {}
-    cache.layers = [RoomyLayer(room) for _ in cache.layers]
+    cache.layers = [PreallocatedLayer(max_tokens) for _ in cache.layers]
     return {"past_key_values": cache}
 
 
 def device_name(kind: str) -> str:
-    """The name of the accelerator, or `cpu`."""
+    """Return the name of the GPU, or `cpu`."""
     return torch.cuda.get_device_name() if kind == "cuda" else kind

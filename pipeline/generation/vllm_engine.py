@@ -1,8 +1,8 @@
-"""Generation by vLLM: a shard's samples are requests that are handed over together.
+"""Generation by vLLM: the samples of a shard are requests that are handed over together.
 
-The engine runs inside this process. So all requests of a shard are there before its first step,
-and which of them share a batch is the same every time; and an engine that crashes takes the
-process with it, which is seen and mended, rather than leaving one that waits for it.
+The engine runs inside this process. So it has all requests of a shard before its first step, and
+the same ones share a batch every time. And an engine that crashes takes the process with it, which
+is noticed and replaced; a process that waits for a dead engine would not be.
 """
 
 import atexit
@@ -42,12 +42,13 @@ CPU_BLOCK_TOKENS = 128
 
 STARTING = "starting vLLM: it loads the model and compiles"
 """The phase of an engine's start, which takes minutes on some machines."""
+
 TOP_K_TOP_P = "calprune_top_k_top_p"
-"""Among the `extra_args` of a request on a CPU: its top_k and top_p, in place of vLLM's own."""
+"""In the `extra_args` of a request on a CPU: its top_k and top_p, in place of vLLM's own."""
 
 
 def vllm_version() -> str | None:
-    """The version of vLLM that is installed, by whatever package; None if none is."""
+    """Return the version of the installed package that provides vLLM; None if there is none."""
     if importlib.util.find_spec("vllm") is None:
         return None
     packages = metadata.packages_distributions()["vllm"]
@@ -58,7 +59,7 @@ class VllmEngine:
     """An engine with a model loaded; `close` frees its memory.
 
     Args:
-        spec: its model, window, shard size, and engine settings; the rest is of no account here.
+        spec: only its model, seqlen, shard size and engine settings are used.
 
     Raises:
         InputError: if vLLM is not installed.
@@ -74,10 +75,12 @@ class VllmEngine:
         self.rows = embedding_rows(config)
         self.on_cpu = not torch.cuda.is_available()
         for_cpu = {
-            "kv_cache_memory_bytes": cpu_cache(spec.model, config, spec.shard_size, spec.seqlen),
+            "kv_cache_memory_bytes": cpu_cache_bytes(
+                spec.model, config, spec.shard_size, spec.seqlen
+            ),
             "logits_processors": ["pipeline.generation.vllm_sampling:TopKTopP"],
         }
-        with process_settings(), weights(spec.model, artifacts) as (folder, options):
+        with process_settings(), vllm_checkpoint(spec.model, artifacts) as (folder, options):
             with phase("importing vLLM"):
                 vllm = importlib.import_module("vllm")
             with phase(STARTING):
@@ -85,7 +88,7 @@ class VllmEngine:
                     model=folder,
                     **options,
                     skip_tokenizer_init=True,
-                    generation_config="vllm",  # none: every request says all
+                    generation_config="vllm",  # none: every request has all settings
                     dtype=model_dtype(spec.model),
                     max_model_len=spec.seqlen,
                     max_num_seqs=spec.shard_size,
@@ -111,43 +114,43 @@ class VllmEngine:
         seqlen: int,
         seed: int,
     ) -> list[list[int]]:
-        """What comes after each prefix.
+        """Return what follows each prefix.
 
         Raises:
-            EngineDiedError: if the engine is of no more use.
+            EngineDiedError: if the engine broke down.
             NonFiniteError: if the model's logits are NaN or infinite.
         """
         drawn = [token for token in known if token < self.rows]
-        kept: dict[str, Any] = {"top_k": sampling.top_k, "top_p": sampling.top_p}
-        # Without a top_k all must be sorted, and without a top_p nothing.
+        limits: dict[str, Any] = {"top_k": sampling.top_k, "top_p": sampling.top_p}
+        # Without a top_k the whole vocabulary must be sorted, and without a top_p nothing.
         if self.on_cpu and sampling.top_k > 0 and sampling.top_p < 1:
-            kept = {"extra_args": {TOP_K_TOP_P: [sampling.top_k, sampling.top_p]}}
+            limits = {"extra_args": {TOP_K_TOP_P: [sampling.top_k, sampling.top_p]}}
         requests = [
             self.request(
-                **kept,
+                **limits,
                 temperature=sampling.temperature,
                 repetition_penalty=sampling.repetition_penalty,
                 min_tokens=sampling.min_new_tokens,
                 max_tokens=seqlen - len(prefix),
                 stop_token_ids=list(ends),
                 allowed_token_ids=drawn if len(drawn) < self.rows else None,
-                logprobs=0,  # of the tokens that are drawn, which are NaN where a logit is
-                ignore_eos=True,  # `ends` are all that count
+                logprobs=0,  # of the drawn tokens; NaN where a logit is
+                ignore_eos=True,  # only `ends` end a text
                 seed=request_seed(seed, sample),
                 detokenize=False,
             )
             for prefix, sample in zip(prefixes, sample_ids, strict=True)
         ]
         prompts = [{"prompt_token_ids": list(prefix)} for prefix in prefixes]
-        # What an earlier shard left in the cache must not decide how this one is computed.
+        # What an earlier shard left in the cache must not change how this one is computed.
         self.engine.reset_prefix_cache()
         total = sum(request.max_tokens for request in requests)
         try:
             with reported_steps(self.engine, lambda tokens, _: report(tokens, total, "tokens")):
-                answers = self.engine.generate(prompts, requests, use_tqdm=False)
+                outputs = self.engine.generate(prompts, requests, use_tqdm=False)
         except Exception as error:
             raise EngineDiedError(f"vLLM: {type(error).__name__}: {error}") from error
-        texts = [answer.outputs[0] for answer in answers]
+        texts = [output.outputs[0] for output in outputs]
         for sample, text in zip(sample_ids, texts, strict=True):
             for step, (token, found) in enumerate(zip(text.token_ids, text.logprobs, strict=True)):
                 if not math.isfinite(found[token].logprob):
@@ -158,7 +161,7 @@ class VllmEngine:
         return [list(text.token_ids) for text in texts]
 
     def close(self) -> None:
-        """End the engine, and free what it held."""
+        """End the engine and free its memory."""
         self.engine.llm_engine.engine_core.shutdown()
         del self.engine
         gc.collect()
@@ -167,13 +170,14 @@ class VllmEngine:
 
 
 @contextmanager
-def reported_steps(engine: Any, tell: Callable[[int, int], None]) -> Iterator[None]:
-    """Report after every step of an engine: its progress bar counts whole requests, and those of a
-    shard all end at once.
+def reported_steps(engine: Any, on_step: Callable[[int, int], None]) -> Iterator[None]:
+    """Report after every step of an engine within the block.
+
+    The engine's own progress bar counts whole requests, and those of a shard all end at once.
 
     Args:
-        tell: takes how many tokens, one a step for each unfinished request, and how many requests
-            are done since the block began.
+        on_step: takes the tokens since the block began, one a step for each unfinished request,
+            and the finished requests.
     """
     core = engine.llm_engine
     step = core.step
@@ -184,7 +188,7 @@ def reported_steps(engine: Any, tell: Callable[[int, int], None]) -> Iterator[No
         tokens += core.get_num_unfinished_requests()
         outputs: list[Any] = step()
         finished += sum(output.finished for output in outputs)
-        tell(tokens, finished)
+        on_step(tokens, finished)
         return outputs
 
     core.step = reported_step
@@ -195,13 +199,13 @@ def reported_steps(engine: Any, tell: Callable[[int, int], None]) -> Iterator[No
 
 
 def engine_arguments(backend: Vllm) -> dict[str, Any]:
-    """What a spec's engine settings are for vLLM."""
+    """Return a spec's engine settings as vLLM's arguments."""
     executor = "mp" if backend.gpus > 1 else "uni"
     return {"distributed_executor_backend": executor, **backend.model_dump(exclude={"name"})}
 
 
-def cpu_cache(model: Model, config: Any, texts: int, longest: int) -> int:
-    """Bytes of key-value cache that so many texts of the greatest length need."""
+def cpu_cache_bytes(model: Model, config: Any, texts: int, longest: int) -> int:
+    """Return the bytes of key-value cache that `texts` texts of `longest` tokens need."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype: torch.dtype = getattr(torch, model_dtype(model))
@@ -213,14 +217,14 @@ def cpu_cache(model: Model, config: Any, texts: int, longest: int) -> int:
 
 @contextmanager
 def process_settings() -> Iterator[None]:
-    """What the engine must find in its process, and what it must leave as it was."""
+    """Set what the engine reads from its process, and restore what it would change."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, see above
         VLLM_CACHE_ROOT=cache_folder(),  # replicas of one node spoil a cache that they share
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # else all replicas of a node bind to the same cores
         OMP_NUM_THREADS=str(torch.get_num_threads()),  # else it takes one thread
     )
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # else it wins over what a shard needs
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # else it overrides what a shard needs
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
@@ -228,13 +232,13 @@ def process_settings() -> Iterator[None]:
         with torch.random.fork_rng():
             yield
     finally:
-        torch.set_num_threads = set_num_threads  # vLLM puts a function that does nothing there
+        torch.set_num_threads = set_num_threads  # vLLM replaces it by a function that does nothing
         torch.set_num_threads(threads)
 
 
 @contextmanager
-def weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A checkpoint that vLLM loads: one made for it where the model is stored as masks."""
+def vllm_checkpoint(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a checkpoint that vLLM loads and its options; a model of masks is written as one."""
     if isinstance(model, PruneSpec) and model.stores_masks:
         with tempfile.TemporaryDirectory(prefix="calprune-vllm-") as folder:
             write_checkpoint(model, artifacts, Path(folder))
@@ -247,7 +251,7 @@ def weights(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str,
 
 @functools.cache
 def cache_folder() -> str:
-    """A folder of this process alone, which goes with it."""
+    """Return a folder of this process alone, which is deleted when it ends."""
     folder = tempfile.mkdtemp(prefix="calprune-vllm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import NonFiniteError
+from pipeline.generation.shards import join_shards
 from pipeline.models.batching import length_batches
 from pipeline.models.loading import check_shared_vocabulary, loaded
 from pipeline.models.nonfinite import nonfinite_error
 from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal, head_is_linear
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import report
-from pipeline.shards import join_shards
 from pipeline.specs import MIN_K_FRACTION, SCORE_BATCH_TOKENS, ScoreSpec, ShardSpec
 from pipeline.stage import Artifacts, Latest
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.corpora import check_corpus, documents
+from pipeline.data.corpora import check_corpus, read_documents
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError
 from pipeline.files import fingerprint
@@ -24,7 +24,7 @@ def json_lines(texts: list[str], field: str = "text") -> str:
 
 
 def texts_of(corpus: Corpus, seed: int | None = None) -> list[str]:
-    return [document.text for document in documents(corpus, seed)]
+    return [document.text for document in read_documents(corpus, seed)]
 
 
 def write_every_format(folder: Path) -> dict[str, Path]:
@@ -65,7 +65,7 @@ def test_a_glob_reads_files_in_the_order_of_their_paths_and_ids_name_file_and_ro
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one.jsonl").write_text(json_lines(["x", "y"]))
     (tmp_path / "a.txt").write_text("z\n")
-    assert list(documents(FileCorpus(path=f"{tmp_path}/**"))) == [
+    assert list(read_documents(FileCorpus(path=f"{tmp_path}/**"))) == [
         ("a.txt:0", "z"),
         ("b/one.jsonl:0", "x"),
         ("b/one.jsonl:1", "y"),
@@ -74,7 +74,7 @@ def test_a_glob_reads_files_in_the_order_of_their_paths_and_ids_name_file_and_ro
 
 def test_blank_texts_are_left_out_and_rows_keep_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("a\n\n   \nb\n")
-    found = list(documents(FileCorpus(path=str(tmp_path / "c.txt"))))
+    found = list(read_documents(FileCorpus(path=str(tmp_path / "c.txt"))))
     assert found == [("c.txt:0", "a"), ("c.txt:3", "b")]
 
 
@@ -94,7 +94,7 @@ def test_a_seed_orders_all_rows_of_all_files_each_once(tmp_path: Path) -> None:
     assert first != TEXTS
     assert first == texts_of(corpus, seed=3)
     assert first != texts_of(corpus, seed=4)
-    first_files = {document.id[0] for document in itertools.islice(documents(corpus, 3), 12)}
+    first_files = {document.id[0] for document in itertools.islice(read_documents(corpus, 3), 12)}
     assert len(first_files) > 1
 
 
@@ -115,14 +115,14 @@ def test_ids_of_a_downloaded_corpus_are_row_numbers_in_any_order(tmp_path: Path)
     path = tmp_path / "c.jsonl"
     path.write_text(json_lines(TEXTS))
     hub = HubCorpus(path="json", data_files=str(path), streaming=False)
-    assert all(TEXTS[int(document.id)] == document.text for document in documents(hub, seed=5))
+    assert all(TEXTS[int(document.id)] == document.text for document in read_documents(hub, seed=5))
 
 
 def test_testbed_text_is_endless_and_the_seeds_own() -> None:
     corpus = TestbedCorpus(mixture={"facts": 1.0})
 
     def first(seed: int | None) -> list[str]:
-        return [document.text for document in itertools.islice(documents(corpus, seed), 200)]
+        return [document.text for document in itertools.islice(read_documents(corpus, seed), 200)]
 
     assert len(set(first(1))) > 190
     assert first(1) == first(1)
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         (broken(tmp_path, "n.jsonl.gz", '{"text": "x"}\n'), ["n.jsonl.gz", "no whole gzip file"]),
     ]
     for corpus, said in cases:
-        for refuse in (lambda given: list(documents(given)), check_corpus):
+        for refuse in (lambda given: list(read_documents(given)), check_corpus):
             with pytest.raises(InputError) as error:
                 refuse(corpus)
             for words in said:
@@ -178,7 +178,7 @@ def test_a_file_that_was_cut_short_is_named_wherever_it_ends(tmp_path: Path, end
     for share in (0.1, 0.5, 0.9):
         files[ending].write_bytes(content[: int(len(content) * share)])
         with pytest.raises(InputError, match=rf"corpus{ending}.*(no whole|no Parquet|damaged)"):
-            list(documents(FileCorpus(path=str(files[ending]))))
+            list(read_documents(FileCorpus(path=str(files[ending]))))
 
 
 def test_a_damaged_page_of_a_parquet_file_and_text_in_it_that_is_not_utf8_are_named(
@@ -189,13 +189,13 @@ def test_a_damaged_page_of_a_parquet_file_and_text_in_it_that_is_not_utf8_are_na
     damaged = pa.Array.from_buffers(pa.string(), 2, texts.buffers())
     pq.write_table(pa.table({"text": damaged}), path, use_dictionary=False)
     with pytest.raises(InputError, match=r"c\.parquet, row 1.*not UTF-8"):
-        list(documents(FileCorpus(path=str(path))))
+        list(read_documents(FileCorpus(path=str(path))))
     pq.write_table(pa.table({"text": TEXTS}), path, compression="gzip", use_dictionary=False)
     content = bytearray(path.read_bytes())
     content[200:220] = bytes(20)
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"c\.parquet.*damaged"):
-        list(documents(FileCorpus(path=str(path))))
+        list(read_documents(FileCorpus(path=str(path))))
 
 
 def test_text_is_read_as_people_save_it(tmp_path: Path) -> None:
@@ -214,16 +214,20 @@ def test_text_is_read_as_people_save_it(tmp_path: Path) -> None:
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("é\n".encode("latin-1"))
     with pytest.raises(InputError, match="UTF-8"):
-        list(documents(FileCorpus(path=str(tmp_path / "a.txt"))))
+        list(read_documents(FileCorpus(path=str(tmp_path / "a.txt"))))
 
 
 def test_a_builder_without_the_text_field_or_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(json_lines(["a"], field="body"))
     files = str(tmp_path / "c.jsonl")
     with pytest.raises(InputError, match="body"):
-        list(documents(HubCorpus(path="json", data_files=files)))
+        list(read_documents(HubCorpus(path="json", data_files=files)))
     with pytest.raises(InputError, match="split"):
-        list(documents(HubCorpus(path="json", data_files=files, split="test", text_field="body")))
+        list(
+            read_documents(
+                HubCorpus(path="json", data_files=files, split="test", text_field="body")
+            )
+        )
     with pytest.raises(InputError, match=r"none\.jsonl"):
         check_corpus(HubCorpus(path="json", data_files=f"{tmp_path}/none.jsonl"))
 

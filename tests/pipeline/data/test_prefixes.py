@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.data.corpora import documents
-from pipeline.data.prefixes import chat_prompts, read_prefixes, sources, turns
+from pipeline.data.corpora import read_documents
+from pipeline.data.prefixes import chat_prompts, prefix_sources, read_prefixes, turns
 from pipeline.errors import InputError
 from pipeline.generation import generate
 from pipeline.specs import (
@@ -98,24 +98,27 @@ def test_a_share_is_the_decimal_number_that_is_written() -> None:
 def test_the_source_of_a_sample_depends_neither_on_their_number_nor_on_the_parts_order(
     spec: GenerateSpec,
 ) -> None:
-    names = sources(spec)
-    assert Counter(sources(changed(spec, num_samples=400))) == {"english": 300, "russian": 100}
-    assert sources(changed(spec, num_samples=400))[:6] == names
+    names = prefix_sources(spec)
+    assert Counter(prefix_sources(changed(spec, num_samples=400))) == {
+        "english": 300,
+        "russian": 100,
+    }
+    assert prefix_sources(changed(spec, num_samples=400))[:6] == names
     assert isinstance(spec.prefixes, CorpusMixture)
     swapped = CorpusMixture(parts=dict(reversed(spec.prefixes.parts.items())))
     other = changed(spec, prefixes=swapped)
     assert list(swapped.parts) != list(spec.prefixes.parts)
-    assert (sources(other), other.key) == (names, spec.key)
-    assert sources(changed(spec, prefix_tokens=0)) == [None] * 6
+    assert (prefix_sources(other), other.key) == (names, spec.key)
+    assert prefix_sources(changed(spec, prefix_tokens=0)) == [None] * 6
 
 
 def test_each_prefix_is_the_next_text_of_its_source(spec: GenerateSpec, tokenizer: Any) -> None:
     assert isinstance(spec.prefixes, CorpusMixture)
     texts = {
-        name: documents(entry.corpus, spec.seed) for name, entry in spec.prefixes.parts.items()
+        name: read_documents(entry.corpus, spec.seed) for name, entry in spec.prefixes.parts.items()
     }
     found = read_prefixes(spec, tokenizer)
-    for prefix, name in zip(found, sources(spec), strict=True):
+    for prefix, name in zip(found, prefix_sources(spec), strict=True):
         assert name is not None
         assert prefix == tokenizer(next(texts[name]).text)["input_ids"][:3]
     assert found != read_prefixes(changed(spec, seed=1), tokenizer)
@@ -149,7 +152,7 @@ def test_the_stage_writes_the_source_of_every_sample(
         generate.run_shard(spec, shard.index, artifacts, artifacts[shard.key])
     generate.run(spec, artifacts, tmp_path)
     rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
-    assert [row["source"] for row in rows] == sources(spec)
+    assert [row["source"] for row in rows] == prefix_sources(spec)
     assert {row["source"] for row in rows} == {"english", "russian"}
     for row in rows:
         cyrillic = any("а" <= letter <= "я" for letter in tokenizer.decode(row["token_ids"][1:3]))

@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers
 
-from pipeline.generation.decoding_attention import NAME, grouped_queries
+from pipeline.generation.decoding_attention import GROUPED_SDPA, grouped_queries
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=97,
@@ -37,7 +37,7 @@ def test_each_step_gives_what_the_whole_text_gives_at_once(
             ids[:, :-1], **{name: value[:, :-1] for name, value in asked.items()}, use_cache=True
         ).past_key_values
         with grouped_queries(model):
-            assert model.config._attn_implementation == NAME
+            assert model.config._attn_implementation == GROUPED_SDPA
             step = model(
                 ids[:, -1:],
                 attention_mask=mask,

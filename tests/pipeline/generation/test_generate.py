@@ -42,16 +42,16 @@ from pipeline.generation.sampling import (
     request_seed,
     uniform_numbers,
 )
+from pipeline.generation.shards import join_shards
 from pipeline.generation.transformers_engine import (
     FiniteLogits,
-    RoomyLayer,
+    PreallocatedLayer,
     TransformersEngine,
-    cache_with_room,
+    preallocated_cache,
 )
 from pipeline.models.loading import loaded
 from pipeline.models.vocabulary import end_ids
 from pipeline.scoring.score import score_samples
-from pipeline.shards import join_shards
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, TestbedCorpus
 
 BOS, EOS = 0, 1
@@ -582,8 +582,11 @@ def test_room_for_keys_and_values_does_not_change_a_bit(
 ) -> None:
     fixture = request.getfixturevalue("model" if positions == "rotary" else "gpt2")
     model = copy.deepcopy(fixture).to(dtype)
-    roomy, plain = cache_with_room(model, 12)["past_key_values"], DynamicCache(config=model.config)
-    assert {type(layer) for layer in roomy.layers} == {RoomyLayer}
+    roomy, plain = (
+        preallocated_cache(model, 12)["past_key_values"],
+        DynamicCache(config=model.config),
+    )
+    assert {type(layer) for layer in roomy.layers} == {PreallocatedLayer}
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(3, 12, dtype=torch.int64)
     mask[1, :2] = 0
@@ -606,7 +609,7 @@ def test_a_model_that_keeps_anything_else_gets_a_cache_of_its_own() -> None:
         MistralForCausalLM(MistralConfig(**small, **heads, sliding_window=4)),
         MambaForCausalLM(MambaConfig(**small, state_size=4)),
     ):
-        assert cache_with_room(model, 24) == {}
+        assert preallocated_cache(model, 24) == {}
         assert len(generated(model.eval(), RAGGED, GREEDY)) == len(RAGGED)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from pipeline.generation.sampling import Draw, Sampling, likeliest, logits_processors
+from pipeline.generation.sampling import Draw, Sampling, logits_processors, top_k_logits
 
 ROWS, PROMPT, STEPS = 12, 3, 6
 
@@ -111,7 +111,7 @@ def test_the_probabilities_that_top_p_adds_up_are_those_of_the_whole_vocabulary_
 ):
     scores = random_logits(torch.Generator().manual_seed(2), 4999, "float32")
     whole = TopKLogitsWarper(50)(None, scores).sort().values.softmax(-1).cumsum(-1)
-    _, logits = likeliest(scores.clone(), 50)
+    _, logits = top_k_logits(scores.clone(), 50)
     few = logits.sort().values.softmax(-1).cumsum(-1)
     assert few.shape == (ROWS, 51 + (4999 - 51) % 64)
     assert torch.equal(few[:, -50:], whole[:, -50:])
@@ -122,7 +122,7 @@ def test_all_that_tie_with_the_last_of_the_k_likeliest_are_kept(tied: int) -> No
     scores = torch.linspace(-2, -1, 1000).repeat(2, 1)
     scores[0, 100 : 100 + tied] = 5.0
     scores[1, 7] = 5.0
-    tokens, logits = likeliest(scores, 2)
+    tokens, logits = top_k_logits(scores, 2)
     kept = [row[finite].tolist() for row, finite in zip(tokens, logits.isfinite(), strict=True)]
     assert kept == [list(range(100, 100 + tied)), [7, 999]]
 

@@ -26,7 +26,7 @@ from pipeline.generation.vllm_engine import (
     CPU_BLOCK_TOKENS,
     STARTING,
     VllmEngine,
-    cpu_cache,
+    cpu_cache_bytes,
     vllm_version,
 )
 from pipeline.models.loading import load_configs, load_model, load_tokenizer
@@ -199,7 +199,7 @@ def test_first_tokens_are_drawn_as_often_as_their_probability_says(
 def test_what_is_kept_of_the_logits_is_what_vllm_keeps(kind: str, top_k: int, top_p: float) -> None:
     """To the bit, so that the same tokens are drawn; coarse logits tie at both limits."""
     operations = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
-    keep_few = importlib.import_module("pipeline.generation.vllm_sampling").keep_few
+    keep_top_k_top_p = importlib.import_module("pipeline.generation.vllm_sampling").keep_top_k_top_p
     generator = torch.Generator().manual_seed(0)
     for vocabulary in (65, 300, 5000):
         logits = torch.randn(40, vocabulary, generator=generator) * 4 + 12
@@ -209,7 +209,7 @@ def test_what_is_kept_of_the_logits_is_what_vllm_keeps(kind: str, top_k: int, to
             logits = logits.round()
         k = torch.full((40,), min(top_k, vocabulary), dtype=torch.int32)
         expected = operations.apply_top_k_top_p(logits.clone(), k, torch.full((40,), top_p))
-        assert torch.equal(keep_few(logits.clone(), top_k, top_p), expected)
+        assert torch.equal(keep_top_k_top_p(logits.clone(), top_k, top_p), expected)
 
 
 @needs_vllm
@@ -407,7 +407,7 @@ def test_every_sample_has_a_seed_of_its_own() -> None:
 def test_a_cpu_keeps_room_for_every_sample_of_a_shard(spec: GenerateSpec) -> None:
     config, settings = load_configs(spec.model, {})
     token = 2 * 2 * 1 * 32 * 4  # keys and values, 2 layers, 1 head of 32, float32
-    assert cpu_cache(spec.model, config, 16, SEQLEN) == (16 + 1) * CPU_BLOCK_TOKENS * token
+    assert cpu_cache_bytes(spec.model, config, 16, SEQLEN) == (16 + 1) * CPU_BLOCK_TOKENS * token
     assert settings.eos_token_id == config.eos_token_id
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from pipeline.data.windows import Window, write_windows
+from pipeline.data.windows import CalibrationWindow, write_windows
 from pipeline.models import loading
 from pipeline.pruning import reuse, walk
 from pipeline.pruning.prune import run
@@ -72,7 +72,7 @@ def prune(spec: PruneSpec, folder: Path) -> dict[str, bytes]:
             data.mkdir()
             generator = torch.Generator().manual_seed(spec.calibration.seed)
             ids = torch.randint(1, 96, (6, 24), generator=generator).numpy()
-            write_windows([Window("none", 0, row) for row in ids], data)
+            write_windows([CalibrationWindow("none", 0, row) for row in ids], data)
         artifacts = {spec.calibration.key: data}
     folder.mkdir()
     run(spec, artifacts, folder)

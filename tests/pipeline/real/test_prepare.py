@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.data.corpora import documents
+from pipeline.data.corpora import read_documents
 from pipeline.errors import InputError
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.sharing_lm import SharingLM
@@ -55,7 +55,7 @@ def test_a_work_is_in_one_of_the_two_parts(real_folder: Path, kind: str) -> None
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         ids = [row["id"] for row in rows]
         assert len(ids) == len(set(ids))
-        assert len(list(documents(FileCorpus(path=str(path))))) == len(rows)
+        assert len(list(read_documents(FileCorpus(path=str(path))))) == len(rows)
         works[part] = {name.rsplit(":", 1 if part == "train" else 2)[0] for name in ids}
         counts[part] = sum(len(row["text"]) for row in rows)
     assert not works["train"] & works["heldout"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.generation.generate import SCHEMA
+from pipeline.generation.generate import SAMPLES_SCHEMA
 from pipeline.scoring import filter as filtering
 from pipeline.scoring.filter import keep
 from pipeline.scoring.score import Score
@@ -79,7 +79,7 @@ def test_of_equal_samples_the_first_is_kept_and_they_do_not_count_in_the_share(
         "token_ids": ids,
         "text": [""] * 7,
     }
-    pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
+    pq.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), tmp_path / "samples.parquet")
     perplexities = [2.0, 9.0, 2.0, 3.0, None, None, 2.0]
     marks: dict[str, Any] = {"sample_id": range(7), **dict.fromkeys(Score._fields, [1.0] * 7)}
     pq.write_table(pa.table({**marks, "perplexity": perplexities}), tmp_path / "scores.parquet")
@@ -117,7 +117,7 @@ def test_a_sample_has_the_first_reason_that_holds_and_the_share_is_of_the_rest(
         "token_ids": [long, like, like, [*long[:-2], 98, 99], [1], [2], [3], [4]],
         "text": ["a bad one", "good", "good", "good", "bad", "", "badly", ""],
     }
-    pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
+    pq.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), tmp_path / "samples.parquet")
     perplexities = [1.0, 2.0, 2.0, 3.0, None, 9.0, 4.0, 5.0]
     marks: dict[str, Any] = {"sample_id": range(8), **dict.fromkeys(Score._fields, [1.0] * 8)}
     pq.write_table(pa.table({**marks, "perplexity": perplexities}), tmp_path / "scores.parquet")
@@ -168,7 +168,9 @@ def test_the_stage_writes_the_kept_samples_with_their_scores(tmp_path: Path) -> 
         "token_ids": [[number] * (number + 1) for number in numbers],
         "text": [f"text {number}" for number in numbers],
     }
-    pq.write_table(pa.table(columns, schema=SCHEMA), artifacts[samples.key] / "samples.parquet")
+    pq.write_table(
+        pa.table(columns, schema=SAMPLES_SCHEMA), artifacts[samples.key] / "samples.parquet"
+    )
     marks: dict[str, Any] = {
         "sample_id": range(5),
         "tokens": [1] * 5,

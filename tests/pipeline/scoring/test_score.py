@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from pipeline.errors import InputError
-from pipeline.generation.generate import SCHEMA
+from pipeline.generation.generate import SAMPLES_SCHEMA
 from pipeline.models import output_layer
 from pipeline.models.output_layer import head_is_linear
 from pipeline.scoring import score
@@ -319,7 +319,7 @@ def test_the_report_says_that_logits_could_not_be_chunked(
     written, scored, joined = (tmp_path / name for name in ("written", "scored", "joined"))
     for folder in (written, scored, joined):
         folder.mkdir()
-    pq.write_table(pa.table(columns, schema=SCHEMA), written / "samples.parquet")
+    pq.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), written / "samples.parquet")
     reports = [
         score.run_shard(spec, 0, {samples.shards()[0].key: written}, scored),
         score.run(spec, {spec.shards()[0].key: scored}, joined),
@@ -343,7 +343,7 @@ def test_another_model_scores_only_what_its_tokenizer_reads_alike(
         "token_ids": token_ids,
         "text": [""] * 8,
     }
-    pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "samples.parquet")
+    pq.write_table(pa.table(columns, schema=SAMPLES_SCHEMA), tmp_path / "samples.parquet")
     artifacts = {samples.shards()[0].key: tmp_path}
     score.run_shard(ScoreSpec(samples=samples, model=alike), 0, artifacts, tmp_path)
     rows = pq.read_table(tmp_path / "scores.parquet").drop_columns("sample_id").to_pylist()
@@ -374,7 +374,7 @@ def test_the_stage_scores_each_shard_from_its_own_samples_and_joins_them_in_orde
         for part in (written, scored):
             artifacts[part.key] = tmp_path / part.key
             artifacts[part.key].mkdir()
-        table = pa.table(columns, schema=SCHEMA)
+        table = pa.table(columns, schema=SAMPLES_SCHEMA)
         pq.write_table(table, artifacts[written.key] / "samples.parquet")
         own = {written.key: artifacts[written.key]}
         reports.append(score.run_shard(spec, scored.index, own, artifacts[scored.key]))
