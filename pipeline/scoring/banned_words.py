@@ -1,4 +1,4 @@
-"""Finding words that a text must not hold."""
+"""Banned words: their list, and the texts that contain one."""
 
 import re
 import unicodedata
@@ -12,7 +12,7 @@ from pipeline.text import read_text
 
 
 def read_words(path: str) -> list[str]:
-    """The words and phrases of a file, one a line; blank lines do not count.
+    """Read the words and phrases of a file, one a line; skip blank lines.
 
     Raises:
         InputError: if the file cannot be read, or holds no word.
@@ -23,36 +23,35 @@ def read_words(path: str) -> list[str]:
     return words
 
 
-def holding(texts: Sequence[str], words: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Which texts hold one of the words as a whole word, [texts].
+def contains_word(texts: Sequence[str], words: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return which texts contain one of the words as a whole word, [texts].
 
     Letter case, compatibility forms (NFKC) and the kind of white space make no difference. A word
-    ends where a letter or digit meets something else; one that begins or ends with a wide East
-    Asian character, whose scripts leave no space between words, does so there beside anything.
+    ends where a letter or digit meets another character. Wide East Asian characters are not
+    separated by spaces, so a word that begins or ends with one is found there beside anything.
     """
-    plain = dict.fromkeys(_plain(word) for word in words)
-    patterns = {word: _whole(word) for word in plain}
+    patterns = {word: _whole_word(word) for word in map(_normalised, words)}
     return np.array(
         [
-            # The search for a plain string is quick, and seldom finds anything.
+            # The search for a plain string is fast and rarely finds anything.
             any(word in text and pattern.search(text) for word, pattern in patterns.items())
-            for text in map(_plain, texts)
+            for text in map(_normalised, texts)
         ],
         dtype=np.bool_,
     )
 
 
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
 
 
-def _whole(word: str) -> re.Pattern[str]:
-    before = "" if _is_open(word[0]) else r"(?<!\w)"
-    after = "" if _is_open(word[-1]) else r"(?!\w)"
+def _whole_word(word: str) -> re.Pattern[str]:
+    before = "" if _needs_no_boundary(word[0]) else r"(?<!\w)"
+    after = "" if _needs_no_boundary(word[-1]) else r"(?!\w)"
     return re.compile(before + re.escape(word) + after)
 
 
-def _is_open(character: str) -> bool:
-    """Whether a word may go on beside it without being another word."""
+def _needs_no_boundary(character: str) -> bool:
+    """Return whether a word that ends with it is whole beside any character."""
     return unicodedata.east_asian_width(character) in "WF" or not character.isalnum()

@@ -1,4 +1,4 @@
-"""What a calibration set is like: its scores under the model, and its distance from a reference."""
+"""Description of a calibration set: scores under the model, and distance from a reference."""
 
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,23 @@ import torch
 from pipeline.data.windows import read_windows
 from pipeline.models.loading import loaded
 from pipeline.models.output_layer import check_causal
-from pipeline.scoring.score import columns, score_samples
+from pipeline.scoring.score import score_columns, score_samples
 from pipeline.specs import DescribeSpec
 from pipeline.stage import Artifacts
 
 MEANS = ("loss", "min_k", "min_k_plus_plus", "distinct_1", "distinct_2", "distinct_3")
-"""Scores whose mean over windows is reported; loss is the logarithm of the perplexity."""
+"""Scores whose mean over windows is reported; `loss` is the logarithm of the perplexity."""
 
 
 def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """Score every window and write `scores.parquet`.
 
     Returns:
-        windows, the mean of each of `MEANS` and its standard error as `<name>_error` (None with
-        one window), and with a reference `divergence`, in bits.
+        `windows`; the mean of each of `MEANS` and its standard error as `<name>_error`, None with
+        one window; with a reference also `divergence`, in bits.
 
     Raises:
+        InputError: if the model is not causal.
         NonFiniteError: if a score is NaN or infinite.
     """
     windows = read_windows(artifacts[spec.calibration.key])
@@ -39,10 +40,10 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
         [1] * len(windows),
         name="window {}".format,
     )
-    written = columns(scores)
-    pq.write_table(pa.table({"window": range(len(scores)), **written}), output / "scores.parquet")
+    columns = score_columns(scores)
+    pq.write_table(pa.table({"window": range(len(scores)), **columns}), output / "scores.parquet")
     report: dict[str, Any] = {"windows": len(scores)}
-    values = {**written, "loss": np.log(written["perplexity"])}
+    values = {**columns, "loss": np.log(columns["perplexity"])}
     for name in MEANS:
         column = np.asarray(values[name], dtype=np.float64)
         report[name] = float(column.mean())
@@ -57,16 +58,16 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
 
 
 def frequencies(windows: torch.Tensor) -> npt.NDArray[np.float64]:
-    """Share of each token id in windows [windows, seqlen]."""
+    """Return the share of each token id in windows [windows, seqlen], by id."""
     counts = torch.bincount(windows.flatten()).numpy().astype(np.float64)
     shares: npt.NDArray[np.float64] = counts / counts.sum()
     return shares
 
 
 def divergence(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
-    """Jensen-Shannon divergence of two distributions over token ids, in bits: 0 to 1.
+    """Return the Jensen-Shannon divergence of two distributions over token ids, 0 to 1 bit.
 
-    Few tokens raise it, so compare sets of one size only (Lin 1991, IEEE Transactions on
+    Few tokens raise it, so only compare sets of one size (Lin 1991, IEEE Transactions on
     Information Theory 37:145-151).
     """
     size = max(len(first), len(second))

@@ -1,4 +1,4 @@
-"""Samples that say what an earlier one has said: the same ids, or nearly the same."""
+"""Samples with the same ids as an earlier one, or nearly the same."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,17 @@ import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
 RUN_TOKENS = 5
-"""Tokens of a run; two samples are compared by the sets of theirs."""
+"""Tokens of a run; two samples are compared by their sets of runs."""
 
 PERMUTATIONS = 128
 """Hash values of a signature."""
 
 MISSES = 1e-3
-"""Chance at the most that a pair just as like as asked for is not found."""
+"""Greatest chance that a pair of exactly the asked similarity is missed."""
 
 
 def duplicates(token_ids: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
-    """Which samples have the ids of an earlier one, [samples]."""
+    """Return which samples have the ids of an earlier one, [samples]."""
     seen: set[tuple[int, ...]] = set()
     found = []
     for ids in map(tuple, token_ids):
@@ -27,14 +27,14 @@ def duplicates(token_ids: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
 
 
 def near_duplicates(token_ids: Sequence[Sequence[int]], similarity: float) -> npt.NDArray[np.bool_]:
-    """Which samples are like an earlier one that is none of them itself, [samples].
+    """Return which samples are similar to an earlier one that is not marked itself, [samples].
 
-    MinHash signatures of sets of runs name candidates (Broder 1997), as an index by bands finds
-    them; the exact Jaccard similarity of the sets decides. So no unlike sample is marked; what the
-    index misses, it misses every time.
+    An index of MinHash signatures of the sets of runs (Broder 1997), cut into bands, gives
+    candidates; the exact Jaccard similarity of the sets decides. So no other sample is marked, and
+    what the index misses it misses every time.
 
     Args:
-        similarity: the least Jaccard similarity of two samples that are alike.
+        similarity: least Jaccard similarity of near duplicates.
     """
     index = MinHashLSH(num_perm=PERMUTATIONS, params=bands(similarity))
     found = np.zeros(len(token_ids), dtype=np.bool_)
@@ -52,8 +52,11 @@ def near_duplicates(token_ids: Sequence[Sequence[int]], similarity: float) -> np
 
 
 def bands(similarity: float) -> tuple[int, int]:
-    """How many bands a signature is cut into and the values of each: as many values as keep the
-    chance (1 - s^values)^bands that a pair of similarity s agrees in no band below `MISSES`."""
+    """Return the number of bands of a signature, and of the values in a band.
+
+    It is the most values with which a pair of similarity s agrees in no band with a chance of at
+    most `MISSES`, which is (1 - s^values)^bands.
+    """
     for values in range(PERMUTATIONS // 2, 1, -1):
         count = PERMUTATIONS // values
         if (1 - similarity**values) ** count <= MISSES:
@@ -62,7 +65,7 @@ def bands(similarity: float) -> tuple[int, int]:
 
 
 def runs(ids: Sequence[int]) -> set[bytes]:
-    """All different runs of `RUN_TOKENS` ids; the whole of a sample that has not as many."""
+    """Return the different runs of `RUN_TOKENS` ids; a shorter sample is one run."""
     width = RUN_TOKENS * np.dtype(np.int32).itemsize
     step = np.dtype(np.int32).itemsize
     content = np.asarray(ids, dtype=np.int32).tobytes()
@@ -70,5 +73,5 @@ def runs(ids: Sequence[int]) -> set[bytes]:
 
 
 def jaccard(one: set[bytes], other: set[bytes]) -> float:
-    """What two sets have in common, as a share of all that is in either."""
+    """Return the size of the intersection of two sets as a share of that of their union."""
     return len(one & other) / len(one | other)

@@ -1,4 +1,4 @@
-"""Drop samples that are of no use, then those of highest perplexity, as many as were asked for."""
+"""Drop invalid, banned and repeated samples, then a share of those with the highest perplexity."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,22 +10,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, NonFiniteError
-from pipeline.scoring.banned_words import holding, read_words
+from pipeline.scoring.banned_words import contains_word, read_words
 from pipeline.scoring.duplicates import duplicates, near_duplicates
 from pipeline.scoring.score import Score
 from pipeline.specs import FilterSpec, dropped
 from pipeline.stage import Artifacts
 
 Flags = npt.NDArray[np.bool_]
-"""One a sample."""
+"""One flag a sample, [samples]."""
 
 
 def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Write the samples that are kept to `samples.parquet` and the others to `rejected.parquet`,
-    both with their scores.
+    """Write the kept samples to `samples.parquet` and the others to `rejected.parquet`.
+
+    Both files have the scores.
 
     Raises:
-        InputError: if none is left, or if the list of banned words cannot be read.
+        InputError: if no sample is left, or if the list of banned words cannot be read.
         NonFiniteError: if a perplexity is NaN or infinite.
     """
     samples = _read(artifacts[spec.scores.samples.key] / "samples.parquet")
@@ -67,22 +68,22 @@ def reasons_to_drop(
     drop_duplicates: bool = False,
     near_duplicate_similarity: float | None = None,
 ) -> npt.NDArray[np.object_]:
-    """Say why each sample is dropped, [samples]: "" for one that is kept.
+    """Return why each sample is dropped, [samples]; "" for a kept one.
 
-    The rules apply in this order, each to what the ones before left: `invalid` (no perplexity),
+    The rules apply in this order, each to the samples left: `invalid` (no perplexity),
     `banned word`, `duplicate`, `near duplicate`, `perplexity`.
 
     Args:
         samples: columns text and token_ids.
         scores: columns sample_id and perplexity, of the same samples in the same order.
         drop_fraction: share to drop for its perplexity.
-        banned_words: words and phrases; none rejects no sample.
+        banned_words: words and phrases that a kept sample must not contain.
         drop_duplicates: of samples with the same token ids keep only the first.
         near_duplicate_similarity: drop a sample with at least this Jaccard similarity to an
             earlier one.
 
     Raises:
-        InputError: if none is left.
+        InputError: if no sample is left.
         NonFiniteError: if a perplexity is NaN or infinite.
     """
     perplexities = scores["perplexity"].to_numpy()
@@ -94,7 +95,9 @@ def reasons_to_drop(
     reasons = np.where(unknown, "invalid", "").astype(object)
     rules: list[tuple[str, Callable[[pa.Table], Flags]]] = []
     if banned_words:
-        rules.append(("banned word", lambda rows: holding(rows["text"].to_pylist(), banned_words)))
+        rules.append(
+            ("banned word", lambda rows: contains_word(rows["text"].to_pylist(), banned_words))
+        )
     if drop_duplicates:
         rules.append(("duplicate", lambda rows: duplicates(rows["token_ids"].to_pylist())))
     if (similarity := near_duplicate_similarity) is not None:
@@ -108,7 +111,9 @@ def reasons_to_drop(
         left = np.flatnonzero(reasons == "")
         reasons[left[rejected(samples.take(left))]] = reason
     left = reasons == ""
-    kept = keep(np.where(left, perplexities, np.nan), scores["sample_id"].to_numpy(), drop_fraction)
+    kept = keep_lowest(
+        np.where(left, perplexities, np.nan), scores["sample_id"].to_numpy(), drop_fraction
+    )
     reasons[left & ~kept] = "perplexity"
     return reasons
 
@@ -117,19 +122,19 @@ def _read(path: Path) -> pa.Table:
     return pq.read_table(path).sort_by("sample_id")
 
 
-def keep(
+def keep_lowest(
     perplexities: npt.NDArray[np.float64],
     sample_ids: npt.NDArray[np.int64],
     drop_fraction: float,
 ) -> Flags:
-    """Which samples stay, [samples].
+    """Return which samples are kept for their perplexity, [samples].
 
-    Those whose perplexity is NaN, not to be kept or not known, go in any case. Of the n others
-    exactly floor(drop_fraction * n + 0.5) go, the highest first and of equal ones the higher id.
-    (The reference code keeps what lies strictly below a percentile, so ties move its count.)
+    Samples without a finite perplexity are always dropped. Of the n others exactly
+    floor(drop_fraction * n + 0.5) are dropped, the highest first and of equal ones the higher id.
+    (The reference code keeps what lies strictly below a percentile, so ties change its count.)
 
     Raises:
-        InputError: if none stays.
+        InputError: if no sample is kept.
     """
     kept = np.isfinite(perplexities)
     finite = np.flatnonzero(kept)

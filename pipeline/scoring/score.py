@@ -1,4 +1,4 @@
-"""Scores of samples: how likely a model finds the generated tokens, and how often they repeat."""
+"""Scores of samples: how likely a model finds the generated tokens, and how much they repeat."""
 
 import itertools
 import math
@@ -23,43 +23,43 @@ from pipeline.specs import MIN_K_FRACTION, SCORE_BATCH_TOKENS, ScoreSpec, ShardS
 from pipeline.stage import Artifacts, Latest
 
 LEAST_DEVIATION = 1e-4
-"""Floor of sigma: below it log-probabilities differ by no more than their float32 rounding."""
+"""Floor of sigma; below it log-probabilities differ only by their float32 rounding."""
 
 LEAST_LOGIT = -80.0
-"""Floor of logits, less their maximum, in mu and sigma. exp(-80) is nothing beside the maximum's 1,
+"""Floor of logits minus their maximum, in mu and sigma. exp(-80) is nothing beside the maximum's 1,
 but -inf times its probability of 0 would be NaN, and numbers below 1e-38 are slow."""
 
 QUARTERS = 4
-"""Parts of a sample whose mean loss is told apart."""
+"""Parts of a sample with a mean loss each."""
 
-_in_parts: Latest[bool] = Latest()
+_chunked: Latest[bool] = Latest()
 
 
 class Score(NamedTuple):
-    """What is known of a sample's scored tokens; None where they are too few for it."""
+    """The scores of a sample; None where it has too few scored tokens."""
 
     tokens: int
-    """How many there are."""
+    """Number of scored tokens."""
 
     perplexity: float | None = None
     """exp(-mean log p)."""
 
     min_k: float | None = None
-    """Min-K%, mean of the lowest floor(k * n) log p, or of one (arXiv 2310.16789)."""
+    """Min-K%: mean of the lowest floor(k * n) log p, at least one (arXiv 2310.16789)."""
 
     min_k_plus_plus: float | None = None
-    """The same of z = (log p - mu) / sigma (arXiv 2404.02936). Of both, higher means likelier to
-    have been seen in training."""
+    """The same of z = (log p - mu) / sigma (arXiv 2404.02936). Higher values of both mean that the
+    text is likelier to have been in the training data."""
 
     loss_1: float | None = None
-    """Mean of -log p in the first quarter: tokens floor(n / 4 * (i - 1)) up to floor(n / 4 * i)."""
+    """Mean of -log p in the first quarter; quarter i ends before token floor(n / 4 * i)."""
 
     loss_2: float | None = None
     loss_3: float | None = None
     loss_4: float | None = None
 
     distinct_1: float | None = None
-    """Different tokens, as a share of all (arXiv 1510.03055); 1 minus it is repetition."""
+    """Different tokens as a share of all (arXiv 1510.03055); 1 minus it is repetition."""
 
     distinct_2: float | None = None
     """The same of runs of two tokens."""
@@ -67,7 +67,7 @@ class Score(NamedTuple):
     distinct_3: float | None = None
 
 
-SCHEMA = pa.schema(
+SCORES_SCHEMA = pa.schema(
     {
         "sample_id": pa.int64(),
         **{name: pa.int64() if name == "tokens" else pa.float64() for name in Score._fields},
@@ -76,7 +76,7 @@ SCHEMA = pa.schema(
 
 
 class TokenScores(NamedTuple):
-    """Of each scored token log p and z = (log p - mu) / sigma, both [tokens] float32."""
+    """log p and z = (log p - mu) / sigma of each scored token, both [tokens] float32."""
 
     log_probability: torch.Tensor
     normalised: torch.Tensor
@@ -86,10 +86,11 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
     """Score one shard of samples and write `scores.parquet`.
 
     Raises:
-        InputError: if the scorer's tokenizer gives the ids another meaning than the generator's.
+        InputError: if the scorer reads the ids as other tokens than the generator, or is not
+            causal.
         NonFiniteError: if a score is NaN or infinite.
     """
-    chunked = _in_parts.get(spec.key, lambda: _looked_at(spec, artifacts))
+    chunked = _chunked.get(spec.key, lambda: _check_scorer(spec, artifacts))
     model, _ = loaded(spec.model, artifacts)
     shard = artifacts[ShardSpec(of=spec.samples, index=index).key]
     samples = pq.read_table(
@@ -104,15 +105,15 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
         name=lambda place: f"sample {samples['sample_id'][place]}",
     )
     table = pa.table(
-        {"sample_id": samples["sample_id"], **columns(scores)},
-        schema=SCHEMA.with_metadata({"logits": "chunked" if chunked else "full"}),
+        {"sample_id": samples["sample_id"], **score_columns(scores)},
+        schema=SCORES_SCHEMA.with_metadata({"logits": "chunked" if chunked else "full"}),
     )
     pq.write_table(table, output / "scores.parquet")
     return {**_report(table), **unexpected_tensors(model)}
 
 
-def _looked_at(spec: ScoreSpec, artifacts: Artifacts) -> bool:
-    """Whether the scorer gives its logits in parts, if it may score these samples."""
+def _check_scorer(spec: ScoreSpec, artifacts: Artifacts) -> bool:
+    """Check that the scorer may score these samples; return whether its logits can be chunked."""
     check_shared_vocabulary("scorer", spec.model, spec.model, spec.samples.model, artifacts)
     model, _ = loaded(spec.model, artifacts)
     check_causal(model)
@@ -124,8 +125,8 @@ def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     return _report(join_shards(spec.shards(), artifacts, output, "scores.parquet"))
 
 
-def columns(scores: Sequence[Score]) -> dict[str, list[Any]]:
-    """The columns of a file of scores."""
+def score_columns(scores: Sequence[Score]) -> dict[str, list[Any]]:
+    """Return the scores as columns."""
     return {name: [getattr(score, name) for score in scores] for name in Score._fields}
 
 
@@ -152,18 +153,19 @@ def score_samples(
     chunked: bool | None = None,
     name: Callable[[int], str] = "sample {}".format,
 ) -> list[Score]:
-    """The score of each sample over the tokens after its prefix.
+    """Score each sample over the tokens after its prefix.
 
-    The first token of a sample is never scored, since nothing stands before it.
+    The first token of a sample is never scored, since nothing precedes it.
 
     Args:
         token_ids: the ids of each sample, prefix first.
-        prefix_lengths: how many leading ids of each were given.
-        include_prefix: score the given ones too.
+        prefix_lengths: the number of given ids of each sample.
+        include_prefix: score the given ids too.
         min_k_fraction: share of the least likely tokens that Min-K% and Min-K%++ average over.
-        batch_tokens: tokens of a forward pass at the most, padding included; one sample at least.
-        chunked: take logits a few positions at a time from hidden states; found out if not given.
-        name: what errors call the sample at a place.
+        batch_tokens: most tokens of a forward pass, padding included; one sample may have more.
+        chunked: take logits a few positions at a time from hidden states; None checks whether the
+            model allows it.
+        name: returns what errors call the sample at a place.
 
     Raises:
         NonFiniteError: if a score is NaN or infinite.
@@ -194,7 +196,7 @@ def score_samples(
 
 
 def summary(tokens: TokenScores, token_ids: Sequence[int], min_k_fraction: float) -> Score:
-    """The score of a sample by the scores of its tokens, at least one, and their ids."""
+    """Return the score of a sample from the scores and ids of its tokens, at least one."""
     log_probability = tokens.log_probability.double()
     count = len(log_probability)
     lowest = max(1, math.floor(min_k_fraction * count))
@@ -211,7 +213,7 @@ def summary(tokens: TokenScores, token_ids: Sequence[int], min_k_fraction: float
 
 
 def distinct(token_ids: Sequence[int], length: int) -> float | None:
-    """Different runs of `length` tokens as a share of all such runs; None if there is none."""
+    """Return the different runs of `length` tokens as a share of all; None without a run."""
     runs = [tuple(token_ids[at : at + length]) for at in range(len(token_ids) - length + 1)]
     return len(set(runs)) / len(runs) if runs else None
 
@@ -219,9 +221,9 @@ def distinct(token_ids: Sequence[int], length: int) -> float | None:
 def token_scores(
     layer: OutputLayer, token_ids: Sequence[Sequence[int]], firsts: Sequence[int]
 ) -> list[TokenScores]:
-    """The scores of each sample's tokens from the place in `firsts` (at least 1) on.
+    """Score the tokens of each sample from the place in `firsts` (at least 1) on.
 
-    Samples are padded on the right, which causal attention does not see.
+    Samples are padded on the right, where causal attention does not look.
     """
     longest = max(len(ids) for ids in token_ids)
     lengths = torch.tensor([len(ids) for ids in token_ids])
@@ -248,10 +250,10 @@ def token_scores(
 
 
 def position_scores(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-    """The scores of `targets` [positions] under `logits` [positions, vocabulary], float32.
+    """Score `targets` [positions] under `logits` [positions, vocabulary] in float32.
 
-    Overwrites the logits. The variance is taken around the mean: that of squares less the square of
-    the mean would lose its digits where one token is likely and the rest are all alike.
+    Overwrites the logits. The variance is taken around the mean: the mean of squares minus the
+    square of the mean would lose its digits where one token is likely and all others are equal.
     """
     logits -= logits.amax(dim=-1, keepdim=True)
     own = logits.gather(1, targets[:, None])

@@ -84,7 +84,7 @@ def test_a_null_text_counts_as_blank(tmp_path: Path) -> None:
     assert texts_of(FileCorpus(path=f"{tmp_path}/*")) == ["c", "a", "b"]
 
 
-def test_a_seed_orders_all_rows_of_all_files_each_once(tmp_path: Path) -> None:
+def test_a_seed_orders_all_rows_of_all_files_once_each(tmp_path: Path) -> None:
     for number in range(4):
         part = TEXTS[number * 10 : number * 10 + 10]
         (tmp_path / f"{number}.jsonl").write_text(json_lines(part))
@@ -118,7 +118,7 @@ def test_ids_of_a_downloaded_corpus_are_row_numbers_in_any_order(tmp_path: Path)
     assert all(TEXTS[int(document.id)] == document.text for document in read_documents(hub, seed=5))
 
 
-def test_testbed_text_is_endless_and_the_seeds_own() -> None:
+def test_testbed_text_is_endless_and_drawn_by_the_seed() -> None:
     corpus = TestbedCorpus(mixture={"facts": 1.0})
 
     def first(seed: int | None) -> list[str]:
@@ -135,7 +135,7 @@ def broken(folder: Path, name: str, content: str) -> FileCorpus:
     return FileCorpus(path=str(folder / name))
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
+def test_the_error_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.parquet"
     pq.write_table(pa.table({"text": [1], "body": ["a"]}), numbers)
     cases: list[tuple[FileCorpus, list[str]]] = [
@@ -161,16 +161,16 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         (broken(tmp_path, "m", "text\n"), ["m", "unknown ending"]),
         (broken(tmp_path, "n.jsonl.gz", '{"text": "x"}\n'), ["n.jsonl.gz", "no whole gzip file"]),
     ]
-    for corpus, said in cases:
+    for corpus, expected in cases:
         for refuse in (lambda given: list(read_documents(given)), check_corpus):
             with pytest.raises(InputError) as error:
                 refuse(corpus)
-            for words in said:
+            for words in expected:
                 assert words in str(error.value)
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".txt.gz", ".jsonl.bz2", ".jsonl.zst", ".parquet"])
-def test_a_file_that_was_cut_short_is_named_wherever_it_ends(tmp_path: Path, ending: str) -> None:
+def test_a_file_that_was_cut_short_anywhere_is_named(tmp_path: Path, ending: str) -> None:
     files = write_every_format(tmp_path)
     files[".txt.gz"] = tmp_path / "corpus.txt.gz"
     files[".txt.gz"].write_bytes(gzip.compress(files[".txt"].read_bytes()))
@@ -181,7 +181,7 @@ def test_a_file_that_was_cut_short_is_named_wherever_it_ends(tmp_path: Path, end
             list(read_documents(FileCorpus(path=str(files[ending]))))
 
 
-def test_a_damaged_page_of_a_parquet_file_and_text_in_it_that_is_not_utf8_are_named(
+def test_damaged_pages_and_text_that_is_not_utf8_in_a_parquet_file_are_named(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "c.parquet"
@@ -198,7 +198,7 @@ def test_a_damaged_page_of_a_parquet_file_and_text_in_it_that_is_not_utf8_are_na
         list(read_documents(FileCorpus(path=str(path))))
 
 
-def test_text_is_read_as_people_save_it(tmp_path: Path) -> None:
+def test_byte_order_marks_and_line_ends_of_any_system_are_read(tmp_path: Path) -> None:
     windows = "\ufeff" + json_lines(TEXTS).replace("\n", "\r\n")
     (tmp_path / "a.JSONL").write_bytes(windows.encode())
     assert texts_of(FileCorpus(path=str(tmp_path / "a.JSONL"))) == TEXTS
@@ -232,7 +232,7 @@ def test_a_builder_without_the_text_field_or_split_is_refused(tmp_path: Path) ->
         check_corpus(HubCorpus(path="json", data_files=f"{tmp_path}/none.jsonl"))
 
 
-def test_what_datasets_cannot_load_is_said_before_anything_runs(
+def test_a_data_set_that_cannot_be_loaded_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -262,8 +262,8 @@ def test_what_datasets_cannot_load_is_said_before_anything_runs(
         ({"path": "json", "data_files": "numbers.jsonl"}, "row 0 holds 1 there, not text"),
         ({"path": "json", "data_files": "packed.jsonl.gz"}, r"packed\.jsonl\.gz.*no whole gzip"),
     ]
-    for fields, said in cases:
-        with pytest.raises(InputError, match=said) as error:
+    for fields, expected in cases:
+        with pytest.raises(InputError, match=expected) as error:
             check_corpus(HubCorpus(**fields))
         assert len(str(error.value)) < 300
     assert check_corpus(HubCorpus(path="two", name="a"), 40) is None
@@ -350,7 +350,7 @@ def test_bytes_cannot_move_between_files_unseen(tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path / "one")) != fingerprint(str(tmp_path / "two"))
 
 
-def test_large_weights_are_looked_at_in_64_places(tmp_path: Path) -> None:
+def test_large_weights_are_read_in_64_places(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     size = 129 * 2**20
     places = {"begin": 0, "between": 3 * 2**19, "looked at": 5 * 2**19, "end": size - 1}
@@ -369,6 +369,6 @@ def test_large_weights_are_looked_at_in_64_places(tmp_path: Path) -> None:
     assert [name for name in places if found[name] != zeros] == ["begin", "looked at", "end"]
 
 
-def test_files_named_by_hand_are_read_as_the_split_train_in_every_preset() -> None:
+def test_named_files_are_read_as_the_split_train_in_every_preset() -> None:
     named = [corpus for corpus in CORPUS_PRESETS.values() if isinstance(corpus, HubCorpus)]
     assert {corpus.split for corpus in named if corpus.data_files is not None} == {"train"}

@@ -79,9 +79,7 @@ def changed(spec: GenerateSpec, **fields: Any) -> GenerateSpec:
     weights=st.lists(st.one_of(st.integers(1, 50), st.floats(1e-3, 1e3)), min_size=2, max_size=7),
     count=st.integers(1, 150),
 )
-def test_every_leading_run_has_each_part_as_often_as_its_share_says(
-    weights: list[float], count: int
-) -> None:
+def test_the_first_n_turns_give_each_part_its_share(weights: list[float], count: int) -> None:
     exact = [Fraction(str(weight)) for weight in weights]
     counts = Counter[int]()
     for done, chosen in enumerate(turns(tuple(weights), count), start=1):
@@ -91,11 +89,11 @@ def test_every_leading_run_has_each_part_as_often_as_its_share_says(
             assert math.floor(quota) <= counts[place] <= math.ceil(quota)
 
 
-def test_a_share_is_the_decimal_number_that_is_written() -> None:
+def test_a_share_is_the_decimal_number_in_the_grid() -> None:
     assert Counter(turns((0.1, 0.2, 0.7), 1000)) == {0: 100, 1: 200, 2: 700}
 
 
-def test_the_source_of_a_sample_depends_neither_on_their_number_nor_on_the_parts_order(
+def test_the_source_of_a_sample_depends_neither_on_num_samples_nor_on_the_parts_order(
     spec: GenerateSpec,
 ) -> None:
     names = prefix_sources(spec)
@@ -175,7 +173,7 @@ def test_a_chat_prompt_is_the_template_around_the_beginning_of_a_text(chatting: 
         assert prompt == chatting(written, add_special_tokens=False)["input_ids"]
 
 
-def test_a_character_that_a_message_holds_half_of_is_left_out(chatting: Any) -> None:
+def test_an_incomplete_character_is_left_out_of_a_message(chatting: Any) -> None:
     text = "\U0001f40d snake"
     assert len(chatting(text)["input_ids"]) > 4
     (prompt,) = chat_prompts([text], chatting, 2)

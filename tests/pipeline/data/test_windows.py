@@ -69,7 +69,7 @@ def model(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> LocalMode
 
 
 def named(folder: Path, tokenizer: Any, rows: int = 320, **settings: Any) -> LocalModel:
-    """A model without weights, of which windows need none."""
+    """A model without weights, since windows need none."""
     tokenizer.save_pretrained(folder)
     LlamaConfig(vocab_size=rows).save_pretrained(folder)
     GenerationConfig(**settings).save_pretrained(folder)
@@ -184,14 +184,15 @@ def test_too_little_text_is_refused_with_counts_and_remedy(
         rows(nsamples=1, seqlen=100_000, packing="concat")
 
 
-def test_the_endless_testbed_is_given_up_when_its_texts_are_too_short(
-    rows: Callable[..., list[dict[str, Any]]],
+def test_the_endless_testbed_ends_when_its_texts_are_too_short(
+    rows: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="of 1000 texts only 0"):
-        rows(TestbedCorpus(mixture={"facts": 1.0}), nsamples=1, seqlen=100_000)
+    monkeypatch.setattr("pipeline.data.windows.TESTBED_TEXTS_PER_WINDOW", 40)
+    with pytest.raises(InputError, match="of 80 texts only 0"):
+        rows(TestbedCorpus(mixture={"facts": 1.0}), nsamples=2, seqlen=100_000)
 
 
-def test_no_more_than_a_batch_is_read_beyond_the_need(tokenizer: Any) -> None:
+def test_at_most_a_batch_is_read_in_excess(tokenizer: Any) -> None:
     read = []
 
     def endless() -> Iterator[Document]:
@@ -220,7 +221,7 @@ def test_a_token_that_two_windows_share_counts_once(nsamples: int) -> None:
     assert cut.distinct_tokens == len({token for window in cut.windows for token in window.ids})
 
 
-def test_an_empty_text_takes_no_part_in_a_concatenation() -> None:
+def test_an_empty_text_adds_nothing_to_a_concatenation() -> None:
     ids = np.array([1, 2], np.int32)
     texts = [Tokens("a", ids), Tokens("empty", ids[:0]), Tokens("b", ids)]
     cut = concat_windows(texts, 50, 1, seed=0)
@@ -247,7 +248,7 @@ def test_a_concatenated_corpus_is_the_join_of_its_texts_in_the_seeds_order(
 
 
 def generated(folder: Path, model: LocalModel) -> tuple[GenerateSpec, dict[int, list[int]]]:
-    """Samples whose ids do not survive decoding: a tokenizer would give others."""
+    """Samples whose decoded text a tokenizer would turn into other ids."""
     draws = np.random.default_rng(0)
     samples = {
         number: [0, *draws.integers(3, 300, size=20 + number).tolist(), 1] for number in range(12)
@@ -279,7 +280,7 @@ def test_generated_samples_are_not_tokenised_again(
             assert row["token_ids"] == ids[row["offset"] : row["offset"] + 24]
 
 
-def test_joined_samples_lose_their_begin_and_end_tokens_and_stand_in_order(
+def test_joined_samples_lose_their_begin_and_end_tokens_and_keep_their_order(
     rows: Callable[..., list[dict[str, Any]]], model: LocalModel, tmp_path: Path
 ) -> None:
     spec, samples = generated(tmp_path, model)
@@ -352,7 +353,7 @@ def test_read_windows_gives_the_written_ids_as_a_matrix(
 
 
 @pytest.mark.parametrize("packing", ["sample", "concat"])
-def test_a_mixture_has_the_windows_that_each_part_alone_gives_by_weight(
+def test_a_mixture_has_the_windows_that_each_part_alone_would_give(
     packing: Literal["sample", "concat"], corpus: FileCorpus, model: LocalModel, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.jsonl"

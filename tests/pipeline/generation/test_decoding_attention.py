@@ -19,7 +19,7 @@ CONFIG = transformers.LlamaConfig(
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
 )
-def test_each_step_gives_what_the_whole_text_gives_at_once(
+def test_a_step_gives_the_logits_of_one_pass_over_the_whole_text(
     dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def test_each_step_gives_what_the_whole_text_gives_at_once(
     assert (step.double() - oracle).abs().max() < tolerance * oracle.abs().max()
 
 
-def test_other_kinds_of_attention_stay_as_they_are() -> None:
+def test_other_kinds_of_attention_are_left_as_they_are() -> None:
     config = transformers.LlamaConfig.from_dict(CONFIG.to_dict(), attn_implementation="eager")
     model = transformers.LlamaForCausalLM(config)
     with grouped_queries(model):

@@ -151,7 +151,7 @@ def changed(spec: GenerateSpec, **fields: Any) -> GenerateSpec:
 
 
 def made(spec: GenerateSpec, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All shards, last first, and the join: the rows and the report."""
+    """Run all shards, last first, and the join; return the rows and the report."""
     artifacts = {}
     for shard in reversed(spec.shards()):
         artifacts[shard.key] = folder / shard.key
@@ -176,7 +176,7 @@ def generated(
 # --------------------------------------------------------------------------------------- prefixes
 
 
-def test_bos_comes_first_exactly_once_and_only_where_the_tokenizer_adds_it() -> None:
+def test_bos_comes_first_and_once_if_the_tokenizer_adds_it_and_else_not_at_all() -> None:
     long = [text for text in TEXTS if len(text) > 1]
     assert adds_bos(WITH_BOS)
     assert not adds_bos(WITHOUT_BOS)
@@ -199,7 +199,9 @@ def test_texts_with_too_few_tokens_are_passed_over() -> None:
     words=st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=80),
     count=st.integers(1, 5),
 )
-def test_a_piece_of_a_text_gives_the_first_ids_of_all_of_it(words: list[str], count: int) -> None:
+def test_a_piece_of_a_text_gives_the_first_ids_of_the_whole_text(
+    words: list[str], count: int
+) -> None:
     text = " ".join(words) * 10
     whole = WITHOUT_BOS(text, add_special_tokens=False)["input_ids"]
     assert first_ids(text, WITHOUT_BOS, count) == whole[:count]
@@ -234,7 +236,7 @@ def test_too_few_texts_are_refused_with_both_counts(spec: GenerateSpec) -> None:
         read_prefixes(greater, WITH_BOS)
 
 
-def test_the_endless_testbed_is_given_up_when_its_texts_are_too_short(
+def test_the_endless_testbed_ends_when_its_texts_are_too_short(
     spec: GenerateSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.data.prefixes.TESTBED_TEXTS_PER_PREFIX", 3)
@@ -312,11 +314,11 @@ LONG_ROPE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", [*ABSOLUTE, *RECURRENT, *LONG_ROPE])
-def test_texts_of_other_lengths_beside_it_change_nothing_up_to_the_last_position(
+def test_prefixes_of_other_lengths_do_not_change_a_sample_up_to_the_last_position(
     name: str,
 ) -> None:
-    """Where padding would take positions that there are not, get into the state, or move a text
-    to the other side of the length at which positions switch."""
+    """Padding would use positions that do not exist, enter the state, or move a text to the other
+    side of the length at which positions switch."""
     config = copy.deepcopy({**ABSOLUTE, **RECURRENT, **LONG_ROPE}[name])
     config.vocab_size, config.bos_token_id, config.eos_token_id = len(WITH_BOS), BOS, EOS
     with torch.random.fork_rng():
@@ -375,7 +377,7 @@ def test_logits_that_are_not_finite_are_refused_until_a_text_has_ended(
         check(texts, scores)
 
 
-def test_rows_that_only_fill_up_the_embeddings_are_never_drawn(model: Any) -> None:
+def test_rows_that_only_pad_the_embeddings_are_never_drawn(model: Any) -> None:
     padded = copy.deepcopy(model)
     padded.resize_token_embeddings(len(WITH_BOS) + 20, mean_resizing=False)
     padded.lm_head.weight.data[len(WITH_BOS) :] = 9 * padded.lm_head.weight.data[40:60]
@@ -384,7 +386,7 @@ def test_rows_that_only_fill_up_the_embeddings_are_never_drawn(model: Any) -> No
             assert max(sample.token_ids) < len(WITH_BOS)
 
 
-def test_what_ends_a_text_for_the_checkpoint_or_for_the_tokenizer_ends_it(model: Any) -> None:
+def test_the_ends_of_the_checkpoint_and_of_the_tokenizer_both_end_a_text(model: Any) -> None:
     settings = GenerationConfig(eos_token_id=[40, 41, 10_000])
     assert end_ids(settings, WITH_BOS) == [40, 41, EOS]
     assert end_ids(GenerationConfig(eos_token_id=EOS), WITH_BOS) == [EOS]
@@ -398,9 +400,9 @@ def test_what_ends_a_text_for_the_checkpoint_or_for_the_tokenizer_ends_it(model:
 
 def test_greedy_generation_takes_the_likeliest_token_after_the_penalty(model: Any) -> None:
     for sample in generated(model, RAGGED, GREEDY):
+        logits = all_logits(model, sample.token_ids)
         for place in range(sample.prefix_tokens, len(sample.token_ids)):
-            logits = next_logits(model, sample.token_ids[:place])
-            scores = penalised(logits, sample.token_ids[:place], 1.2)
+            scores = penalised(logits[place - 1], sample.token_ids[:place], 1.2)
             assert sample.token_ids[place] == scores.argmax()
 
 
@@ -436,15 +438,16 @@ def test_no_sample_ends_before_its_least_length(model: Any) -> None:
     for sample in held:
         ids, first = sample.token_ids, sample.prefix_tokens
         assert len(ids) - first > 5 or len(ids) == 24
+        logits = all_logits(ending, ids)
         for place in range(first, first + 5):
-            scores = penalised(next_logits(ending, ids[:place]), ids[:place], 1.2)
+            scores = penalised(logits[place - 1], ids[:place], 1.2)
             scores[2:200] = -np.inf
             assert ids[place] == scores.argmax()
     with pytest.raises(InputError, match="min_new_tokens: 19: of 24 tokens a prefix already has 6"):
         generated(ending, RAGGED, GREEDY._replace(min_new_tokens=19))
 
 
-def test_a_sample_that_ends_early_is_drawn_again_and_the_longest_draw_kept(model: Any) -> None:
+def test_a_sample_that_ends_early_is_drawn_again_and_the_longest_draw_is_kept(model: Any) -> None:
     ending = copy.deepcopy(model)
     ending.generation_config.eos_token_id = list(range(2, 40))
     hot = Sampling(1.5, 0, 1.0, 1.0)
@@ -463,12 +466,13 @@ def test_a_sample_that_ends_early_is_drawn_again_and_the_longest_draw_kept(model
         )
 
     draws = [drawn(3), *(drawn(redraw_seed(3, draw)) for draw in (1, 2, 3))]
-    for redraws in (0, 1, 3):
-        for place, sample in enumerate(drawn(3, redraws)):
+    for redraws in (1, 3):
+        found = drawn(3, redraws)
+        for place, sample in enumerate(found):
             own = [draw[place] for draw in draws[: redraws + 1]]
             assert sample == next(one for one in own if len(one.token_ids) == longest(own))
+        assert found != draws[0]
     assert sum(longest([draw[place] for draw in draws]) < 24 for place in numbers) > 0
-    assert drawn(3, 3) != drawn(3)
 
 
 def longest(samples: list[Sample]) -> int:
@@ -497,7 +501,7 @@ def test_a_sample_that_is_full_is_not_drawn_again(model: Any) -> None:
     assert len(engine.rows) == 10 or all(len(sample.token_ids) == 24 for sample in samples)
 
 
-def test_later_draws_have_seeds_of_their_own() -> None:
+def test_later_draws_have_their_own_seeds() -> None:
     seeds = [redraw_seed(seed, draw) for seed in range(20) for draw in range(1, 20)]
     taken = [request_seed(seed, sample) for seed in range(20) for sample in range(50)]
     assert len({*seeds, *taken}) == len(seeds) + len(taken)
@@ -530,9 +534,9 @@ def test_a_falling_temperature_is_that_of_each_draw(model: Any) -> None:
     cold = Sampling(3.0, 0, 1.0, 1.0, temperature_end=1e-3, temperature_tokens=1)
     samples = generated(model, RAGGED, cold)
     for sample in samples:  # after the first draw the likeliest token is taken
+        logits = all_logits(model, sample.token_ids)
         for place in range(sample.prefix_tokens + 1, len(sample.token_ids)):
-            logits = next_logits(model, sample.token_ids[:place])
-            assert logits[sample.token_ids[place]] > logits.max() - 1e-2
+            assert logits[place - 1, sample.token_ids[place]] > logits[place - 1].max() - 1e-2
     firsts = [sample.token_ids[sample.prefix_tokens :][:1] for sample in samples]
     greedy = generated(model, RAGGED, Sampling(0.0, repetition_penalty=1.0))
     assert firsts != [sample.token_ids[sample.prefix_tokens :][:1] for sample in greedy]
@@ -549,7 +553,7 @@ def test_drawing_neither_reads_nor_moves_the_global_random_state(model: Any) -> 
     assert samples[0] == samples[1]
 
 
-def test_the_text_is_what_the_ids_say_without_special_tokens(model: Any) -> None:
+def test_the_text_is_that_of_the_ids_without_special_tokens(model: Any) -> None:
     prefix = WITH_BOS("the cat")["input_ids"]
     sample = generated(model, [prefix], GREEDY)[0]
     plain = [token for token in sample.token_ids if token not in (BOS, EOS)]
@@ -557,7 +561,7 @@ def test_the_text_is_what_the_ids_say_without_special_tokens(model: Any) -> None
     assert sample.text.startswith("the cat")
 
 
-def test_the_checkpoints_own_generation_settings_do_not_count(model: Any) -> None:
+def test_the_checkpoints_own_generation_settings_are_not_used(model: Any) -> None:
     altered = copy.deepcopy(model)
     altered.generation_config = GenerationConfig(
         eos_token_id=EOS,
@@ -577,16 +581,16 @@ def test_the_checkpoints_own_generation_settings_do_not_count(model: Any) -> Non
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_room_for_keys_and_values_does_not_change_a_bit(
+def test_a_preallocated_cache_does_not_change_a_bit(
     request: pytest.FixtureRequest, positions: str, dtype: torch.dtype
 ) -> None:
     fixture = request.getfixturevalue("model" if positions == "rotary" else "gpt2")
     model = copy.deepcopy(fixture).to(dtype)
-    roomy, plain = (
+    preallocated, plain = (
         preallocated_cache(model, 12)["past_key_values"],
         DynamicCache(config=model.config),
     )
-    assert {type(layer) for layer in roomy.layers} == {PreallocatedLayer}
+    assert {type(layer) for layer in preallocated.layers} == {PreallocatedLayer}
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(3, 12, dtype=torch.int64)
     mask[1, :2] = 0
@@ -596,13 +600,13 @@ def test_room_for_keys_and_values_does_not_change_a_bit(
         length += tokens
         found, expected = (
             model(ids, attention_mask=mask[:, :length], past_key_values=cache).logits
-            for cache in (roomy, plain)
+            for cache in (preallocated, plain)
         )
         assert torch.equal(found, expected)
-    assert roomy.get_seq_length() == plain.get_seq_length() == 12
+    assert preallocated.get_seq_length() == plain.get_seq_length() == 12
 
 
-def test_a_model_that_keeps_anything_else_gets_a_cache_of_its_own() -> None:
+def test_a_model_with_windows_or_states_gets_its_own_cache() -> None:
     small = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
     for model in (
@@ -621,10 +625,10 @@ def test_a_prefix_that_fills_the_whole_length_is_refused(model: Any) -> None:
 # --------------------------------------------------------------------------------------- sampling
 
 
-def next_logits(model: Any, ids: list[int]) -> npt.NDArray[np.float64]:
+def all_logits(model: Any, ids: list[int]) -> npt.NDArray[np.float64]:
+    """The logits after each id, [ids, vocabulary]."""
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, -1]
-    return logits.double().numpy()
+        return np.asarray(model(torch.tensor([ids])).logits[0].double())
 
 
 def penalised(
@@ -639,7 +643,7 @@ def penalised(
 def next_probabilities(
     logits: npt.NDArray[np.float64], ids: list[int], sampling: Sampling
 ) -> npt.NDArray[np.float64]:
-    """Penalty, temperature, the k likeliest, then of those the fewest that hold top_p."""
+    """Probabilities after penalty, temperature, top-k and then top-p, by their definitions."""
     scores = penalised(logits, ids, sampling.repetition_penalty) / sampling.temperature
     order = np.argsort(-scores)[: sampling.top_k or None]
     chances = np.exp(scores[order] - scores[order[0]])
@@ -664,7 +668,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(
     model: Any, sampling: Sampling
 ) -> None:
     ids = [BOS, 40, 41, 42, 40]
-    expected = 4000 * next_probabilities(next_logits(model, ids), ids, sampling)
+    expected = 4000 * next_probabilities(all_logits(model, ids)[-1], ids, sampling)
     draws = [
         [*sample.token_ids, EOS][5]  # EOS that comes at once leaves no id
         for first in range(0, 4000, 1000)
@@ -680,7 +684,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(
     assert scipy.stats.chisquare(observed, awaited).pvalue > 1e-3
 
 
-def test_the_penalty_is_that_of_the_formula() -> None:
+def test_the_penalty_follows_its_formula() -> None:
     scores = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 9))).float()
     texts = [[3, 5, 3], [7, 0, 2]]
     found = RepetitionPenalty(1.5)(torch.tensor(texts), scores.clone())
@@ -689,7 +693,7 @@ def test_the_penalty_is_that_of_the_formula() -> None:
         assert found[row].numpy() == pytest.approx(expected, rel=1e-6)
 
 
-def test_every_step_draws_with_a_number_of_its_own() -> None:
+def test_every_step_draws_with_its_own_number() -> None:
     uniforms = torch.tensor([[0.0, 0.3, 0.6], [0.8, 0.1, 0.5]], dtype=torch.float64)
     scores = torch.tensor([[0.25, 0.25, 0.5], [0.7, 0.0, 0.3]]).log()
     draw = Draw(0, 1.0, uniforms, prompt_length=4)
@@ -698,7 +702,7 @@ def test_every_step_draws_with_a_number_of_its_own() -> None:
     assert all(int(step.isfinite().sum()) == 2 for step in steps)
 
 
-def test_every_sample_and_seed_has_uniform_numbers_of_its_own() -> None:
+def test_every_sample_and_seed_has_its_own_uniform_numbers() -> None:
     rows = uniform_numbers(0, [4, 5, 6], 1000)
     assert torch.equal(uniform_numbers(0, [6], 1000)[0], rows[2])
     assert not np.isin(uniform_numbers(5, [0], 9), np.random.default_rng(5).random(9)).any()
@@ -710,9 +714,7 @@ def test_every_sample_and_seed_has_uniform_numbers_of_its_own() -> None:
 # ------------------------------------------------------------------------------------- the stage
 
 
-def test_the_make_up_of_shards_does_not_change_the_texts(
-    spec: GenerateSpec, tmp_path: Path
-) -> None:
+def test_the_size_of_shards_does_not_change_the_texts(spec: GenerateSpec, tmp_path: Path) -> None:
     whole, report = made(spec, tmp_path / "1x8")
     for size in (4, 1):
         parts = changed(spec, shard_size=size)
@@ -734,7 +736,7 @@ def test_the_make_up_of_shards_does_not_change_the_texts(
     }
 
 
-def test_the_stage_goes_on_from_exactly_the_given_number_of_ids(
+def test_the_stage_continues_exactly_the_given_number_of_ids(
     spec: GenerateSpec, tmp_path: Path
 ) -> None:
     rows, _ = made(spec, tmp_path)
@@ -754,7 +756,7 @@ def test_another_seed_gives_other_prefixes_in_order_and_other_tokens(
     assert any(starts[tuple(row["token_ids"][:4])] != row["token_ids"] for row in second)
 
 
-def test_the_columns_have_the_promised_types(spec: GenerateSpec, tmp_path: Path) -> None:
+def test_the_columns_have_the_types_of_the_schema(spec: GenerateSpec, tmp_path: Path) -> None:
     made(spec, tmp_path)
     schema = pq.read_schema(tmp_path / "joined" / "samples.parquet")
     assert schema.names == ["sample_id", "source", "prefix_tokens", "token_ids", "text"]
@@ -786,7 +788,7 @@ def test_a_worker_reads_the_prefixes_once(
     assert next(reads) == 1
 
 
-def test_a_worker_holds_the_last_model_and_its_tokenizer(spec: GenerateSpec) -> None:
+def test_a_worker_keeps_the_last_model_and_its_tokenizer(spec: GenerateSpec) -> None:
     model, tokenizer = loaded(spec.model, {})
     assert loaded(LocalModel.model_validate(spec.model.model_dump()), {}) == (model, tokenizer)
     other, _ = loaded(spec.model.model_copy(update={"dtype": "bfloat16"}), {})

@@ -1,4 +1,4 @@
-"""The draw on few columns against transformers' warpers over the whole vocabulary."""
+"""The draw from the tokens of top-k, against transformers' warpers over the whole vocabulary."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ ROWS, PROMPT, STEPS = 12, 3, 6
 def wide_draw(
     scores: torch.Tensor, temperature: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor
 ) -> list[int]:
-    """Every warper of transformers over all tokens, then the inverse CDF in the vocabulary's order.
+    """Apply transformers' warpers to all tokens, then the inverse CDF in the vocabulary's order.
 
     `scores` [rows, vocabulary] are those after the penalty, `temperature` and `uniforms` [rows].
     """
@@ -99,9 +99,9 @@ def test_the_same_tokens_are_drawn_as_over_the_whole_vocabulary(
 def test_every_uniform_number_draws_the_same_token(kind: str) -> None:
     """The whole distribution of one row, at a real vocabulary's size."""
     row = random_logits(torch.Generator().manual_seed(1), 50_000, kind)[:1]
-    scores = row.expand(200, -1)
-    uniforms = torch.linspace(0, 1 - 2**-53, 200, dtype=torch.float64)
-    expected = wide_draw(scores, torch.full((200,), 0.6), Sampling(), uniforms)
+    scores = row.expand(64, -1)
+    uniforms = torch.linspace(0, 1 - 2**-53, 64, dtype=torch.float64)
+    expected = wide_draw(scores, torch.full((64,), 0.6), Sampling(), uniforms)
     assert narrow_draw(scores, Sampling(repetition_penalty=1.0), uniforms) == expected
     assert len(set(expected)) > 5
 
@@ -127,12 +127,12 @@ def test_all_that_tie_with_the_last_of_the_k_likeliest_are_kept(tied: int) -> No
     assert kept == [list(range(100, 100 + tied)), [7, 999]]
 
 
-def test_where_top_p_parts_equal_values_the_same_ones_are_kept() -> None:
-    """The sort of transformers' warper is not stable, so its choice is not one of ours to make."""
+def test_where_top_p_splits_equal_values_the_same_ones_are_kept() -> None:
+    """The sort of transformers' warper is not stable, so its own choice is the expected one."""
     generator = torch.Generator().manual_seed(3)
     scores = torch.randint(0, 4, (ROWS, 5000), generator=generator).float()
     scores[:, torch.randperm(5000, generator=generator)[:40]] = 9.0
-    sampling = Sampling(1.0, 50, 0.5, 1.0)  # 40 of equal value, of which a half is kept
+    sampling = Sampling(1.0, 50, 0.5, 1.0)  # keeps half of 40 equal values
     for draw in torch.linspace(0, 0.999, 40, dtype=torch.float64):
         uniforms = draw.expand(ROWS)
         expected = wide_draw(scores, torch.ones(ROWS), sampling, uniforms)
@@ -157,7 +157,7 @@ def test_the_same_tokens_are_drawn_while_the_temperature_changes(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_id_that_the_tokenizer_lacks_is_never_drawn(temperature: float) -> None:
-    """The likeliest of 40 are 20 rows that fill up the matrix and a hole in the vocabulary."""
+    """The likeliest of 40 ids are 20 rows that pad the matrix and a hole in the vocabulary."""
     scores = torch.zeros(ROWS, 40)
     scores[:, 20:] = 30.0
     scores[:, 7] = 30.0
@@ -177,7 +177,7 @@ def test_an_id_that_the_tokenizer_lacks_is_never_drawn(temperature: float) -> No
     assert len(drawn) == (1 if temperature == 0 else ROWS)
 
 
-def test_an_end_is_not_drawn_before_the_least_length() -> None:
+def test_an_end_is_not_drawn_before_min_new_tokens() -> None:
     scores = torch.zeros(2, 1000)
     scores[:, 5] = 20.0
     sampling = Sampling(1.0, 50, 0.95, 1.0, min_new_tokens=2)

@@ -1,4 +1,4 @@
-"""The real engine on the trained testbed model: one engine for most of these tests."""
+"""The real engine on the trained testbed model. Most of these tests share one engine."""
 
 import copy
 import importlib
@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +89,7 @@ def engine(spec: GenerateSpec, without_flask: Any) -> VllmEngine:
 
 @pytest.fixture(scope="session")
 def prefixes(spec: GenerateSpec, tokenizer: Any) -> list[list[int]]:
-    """Of several lengths, one of them BOS alone."""
+    """Prefixes of several lengths, one of them BOS alone."""
     found = read_prefixes(spec, tokenizer)
     longer = read_prefixes(spec.model_copy(update={"prefix_tokens": 9}), tokenizer)
     return [found[0][:1], *found[1:16], *longer[16:]]
@@ -107,7 +107,7 @@ def generated(
 def processed(
     logits: npt.NDArray[np.float64], ids: list[int], sampling: Sampling
 ) -> npt.NDArray[np.float64]:
-    """Penalty, temperature, the k likeliest, then of those the fewest that hold top_p."""
+    """Probabilities after penalty, temperature, top-k and then top-p, by their definitions."""
     scores = logits.copy()
     for token in set(ids):
         factor = 1 / sampling.repetition_penalty
@@ -123,7 +123,7 @@ def processed(
 
 
 def all_logits(model: Any, ids: list[int]) -> npt.NDArray[np.float64]:
-    """The logits after each id: [ids, vocabulary]."""
+    """The logits after each id, [ids, vocabulary]."""
     with torch.no_grad():
         return np.asarray(model(torch.tensor([ids])).logits[0].double())
 
@@ -196,8 +196,10 @@ def test_first_tokens_are_drawn_as_often_as_their_probability_says(
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "coarse"])
 @pytest.mark.parametrize("top_k", [1, 50, 290, 10_000])
 @pytest.mark.parametrize("top_p", [0.1, 0.95, 0.999])
-def test_what_is_kept_of_the_logits_is_what_vllm_keeps(kind: str, top_k: int, top_p: float) -> None:
-    """To the bit, so that the same tokens are drawn; coarse logits tie at both limits."""
+def test_the_logits_that_are_kept_are_those_that_vllm_keeps(
+    kind: str, top_k: int, top_p: float
+) -> None:
+    """Equal bits, so that the same tokens are drawn; coarse logits tie at both limits."""
     operations = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
     keep_top_k_top_p = importlib.import_module("pipeline.generation.vllm_sampling").keep_top_k_top_p
     generator = torch.Generator().manual_seed(0)
@@ -222,7 +224,7 @@ def test_top_k_before_top_p_writes_what_vllm_writes_by_itself(
         patch.setattr(engine, "on_cpu", False)
         by_vllm = generated(engine, tokenizer, prefixes, Sampling())
     assert ours == by_vllm
-    # The settings of one shard must not be left to the next.
+    # The settings of one shard must not stay for the next.
     wide = Sampling(1.0, 0, 1.0)
     assert generated(engine, tokenizer, prefixes, wide) != by_vllm
     narrow = generated(engine, tokenizer, prefixes, Sampling(1.0, 2, 0.99))
@@ -266,7 +268,7 @@ def test_a_text_that_eos_ends_at_once_has_no_generated_token(
 
 
 @needs_vllm
-def test_no_sample_ends_before_its_least_length(
+def test_no_sample_ends_before_min_new_tokens(
     engine: VllmEngine, tokenizer: Any, prefixes: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = GenerationConfig(eos_token_id=list(range(0, len(tokenizer), 2)))
@@ -284,7 +286,7 @@ def test_no_sample_ends_before_its_least_length(
 def test_the_engine_leaves_threads_and_random_numbers_as_they_were(engine: VllmEngine) -> None:
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads + 1)  # vLLM puts a function that does nothing in its place
+        torch.set_num_threads(threads + 1)  # vLLM replaces this by a function that does nothing
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -307,58 +309,86 @@ def test_an_engine_that_breaks_is_reported_as_dead(
         generated(engine, tokenizer, prefixes, Sampling())
 
 
-def shard_rows(spec: GenerateSpec, index: int, folder: Path) -> tuple[bytes, dict[str, Any]]:
-    folder.mkdir(parents=True)
-    report = generate.run_shard(spec, index, {}, folder)
-    return (folder / "samples.parquet").read_bytes(), report
+def written_shards(
+    spec: GenerateSpec, order: tuple[int, ...], folder: Path
+) -> dict[int, tuple[bytes, dict[str, Any]]]:
+    """The bytes and the report of each shard."""
+    shards = {}
+    for index in order:
+        output = folder / str(index)
+        output.mkdir()
+        report = generate.run_shard(spec, index, {}, output)
+        shards[index] = ((output / "samples.parquet").read_bytes(), report)
+    return shards
 
 
-@needs_vllm
-def test_a_second_engine_writes_the_same_bytes_in_any_order_of_shards(
-    spec: GenerateSpec, engine: VllmEngine, tmp_path: Path
-) -> None:
-    """Last of the tests with the first engine, which it closes."""
-    first = {index: shard_rows(spec, index, tmp_path / f"1-{index}") for index in (0, 1)}
-    other = GenerateSpec.model_validate({**spec.model_dump(), "seqlen": 40})
-    assert loaded_engine(other, {})[0] is not engine  # only one is held
-    second = {index: shard_rows(spec, index, tmp_path / f"2-{index}") for index in (1, 0)}
-    assert first == second
-    rows = pq.read_table(tmp_path / "1-1" / "samples.parquet").to_pylist()
-    assert [row["sample_id"] for row in rows] == list(range(16, 32))
-    assert first[0][1]["engines"][0]["backend"] == "vllm"
+class SecondEngine(NamedTuple):
+    """An engine of a model stored as masks, which replaced the first, and what came before it."""
+
+    engine: VllmEngine
+    pruned: PruneSpec
+    artifacts: dict[str, Path]
+    phases: list[str]
+    """Reported while the engine started."""
+    first_shards: dict[int, tuple[bytes, dict[str, Any]]]
+    """What the first engine wrote."""
+
+
+@pytest.fixture(scope="module")
+def second_engine(
+    spec: GenerateSpec,
+    engine: VllmEngine,
+    without_flask: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> SecondEngine:
+    """For the last tests: the first engine is closed."""
+    shards = written_shards(spec, (0, 1), tmp_path_factory.mktemp("first"))
+    pruned = PruneSpec(model=spec.model, pruner=Magnitude(), sparsity=0.6)
+    folder = tmp_path_factory.mktemp("pruned")
+    prune.run(pruned, {}, folder)
+    artifacts = {pruned.key: folder}
+    phases: dict[str, None] = {}
+    with (
+        without_flask(),
+        reporting(lambda phase, done, total, unit: phases.setdefault(phase)),
+    ):
+        sparse, _ = loaded_engine(spec.model_copy(update={"model": pruned}), artifacts)
+    assert isinstance(sparse, VllmEngine)
+    return SecondEngine(sparse, pruned, artifacts, list(phases), shards)
 
 
 @needs_vllm
 def test_a_model_that_is_stored_as_masks_writes_as_it_does_with_transformers(
-    spec: GenerateSpec,
-    model: Any,
-    tokenizer: Any,
-    prefixes: list[list[int]],
-    tmp_path: Path,
+    second_engine: SecondEngine, model: Any, tokenizer: Any, prefixes: list[list[int]]
 ) -> None:
-    pruned = PruneSpec(model=spec.model, pruner=Magnitude(), sparsity=0.6)
-    prune.run(pruned, {}, tmp_path)
-    artifacts = {pruned.key: tmp_path}
-    phases: dict[str, None] = {}
-    with reporting(lambda phase, done, total, unit: phases.setdefault(phase)):
-        sparse = VllmEngine(spec.model_copy(update={"model": pruned}), artifacts)
-    assert [phase for phase in phases if "vLLM" in phase] == ["importing vLLM", STARTING]
+    started = [phase for phase in second_engine.phases if "vLLM" in phase]
+    assert started == ["importing vLLM", STARTING]
+    sparse = load_model(second_engine.pruned, second_engine.artifacts)
     greedy = Sampling(temperature=0.0, repetition_penalty=1.2)
-    ours = generated(sparse, tokenizer, prefixes, greedy)
-    sparse.close()
-    theirs = generated(
-        TransformersEngine(load_model(pruned, artifacts)), tokenizer, prefixes, greedy
-    )
+    ours = generated(second_engine.engine, tokenizer, prefixes, greedy)
+    theirs = generated(TransformersEngine(sparse), tokenizer, prefixes, greedy)
     dense = generated(TransformersEngine(model), tokenizer, prefixes, greedy)
     assert sum(one == other for one, other in zip(ours, theirs, strict=True)) >= 30  # of 32
     assert sum(one == other for one, other in zip(ours, dense, strict=True)) < 16
 
 
 @needs_vllm
-def test_of_a_checkpoints_own_settings_only_the_ends_count_and_its_fillers_are_never_drawn(
+def test_another_engine_writes_the_same_bytes_in_any_order_of_shards(
+    spec: GenerateSpec, engine: VllmEngine, second_engine: SecondEngine, tmp_path: Path
+) -> None:
+    assert second_engine.engine is not engine  # only one is kept, so this is the third
+    shards = written_shards(spec, (1, 0), tmp_path)
+    assert shards == second_engine.first_shards
+    rows = pq.read_table(tmp_path / "1" / "samples.parquet").to_pylist()
+    assert [row["sample_id"] for row in rows] == list(range(16, 32))
+    assert shards[0][1]["engines"][0]["backend"] == "vllm"
+
+
+@needs_vllm
+def test_only_the_ends_of_a_checkpoints_settings_are_used_and_padding_rows_are_never_drawn(
     spec: GenerateSpec, model: Any, tokenizer: Any, prefixes: list[list[int]], tmp_path: Path
 ) -> None:
-    """Then logits that are NaN are an error that names the sample."""
+    """The same engine then gives NaN, an error that names the sample."""
     bent = copy.deepcopy(model)
     fillers = range(len(tokenizer), len(tokenizer) + 40)
     bent.resize_token_embeddings(fillers.stop, mean_resizing=False)
@@ -389,7 +419,7 @@ def test_of_a_checkpoints_own_settings_only_the_ends_count_and_its_fillers_are_n
 # ------------------------------------------------------------------------------ without the engine
 
 
-def test_a_machine_without_vllm_is_told_what_to_install(
+def test_the_error_without_vllm_says_what_to_install(
     spec: GenerateSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_engine, "vllm_version", lambda: None)
@@ -397,14 +427,14 @@ def test_a_machine_without_vllm_is_told_what_to_install(
         VllmEngine(spec, {})
 
 
-def test_every_sample_has_a_seed_of_its_own() -> None:
+def test_every_sample_has_its_own_seed() -> None:
     seeds = [request_seed(seed, sample) for seed, sample in itertools.product(range(9), range(99))]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert request_seed(2, 5) == seeds[2 * 99 + 5]
 
 
-def test_a_cpu_keeps_room_for_every_sample_of_a_shard(spec: GenerateSpec) -> None:
+def test_the_cache_of_a_cpu_holds_every_sample_of_a_shard(spec: GenerateSpec) -> None:
     config, settings = load_configs(spec.model, {})
     token = 2 * 2 * 1 * 32 * 4  # keys and values, 2 layers, 1 head of 32, float32
     assert cpu_cache_bytes(spec.model, config, 16, SEQLEN) == (16 + 1) * CPU_BLOCK_TOKENS * token
@@ -412,7 +442,7 @@ def test_a_cpu_keeps_room_for_every_sample_of_a_shard(spec: GenerateSpec) -> Non
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.01, 0.6])
-def test_temperatures_that_vllm_takes_are_taken(temperature: float) -> None:
+def test_temperatures_that_vllm_supports_are_accepted(temperature: float) -> None:
     made = GenerateSpec(
         model=HubModel(name="m"),
         prefixes=TestbedCorpus(mixture={"facts": 1.0}),
@@ -422,7 +452,7 @@ def test_temperatures_that_vllm_takes_are_taken(temperature: float) -> None:
     assert made.temperature == temperature
 
 
-def test_a_temperature_that_vllm_would_raise_is_refused() -> None:
+def test_a_temperature_that_vllm_would_increase_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no temperature between 0 and 0\.01"):
         GenerateSpec(
             model=HubModel(name="m"),

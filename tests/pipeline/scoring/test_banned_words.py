@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.scoring.banned_words import holding, read_words
+from pipeline.scoring.banned_words import contains_word, read_words
 
 
 def held(text: str, *words: str) -> bool:
-    return bool(holding([text], words)[0])
+    return bool(contains_word([text], words)[0])
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_a_part_of_another_word_is_not_the_word(text: str, word: str) -> None:
     assert not held(text, word)
 
 
-def test_every_text_is_told_apart() -> None:
-    assert holding(["good", "bad", "worse", "Bad"], ["bad", "worse"]).tolist() == [
+def test_each_text_has_a_flag_of_its_own() -> None:
+    assert contains_word(["good", "bad", "worse", "Bad"], ["bad", "worse"]).tolist() == [
         False,
         True,
         True,
@@ -60,7 +60,7 @@ def test_every_text_is_told_apart() -> None:
     ]
 
 
-def test_a_list_has_a_word_a_line_and_blank_lines_do_not_count(tmp_path: Path) -> None:
+def test_a_list_has_a_word_a_line_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     path.write_text(" bad \n\nvery bad\n", encoding="utf-8")
     assert read_words(str(path)) == ["bad", "very bad"]
@@ -69,7 +69,9 @@ def test_a_list_has_a_word_a_line_and_blank_lines_do_not_count(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "message"), [(b"\n  \n", "holds no word"), (b"\xff\xfe\x00", "is UTF-16")]
 )
-def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_without_words_or_of_another_encoding_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "words.txt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"banned_words: .*{message}"):

@@ -27,7 +27,7 @@ def drawn() -> torch.Tensor:
     return torch.randint(5, 900, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
-def test_the_report_holds_means_over_windows_of_what_the_model_gives(
+def test_the_report_has_the_means_over_windows_of_the_models_scores(
     drawn: torch.Tensor, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     calibration = WindowsSpec(source=CORPUS, model=MODEL, nsamples=6, seqlen=24)
@@ -61,16 +61,16 @@ def test_text_like_the_reference_diverges_less(
         reference.key: windows_of(drawn.flip(0), tmp_path / "reference"),
         MODEL.key: tiny_model_folder,
     }
-    told = {}
+    divergences = {}
     for name, calibration in (("near", near), ("far", far)):
         (output := tmp_path / f"{name}-out").mkdir()
         spec = DescribeSpec(calibration=calibration, model=MODEL, reference=reference)
-        told[name] = run(spec, artifacts, output)["divergence"]
-    assert told["near"] == 0.0
-    assert told["far"] > 0.3
+        divergences[name] = run(spec, artifacts, output)["divergence"]
+    assert divergences["near"] == 0.0
+    assert divergences["far"] > 0.3
 
 
-def test_divergence_is_that_of_jensen_and_shannon() -> None:
+def test_divergence_is_the_jensen_shannon_divergence() -> None:
     draws = np.random.default_rng(0)
     first, second = draws.dirichlet(np.ones(40)), draws.dirichlet(np.ones(40))
     assert divergence(first, second) == pytest.approx(jensenshannon(first, second, base=2) ** 2)

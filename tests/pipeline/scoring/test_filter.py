@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.errors import InputError
 from pipeline.generation.generate import SAMPLES_SCHEMA
 from pipeline.scoring import filter as filtering
-from pipeline.scoring.filter import keep
+from pipeline.scoring.filter import keep_lowest
 from pipeline.scoring.score import Score
 from pipeline.specs import FileCorpus, FilterSpec, GenerateSpec, LocalModel, ScoreSpec, WordList
 
@@ -26,11 +26,11 @@ NO_OTHERS = {"banned": 0, "near_duplicates": 0}
 
 def kept(perplexities: list[float], fraction: float, ids: list[int] | None = None) -> list[int]:
     numbers = np.array(range(len(perplexities)) if ids is None else ids)
-    return [int(n) for n in numbers[keep(np.array(perplexities), numbers, fraction)]]
+    return [int(n) for n in numbers[keep_lowest(np.array(perplexities), numbers, fraction)]]
 
 
 @given(st.lists(PERPLEXITY, min_size=1, max_size=60), st.integers(0, 15), st.randoms())
-def test_exactly_the_asked_for_count_of_the_worst_is_dropped(
+def test_exactly_the_given_share_with_the_highest_perplexity_is_dropped(
     perplexities: list[float], sixteenths: int, random: Any
 ) -> None:
     ids = random.sample(range(1000), len(perplexities))
@@ -44,7 +44,7 @@ def test_exactly_the_asked_for_count_of_the_worst_is_dropped(
             kept(perplexities, sixteenths / 16, ids)
 
 
-def test_of_equal_perplexities_the_higher_number_goes_first() -> None:
+def test_of_equal_perplexities_the_higher_number_is_dropped_first() -> None:
     assert kept([5.0, 5.0, 5.0, 5.0], 0.5) == [0, 1]
     assert kept([5.0, 5.0, 5.0, 5.0], 0.5, ids=[9, 2, 7, 4]) == [2, 4]
     assert kept([1.0, 5.0, 5.0, 2.0], 0.25) == [0, 1, 3]
@@ -55,7 +55,7 @@ def test_half_a_sample_is_rounded_up() -> None:
     assert kept([1.0, 2.0, 3.0], 0.125) == [0, 1, 2]
 
 
-def test_what_is_not_finite_goes_besides_the_share() -> None:
+def test_samples_without_a_finite_perplexity_are_dropped_besides_the_share() -> None:
     assert kept([math.nan, 4.0, math.inf, 1.0, 3.0, 2.0], 0.5) == [3, 5]
     assert kept([math.nan, 4.0, math.inf], 0.0) == [1]
 

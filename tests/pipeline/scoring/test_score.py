@@ -126,7 +126,7 @@ def test_scores_are_those_of_their_definitions_in_float64(
     assert max(perplexities) > 1.5 * min(perplexities)  # so a constant would not pass
 
 
-def test_neither_batches_nor_chunks_nor_the_way_to_the_logits_move_a_score(
+def test_scores_do_not_depend_on_batches_or_chunks(
     model: Any, token_ids: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = score_samples(model, token_ids, PREFIXES, batch_tokens=1)
@@ -156,7 +156,7 @@ def test_logits_are_taken_a_few_positions_at_a_time(
     assert sum(sizes) == sum(one.tokens for one in found)
 
 
-def test_capped_logits_are_noticed_and_taken_from_the_whole_forward_pass(
+def test_capped_logits_are_detected_and_come_from_the_whole_forward_pass(
     model: Any, capped_model: Any, token_ids: list[list[int]]
 ) -> None:
     assert head_is_linear(model)
@@ -175,7 +175,7 @@ ENTRIES = 50_000
 
 
 def logits_of_kinds() -> dict[str, torch.Tensor]:
-    """Logits [POSITIONS, ENTRIES] of which each kind is hard in its own way."""
+    """Logits [POSITIONS, ENTRIES]; each kind is numerically hard in its own way."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(POSITIONS, ENTRIES, generator=generator)
     kinds = {
@@ -200,8 +200,8 @@ def logits_of_kinds() -> dict[str, torch.Tensor]:
 
 KINDS = logits_of_kinds()
 LOOSE = {"one above a plain": 2e-4}
-"""There sigma is 2e-4 and mu -0.05, of whose rounding z has 200 times as much. The mean of squares
-less the square of the mean would be wrong by 1e-2."""
+"""Its sigma is 2e-4 and its mu -0.05, so z has 200 times the rounding of mu. The mean of squares
+minus the square of the mean would be wrong by 1e-2."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -263,9 +263,7 @@ def test_repetition_lowers_the_share_of_different_runs() -> None:
     assert distinct([1, 2], 3) is None
 
 
-def test_a_model_without_an_opinion_finds_nothing_unlikely(
-    model: Any, token_ids: list[list[int]]
-) -> None:
+def test_under_a_uniform_model_no_token_is_unlikely(model: Any, token_ids: list[list[int]]) -> None:
     blank = copy.deepcopy(model)
     torch.nn.init.zeros_(blank.lm_head.weight)
     found = score_samples(blank, token_ids, PREFIXES)
@@ -274,7 +272,7 @@ def test_a_model_without_an_opinion_finds_nothing_unlikely(
     assert [one.min_k_plus_plus for one in found] == pytest.approx([0.0] * 8, abs=0.05)
 
 
-def test_a_model_that_is_certain_and_wrong_gives_numbers_and_not_nan(
+def test_a_model_that_is_certain_and_wrong_gives_finite_scores(
     model: Any, token_ids: list[list[int]]
 ) -> None:
     certain = copy.deepcopy(model)
@@ -308,7 +306,7 @@ def saved(model: Any, folder: Path, word: str = "w") -> LocalModel:
     return LocalModel(path=str(folder), dtype="float32")
 
 
-def test_the_report_says_that_logits_could_not_be_chunked(
+def test_the_report_says_that_logits_were_not_chunked(
     capped_model: Any, token_ids: list[list[int]], tmp_path: Path
 ) -> None:
     local = saved(capped_model, tmp_path / "model")
@@ -327,7 +325,7 @@ def test_the_report_says_that_logits_could_not_be_chunked(
     assert [one["logits"] for one in reports] == ["full"] * 2
 
 
-def test_another_model_scores_only_what_its_tokenizer_reads_alike(
+def test_another_model_scores_only_ids_that_mean_the_same_to_it(
     model: Any, token_ids: list[list[int]], tmp_path: Path
 ) -> None:
     generator = saved(model, tmp_path / "generator")
