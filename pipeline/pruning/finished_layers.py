@@ -1,4 +1,4 @@
-"""Decoder layers that are done, kept where they survive the process that pruned them."""
+"""Files of pruned decoder layers, kept for the next attempt if this one ends early."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +18,13 @@ from pipeline.stage import Keep
 
 
 class FinishedLayers:
-    """The layers of one pruning, a file each.
+    """The layers of one pruning, one file each.
 
     Args:
         folder: where the files go, `layer-<number>.safetensors`.
         masks: write masks; else weights.
-        keep: None keeps nothing beyond the folder.
-        checkpoint: takes every layer, too, while it is in memory.
+        keep: None keeps nothing outside the folder.
+        checkpoint: writes every layer too, while it is in memory.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class FinishedLayers:
         folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, number: int, found: Sequence[Matrix]) -> LayerRecord | None:
-        """Bring a layer's matrices to what an earlier attempt made of them.
+        """Set a layer's matrices to what an earlier attempt made of them.
 
         Returns:
-            What was recorded of them then; None if the layer is still to be pruned.
+            What that attempt recorded of them; None if the layer is still to be pruned.
         """
         path = self.folder / layer_file(number)
         if self.kept is None or not self.kept.restore(path):
@@ -57,7 +57,7 @@ class FinishedLayers:
     def save(
         self, number: int, found: Sequence[Matrix], masks: Mapping[str, Tensor], record: LayerRecord
     ) -> None:
-        """Write a layer that has been pruned, and keep it. Weights are written only to be kept."""
+        """Write a pruned layer, and keep it. Weights are written only to be kept."""
         path = self.folder / layer_file(number)
         if self.masks:
             write_masks(path, masks, record)

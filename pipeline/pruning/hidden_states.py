@@ -1,4 +1,4 @@
-"""Where hidden states live: on the device, in host memory or in files, as two budgets say."""
+"""Hidden states on the device, in host memory or in files, as two budgets allow."""
 
 import tempfile
 from contextlib import ExitStack
@@ -14,32 +14,33 @@ DEVICE_HIDDEN_BYTES = 4 * 2**30
 HOST_HIDDEN_BYTES = 16 * 2**30
 
 
-class Kept:
-    """A tensor that is kept in one place, read on the device and overwritten in place."""
+class StoredTensor:
+    """A tensor that stays in one place, is read on the device and overwritten in place."""
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self._tensor = tensor
         self._device = device
 
     def read(self) -> Tensor:
-        """The tensor on the device; the kept one itself if that is where it lives."""
+        """Return the tensor on the device; the stored one itself if it is there."""
         return self._tensor.to(self._device, non_blocking=True)
 
-    def takes(self, value: Tensor) -> bool:
-        """Whether a tensor has the kept one's shape and dtype."""
+    def fits(self, value: Tensor) -> bool:
+        """Return whether a tensor has the stored one's shape and dtype."""
         return (value.shape, value.dtype) == (self._tensor.shape, self._tensor.dtype)
 
     def write(self, value: Tensor) -> None:
-        """Put a tensor of the same shape and dtype in its place."""
+        """Overwrite the stored tensor with one of the same shape and dtype."""
         self._tensor.copy_(value, non_blocking=True)
 
 
-class Shelf:
-    """Keeps tensors on the device up to a budget, then in host memory up to another, then in files.
+class TensorStore:
+    """Stores tensors on the device up to a budget, then in host memory up to another, then in
+    files.
 
     Host memory is pinned where the device is a GPU, so that copies do not block. Files are mapped
-    to memory and lie in a folder of the system's temporary one, which leaving the context removes.
-    On the CPU device and host are one, and the budgets add up.
+    to memory; they are in a temporary folder that is removed when the context is left. On a CPU,
+    device and host are one, and the budgets add up.
     """
 
     def __init__(self, device: torch.device, device_bytes: int, host_bytes: int) -> None:
@@ -56,9 +57,9 @@ class Shelf:
     def __exit__(self, *error: object) -> None:
         self._exit.close()
 
-    def keep(self, value: Tensor) -> Kept:
-        """A copy of a tensor, contiguous wherever it lives: strides can move the last bit of what
-        is computed from it.
+    def store(self, value: Tensor) -> StoredTensor:
+        """Store a copy of a tensor, contiguous everywhere: strides can move the last bit of what is
+        computed from it.
 
         Raises:
             OSError: if the disk is full.
@@ -66,16 +67,16 @@ class Shelf:
         size = value.numel() * value.dtype.itemsize
         if size <= self._left_on_device:
             self._left_on_device -= size
-            kept = torch.empty(value.shape, dtype=value.dtype, device=self.device)
-            kept.copy_(value)
+            copied = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            copied.copy_(value)
         elif size <= self._left_on_host:
             self._left_on_host -= size
             pinned = self.device.type == "cuda"
-            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-            kept.copy_(value)
+            copied = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+            copied.copy_(value)
         else:
-            kept = self._mapped(value)
-        return Kept(kept, self.device)
+            copied = self._mapped(value)
+        return StoredTensor(copied, self.device)
 
     def _mapped(self, value: Tensor) -> Tensor:
         if self._folder is None:

@@ -1,4 +1,4 @@
-"""What a model calls its decoder layers with, captured once and called again layer by layer."""
+"""The arguments of a model's decoder layers, captured once, to call the layers one by one."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.pruning.hidden_states import Kept, Shelf
+from pipeline.pruning.hidden_states import StoredTensor, TensorStore
 
 
 @dataclass(frozen=True)
@@ -26,106 +26,109 @@ class _Call:
 
 @dataclass(frozen=True)
 class _PassedOn:
-    """Stands for what a layer returns besides its hidden states, where the next one is given it."""
+    """Stands for what a layer returns besides its hidden states, in the arguments of the next."""
 
     layer: int
     place: int
-    """In the layer's output."""
+    """Its index in the layer's output."""
 
 
 class CapturedBatch:
-    """The hidden states of some windows on their way up, and what goes with them to each layer."""
+    """The hidden states of some windows on their way up, and each layer's other arguments."""
 
-    def __init__(self, states: Kept, arguments: list[Any], shelf: Shelf) -> None:
+    def __init__(self, states: StoredTensor, arguments: list[Any], store: TensorStore) -> None:
         self._states = states
         self._arguments = arguments
-        self._shelf = shelf
-        self._passed: dict[int, Any] = {}  # by its place in the output of the layer below
+        self._store = store
+        self._passed: dict[int, Any] = {}  # by index in the output of the layer below
 
     def forward(self, number: int, layer: nn.Module) -> Any:
-        """The output of the decoder layer with that number, on the hidden states below it."""
+        """Return the output of the decoder layer with that number on the hidden states below it."""
         positional, keywords = _read(self._arguments[number], self._passed)
         return layer(self._states.read(), *positional, **keywords)
 
-    def rise(self, number: int, layer: nn.Module) -> None:
-        """Put the output of that layer in the place of its hidden states, and keep what else it
-        passes on."""
+    def advance(self, number: int, layer: nn.Module) -> None:
+        """Replace the hidden states by that layer's output, and store what else it passes on."""
         output = self.forward(number, layer)
         self._states.write(output if isinstance(output, Tensor) else output[0])
         if number + 1 < len(self._arguments):
             for each in _passed_on(self._arguments[number + 1]):
-                self._passed[each.place] = self._kept(each.place, output[each.place])
+                self._passed[each.place] = self._stored(each.place, output[each.place])
 
-    def _kept(self, place: int, value: Any) -> Any:
+    def _stored(self, place: int, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         before = self._passed.get(place)
-        if isinstance(before, Kept) and before.takes(value):
+        if isinstance(before, StoredTensor) and before.fits(value):
             before.write(value)
             return before
-        return self._shelf.keep(value)
+        return self._store.store(value)
 
 
-def capture(
-    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor], shelf: Shelf
+def capture_batches(
+    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor], store: TensorStore
 ) -> list[CapturedBatch]:
-    """The hidden states that enter the first layer, and all else that the model passes to each
-    layer, whatever its name. No layer is run for it.
+    """Capture the hidden states that enter the first layer, and all other arguments of each layer.
+    No layer is run for it.
 
-    Masks and rotary tables are mostly those of the first batch, and held once, on the device. What
-    differs between batches (embeddings of each layer) goes where the hidden states go, and so does
-    what a layer passes on to the next one besides (a router's states, chosen keys). Objects of
-    other kinds, through which layers hand each other tensors (shared keys and values), are passed
-    on as they are, one to a batch.
+    Masks and rotary tables are mostly those of the first batch, and held once, on the device.
+    Arguments that differ between batches (embeddings of each layer) go where the hidden states go,
+    and so does what a layer passes to the next one besides them (a router's states, chosen keys).
+    Objects of other kinds, through which layers share tensors (keys and values), are passed on as
+    they are, one to a batch.
 
     Args:
         batches: token ids `[windows, seqlen]` each, where the model's embeddings are.
 
     Raises:
-        InputError: if the model does not hand the hidden states from one layer to the next, each
-            called once, or passes to a layer what depends on the layers below in another way than
-            as an output of the one right below.
+        InputError: if the model does not hand the hidden states from one layer to the next and
+            call each once, or if a layer's other arguments depend on the layers below, unless they
+            are outputs of the one right below.
     """
-    output = _form_of_outputs(model, layers, batches[0][:1])
+    output = _output_form(model, layers, batches[0][:1])
     captured: list[CapturedBatch] = []
     first: Any = None
 
     def place(tensor: Tensor, other: Any) -> Any:
         if first is None:
-            return tensor.to(shelf.device)
-        return other if _same(other, tensor) else shelf.keep(tensor)
+            return tensor.to(store.device)
+        return other if _equal(other, tensor) else store.store(tensor)
 
     for batch in batches:
         calls = _calls(model, layers, batch, output, then_stop=True)
         arguments = [call.arguments for call in calls]
         placed = _replaced_tensors(arguments, first, place, {})
         first = first or placed
-        captured.append(CapturedBatch(shelf.keep(calls[0].states), placed, shelf))
+        captured.append(CapturedBatch(store.store(calls[0].states), placed, store))
     return captured
 
 
 class _Stop(Exception):
-    """The way out of a forward pass."""
+    """Ends a forward pass."""
 
 
 class _WrongFormError(Exception):
-    """A model cannot go on from what stands for a layer's output."""
+    """The model fails on a stand-in for a layer's output."""
 
 
-Form = Callable[[int, Tensor], Any]
-"""From a layer's number and hidden states, its output."""
+OutputForm = Callable[[int, Tensor], Any]
+"""Wraps hidden states, given a layer's number, as that layer's output."""
 
 
 def _calls(
-    model: nn.Module, layers: nn.ModuleList, batch: Tensor, output: Form, then_stop: bool = False
+    model: nn.Module,
+    layers: nn.ModuleList,
+    batch: Tensor,
+    output: OutputForm,
+    then_stop: bool = False,
 ) -> list[_Call]:
-    """The model's calls of its layers, if each returned `output` of its hidden states.
+    """Record the model's calls of its layers, with each returning `output` of its hidden states.
 
     Args:
-        then_stop: go no further than to the last layer; else see that none is called again.
+        then_stop: stop at the last layer; else run on, to see whether a layer is called again.
 
     Raises:
-        _WrongFormError: if the model fails on the output, whatever its error.
+        _WrongFormError: if the model fails on the output, with any error.
     """
     calls: list[_Call] = []
 
@@ -166,7 +169,7 @@ def _calls(
 def _replaced(
     layers: nn.ModuleList, forward: Callable[[int], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Other forward functions for the layers: these stay in place, since models look at them."""
+    """Replace the layers' forward functions. The layers stay: models read their attributes."""
     own = [vars(layer).get("forward") for layer in layers]
     for number, layer in enumerate(layers):
         vars(layer)["forward"] = forward(number)
@@ -179,10 +182,10 @@ def _replaced(
                 vars(layer)["forward"] = before
 
 
-def _form_of_outputs(model: nn.Module, layers: nn.ModuleList, window: Tensor) -> Form:
-    """The form in which the model takes a layer's hidden states, a tensor, or the first of a tuple
-    or a list: that which reaches the next layer unchanged."""
-    form, calls = _first_that_passes(model, layers, window)
+def _output_form(model: nn.Module, layers: nn.ModuleList, window: Tensor) -> OutputForm:
+    """Find the form in which the model takes a layer's hidden states: a tensor, or the first of a
+    tuple or a list. In the right one they reach the next layer unchanged."""
+    form, calls = _accepted_form(model, layers, window)
     for call in calls:
         if any(each.layer + 1 != call.layer for each in _passed_on(call.arguments)):
             remedy = f"passes to its decoder layer {call.layer} an output of one further below"
@@ -191,22 +194,22 @@ def _form_of_outputs(model: nn.Module, layers: nn.ModuleList, window: Tensor) ->
         model, layers, window, lambda number, states: form(number, torch.zeros_like(states))
     )
     for one, other in zip(calls, others, strict=True):
-        if not _same(one.arguments, other.arguments):
+        if not _equal(one.arguments, other.arguments):
             remedy = f"passes to its decoder layer {one.layer} what depends on those below"
             raise InputError("model", type(model).__name__, f"{remedy}; cannot be walked")
     return form
 
 
-def _first_that_passes(
+def _accepted_form(
     model: nn.Module, layers: nn.ModuleList, window: Tensor
-) -> tuple[Form, list[_Call]]:
-    forms: list[Form] = [lambda number, states: states]
+) -> tuple[OutputForm, list[_Call]]:
+    forms: list[OutputForm] = [lambda number, states: states]
     for kind, outputs in itertools.product((tuple, list), (1, 2, 3)):
         forms.append(functools.partial(_output, kind, outputs))
     for form in forms:
         with contextlib.suppress(_WrongFormError):
             calls = _calls(model, layers, window, form)
-            if all(_same(call.states, calls[0].states) for call in calls):
+            if all(_equal(call.states, calls[0].states) for call in calls):
                 return form, calls
     remedy = "changes the hidden states between its decoder layers; cannot be walked"
     raise InputError("model", type(model).__name__, remedy)
@@ -219,8 +222,9 @@ def _output(kind: type, outputs: int, number: int, states: Tensor) -> Any:
 # -------------------------------------------------------------------------- arguments and tensors
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether all tensors are equal; what is neither a tensor nor a collection does not count."""
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether all tensors are equal; objects that are neither tensors nor collections do not
+    count."""
     if isinstance(one, Tensor):
         return (
             isinstance(other, Tensor)
@@ -230,7 +234,7 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     left, right = _items(one), _items(other)
-    return len(left) == len(right) and all(map(_same, left, right))
+    return len(left) == len(right) and all(map(_equal, left, right))
 
 
 def _passed_on(value: Any) -> list[_PassedOn]:
@@ -245,7 +249,8 @@ def _items(value: Any) -> list[Any]:
 
 
 def _with_items(value: Any, items: list[Any]) -> Any:
-    """A collection with other items; itself if these are its own, since layers may write to it."""
+    """Return a collection with other items; itself if these are its own, since layers may write to
+    it."""
     if all(one is other for one, other in zip(items, _items(value), strict=True)):
         return value
     if isinstance(value, dict):
@@ -256,10 +261,10 @@ def _with_items(value: Any, items: list[Any]) -> Any:
 def _replaced_tensors(
     value: Any, first: Any, replace: Callable[[Tensor, Any], Any], done: dict[int, Any]
 ) -> Any:
-    """A value with each of its tensors replaced.
+    """Replace each tensor in a value.
 
     Args:
-        first: what another batch has in the value's place; `replace` is given its tensors too.
+        first: the first batch's value in the same place; `replace` takes its tensors too.
         done: the replaced objects so far, by identity: most arguments go to all layers.
     """
     if id(value) not in done:
@@ -278,6 +283,6 @@ def _replaced_tensors(
 def _read(value: Any, passed: dict[int, Any]) -> Any:
     if isinstance(value, _PassedOn):
         value = passed[value.place]
-    if isinstance(value, Kept):
+    if isinstance(value, StoredTensor):
         return value.read()
     return _with_items(value, [_read(item, passed) for item in _items(value)])

@@ -1,4 +1,4 @@
-"""Statistics of what every matrix is given in a forward pass, seen in the products themselves."""
+"""Statistics of every matrix's input, observed in the products of a forward pass."""
 
 import contextlib
 import weakref
@@ -20,19 +20,24 @@ Observe = Callable[[Callable[[], object]], None]
 
 
 @contextlib.contextmanager
-def observed(found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> Iterator[Observe]:
-    """Gather statistics of all inputs, those of so many windows, of each batch that is observed
-    while it is entered; the matrices have them afterwards.
+def observe_inputs(
+    found: Sequence[Matrix], statistics: Sequence[str], windows: int
+) -> Iterator[Observe]:
+    """Gather statistics of the matrices' inputs over the batches that are observed in the context;
+    on leaving it the matrices have them.
 
-    From the second batch on, a layer without experts is run only until each matrix was multiplied
-    as often as in the first batch: of the last product no more than the input is needed.
+    From the second batch on, a layer without experts runs only until each matrix was multiplied as
+    often as in the first batch: of the last product only the input is needed.
 
-    Matrices that read the same tensor share them. An expert to which fewer than
-    `pipeline.models.matrices.STARVED_TOKENS` tokens were routed gets uniform ones instead: those of
-    an input that has every feature once, so that every input counts the same.
+    Matrices that read the same tensor share its statistics. An expert that saw fewer than
+    `pipeline.models.matrices.STARVED_TOKENS` tokens gets uniform ones instead, those of an input
+    that has every feature once: every input counts the same.
+
+    Args:
+        windows: of the whole calibration set.
 
     Raises:
-        InputError: if a matrix is in none of the layer's products, or a tensor of experts in none.
+        InputError: if a matrix, or a tensor of experts, is in none of the layer's products.
         NonFiniteError: if an input is NaN or infinite.
     """
     sums = _Sums(found, statistics, windows)
@@ -55,7 +60,7 @@ class _Sums:
         """Add a product's input `[..., in_features]` to the sums of the matrix in that place."""
         width = inputs.shape[-1]
         self._found[place].tokens += inputs.numel() // width
-        if self._sums[place] is None:  # the first batch tells who shares with whom
+        if self._sums[place] is None:  # in the first batch: which matrices share an input
             reference, leader = self._inputs.get(id(inputs), (None, place))
             if reference is not None and reference() is inputs:
                 self._sums[place] = self._sums[leader]
@@ -69,8 +74,8 @@ class _Sums:
                 statistic.update(exact)
 
     def hand_over(self) -> None:
-        """Give the matrices their statistics; raises what `observed` does."""
-        self._see_that_all_took_part()
+        """Give the matrices their statistics; raises what `observe_inputs` does."""
+        self._check_that_all_took_part()
         uniform: dict[int, dict[str, Tensor]] = {}
         for matrix, sums in zip(self._found, self._sums, strict=True):
             matrix.statistics = _totals(sums or {})
@@ -83,11 +88,11 @@ class _Sums:
                     uniform[width] = self._uniform(width, matrix.weight.device)
                 matrix.statistics = uniform[width]
 
-    def _see_that_all_took_part(self) -> None:
+    def _check_that_all_took_part(self) -> None:
         forms = {_form(each.name) for each in self._found if each.is_expert and each.tokens}
         for matrix in self._found:
             if matrix.is_expert and _form(matrix.name) not in forms:
-                remedy = "what its experts are given cannot be observed; it cannot be pruned"
+                remedy = "the inputs of its experts cannot be observed; it cannot be pruned"
                 raise InputError("model", matrix.name, remedy)
             if not matrix.is_expert and not matrix.tokens:
                 remedy = "takes no part in the forward pass; it cannot be pruned"
@@ -108,7 +113,7 @@ def _totals(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
 
 
 def _form(name: str) -> str:
-    """A matrix's name without numbers: the same for all experts."""
+    """Return a matrix's name without numbers, which all experts share."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
@@ -116,23 +121,27 @@ def _form(name: str) -> str:
 
 
 class _LastProduct(Exception):
-    """Ends a forward pass of which nothing more is to be seen."""
+    """Ends a forward pass after the last product to observe."""
 
 
 class _Products(TorchFunctionMode):
-    """Tells of each product of activations with one of the matrices, however the model writes it:
-    experts are multiplied slice by slice and have no module to put a hook on."""
+    """Finds each product of activations with one of the matrices, however the model writes it:
+    experts are multiplied slice by slice and have no module to put a hook on.
 
-    def __init__(self, found: Sequence[Matrix], tell: Callable[[int, Tensor], None]) -> None:
+    Args:
+        add: is called with the matrix's index and its input.
+    """
+
+    def __init__(self, found: Sequence[Matrix], add: Callable[[int, Tensor], None]) -> None:
         super().__init__()
-        self._places = {_identity(matrix.weight): place for place, matrix in enumerate(found)}
-        self._tell = tell
+        self._places = {_storage(matrix.weight): place for place, matrix in enumerate(found)}
+        self._add = add
         self._experts = [matrix.is_expert for matrix in found]
         self._seen: Counter[int] = Counter()
-        self._whole: Counter[int] | None = None  # what is seen in a batch, once it is known
+        self._whole: Counter[int] | None = None  # products of one batch, known after the first
 
     def observe(self, run: Callable[[], object]) -> None:
-        """Tell of the products in a run of the layer on a batch."""
+        """Run the layer on a batch, and add the inputs of its products."""
         self._seen = Counter()
         with self, contextlib.suppress(_LastProduct):
             run()
@@ -145,23 +154,23 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _FACTORS:
             for inputs, weight in _FACTORS[function](*args, **kwargs):
-                place = self._places.get(_identity(weight))
+                place = self._places.get(_storage(weight))
                 if place is not None:
                     if function in _PADDED and self._experts[place]:
                         inputs = inputs[inputs.any(dim=1)]
-                    self._tell(place, inputs)
+                    self._add(place, inputs)
                     self._seen[place] += 1
             if self._seen == self._whole:
                 raise _LastProduct
         return function(*args, **kwargs)
 
 
-def _identity(view: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+def _storage(view: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return view.data_ptr(), view.shape, view.stride()
 
 
 Factors = Iterator[tuple[Tensor, Tensor]]
-"""Pairs that are multiplied: an input `[..., in_features]` and what may be a weight
+"""Pairs that are multiplied: an input `[..., in_features]` and a tensor that may be a weight
 `[out_features, in_features]`."""
 
 
@@ -197,5 +206,5 @@ _FACTORS: dict[Any, Callable[..., Factors]] = {
 }
 
 _PADDED = {torch.bmm, Tensor.bmm}
-"""Here all experts are given as many rows (Llama 4): those of zeros stand for the tokens that are
-not routed there."""
+"""Products in which all experts take the same number of rows (Llama 4): rows of zeros stand for the
+tokens that are not routed to an expert."""

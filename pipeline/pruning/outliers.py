@@ -15,7 +15,7 @@ from pipeline.data.windows import read_windows
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.loading import load_model
 from pipeline.models.matrices import Matrix
-from pipeline.pruning.walk import walk
+from pipeline.pruning.walk import Memory, walk
 from pipeline.specs import OutliersSpec
 from pipeline.stage import Artifacts
 
@@ -45,12 +45,11 @@ def count_outliers(
     Args:
         model: a causal language model, in evaluation mode.
         windows: the calibration set, token ids `[nsamples, seqlen]`.
-        batch_size: windows of a forward pass, by default as many as have
-            `pipeline.pruning.walk.BATCH_TOKENS` tokens.
+        batch_size: as in `pipeline.pruning.walk.Memory`.
 
     Raises:
-        InputError: if the threshold is not above 0, the windows do not suit the model, or it is of
-            a form that cannot be pruned.
+        InputError: if the threshold is not above 0, the windows do not suit the model, or the model
+            has a form that cannot be pruned.
         NonFiniteError: if a weight or an activation is NaN or infinite.
     """
     if not 0 < threshold < math.inf:
@@ -63,12 +62,12 @@ def count_outliers(
         outliers = sum(int((_scores(matrix) > threshold * mean).sum()) for matrix in found)
         layers.append(LayerOutliers(outliers, weights))
 
-    walk(model, windows, ("squared_norms",), visit, batch_size)
+    walk(model, windows, ("squared_norms",), visit, Memory(batch_size=batch_size))
     return layers
 
 
 def _scores(matrix: Matrix) -> Tensor:
-    """`[out_features, in_features]` in float32."""
+    """Return Wanda's scores `[out_features, in_features]` in float32."""
     return matrix.weight.float().abs() * matrix.statistics["squared_norms"].sqrt()
 
 
@@ -80,7 +79,7 @@ def _total(matrix: Matrix) -> float:
 
 
 def read_outlier_ratios(artifact: Path) -> list[float]:
-    """The outlier ratio of each decoder layer, from the first."""
+    """Read the outlier ratio of each decoder layer, from the first."""
     ratios: list[float] = pq.read_table(artifact / "outliers.parquet")["outlier_ratio"].to_pylist()
     return ratios
 

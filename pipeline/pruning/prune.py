@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,14 +30,13 @@ from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import phase
 from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
 from pipeline.pruning.finished_layers import FinishedLayers
-from pipeline.pruning.first_layer import FirstLayer
 from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.pruning.outliers import read_outlier_ratios
 from pipeline.pruning.pruners import pruner_for
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
-from pipeline.pruning.reuse import first_layer, streamed
-from pipeline.pruning.sparsity_check import MatrixSparsity, check, measure
-from pipeline.pruning.walk import check_windows, layer_sizes, walk
+from pipeline.pruning.shared_model import shared_model
+from pipeline.pruning.sparsity_check import MatrixSparsity, check_sparsity, count_zeros
+from pipeline.pruning.walk import DEFAULT_MEMORY, Memory, check_windows, layer_sizes, walk
 from pipeline.specs import (
     Allocation,
     Pattern,
@@ -81,13 +79,9 @@ def prune_model(
     pruner: Pruner,
     target: LayerTarget,
     allocation: Allocation,
-    batch_size: int | None = None,
     outlier_ratios: Sequence[float] | None = None,
-    device: torch.device | None = None,
-    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
-    host_hidden_bytes: int = HOST_HIDDEN_BYTES,
+    memory: Memory = DEFAULT_MEMORY,
     finished: FinishedLayers | None = None,
-    first: FirstLayer | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -95,24 +89,19 @@ def prune_model(
         model: a causal language model, in evaluation mode.
         windows: the calibration set, token ids `[nsamples, seqlen]`; None for pruners without data.
         target: what each matrix is pruned to, on average over the decoder layers.
-        batch_size: windows of a forward pass, by default as many as have
-            `pipeline.pruning.walk.BATCH_TOKENS` tokens.
-        outlier_ratios: of each decoder layer, as `pipeline.pruning.outliers` counts them; for OWL.
-        device: where layers are run and pruned, one at a time; by default where the model is.
-        device_hidden_bytes: bytes of hidden states to hold there,
-        host_hidden_bytes: and beyond that in host memory, before they go to files.
-        finished: takes every layer that is done, and gives back those of an earlier attempt at
-            the same pruning.
-        first: the first layer's statistics, which an earlier pruning may have left there.
+        outlier_ratios: one for each decoder layer, from `pipeline.pruning.outliers`; only OWL needs
+            them.
+        finished: takes every layer that is done, and restores those of an earlier attempt at the
+            same pruning.
 
     Raises:
         InputError: if the windows are missing or do not suit the model
             (`pipeline.pruning.walk.check_windows`; it must be in evaluation mode), the pattern does
             not fit a matrix, the pruner's options or the allocation do not suit the model, or the
-            model is of a form that cannot be pruned.
+            model has a form that cannot be pruned.
         ValueError: if the pruner's options do not go with a pattern, or without one.
         NonFiniteError: if a weight or an activation is NaN or infinite.
-        SparsityError: if a matrix is not as sparse afterwards as it should be.
+        SparsityError: if a matrix has another sparsity afterwards than its target.
     """
     pruner.check_pattern(target.pattern is not None)
     matrix_pruner = pruner_for(pruner)
@@ -120,44 +109,30 @@ def prune_model(
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
     if windows is not None:
         check_windows(model, windows)
-    root, layers = decoder_layers(model)
-    paths: dict[str, str] = {}
-    dense = [
-        Dense(name, tuple(parameter.shape), "outside the decoder layers")
-        for name, parameter in model.named_parameters()
-        if not name.startswith(f"{root}.")
-    ]
-    with phase("checking the weights"):  # all of them, before any forward pass
-        for number, layer in enumerate(layers):
-            with resident(layer):
-                for matrix in matrices(f"{root}.{number}", layer):
-                    _check_matrix(matrix, target.pattern)
-                    paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
-                dense += kept_dense(f"{root}.{number}", layer)
+    paths, dense = _checked_weights(model, target.pattern)
     options = matrix_pruner.options_by_matrix(pruner, paths)
     allocated = allocate(allocation, target, layer_sizes(model), outlier_ratios)
-    measured: list[MatrixSparsity] = []
+    counted: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
     numbers: dict[str, int] = {}
     permutations: dict[str, Tensor] = {}
     resumed: list[int] = []
 
-    def measure_matrix(number: int, matrix: Matrix) -> None:
-        measured.append(measure(matrix.name, matrix.weight))
+    def count(number: int, matrix: Matrix) -> None:
+        counted.append(count_zeros(matrix.name, matrix.weight))
         numbers[matrix.name] = number
 
     def visit(number: int, found: list[Matrix]) -> None:
         masks: dict[str, Tensor] = {}
         for matrix in found:
-            pruned = _prune_matrix(
-                matrix, matrix_pruner, options[matrix.name], allocated.layers[number]
-            )
-            masks[matrix.name], facts[matrix.name] = pruned.mask, dict(pruned.facts)
+            name = matrix.name
+            pruned = _prune_matrix(matrix, matrix_pruner, options[name], allocated.layers[number])
+            masks[name], facts[name] = pruned.mask, dict(pruned.facts)
             if matrix.starved:
-                facts[matrix.name]["starved_tokens"] = float(matrix.tokens)
+                facts[name]["starved_tokens"] = float(matrix.tokens)
             if pruned.permutation is not None:
-                permutations[matrix.name] = pruned.permutation.cpu()
-            measure_matrix(number, matrix)
+                permutations[name] = pruned.permutation.cpu()
+            count(number, matrix)
         if finished is not None:
             finished.save(number, found, masks, LayerRecord(facts, permutations))
 
@@ -168,23 +143,37 @@ def prune_model(
         facts.update({name: dict(each) for name, each in record.facts.items()})
         permutations.update(record.permutations)
         for matrix in found:
-            measure_matrix(number, matrix)
+            count(number, matrix)
         resumed.append(number)
         return True
 
-    walk(
-        model,
-        windows,
-        matrix_pruner.statistics,
-        visit,
-        batch_size,
-        device,
-        device_hidden_bytes,
-        host_hidden_bytes,
-        restore,
-        first,
-    )
-    return PruneReport(measured, facts, allocated, numbers, permutations, dense, len(resumed))
+    walk(model, windows, matrix_pruner.statistics, visit, memory, restore)
+    return PruneReport(counted, facts, allocated, numbers, permutations, dense, len(resumed))
+
+
+def _checked_weights(
+    model: nn.Module, pattern: Pattern | None
+) -> tuple[dict[str, str], list[Dense]]:
+    """Check all weights before any forward pass.
+
+    Returns:
+        By the name of each matrix its path inside its decoder layer, and all other parameters.
+    """
+    root, layers = decoder_layers(model)
+    paths: dict[str, str] = {}
+    dense = [
+        Dense(name, tuple(parameter.shape), "outside the decoder layers")
+        for name, parameter in model.named_parameters()
+        if not name.startswith(f"{root}.")
+    ]
+    with phase("checking the weights"):
+        for number, layer in enumerate(layers):
+            with resident(layer):
+                for matrix in matrices(f"{root}.{number}", layer):
+                    _check_matrix(matrix, pattern)
+                    paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
+                dense += kept_dense(f"{root}.{number}", layer)
+    return paths, dense
 
 
 def _check_matrix(matrix: Matrix, pattern: Pattern | None) -> None:
@@ -205,12 +194,12 @@ def _prune_matrix(
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}") from error
     if pruned.weight is not None:
-        assert options.updates_weights, f"{options.name} is said to leave weights as they are"
+        assert options.updates_weights, f"the spec of {options.name} lacks updates_weights"
         weight.copy_(pruned.weight)
         if not is_finite(weight):
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     set_to_zero(weight, pruned.mask)
-    check(matrix.name, weight, pruned.mask, target, pruner.counted_per, pruned.permutation)
+    check_sparsity(matrix.name, weight, pruned.mask, target, pruner.counted_per, pruned.permutation)
     return pruned
 
 
@@ -222,20 +211,18 @@ def run(
     device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
     host_hidden_bytes: int = HOST_HIDDEN_BYTES,
 ) -> dict[str, Any]:
-    """Prune, measure, and leave masks, or the model with its tokenizer.
+    """Prune, count zeros, and write masks, or the model with its tokenizer.
 
-    Prunings of one model that follow each other in a process load it once, and those with one
-    calibration set and the same statistics take those of the first layer once.
+    Prunings of one model that follow each other in a process load it once.
 
     Args:
-        keep: keeps every decoder layer that is done; layers that it has already are not pruned
+        keep: keeps every decoder layer that is done; layers that it already has are not pruned
             again. None keeps none.
-        device_hidden_bytes: bytes of hidden states to hold on the device,
-        host_hidden_bytes: and beyond that in host memory; the rest goes to files in the system's
-            temporary folder. The result depends on neither.
+        device_hidden_bytes: as in `pipeline.pruning.walk.Memory`.
+        host_hidden_bytes: as there.
     """
     scratch = output / "scratch"
-    model = streamed(spec.model, artifacts)
+    model = shared_model(spec.model, artifacts)
     checkpoint = None
     if not spec.stores_masks:
         tokenizer = load_tokenizer(spec.model, artifacts)
@@ -246,10 +233,9 @@ def run(
         keep=keep,
         checkpoint=checkpoint,
     )
-    windows = first = None
+    windows = None
     if spec.calibration is not None and spec.pruner.calibrated:
         windows = read_windows(artifacts[spec.calibration.key])
-        first = first_layer(spec, pruner_for(spec.pruner).statistics, artifacts)
     outliers = spec.outliers
     report = prune_model(
         model,
@@ -258,10 +244,8 @@ def run(
         LayerTarget.parse(spec.sparsity, spec.pattern),
         spec.allocation,
         outlier_ratios=None if outliers is None else read_outlier_ratios(artifacts[outliers.key]),
-        device_hidden_bytes=device_hidden_bytes,
-        host_hidden_bytes=host_hidden_bytes,
+        memory=Memory(device_hidden_bytes=device_hidden_bytes, host_hidden_bytes=host_hidden_bytes),
         finished=finished,
-        first=first,
     )
     if checkpoint is not None:
         with phase("writing the model"):
@@ -313,18 +297,18 @@ def _pattern_text(target: LayerTarget) -> str:
 
 
 def _allocation_summary(allocation: Allocation, allocated: Allocated) -> dict[str, Any]:
-    """What each decoder layer was pruned to, and where the allocation could not be followed."""
+    """Return what each decoder layer was pruned to, and where the allocation was not followed."""
     if isinstance(allocation, Uniform):
         return {}
     layers, warnings = allocated.layers, []
     if allocated.clamped:
         held = ", ".join(map(str, allocated.clamped))
         warnings.append(
-            f"decoder layers {held} would have had a share of zeros that no layer can have: they "
-            "are at the bound, and the others shifted so that the mean stays"
+            f"decoder layers {held} are at a bound, since no layer can have their share of zeros; "
+            "the others were shifted to keep the mean"
         )
     if len(layers) > 1 and len(set(layers)) == 1:
-        warnings.append("all decoder layers came out alike: this is what uniform gives")
+        warnings.append("all decoder layers came out equal: this is what uniform gives")
     return {
         "layer_sparsity": [layer.sparsity for layer in layers],
         "layer_pattern": [_pattern_text(layer) for layer in layers],
@@ -333,10 +317,10 @@ def _allocation_summary(allocation: Allocation, allocated: Allocated) -> dict[st
 
 
 def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What a reader of the results must know: experts that saw few tokens, damping that was
+    """Return what a reader of the results must know: experts that saw few tokens, damping that was
     raised, columns without input."""
 
-    def told(fact: str) -> dict[str, float]:
+    def nonzero(fact: str) -> dict[str, float]:
         return {name: each[fact] for name, each in facts.items() if each.get(fact)}
 
     recorded = {fact for each in facts.values() for fact in each}
@@ -350,10 +334,10 @@ def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     if "damping_raises" in recorded:
         summary["raised_damping"] = {
             name: {"damping": facts[name]["damping"], "raises": int(raises)}
-            for name, raises in told("damping_raises").items()
+            for name, raises in nonzero("damping_raises").items()
         }
     if "dead_columns" in recorded:
         summary["dead_columns"] = {
-            name: int(columns) for name, columns in told("dead_columns").items()
+            name: int(columns) for name, columns in nonzero("dead_columns").items()
         }
     return summary

@@ -1,4 +1,4 @@
-"""Counting zeros in a pruned model, and refusing a wrong count."""
+"""Count the zeros of a pruned matrix, and refuse a wrong count."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ from pipeline.pruning.pruners.masks import zeros_in
 
 
 class SparsityError(RuntimeError):
-    """A matrix is not as sparse as it was asked to be."""
+    """A pruned matrix has another sparsity than its target."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class MatrixSparsity:
         return self.zeros / (self.rows * self.columns)
 
 
-def measure(name: str, weight: Tensor) -> MatrixSparsity:
-    """Count the zeros of a weight `[out_features, in_features]`, whatever made them zero."""
+def count_zeros(name: str, weight: Tensor) -> MatrixSparsity:
+    """Count all zeros of a weight `[out_features, in_features]`, pruned or not."""
     rows, columns = weight.shape
     zeros = weight.numel() - int(_nonzero(weight).count_nonzero())
     return MatrixSparsity(name, rows, columns, zeros)
 
 
-def check(
+def check_sparsity(
     name: str,
     weight: Tensor,
     mask: Tensor,
@@ -44,20 +44,20 @@ def check(
     counted_per: Literal["matrix", "row"] | None,
     permutation: Tensor | None = None,
 ) -> None:
-    """See that a pruner chose exactly as many weights as were asked for, and that they are zero.
+    """Check that a pruner chose exactly as many weights as its target says, and that they are zero.
 
-    Other weights may be zero as well: the dense matrix had them, or half precision cannot tell
-    an updated one from zero.
+    Other weights may be zero too: they were in the dense matrix, or an update rounded to zero in
+    half precision.
 
     Args:
         weight: the pruned weight, `[out_features, in_features]`.
-        mask: what the pruner chose, of the same shape.
-        counted_per: where floor(sparsity * n) weights must be chosen without a pattern; None if
-            the pruner meets the sparsity only more or less.
+        mask: the weights that the pruner chose, of the same shape.
+        counted_per: without a pattern, where floor(sparsity * n) weights must be chosen; None if
+            the pruner meets the sparsity only approximately.
         permutation: order of the columns `[in_features]` in which the pattern holds.
 
     Raises:
-        SparsityError: naming the matrix, what was asked and what is there.
+        SparsityError: with the matrix's name and both counts.
     """
     if target.pattern is not None:
         kept, size = target.pattern
@@ -72,7 +72,7 @@ def check(
 
 
 def _nonzero(weight: Tensor) -> Tensor:
-    """Where a weight is not zero. On a CPU numpy is three times as fast as torch."""
+    """Return where a weight is not zero. On a CPU numpy is three times as fast as torch."""
     if weight.is_cpu and weight.dtype == torch.float32:
         return torch.from_numpy(weight.detach().numpy() != 0)
     if weight.is_cpu and weight.dtype.itemsize == 2:  # numpy has no bfloat16: all but the sign

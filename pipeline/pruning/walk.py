@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,30 +14,53 @@ from pipeline.errors import InputError
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
 from pipeline.models.streaming import resident
 from pipeline.progress import report
-from pipeline.pruning.first_layer import FirstLayer
-from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES, Shelf
-from pipeline.pruning.layer_calls import capture
-from pipeline.pruning.observed_inputs import observed
+from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES, TensorStore
+from pipeline.pruning.layer_calls import capture_batches
+from pipeline.pruning.observed_inputs import observe_inputs
 
 BATCH_TOKENS = 2_048
-"""Tokens of a batch on a CPU unless its size is given: activations of so many stay in its cache.
-Fixed, since sums depend on how they are split."""
+"""Tokens of a batch on a CPU unless its size is given: their activations stay in its cache. Fixed,
+since sums depend on how they are split."""
 
 ACCELERATOR_BATCH_TOKENS = 16_384
-"""The same on any other device, which more tokens keep busy."""
+"""The same on any other device, which needs more tokens to be busy."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a walk runs, and how much it holds there at a time."""
+
+    device: torch.device | None = None
+    """Where layers are run and visited; None is where the model is. A layer that is elsewhere is
+    moved there for its turn, and back; one that is still in the checkpoint's files is read for its
+    turn, and let go with what was done to it."""
+
+    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES
+    """Bytes of hidden states to hold on that device. No result depends on it."""
+
+    host_hidden_bytes: int = HOST_HIDDEN_BYTES
+    """Bytes beyond that to hold in host memory; the rest goes to files in the system's temporary
+    folder. No result depends on it."""
+
+    batch_size: int | None = None
+    """Windows of a forward pass; None takes as many as have `BATCH_TOKENS` tokens, or
+    `ACCELERATOR_BATCH_TOKENS` where the device is no CPU, but at least one."""
+
+
+DEFAULT_MEMORY = Memory()
 
 Visit = Callable[[int, list[Matrix]], None]
 """Prunes the matrices of the decoder layer with that number, in place."""
 
 Restore = Callable[[int, list[Matrix]], bool]
-"""Makes of the matrices what an earlier walk left; False if that did not get so far."""
+"""Brings the matrices to what an earlier walk left; False if that did not get so far."""
 
 
 def layer_sizes(model: nn.Module) -> list[int]:
-    """How many weights the matrices of each decoder layer have.
+    """Return how many weights the matrices of each decoder layer have.
 
     Raises:
-        InputError: if the model is of a form that cannot be pruned.
+        InputError: if the model has a form that cannot be pruned.
     """
     root, layers = decoder_layers(model)
     _refuse_shared(root, layers)
@@ -47,7 +71,8 @@ def layer_sizes(model: nn.Module) -> list[int]:
 
 
 def _refuse_shared(root: str, layers: nn.ModuleList) -> None:
-    """Parameters of several layers have several inputs, and the upper ones depend on the mask."""
+    """Refuse parameters of several layers: they have several inputs, and the upper ones depend on
+    the mask."""
     owners: dict[Tensor, int] = {}
     for number, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
@@ -60,29 +85,29 @@ def _refuse_shared(root: str, layers: nn.ModuleList) -> None:
 
 
 def check_windows(model: nn.Module, windows: Tensor) -> None:
-    """See that a model can be walked with windows.
+    """Check that a model can be walked with these windows.
 
     Args:
         windows: token ids `[nsamples, seqlen]`.
 
     Raises:
-        InputError: if the model is in training mode, whose dropout would make other statistics at
-            every walk; or if the windows are of another shape or type, empty, longer than the
-            model's longest input, or have ids that the model has no embedding for.
+        InputError: if the model is in training mode, whose dropout would make the statistics of
+            every walk differ; or if the windows have another shape or type, are empty or longer
+            than the model's longest input, or have ids without an embedding in the model.
     """
     if any(module.training for module in model.modules()):
         name = type(model).__name__
         raise InputError("model", name, "is in training mode, with dropout; call model.eval()")
     shape = list(windows.shape)
     if windows.dim() != 2 or not windows.numel():
-        raise InputError("windows", shape, "must be token ids [nsamples, seqlen], one at the least")
+        raise InputError("windows", shape, "must be token ids [nsamples, seqlen], at least one")
     if windows.dtype not in (torch.int64, torch.int32):
         raise InputError("windows", str(windows.dtype), "must be token ids, in int64 or int32")
     if not isinstance(model, PreTrainedModel):
         return
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and 0 < longest < windows.shape[1]:
-        remedy = f"the model takes {longest} tokens at the most; lower it"
+        remedy = f"the model takes at most {longest} tokens; lower it"
         raise InputError("seqlen", windows.shape[1], remedy)
     embeddings: Any = model.get_input_embeddings()
     known = len(embeddings.weight)
@@ -98,36 +123,23 @@ def walk(
     windows: Tensor | None,
     statistics: tuple[str, ...],
     visit: Visit,
-    batch_size: int | None = None,
-    device: torch.device | None = None,
-    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
-    host_hidden_bytes: int = HOST_HIDDEN_BYTES,
+    memory: Memory = DEFAULT_MEMORY,
     restore: Restore = lambda number, found: False,
-    first: FirstLayer | None = None,
 ) -> None:
     """Visit every decoder layer in order, with statistics of its matrices' inputs.
 
     The statistics come from the layer with its own matrices still dense and all layers below
     pruned. The layer and its statistics are on the device while it is visited, with one batch of
     windows; the other layers stay where they were, and so do the embeddings, which run there.
-    A mixture's experts are run one by one, by transformers' own eager implementation.
+    The experts of a mixture are run one by one, by transformers' own eager implementation.
 
     Args:
         model: a causal language model, in evaluation mode.
         windows: token ids `[nsamples, seqlen]`; None visits without any forward pass.
-        statistics: names from `pipeline.pruning.input_statistics.STATISTICS`; none visits
-            without any forward pass too.
-        batch_size: windows of a forward pass, by default as many as have `BATCH_TOKENS` tokens, or
-            `ACCELERATOR_BATCH_TOKENS` where the device is no CPU, one at the least.
-        device: where layers are run and visited, by default where the model is. A layer that is
-            elsewhere is moved there for its turn, and back; one that is still in the checkpoint's
-            files is read for its turn, and let go with what was done to it.
-        device_hidden_bytes: hidden states of so many bytes are held on that device,
-        host_hidden_bytes: and beyond that so many in host memory, and the rest in files in the
-            system's temporary folder. The statistics do not depend on it.
-        restore: asked of every layer first; layers that it restores are passed through, but take
-            no statistics and no visit.
-        first: the first layer's statistics, which an earlier walk may have left there.
+        statistics: names from `pipeline.pruning.input_statistics.STATISTICS`; if empty, there is no
+            forward pass either.
+        restore: called for every layer first; a layer that it restores is passed through, without
+            statistics or visit.
 
     Raises:
         InputError: if the model does not call its decoder layers one after another, leaves a
@@ -139,10 +151,10 @@ def walk(
     _refuse_shared(root, layers)
     if windows is not None:
         check_windows(model, windows)
-    if batch_size is not None and batch_size < 1:
-        raise InputError("batch_size", batch_size, "take one window at the least")
+    if memory.batch_size is not None and memory.batch_size < 1:
+        raise InputError("batch_size", memory.batch_size, "take at least one window")
     home = next(each.device for each in model.parameters() if not each.is_meta)
-    device = device or home
+    device = memory.device or home
     if windows is None or not statistics:
         for number, layer in enumerate(layers):
             report(number, len(layers), "layers")
@@ -152,33 +164,30 @@ def walk(
                     visit(number, found)
         return
     tokens = BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
-    size = batch_size or max(1, tokens // windows.shape[1])
-    with Shelf(device, device_hidden_bytes, host_hidden_bytes) as shelf, _eager_experts(model):
-        batches = capture(model, layers, torch.split(windows.to(home), size), shelf)
+    size = memory.batch_size or max(1, tokens // windows.shape[1])
+    budgets = (memory.device_hidden_bytes, memory.host_hidden_bytes)
+    with TensorStore(device, *budgets) as store, _eager_experts(model):
+        batches = capture_batches(model, layers, torch.split(windows.to(home), size), store)
         third = 1 / (3 * len(batches))  # statistics, visit and outputs are a third of a layer each
         for number, layer in enumerate(layers):
             report(number, len(layers), "layers")
             with resident(layer, device):
                 found = matrices(f"{root}.{number}", layer)
                 if not restore(number, found):
-                    known = first if number == 0 else None
-                    if known is None or not known.recall(found):
-                        with observed(found, statistics, len(windows)) as observe:
-                            for place, batch in enumerate(batches, start=1):
-                                observe(functools.partial(batch.forward, number, layer))
-                                report(number + place * third, len(layers), "layers")
-                        if known is not None:
-                            known.remember(found)
+                    with observe_inputs(found, statistics, len(windows)) as observe:
+                        for place, batch in enumerate(batches, start=1):
+                            observe(functools.partial(batch.forward, number, layer))
+                            report(number + place * third, len(layers), "layers")
                     visit(number, found)
                 if number + 1 < len(layers):
-                    for place, batch in enumerate(batches, start=1):  # what it passes on, pruned
-                        batch.rise(number, layer)
+                    for place, batch in enumerate(batches, start=1):  # with the layer pruned
+                        batch.advance(number, layer)
                         report(number + 2 / 3 + place * third, len(layers), "layers")
 
 
 @contextlib.contextmanager
 def _eager_experts(model: Any) -> Iterator[None]:
-    """Experts run one after another, each on its own slice, so that their inputs can be seen."""
+    """Run experts one after another, each on its own slice, so that their inputs can be seen."""
     before = getattr(getattr(model, "config", None), "_experts_implementation", None)
     if before is None:
         yield

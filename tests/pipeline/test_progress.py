@@ -8,7 +8,7 @@ from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.generation.vllm_engine import reported_steps
 from pipeline.progress import TokenStream, counted, phase, report, reporting
-from pipeline.pruning.walk import walk
+from pipeline.pruning.walk import Memory, walk
 from pipeline.scoring.score import score_samples
 
 
@@ -105,7 +105,13 @@ def test_generation_reports_the_tokens_of_every_step() -> None:
 def test_a_walk_reports_layers_and_parts_of_them() -> None:
     windows = torch.randint(64, (4, 8), generator=torch.Generator().manual_seed(0))
     heard = heard_of(
-        lambda: walk(tiny_model(), windows, ("squared_norms",), lambda number, found: None, 2)
+        lambda: walk(
+            tiny_model(),
+            windows,
+            ("squared_norms",),
+            lambda number, found: None,
+            Memory(batch_size=2),
+        )
     )
     check_counts(heard, "layers", 3)
     assert {0, 1, 2} < {told[1] for told in heard}

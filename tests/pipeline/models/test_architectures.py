@@ -18,7 +18,7 @@ from torch.nn import functional
 from pipeline.models.matrices import STARVED_TOKENS, Matrix, decoder_layers, matrices
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model, run
-from pipeline.pruning.walk import walk
+from pipeline.pruning.walk import Memory, walk
 from pipeline.specs import (
     FileCorpus,
     LocalModel,
@@ -153,7 +153,9 @@ def model_of(name: str) -> Any:
 @functools.cache
 def pruned_by_wanda(name: str) -> Any:
     model = model_of(name)
-    report = prune_model(model, windows(), Wanda(), LayerTarget(0.5), Uniform(), batch_size=4)
+    report = prune_model(
+        model, windows(), Wanda(), LayerTarget(0.5), Uniform(), memory=Memory(batch_size=4)
+    )
     assert report.sparsity == 0.5
     return model
 
@@ -301,7 +303,7 @@ def test_the_walk_sees_what_a_full_forward_pass_of_the_pruned_model_sees(name: s
                 )
             matrix.weight[:, ::2] = 0.0
 
-    walk(model, data, ("squared_norms", "hessian"), visit, batch_size=4)
+    walk(model, data, ("squared_norms", "hessian"), visit, Memory(batch_size=4))
     assert visited == [0, 1, 2]
 
 
@@ -335,7 +337,9 @@ def test_a_starved_expert_is_pruned_by_its_weights_alone_and_reported(
     model = model_of("gpt-oss")
     starve(model, layer=1, expert=2)
     before = {number: each.weight.clone() for number, each in enumerate(layer_one(model))}
-    report = prune_model(model, windows(), pruner, LayerTarget(0.5), Uniform(), batch_size=4)
+    report = prune_model(
+        model, windows(), pruner, LayerTarget(0.5), Uniform(), memory=Memory(batch_size=4)
+    )
     experts = "model.layers.1.mlp.experts"
     starved = {
         name: told["starved_tokens"]

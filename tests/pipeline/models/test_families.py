@@ -20,6 +20,7 @@ from pipeline.models.streaming import load_streamed
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import PruneReport, prune_model
+from pipeline.pruning.walk import Memory
 from pipeline.specs import Uniform, Wanda
 from tests.pipeline.models.families import FAMILIES, NOT_BUILT, model_of, windows
 
@@ -62,7 +63,9 @@ ROUTERS = re.compile(
 
 
 def prune(model: Any) -> PruneReport:
-    return prune_model(model, windows(), Wanda(), LayerTarget(0.5), Uniform(), batch_size=3)
+    return prune_model(
+        model, windows(), Wanda(), LayerTarget(0.5), Uniform(), memory=Memory(batch_size=3)
+    )
 
 
 @functools.cache
@@ -297,7 +300,13 @@ def test_a_model_whose_layers_are_read_one_by_one_is_pruned_alike(
     model = load_streamed(str(source), torch.float32, torch.device("cpu"), scratch).eval()
     masks = FinishedLayers(tmp_path / "masks", masks=True)
     prune_model(
-        model, windows(), Wanda(), LayerTarget(0.5), Uniform(), batch_size=3, finished=masks
+        model,
+        windows(),
+        Wanda(),
+        LayerTarget(0.5),
+        Uniform(),
+        memory=Memory(batch_size=3),
+        finished=masks,
     )
     masked = model_of(family)
     apply_masks(masked, tmp_path / "masks")

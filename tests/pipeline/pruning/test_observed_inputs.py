@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.matrices import matrices
-from pipeline.pruning.observed_inputs import observed
+from pipeline.pruning.observed_inputs import observe_inputs
 
 
 class Twice(nn.Module):
@@ -33,7 +33,7 @@ def test_statistics_are_of_every_product_though_later_batches_end_at_the_last(ag
     layer = Twice(again)
     found = matrices("", layer)
     batches = [torch.randn(2, 5, 6) for _ in range(3)]
-    with observed(found, ("squared_norms",), 6) as observe:
+    with observe_inputs(found, ("squared_norms",), 6) as observe:
         for batch in batches:
             observe(functools.partial(layer, batch))
     assert layer.outputs == 1

@@ -16,8 +16,8 @@ from pipeline.models.matrices import decoder_layers
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import prune_model
-from pipeline.pruning.sparsity_check import SparsityError, check, measure
-from pipeline.pruning.walk import walk
+from pipeline.pruning.sparsity_check import SparsityError, check_sparsity, count_zeros
+from pipeline.pruning.walk import Memory, walk
 from pipeline.specs import OWL, Magnitude, Pattern, Pruner, SparseGPT, Uniform, Wanda
 
 SMALL: dict[str, Any] = {
@@ -158,7 +158,7 @@ def test_a_pattern_that_does_not_fit_names_the_matrix() -> None:
 
 
 def test_windows_that_are_too_long_for_the_model_are_refused() -> None:
-    with pytest.raises(InputError, match="seqlen: 65: the model takes 64 tokens"):
+    with pytest.raises(InputError, match="seqlen: 65: the model takes at most 64 tokens"):
         prune_model(model_of("llama"), windows(1, 65), Wanda(), LayerTarget(0.5), Uniform())
 
 
@@ -184,19 +184,19 @@ def test_a_wrong_count_of_zeros_is_an_error_that_names_the_matrix() -> None:
 
     weight, mask = pruned(slice(3))
     with pytest.raises(SparsityError, match="up_proj: 12 weights of a matrix are pruned, not 16"):
-        check("up_proj", weight, mask, LayerTarget(0.5), "matrix")
+        check_sparsity("up_proj", weight, mask, LayerTarget(0.5), "matrix")
     with pytest.raises(SparsityError, match="up_proj: 3 weights of a row are pruned, not 4"):
-        check("up_proj", weight, mask, LayerTarget(0.5), "row")
-    check("up_proj", weight, mask, LayerTarget(0.375), "matrix")
+        check_sparsity("up_proj", weight, mask, LayerTarget(0.5), "row")
+    check_sparsity("up_proj", weight, mask, LayerTarget(0.375), "matrix")
     weight[:, 3:5] = 0  # as the dense matrix was there, or half precision rounds
-    check("up_proj", weight, mask, LayerTarget(0.375), "row")
+    check_sparsity("up_proj", weight, mask, LayerTarget(0.375), "row")
     with pytest.raises(SparsityError, match="3 weights of a group of 4 are pruned, not 2"):
-        check("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
+        check_sparsity("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
     weight, mask = pruned(slice(0, 8, 2))
-    check("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
+    check_sparsity("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
     weight[1, 2] = 1
     with pytest.raises(SparsityError, match="up_proj: 1 pruned weights are not zero"):
-        check("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
+        check_sparsity("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
 
 
 # ------------------------------------------------------------------------------------------ stage
@@ -245,7 +245,7 @@ def test_zeros_of_either_sign_are_counted_and_the_smallest_values_are_none(
 ) -> None:
     smallest = torch.finfo(dtype).smallest_normal
     values = [0.0, -0.0, smallest, -smallest, 1.0, float("inf"), float("nan"), 0.0]
-    assert measure("m", torch.tensor([values], dtype=dtype).view(2, 4).T).zeros == 3
+    assert count_zeros("m", torch.tensor([values], dtype=dtype).view(2, 4).T).zeros == 3
 
 
 # ---------------------------------------------------------------------------------- called by hand
@@ -284,7 +284,7 @@ def test_a_wrong_target_cannot_be_made(
         (torch.rand(2, 8), r"windows: 'torch\.float32': must be token ids"),
         (torch.full((2, 8), 96), "token id: 96: has no embedding: the model has 96"),
         (torch.full((2, 8), -1), "token id: -1: has no embedding"),
-        (torch.zeros(2, 65, dtype=torch.int64), "seqlen: 65: the model takes 64 tokens"),
+        (torch.zeros(2, 65, dtype=torch.int64), "seqlen: 65: the model takes at most 64 tokens"),
     ],
 )
 def test_windows_that_do_not_suit_the_model_are_an_error(data: Tensor, message: str) -> None:
@@ -306,8 +306,10 @@ def test_a_model_in_training_mode_is_an_error_even_if_only_a_part_of_it_is() -> 
 
 def test_other_numbers_that_cannot_be_are_errors() -> None:
     model = model_of("llama")
-    with pytest.raises(InputError, match="batch_size: 0: take one window"):
-        prune_model(model, windows(), Wanda(), LayerTarget(0.5), Uniform(), batch_size=0)
+    with pytest.raises(InputError, match="batch_size: 0: take at least one window"):
+        prune_model(
+            model, windows(), Wanda(), LayerTarget(0.5), Uniform(), memory=Memory(batch_size=0)
+        )
     for threshold in (0.0, -5.0, NAN, math.inf):
         with pytest.raises(InputError, match=r"threshold: .*must be a finite number above 0"):
             count_outliers(model, windows(), threshold)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import Matrix, decoder_layers
-from pipeline.pruning.walk import layer_sizes, walk
+from pipeline.pruning.walk import Memory, layer_sizes, walk
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -70,7 +70,7 @@ def test_matrices_that_read_the_same_tensor_share_their_statistics() -> None:
             ["o_proj"],
         ]
 
-    walk(model_of(CONFIGS["llama"]), windows(), ("hessian",), visit, batch_size=4)
+    walk(model_of(CONFIGS["llama"]), windows(), ("hessian",), visit, Memory(batch_size=4))
 
 
 @pytest.mark.parametrize("batch_size", [None, 3, 10, 99])
@@ -81,7 +81,13 @@ def test_statistics_do_not_depend_on_the_batch_size(batch_size: int | None) -> N
         def visit(number: int, found: list[Matrix]) -> None:
             totals.extend(matrix.statistics["squared_norms"] for matrix in found)
 
-        walk(model_of(CONFIGS["llama"]), windows(), ("squared_norms",), visit, size)
+        walk(
+            model_of(CONFIGS["llama"]),
+            windows(),
+            ("squared_norms",),
+            visit,
+            Memory(batch_size=size),
+        )
         return totals
 
     for found, expected in zip(norms(batch_size), norms(1), strict=True):
@@ -112,7 +118,7 @@ def test_no_layer_is_run_more_often_than_it_must_be() -> None:
 
     for number, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_pre_hook(count(number))
-    walk(model, windows(), ("squared_norms",), lambda number, found: None, batch_size=4)
+    walk(model, windows(), ("squared_norms",), lambda number, found: None, Memory(batch_size=4))
     assert runs == [3 + 3, 3 + 3, 3 + 3, 3]
 
 
@@ -168,7 +174,7 @@ def test_statistics_are_the_same_bits_wherever_hidden_states_live(
                 matrix.weight[:, ::2] = 0.0
 
         asked = ("squared_norms", "hessian")
-        walk(model_of(CONFIGS[name]), windows(), asked, visit, 2, **budgets)
+        walk(model_of(CONFIGS[name]), windows(), asked, visit, Memory(batch_size=2, **budgets))
         return found_totals
 
     expected = totals()
@@ -189,9 +195,7 @@ def test_the_files_are_gone_even_if_pruning_fails(folder: Path) -> None:
             windows(),
             ("hessian",),
             fail,
-            2,
-            device_hidden_bytes=0,
-            host_hidden_bytes=0,
+            Memory(device_hidden_bytes=0, host_hidden_bytes=0, batch_size=2),
         )
     assert not list(folder.iterdir())
 
@@ -203,7 +207,7 @@ def test_hidden_states_of_all_layers_lie_in_the_same_place() -> None:
         layer.input_layernorm.register_forward_pre_hook(
             lambda module, given, number=number: places[number].add(given[0].data_ptr())
         )
-    walk(model, windows(), ("squared_norms",), lambda number, found: None, batch_size=2)
+    walk(model, windows(), ("squared_norms",), lambda number, found: None, Memory(batch_size=2))
     assert len(places[0]) == 5
     assert places.count(places[0]) == 4
 
@@ -222,7 +226,7 @@ def test_one_layer_at_a_time_is_moved_to_the_device_and_back(
     def visit(number: int, found: list[Matrix]) -> None:
         moves.append((number, "visited"))
 
-    walk(model, windows(), asked, visit, device=torch.device("cpu", 0))
+    walk(model, windows(), asked, visit, Memory(device=torch.device("cpu", 0)))
     turns = ["cpu:0", "visited", "cpu"]
     assert moves == [(number, turn) for number in range(4) for turn in turns]
 
@@ -242,7 +246,13 @@ def test_a_model_in_host_memory_is_walked_on_the_gpu(name: str, budgets: dict[st
                 found_totals.append(matrix.statistics["squared_norms"].cpu())
                 matrix.weight[:, ::2] = 0.0
 
-        walk(model, windows(), ("squared_norms",), visit, 2, device, **budgets)
+        walk(
+            model,
+            windows(),
+            ("squared_norms",),
+            visit,
+            Memory(device=device, batch_size=2, **budgets),
+        )
         return found_totals
 
     model, other = model_of(CONFIGS[name]), model_of(CONFIGS[name])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import PruneReport, prune_model
-from pipeline.pruning.sparsity_check import SparsityError, check
-from pipeline.pruning.walk import walk
+from pipeline.pruning.sparsity_check import SparsityError, check_sparsity
+from pipeline.pruning.walk import Memory, walk
 from pipeline.specs import ALPS, RIA, DSnoT, Pattern, Pruner, Uniform, Wanda
 
 SMALL: dict[str, Any] = {
@@ -44,7 +44,12 @@ def pruned(
     """The pruned weights by name, and the report."""
     model = model_of(name)
     report = prune_model(
-        model, windows(), pruner, LayerTarget(sparsity, pattern), Uniform(), batch_size=3
+        model,
+        windows(),
+        pruner,
+        LayerTarget(sparsity, pattern),
+        Uniform(),
+        memory=Memory(batch_size=3),
     )
     weights = dict(model.named_parameters())
     return {each.matrix: weights[f"{each.matrix}.weight"] for each in report.matrices}, report
@@ -93,7 +98,7 @@ def test_window_sums_and_variances_do_not_depend_on_the_batches() -> None:
             lambda number, matrices: found.extend(
                 matrix.statistics[name] for matrix in matrices for name in names
             ),
-            batch_size,
+            Memory(batch_size=batch_size),
         )
         return found
 
@@ -116,7 +121,13 @@ def test_a_windows_sum_is_that_of_the_first_layers_own_inputs() -> None:
         if number == 0:
             found.update(matrices[0].statistics)
 
-    walk(model, windows(), ("window_sums", "variances", "pooled_variances"), visit, 4)
+    walk(
+        model,
+        windows(),
+        ("window_sums", "variances", "pooled_variances"),
+        visit,
+        Memory(batch_size=4),
+    )
     expected = {
         "window_sums": inputs.sum(dim=1).mean(dim=0),
         "variances": inputs.flatten(0, 1).var(dim=0, correction=0),
@@ -143,9 +154,9 @@ def test_a_pattern_is_checked_in_the_order_in_which_it_should_hold() -> None:
     mask = torch.zeros(1, 8, dtype=torch.bool)
     mask[:, order] = torch.tensor([[True, True, False, False] * 2])  # columns 0, 2, 3 and 4
     weight = (~mask).float()
-    check("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row", order)
+    check_sparsity("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row", order)
     with pytest.raises(SparsityError, match="3 weights of a group of 4 are pruned, not 2"):
-        check("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
+        check_sparsity("up_proj", weight, mask, LayerTarget(0.5, Pattern(2, 4)), "row")
 
 
 def test_wandas_variant_reports_the_sparsity_that_it_reached() -> None:

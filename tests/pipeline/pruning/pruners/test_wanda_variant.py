@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners import pruner_for
 from pipeline.pruning.pruners.wanda import prune_by_wanda, wanda_scores
-from pipeline.pruning.sparsity_check import check
+from pipeline.pruning.sparsity_check import check_sparsity
 from pipeline.specs import Wanda
 
 VARIANT = Wanda(variant=True)
@@ -78,6 +78,6 @@ def test_its_count_is_not_checked_but_that_the_zeros_are_there_is() -> None:
     mask = prune_by_wanda(weight, {"squared_norms": squares}, LayerTarget(0.6), VARIANT).mask
     counted_per = pruner_for(VARIANT).counted_per
     assert counted_per is None
-    check("up_proj", weight.masked_fill(mask, 0.0), mask, LayerTarget(0.6), counted_per)
+    check_sparsity("up_proj", weight.masked_fill(mask, 0.0), mask, LayerTarget(0.6), counted_per)
     with pytest.raises(RuntimeError, match=r"up_proj: \d+ pruned weights are not zero"):
-        check("up_proj", weight, mask, LayerTarget(0.6), counted_per)
+        check_sparsity("up_proj", weight, mask, LayerTarget(0.6), counted_per)

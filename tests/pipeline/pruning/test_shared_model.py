@@ -10,7 +10,7 @@ import transformers
 
 from pipeline.data.windows import CalibrationWindow, write_windows
 from pipeline.models import loading
-from pipeline.pruning import reuse, walk
+from pipeline.pruning import shared_model
 from pipeline.pruning.prune import run
 from pipeline.specs import (
     DSnoT,
@@ -34,8 +34,7 @@ def nothing_held() -> Iterator[None]:
 
 
 def forget() -> None:
-    reuse._streamed.forget()
-    reuse._first_layers.forget()
+    shared_model._latest.forget()
 
 
 def cells(model: LocalModel) -> list[PruneSpec]:
@@ -88,29 +87,20 @@ def test_cells_that_follow_each_other_leave_the_bytes_of_each_alone(
         assert prune(spec, tmp_path / f"alone-{number}") == together[number]
 
 
-def test_a_model_is_loaded_once_and_its_first_layer_observed_once_for_equal_statistics(
+def test_a_model_is_loaded_once_for_prunings_that_follow_each_other(
     model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
-    observed: list[str] = []
-    load, observe = loading.load_streamed, walk.observed
+    load = loading.load_streamed
 
     def counting_load(location: str, *rest: Any, **options: Any) -> Any:
         loads.append(location)
         return load(location, *rest, **options)
 
-    def counting_observe(found: Any, *rest: Any) -> Any:
-        observed.append(found[0].name.split(".layers.")[1].split(".")[0])
-        return observe(found, *rest)
-
     monkeypatch.setattr(loading, "load_streamed", counting_load)
-    monkeypatch.setattr(walk, "observed", counting_observe)
     for number, spec in enumerate(cells(model)):
         prune(spec, tmp_path / str(number))
     assert len(loads) == 1
-    # Wanda thrice, SparseGPT twice, DSnoT, and Wanda with other windows
-    assert observed.count("0") == 4
-    assert observed.count("1") == observed.count("2") == 7
 
 
 def test_a_pruning_that_fails_leaves_nothing_to_the_next(model: LocalModel, tmp_path: Path) -> None:
@@ -141,8 +131,8 @@ def test_a_model_that_is_loaded_whole_is_loaded_for_each_pruning(tmp_path: Path)
     made = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"])
     made.save_pretrained(tmp_path / "dense")
     spec = LocalModel(path=str(tmp_path / "dense"), dtype="float32")
-    held = reuse.streamed(spec, {})
-    assert reuse.streamed(spec, {}) is held
+    held = shared_model.shared_model(spec, {})
+    assert shared_model.shared_model(spec, {}) is held
     vars(held.model.layers[0]).pop("stored_layer")  # as if its layers were in memory
-    assert reuse.streamed(spec, {}) is held
-    assert reuse.streamed(spec, {}) is not held
+    assert shared_model.shared_model(spec, {}) is held
+    assert shared_model.shared_model(spec, {}) is not held
