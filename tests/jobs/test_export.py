@@ -1,7 +1,5 @@
 """Pruned models of a store as checkpoints for others."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +7,10 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models
+from typer.testing import CliRunner
 
 from cluster.store import Store
+from jobs.__main__ import app
 from jobs.export import export
 from pipeline.errors import InputError
 from pipeline.files import fingerprint
@@ -85,9 +85,8 @@ def test_an_exported_model_is_the_pruned_one_with_its_tokenizer(
 
 def test_the_command_line_says_where_the_checkpoint_is(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
-    command = [sys.executable, "-m", "jobs", "export", WHOLE.key, str(folder)]
-    done = subprocess.run([*command, "--store", store.url], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["export", WHOLE.key, str(folder), "--store", store.url])
+    assert done.exit_code == 0, done.output
     assert str(folder) in done.stdout.replace("\n", "")
     assert (folder / "config.json").is_file()
 

@@ -10,8 +10,10 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import transformers
+from typer.testing import CliRunner
 
 from cluster.store import Store
+from jobs.__main__ import app
 from jobs.export_calibration import COLUMNS, export_calibration
 from pipeline.errors import InputError
 from pipeline.generation import generate
@@ -114,9 +116,9 @@ def test_the_example_makes_batches_of_an_exported_set(
     store: Store, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     folder, model = tmp_path / "exported", tiny_model_folder / "model"
-    command = [sys.executable, "-m", "jobs", "export-calibration", WANDA.key, str(folder)]
-    done = subprocess.run([*command, "--store", store.url], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ["export-calibration", WANDA.key, str(folder), "--store", store.url]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
     assert done.stdout.replace("\n", "") == f"9 samples: {folder}"
     cache = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     example = [sys.executable, "examples/calibration_batches.py", str(folder), str(model)]
