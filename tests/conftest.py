@@ -18,7 +18,8 @@ from tests.once import once
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Make Ray's token, if there is none, before test processes that find none each make one."""
-    if not hasattr(session.config, "workerinput"):
+    there = (Path.home() / ".ray" / "auth_token").is_file()
+    if not there and not hasattr(session.config, "workerinput"):
         ray_command = Path(sys.executable).with_name("ray")
         make_token = [ray_command, "get-auth-token", "--generate"]
         subprocess.run(make_token, check=True, capture_output=True)
@@ -32,7 +33,9 @@ STARTS = {"local_ray", "ray_of_its_own", "without_flask", "real_folder"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark whole runs, which `make test-quick` leaves out."""
+    """Mark whole runs, which `make test-quick` leaves out. The longest files come first, so that no
+    process is left with one when the other is done."""
+    items.sort(key=lambda item: item.path.parent.name not in ("e2e", "soak"))
     for item in items:
         if WHOLE_RUNS & set(item.path.parts) or STARTS & set(getattr(item, "fixturenames", ())):
             item.add_marker("whole_run")
