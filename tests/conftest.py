@@ -25,7 +25,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         subprocess.run(make_token, check=True, capture_output=True)
 
 
-WHOLE_RUNS = {"e2e", "soak", "test_faults.py", "test_namespaces.py", "test_notebooks.py"}
+WHOLE_RUNS = {
+    "e2e",
+    "soak",
+    "test_faults.py",
+    "test_how_to.py",
+    "test_namespaces.py",
+    "test_notebooks.py",
+}
 """Folders and files of tests that start processes of their own: clusters, jobs, kernels."""
 
 STARTS = {"local_ray", "ray_of_its_own", "without_flask", "real_folder"}

@@ -68,15 +68,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _root_pages() -> dict[str, str]:
     """The root's pages with links that hold in the site, named by their pages' titles."""
-    titles = {path.stem: _title(path) for path in (ROOT / "docs").glob("*.md")}
 
     def named(match: re.Match[str]) -> str:
-        return f"[{titles[match[1]]}]({match[1]}.md"
+        return f"[{_title(ROOT / 'docs' / match[1])}]({match[1]}"
 
     pages = {}
     for source, name in ROOT_PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        text = re.sub(r"\[docs/([\w-]+)\.md\]\(docs/[\w-]+\.md", named, text)
+        text = re.sub(r"\[docs/([\w/-]+\.md)\]\(docs/[\w/-]+\.md", named, text)
         text = text.replace("](docs/", "](")
         for other, there in ROOT_PAGES.items():
             text = text.replace(f"]({other}", f"]({there}")

@@ -372,3 +372,8 @@ def test_large_weights_are_read_in_64_places(tmp_path: Path) -> None:
 def test_named_files_are_read_as_the_split_train_in_every_preset() -> None:
     named = [corpus for corpus in CORPUS_PRESETS.values() if isinstance(corpus, HubCorpus)]
     assert {corpus.split for corpus in named if corpus.data_files is not None} == {"train"}
+
+
+def test_the_page_names_every_preset() -> None:
+    page = (Path(__file__).parents[3] / "docs/corpora.md").read_text()
+    assert [name for name in CORPUS_PRESETS if f"`{name}`" not in page] == []
