@@ -25,7 +25,7 @@ from cluster.graph import Resources, Stage
 from cluster.run import run_graph
 from cluster.session import session
 from cluster.store import Partial, Store
-from jobs.stages import Work, execute
+from jobs.stages import StageWork, execute
 from pipeline.generation.vllm_engine import vllm_version
 from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
 from pipeline.testbed.tokenizer import train_tokenizer
@@ -58,7 +58,7 @@ def rate(spec: GenerateSpec, replicas: int, folder: Path) -> float:
             kind="generate",
             label=shard.key,
             spec={},
-            payload=Work(spec=shard).model_dump_json(),
+            payload=StageWork(spec=shard).model_dump_json(),
             inputs=(),
             resources=resources,
             pool="replicas",

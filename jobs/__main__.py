@@ -27,7 +27,7 @@ from cluster.submission import (
     stop_job,
 )
 from jobs import store_commands
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.console import console
 from jobs.cost import parameters
 from jobs.export import export
@@ -180,7 +180,7 @@ def recommend(
     Exits with 1 if a calibration could not be scored.
     """
     planned = scoring_plan(load_grid(grid))
-    for note in check(planned):
+    for note in check_plan(planned):
         logger.warning("%s", note)
     kept = _writable_store(store)
     outcome = run_grid(scores_only(planned), kept, address, None)
@@ -297,7 +297,7 @@ def _checked_plan(grid: Path, store: str) -> Plan:
     with used(model_copies(read, kept) if kept.local else {}):
         planned = make_plan(read)
     with lines_of(read), used(copies(planned, kept) if kept.local else {}):
-        for note in check(planned):
+        for note in check_plan(planned):
             logger.warning("%s", note)
         if any(parameters(model, planned.sizes) is None for model in read.models.values()):
             planned = make_plan(read)  # the check has put configurations into the hub's cache

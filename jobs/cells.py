@@ -14,7 +14,7 @@ from jobs.grid import (
     Grid,
     GridCalibration,
     PrunedGenerator,
-    named,
+    with_name,
 )
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError, did_you_mean
@@ -54,9 +54,9 @@ class Cell(Spec):
 
     model: str
     calibration: str = NO_CALIBRATION
-    pruner: Annotated[Pruner, BeforeValidator(named)] | None = None
+    pruner: Annotated[Pruner, BeforeValidator(with_name)] | None = None
     """None is the dense model."""
-    allocation: Annotated[Allocation, BeforeValidator(named)] | None = None
+    allocation: Annotated[Allocation, BeforeValidator(with_name)] | None = None
     sparsity: Fraction = 0.0
     pattern: str | None = None
     seed: int | None = Field(default=None, ge=0)

@@ -45,7 +45,7 @@ TOKENIZER_FIELDS = {"world", "mixture", "vocab_size", "seed"}
 """Fields of a testbed model on which its tokenizer depends."""
 
 
-def check(plan: Plan) -> list[str]:
+def check_plan(plan: Plan) -> list[str]:
     """Look at all that a plan reads: models, tokenizers, corpora, tasks.
 
     Returns:
@@ -60,9 +60,9 @@ def check(plan: Plan) -> list[str]:
     configs = {
         name: _config(name, model, notes, vocabularies) for name, model in plan.grid.models.items()
     }
-    names = {_identity(model): name for name, model in plan.grid.models.items()}
+    names = {_json(model): name for name, model in plan.grid.models.items()}
     known = {**CORPUS_PRESETS, **plan.grid.corpora}
-    corpora = {_identity(corpus): name for name, corpus in known.items()}
+    corpora = {_json(corpus): name for name, corpus in known.items()}
 
     sizes: dict[str, Sequence[int]] = {}
     demands: dict[tuple[str, int, int, bool], Corpus] = {}
@@ -70,33 +70,33 @@ def check(plan: Plan) -> list[str]:
     lists: set[str] = set()
     for spec in plan.specs.values():
         for model, seqlen in _lengths(spec):
-            name = names[_identity(_dense(model))]
+            name = names[_json(_dense(model))]
             _check_length(name, configs[name], seqlen)
         if isinstance(spec, GenerateSpec | EvaluateSpec) and isinstance(spec.backend, Vllm):
-            name = names[_identity(_dense(spec.model))]
+            name = names[_json(_dense(spec.model))]
             _check_vllm(plan, spec.kind, name, configs[name], spec.backend)
             longest = spec.seqlen if isinstance(spec, GenerateSpec) else None
             _check_vllm_positions(name, configs[name], longest)
         if isinstance(spec, GenerateSpec) and spec.prompt == "chat":
-            chats[names[_identity(_dense(spec.model))], "prompt"] = "chat"
+            chats[names[_json(_dense(spec.model))], "prompt"] = "chat"
         if isinstance(spec, EvaluateSpec) and spec.chat_template:
-            chats[names[_identity(_dense(spec.model))], "evaluate.chat_template"] = True
+            chats[names[_json(_dense(spec.model))], "evaluate.chat_template"] = True
         for field, meeting in _meetings(spec):
-            name, reader, writer = (names[_identity(_dense(each))] for each in meeting)
+            name, reader, writer = (names[_json(_dense(each))] for each in meeting)
             _check_vocabularies(field, name, reader, writer, vocabularies)
         if isinstance(spec, FilterSpec) and spec.banned_words is not None:
             lists.add(spec.banned_words.path)
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
-            name = names[_identity(_dense(spec.model))]
+            name = names[_json(_dense(spec.model))]
             _check_pattern(name, configs[name], spec.pattern)
         if isinstance(spec, PruneSpec):
-            name = names[_identity(_dense(spec.model))]
+            name = names[_json(_dense(spec.model))]
             if name not in sizes:  # refuses what cannot be pruned
                 sizes[name] = _layer_sizes(name, configs[name], _dense(spec.model))
         if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
             _check_allocation(name, sizes[name], spec)
         for corpus, nsamples, seqlen, joined in _readings(spec):
-            demands[corpora[_identity(corpus)], nsamples, seqlen, joined] = corpus
+            demands[corpora[_json(corpus)], nsamples, seqlen, joined] = corpus
     for (name, nsamples, seqlen, joined), corpus in demands.items():
         with _at(f"corpora.{name}"):
             note = check_corpus(corpus, nsamples, seqlen, joined=joined)
@@ -112,7 +112,7 @@ def check(plan: Plan) -> list[str]:
     return list(notes)
 
 
-def _identity(value: Model | Corpus) -> str:
+def _json(value: Model | Corpus) -> str:
     return value.model_dump_json()
 
 

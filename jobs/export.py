@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from cluster.store import CorruptArtifactError, Manifest, Store
 from pipeline.errors import InputError
 from pipeline.files import fingerprint
-from pipeline.specs import LocalModel, Model, PruneSpec, StageSpec, without_versions
+from pipeline.specs import LocalModel, Model, PruneSpec, StageSpec, spec_fields
 
 _AGAIN = "run its grid again, then export"
 
@@ -82,7 +82,7 @@ def stored_spec(manifest: Manifest, kind: type[AnyStage]) -> AnyStage:
     """
     remedy = f"was made by another release of calprune; {_AGAIN}"
     try:
-        spec = kind.model_validate(without_versions(manifest.spec))
+        spec = kind.model_validate(spec_fields(manifest.spec))
     except ValidationError as error:
         raise InputError("key", manifest.key, remedy) from error
     if spec.key != manifest.key:

@@ -26,7 +26,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 def hub_items(plan: Plan) -> list[HubItem]:
     """What the grid's stages read from the hub, each once."""
-    found = {item for spec in plan.specs.values() for item in outside.hub_items(spec)}
+    found = {item for spec in plan.specs.values() for item in outside.hub_reads(spec)}
     return sorted(found, key=lambda item: item.key)
 
 
@@ -128,7 +128,7 @@ def with_copies(plan: Plan, store: Store) -> tuple[Graph, dict[str, str]]:
         raise _damaged(present[key], problem)
     graph = {}
     for key, stage in plan.graph.items():
-        read = [item.key for item in outside.hub_items(plan.specs[key]) if item.key in present]
+        read = [item.key for item in outside.hub_reads(plan.specs[key]) if item.key in present]
         inputs = tuple(dict.fromkeys([*stage.inputs, *read]))
         graph[key] = dataclasses.replace(stage, inputs=inputs)
     whole = {item.key for item in hub_items(plan)} <= present.keys()

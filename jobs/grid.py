@@ -25,7 +25,7 @@ from jobs.dtypes import AutoDtype, with_dtypes
 from jobs.outside import with_fingerprints
 from jobs.stages import STAGES
 from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
-from jobs.yaml_file import line_of, read_yaml
+from jobs.yaml_file import line_number, read_yaml
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError, did_you_mean
 from pipeline.mistakes import explained
@@ -72,7 +72,7 @@ GridModel = Annotated[
 ]
 
 
-def named(value: object) -> object:
+def with_name(value: object) -> object:
     """`"wanda"` as `{name: wanda}`: a name alone stands for all defaults."""
     return {"name": value} if isinstance(value, str) else value
 
@@ -120,7 +120,7 @@ class CorpusCalibration(Spec):
 class PrunedGenerator(Spec):
     """A pruned version of the model that is to be pruned."""
 
-    pruner: Annotated[Pruner, BeforeValidator(named)]
+    pruner: Annotated[Pruner, BeforeValidator(with_name)]
     sparsity: Fraction
 
     calibration: str | None = None
@@ -204,12 +204,12 @@ GridCalibration = Annotated[
 class Evaluation(EvaluationOptions):
     """What is measured on every model of a grid; `backend` is written as for a calibration."""
 
-    suites: tuple[Annotated[SuiteUse, BeforeValidator(named)], ...] = ()
+    suites: tuple[Annotated[SuiteUse, BeforeValidator(with_name)], ...] = ()
     """Tasks and perplexities that belong together, by name; what is also named below is measured as
     it says there."""
 
     perplexity: tuple[GridPerplexity, ...] = ()
-    tasks: tuple[Annotated[TaskSpec, BeforeValidator(named)], ...] = ()
+    tasks: tuple[Annotated[TaskSpec, BeforeValidator(with_name)], ...] = ()
 
     _engine_here = field_validator("backend", mode="before")(_here)
 
@@ -242,12 +242,12 @@ class Evaluation(EvaluationOptions):
         return next((folder for folder in named_by if folder is not None), None)
 
 
-AnySpec = TypeVar("AnySpec", bound=Spec)
+_AnySpec = TypeVar("_AnySpec", bound=Spec)
 
 
-def _each_once(suites: list[tuple[str, AnySpec]], own: dict[str, AnySpec]) -> list[AnySpec]:
+def _each_once(suites: list[tuple[str, _AnySpec]], own: dict[str, _AnySpec]) -> list[_AnySpec]:
     """What suites measure, by name, with the grid's own instead where it has that name."""
-    chosen: dict[str, AnySpec] = {}
+    chosen: dict[str, _AnySpec] = {}
     for name, entry in suites:
         if name in own:
             chosen[name] = own[name]
@@ -422,7 +422,7 @@ def lines_of(grid: Grid) -> Iterator[None]:
 
 def located(error: InputError, path: Path) -> InputError:
     """The same mistake with the line of its field in a file, if the file has it."""
-    line = line_of(path, error.field)
+    line = line_number(path, error.field)
     if line is None:
         return error
     return InputError(error.field, error.value, f"{error.remedy} (line {line})")

@@ -26,7 +26,7 @@ from pipeline.specs import (
     WordList,
 )
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 class Outside(NamedTuple):
@@ -80,12 +80,12 @@ def outside(value: object, field: str = "") -> Iterator[Outside]:
                 yield Outside(_inside(field, "tasks"), item=item)
 
 
-def hub_items(value: object) -> Iterator[HubItem]:
+def hub_reads(value: object) -> Iterator[HubItem]:
     """What of the hub a grid, or one stage by itself, reads."""
     return (taken.item for taken in outside(value) if taken.item is not None)
 
 
-def with_fingerprints(value: Value, field: str = "") -> Value:
+def with_fingerprints(value: _Value, field: str = "") -> _Value:
     """The value, in which everything that is read from files names their content.
 
     Raises:

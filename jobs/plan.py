@@ -21,7 +21,7 @@ from jobs.cost import (
 from jobs.grid import GeneratedCalibration, Grid, lines_of
 from jobs.labels import labels
 from jobs.sizes import checkpoint_parameters
-from jobs.stages import LINES, STAGES, Work, line_of, stage_name
+from jobs.stages import LINES, STAGES, StageWork, line_of, stage_name
 from pipeline.specs import (
     GenerateSpec,
     PretrainSpec,
@@ -220,7 +220,7 @@ def _stage(
         kind=name,
         label=label,
         spec=spec.lineage,
-        payload=Work(spec=spec, settings=settings).model_dump_json(),
+        payload=StageWork(spec=spec, settings=settings).model_dump_json(),
         inputs=inputs,
         resources=resources,
         seconds=expected_seconds(spec, grid.cost, sizes, resources),

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 from cluster.heap import keep_freed_memory
 from cluster.store import Partial
 from cluster.worker import WorkerLostError
-from jobs.outside import hub_items
+from jobs.outside import hub_reads
 from pipeline.environment import check_environment
 from pipeline.errors import EngineDiedError
 from pipeline.hub import HubItem, used
@@ -175,7 +175,7 @@ def _as_spec(value: object) -> object:
     return spec.model_validate(value)
 
 
-class Work(BaseModel):
+class StageWork(BaseModel):
     """One stage as a worker takes it."""
 
     spec: Annotated[SerializeAsAny[StageSpec], BeforeValidator(_as_spec)]
@@ -194,17 +194,11 @@ def line_of(spec: StageSpec) -> str:
     return f"{stage_name(spec)} shard" if isinstance(spec, ShardSpec) else spec.kind
 
 
-def prepare(kind: str) -> ModuleType:
-    """The module that makes stages of a kind; a new process takes seconds to import it."""
-    with phase("importing libraries"):
-        return _imported(STAGES[kind].module)
-
-
 @contextlib.contextmanager
 def prepared(kind: str, reporter: Reporter) -> Iterator[None]:
     """Import what stages of a kind need, and pass on what they report within the block."""
     with reporting(reporter):
-        prepare(kind)
+        _module(kind)
         yield
 
 
@@ -214,7 +208,7 @@ def execute(
     """Make one stage in `output`.
 
     Args:
-        payload: a `Work` as JSON.
+        payload: a `StageWork` as JSON.
         artifacts: key to folder of each input.
         cpus: threads of tensor work; fixed, since sums depend on how they are split.
         partial: what an attempt that died has finished; pruning and evaluating take hours.
@@ -226,9 +220,9 @@ def execute(
     """
     check_environment()
     keep_freed_memory()
-    work = Work.model_validate_json(payload)
+    work = StageWork.model_validate_json(payload)
     spec = work.spec
-    module = prepare(stage_name(spec))
+    module = _module(stage_name(spec))
     torch = _imported("torch")
     torch.set_num_threads(cpus)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -243,6 +237,12 @@ def execute(
     if torch.cuda.is_available():
         report = {**report, "peak_device_bytes": torch.cuda.max_memory_allocated()}
     return report
+
+
+def _module(kind: str) -> ModuleType:
+    """Import the module that makes stages of a kind: a new process takes seconds for it."""
+    with phase("importing libraries"):
+        return _imported(STAGES[kind].module)
 
 
 def _imported(name: str) -> ModuleType:
@@ -262,12 +262,12 @@ def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Pat
     """Of what the stage reads from the hub, those that the store has copies of."""
     if not any(key.startswith(HUB) for key in artifacts):
         return {}
-    return {item: artifacts[item.key] for item in hub_items(spec) if item.key in artifacts}
+    return {item: artifacts[item.key] for item in hub_reads(spec) if item.key in artifacts}
 
 
 def _run(
     module: ModuleType,
-    work: Work,
+    work: StageWork,
     artifacts: Mapping[str, Path],
     output: Path,
     partial: Partial,

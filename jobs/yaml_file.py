@@ -101,7 +101,7 @@ def read_yaml(field: str, path: Path) -> Any:
         raise InputError(field, str(path), f"is not a YAML file: {reason}") from error
 
 
-def line_of(path: Path, field: str) -> int | None:
+def line_number(path: Path, field: str) -> int | None:
     """The line of a field, or of the nearest that holds it; None if the file does not name it.
 
     Args:

@@ -12,7 +12,7 @@ from pipeline.specs.base import (
     StageSpec,
     canonical_json,
     nearest_stages,
-    without_versions,
+    spec_fields,
 )
 from pipeline.specs.calibration import (
     MIN_K_FRACTION,
@@ -129,7 +129,7 @@ __all__ = [
     "dropped",
     "generator_of",
     "nearest_stages",
-    "without_versions",
+    "spec_fields",
 ]
 
 # A pruned model can stand wherever a model stands, so earlier specs refer forward to PruneSpec.

@@ -30,7 +30,7 @@ class Spec(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    unsaid: ClassVar[frozenset[str]] = frozenset()
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset()
     """Fields that no lineage names at their default: they came later, and change nothing then."""
 
     lineage_constants: ClassVar[Mapping[str, Any]] = {}
@@ -84,13 +84,13 @@ class StageSpec(Spec):
         return ()
 
 
-def without_versions(lineage: Any) -> Any:
+def spec_fields(lineage: Any) -> Any:
     """A lineage as the specs' own fields, which its versions and constants are not."""
     if isinstance(lineage, list):
-        return [without_versions(item) for item in lineage]
+        return [spec_fields(item) for item in lineage]
     if not isinstance(lineage, dict):
         return lineage
-    fields = {name: without_versions(value) for name, value in lineage.items()}
+    fields = {name: spec_fields(value) for name, value in lineage.items()}
     if "kind" in lineage and isinstance(lineage.get("version"), int):
         del fields["version"]
         for name, value in _lineage_constants(lineage["kind"]).items():
@@ -140,7 +140,7 @@ def _plain_fields(spec: Spec) -> dict[str, Any]:
     said = {
         name: getattr(spec, name)
         for name, field in type(spec).model_fields.items()
-        if name not in spec.unsaid or getattr(spec, name) != field.default
+        if name not in spec.left_out_at_default or getattr(spec, name) != field.default
     }
     return {**spec.lineage_constants, **{name: _plain(value) for name, value in said.items()}}
 

@@ -151,7 +151,7 @@ class EvaluateSpec(EvaluationOptions, StageSpec):
     """
 
     version: ClassVar[int] = 3
-    unsaid: ClassVar[frozenset[str]] = frozenset({"backend"})
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"backend"})
     kind: Literal["evaluate"] = "evaluate"
 
     model: Model

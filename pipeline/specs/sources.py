@@ -27,7 +27,7 @@ class WorldSpec(Spec):
 class HubCorpus(Spec):
     """A `datasets` builder or a data set on the hub."""
 
-    unsaid: ClassVar[frozenset[str]] = frozenset({"fingerprint"})
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"fingerprint"})
 
     kind: Literal["hub-corpus"] = "hub-corpus"
 
@@ -118,7 +118,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class HubModel(Spec):
     """A causal language model on the hub."""
 
-    unsaid: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "allow_pickle"})
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "allow_pickle"})
 
     kind: Literal["hub-model"] = "hub-model"
 
@@ -142,7 +142,7 @@ class HubModel(Spec):
 class LocalModel(Spec):
     """A checkpoint folder as `save_pretrained` writes it."""
 
-    unsaid: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "allow_pickle"})
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "allow_pickle"})
 
     kind: Literal["local-model"] = "local-model"
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.replicas import total_rate
 from benchmarks.schedule import grid
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.grid import load_grid
 from jobs.plan import make_plan
 from pipeline.specs import GenerateSpec, ShardSpec
@@ -28,7 +28,7 @@ def test_a_replica_without_work_is_an_error_and_no_figure() -> None:
 
 def test_the_grid_whose_driver_is_measured_has_a_sample_a_prefix(tmp_path: Path) -> None:
     plan = make_plan(load_grid(grid(tmp_path, 200, 64)))
-    assert check(plan) == []
+    assert check_plan(plan) == []
     (samples,) = (spec for spec in plan.specs.values() if isinstance(spec, GenerateSpec))
     assert samples.num_samples == 200
     shards = [spec for spec in plan.specs.values() if isinstance(spec, ShardSpec)]

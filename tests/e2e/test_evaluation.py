@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.store import Store
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.gather import gather
 from jobs.grid import load_grid
 from jobs.plan import make_plan
@@ -47,7 +47,7 @@ def test_the_papers_suite_runs_on_local_copies(
     grid.write_text(example.replace("path: local-datasets", f"path: {copies}"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     plan, store = make_plan(load_grid(grid)), Store(str(tmp_path / "store"))
-    assert check(plan) == []
+    assert check_plan(plan) == []
     assert not run_grid(plan, store, None, workers=2).failed
     rows = gather(plan, store).to_pylist()
     assert {row["status"] for row in rows} == {"ok"}

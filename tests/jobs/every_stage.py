@@ -18,7 +18,7 @@ def main(folder: Path, grids: list[Path]) -> None:
     # Imported on that date: some libraries take the date, or a seed from it, while they are.
     from cluster.graph import needed
     from cluster.store import Partial, Store
-    from jobs.check import check
+    from jobs.check import check_plan
     from jobs.grid import load_grid
     from jobs.plan import make_plan
     from jobs.stages import execute
@@ -26,7 +26,7 @@ def main(folder: Path, grids: list[Path]) -> None:
     found: dict[str, Any] = {}
     for grid in grids:
         plan = make_plan(load_grid(grid))
-        check(plan)
+        check_plan(plan)
         for key in needed(plan.graph, plan.targets, found):
             stage = plan.graph[key]
             output = folder / key

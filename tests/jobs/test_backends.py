@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from cluster.store import Store
-from jobs.check import _check_vllm_positions, check
+from jobs.check import _check_vllm_positions, check_plan
 from jobs.grid import GeneratedCalibration, Grid
 from jobs.plan import Plan, make_plan, print_plan
 from pipeline.errors import InputError
@@ -163,7 +163,7 @@ def test_an_engine_that_does_not_fit_its_model_or_resources_is_refused(
     content["calibrations"]["own"]["backend"] = {"name": "vllm", **backend}
     content["resources"] = {"generate": {"gpus": gpus}}
     with pytest.raises(InputError, match=message):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
 
 
 def test_an_engine_that_fits_is_taken_only_where_it_is_installed(
@@ -172,10 +172,10 @@ def test_an_engine_that_fits_is_taken_only_where_it_is_installed(
     content["calibrations"]["own"]["backend"] = {"name": "vllm", "tensor_parallel_size": 2}
     content["resources"] = {"generate": {"gpus": 2}}
     installed(True)
-    check(make_plan(load(content)))
+    check_plan(make_plan(load(content)))
     installed(False)
     with pytest.raises(InputError, match=r"backend: 'vllm': .*install calprune\[vllm\]"):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_an_evaluations_engine_is_planned_and_checked_as_a_calibrations(
     assert {spec.backend for spec in evaluations(plan).values()} == {Vllm(tensor_parallel_size=2)}
     assert evaluations(plan).keys().isdisjoint(with_transformers)
     with pytest.raises(InputError, match=r"resources\.evaluate\.gpus: 1.*set it to 2"):
-        check(plan)
+        check_plan(plan)
     content["resources"] = {"evaluate": {"gpus": 2}}
-    check(make_plan(load(content)))
+    check_plan(make_plan(load(content)))
     console = Console(record=True, width=120)
     print_plan(plan, Store(str(tmp_path)), console)
     assert "evaluate: vllm tensor_parallel_size=2 answers tasks" in console.export_text()

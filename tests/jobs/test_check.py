@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.grid import Grid
 from jobs.plan import make_plan
 from pipeline.errors import InputError
@@ -46,7 +46,7 @@ def uneven(tmp_path: Path) -> dict[str, str]:
 def checked(content: Content, load: Load, allocation: object, sparsity: object = 0.5) -> list[str]:
     cells = {"calibration": "true", "pruner": "wanda", "seed": 0}
     content["cells"] |= {**cells, "allocation": allocation, "sparsity": sparsity}
-    return check(make_plan(load(content)))
+    return check_plan(make_plan(load(content)))
 
 
 def hand(*sparsities: float) -> dict[str, object]:
@@ -106,15 +106,15 @@ def test_a_chat_needs_a_model_with_a_template(
     content["calibrations"]["own"] = own
     content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
     with pytest.raises(InputError, match="prompt: 'chat': model testbed is no chat model"):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
     content["models"]["writer"] = uneven
     own["generator"] = "writer"
     with pytest.raises(InputError, match="prompt: 'chat': model writer: the tokenizer has no chat"):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(uneven["path"])
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(uneven["path"])
-    assert check(make_plan(load(content))) == []
+    assert check_plan(make_plan(load(content))) == []
 
 
 @pytest.fixture
@@ -147,10 +147,10 @@ def test_models_that_meet_must_share_their_vocabulary(
     content["models"] = {"testbed": checkpoint("pruned", "abcdef")}
     content["calibrations"]["own"] |= {field: "other", "prefixes": "notes"}
     content["models"]["other"] = checkpoint("same", "abcdef")
-    check(make_plan(load(content)))
+    check_plan(make_plan(load(content)))
     content["models"]["other"] = checkpoint("unlike", "abcxyz")
     with pytest.raises(InputError, match=rf"{field}: 'other': .* another \('d' is"):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
 
 
 def test_a_reader_must_have_rows_for_all_that_the_writer_may_draw(
@@ -160,11 +160,11 @@ def test_a_reader_must_have_rows_for_all_that_the_writer_may_draw(
     content["models"] = {"testbed": checkpoint("pruned", "abcdef")}
     content["models"]["wide"] = checkpoint("wide", "abcdef", rows=64)
     content["calibrations"]["own"] |= {"generator": "wide", "prefixes": "notes"}
-    check(make_plan(load(content)))  # the rows beyond the vocabulary are never drawn
+    check_plan(make_plan(load(content)))  # the rows beyond the vocabulary are never drawn
     content["models"]["testbed"] = checkpoint("narrow", "abcdef", rows=5)
     message = r"models\.testbed: .*5 rows of embeddings, and its tokenizer ids up to 5 \('f' is 5\)"
     with pytest.raises(InputError, match=message):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
 
 
 def test_testbed_models_meet_where_their_tokenizers_are_trained_alike(
@@ -173,10 +173,10 @@ def test_testbed_models_meet_where_their_tokenizers_are_trained_alike(
     content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
     content["calibrations"]["own"]["generator"] = "writer"
     content["models"]["writer"] = {"preset": "testbed-tiny", "steps": 3}
-    check(make_plan(load(content)))
+    check_plan(make_plan(load(content)))
     content["models"]["writer"] = {"preset": "testbed-tiny", "vocab_size": 600}
     with pytest.raises(InputError, match=r"generator: 'writer': .*give both the same"):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
 
 
 def test_tensors_without_use_are_a_note(
@@ -185,12 +185,12 @@ def test_tensors_without_use_are_a_note(
     content["models"]["testbed"] = checkpoint("pruned", "abcdef")
     content["calibrations"] = {"true": {"corpus": "notes"}}
     content["cells"] |= {"calibration": "true", "pruner": "wanda", "sparsity": 0.5}
-    assert check(make_plan(load(content))) == []
+    assert check_plan(make_plan(load(content))) == []
     file = Path(content["models"]["testbed"]["path"], "model.safetensors")
     tensors = {**load_file(file), "vision.patch": torch.ones(2)}
     file.unlink()
     save_file(tensors, file, {"format": "pt"})
-    (note,) = check(make_plan(load(content)))
+    (note,) = check_plan(make_plan(load(content)))
     assert note == "models.testbed: the model has no use for some tensors: vision.patch"
 
 
@@ -201,12 +201,12 @@ def test_every_part_of_a_mixture_must_have_texts_for_its_share(
     content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
     own = content["calibrations"]["own"]
     own |= {"num_samples": 120, "prefixes": {"notes": 3, "other": 1}}
-    assert check(make_plan(load(content))) == []
+    assert check_plan(make_plan(load(content))) == []
     own["num_samples"] = 124
     with pytest.raises(InputError, match=r"corpora\.notes: .*93 texts of at least 2 tokens"):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
     own["prefix_tokens"] = 0  # nothing is read
-    assert check(make_plan(load(content))) == []
+    assert check_plan(make_plan(load(content))) == []
 
 
 def test_a_list_without_words_is_found_before_anything_runs(
@@ -217,4 +217,4 @@ def test_a_list_without_words_is_found_before_anything_runs(
     content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
     content["calibrations"]["own"]["banned_words"] = str(path)
     with pytest.raises(InputError, match=r"banned_words: .*holds no word"):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.store import Partial, Store
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.grid import load_grid
 from jobs.plan import make_plan
 from jobs.stages import STAGES, execute
@@ -146,10 +146,10 @@ def test_a_variable_that_changes_numbers_is_refused_here_and_on_workers(
     path.write_text(TRAINED)
     plan = make_plan(load_grid(path))
     monkeypatch.setenv(name, "0")
-    check(plan)
+    check_plan(plan)
     monkeypatch.setenv(name, "1")
     message = f"environment.{name}: '1': .*unset it"
     with pytest.raises(InputError, match=message):
-        check(plan)
+        check_plan(plan)
     with pytest.raises(InputError, match=message):
         execute("{}", {}, tmp_path, 1, Partial(Store(str(tmp_path)), "some-key"))

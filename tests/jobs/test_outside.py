@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.outside import hub_items, outside, with_fingerprints
+from jobs.outside import hub_reads, outside, with_fingerprints
 from pipeline.errors import InputError
 from pipeline.files import fingerprint
 from pipeline.specs import (
@@ -57,7 +57,7 @@ def test_a_stage_takes_what_it_reads_itself_and_not_what_the_stages_before_it_re
         ("prefixes.parts.0.corpus.path", ("notes.jsonl",)),
         ("prefixes.parts.1.corpus.path", ()),
     ]
-    assert [item.name for item in hub_items(samples)] == ["acme/model", "acme/texts"]
+    assert [item.name for item in hub_reads(samples)] == ["acme/model", "acme/texts"]
     kept = FilterSpec(
         scores=ScoreSpec(samples=samples, model=MODEL), banned_words=WordList(path="words.txt")
     )
@@ -65,7 +65,7 @@ def test_a_stage_takes_what_it_reads_itself_and_not_what_the_stages_before_it_re
     windows = WindowsSpec(source=kept, model=MODEL, nsamples=1, seqlen=8)
     pruned = PruneSpec(model=MODEL, pruner=Wanda(), sparsity=0.5, calibration=windows)
     measured = EvaluateSpec(model=pruned, tasks=(TaskSpec(name="arc_easy"),))
-    assert [item.name for item in hub_items(measured)] == ["acme/model", "allenai/ai2_arc"]
+    assert [item.name for item in hub_reads(measured)] == ["acme/model", "allenai/ai2_arc"]
 
 
 def test_data_sets_that_stand_in_a_local_folder_are_not_read_from_the_hub(here: Path) -> None:
@@ -75,7 +75,7 @@ def test_data_sets_that_stand_in_a_local_folder_are_not_read_from_the_hub(here: 
         tasks=(TaskSpec(name="arc_easy"), TaskSpec(name="boolq")),
         datasets=LocalDatasets(path="sets"),
     )
-    assert [item.name for item in hub_items(measured)] == ["aps/super_glue"]
+    assert [item.name for item in hub_reads(measured)] == ["aps/super_glue"]
 
 
 @pytest.mark.usefixtures("here")

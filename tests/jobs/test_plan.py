@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.graph import Resources
 from cluster.store import Store
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.cost import (
     CHOOSE_SECONDS,
     CORE_FLOPS,
@@ -25,7 +25,7 @@ from jobs.cost import (
 )
 from jobs.grid import Cost, Grid, load_grid
 from jobs.plan import Plan, count_stages, make_plan, print_plan
-from jobs.stages import LINES, STAGES, Work
+from jobs.stages import LINES, STAGES, StageWork
 from pipeline import specs
 from pipeline.specs import (
     OWL,
@@ -118,7 +118,7 @@ def test_budgets_go_with_every_pruning_and_change_no_key(content: Content, load:
     for stage in plan.graph.values():
         budgets = {"device_hidden_bytes": 0, "host_hidden_bytes": 7}
         expected = budgets if stage.kind == "prune" else {}
-        assert Work.model_validate_json(stage.payload).settings == expected
+        assert StageWork.model_validate_json(stage.payload).settings == expected
 
 
 def test_every_spec_of_a_stage_has_a_row() -> None:
@@ -193,7 +193,7 @@ def test_the_paper_grids_are_there() -> None:
 
 def test_one_grid_has_every_pruner_with_every_allocation_and_pattern() -> None:
     plan = make_plan(load_grid(Path("jobs/grids/pruners.yaml")))
-    assert check(plan) == []
+    assert check_plan(plan) == []
     prunings = [spec for spec in plan.specs.values() if isinstance(spec, PruneSpec)]
     found = {(spec.pruner.name, spec.allocation.name, spec.pattern) for spec in prunings}
     pruners = {kind().name for kind in get_args(get_args(Pruner)[0])}

@@ -22,7 +22,7 @@ import pipeline.pruning.walk
 from cluster.graph import Stage
 from cluster.run import run_graph
 from cluster.store import Manifest, Partial, Store
-from jobs.stages import Work, execute
+from jobs.stages import StageWork, execute
 from pipeline.models.layer_files import layer_file
 from pipeline.pruning.hidden_states import Shelf
 from pipeline.specs import (
@@ -106,7 +106,7 @@ def prune(
     """The stage as a worker makes it."""
     artifacts = {} if spec.calibration is None else {spec.calibration.key: calibration}
     with store.attempt(spec.key) as attempt:
-        payload = Work(spec=spec, settings=dict(settings)).model_dump_json()
+        payload = StageWork(spec=spec, settings=dict(settings)).model_dump_json()
         report = execute(payload, artifacts, attempt.folder, 1, attempt.partial)
         return attempt.commit(report=report, **FACTS)
 
@@ -147,11 +147,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from cluster.store import Store
-from jobs.stages import Work
+from jobs.stages import StageWork
 from tests.jobs.test_resume import LAST_KEPT, die_after, execute
 
 url, calibration, payload = sys.argv[1:]
-spec = Work.model_validate_json(payload).spec
+spec = StageWork.model_validate_json(payload).spec
 artifacts = {} if spec.calibration is None else {spec.calibration.key: Path(calibration)}
 with Store(url).attempt(spec.key) as attempt:
     die_after(LAST_KEPT, attempt.partial, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -170,7 +170,7 @@ def test_a_killed_pruning_goes_on_and_leaves_the_bytes_of_an_undisturbed_one(
     spec = pruning(dense, pruner)
     whole = prune(spec, calibration, Store(str(tmp_path / "whole")))
     url = str(tmp_path / "killed")
-    words = [url, str(calibration), Work(spec=spec).model_dump_json()]
+    words = [url, str(calibration), StageWork(spec=spec).model_dump_json()]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *words], capture_output=True, text=True, cwd=Path.cwd()
     )
@@ -270,7 +270,7 @@ def test_a_worker_that_is_killed_within_a_pruning_loses_only_one_layer(
 
     assert spec.calibration is not None
     windows = stage(spec.calibration.key, "windows")
-    pruned = stage(spec.key, Work(spec=spec).model_dump_json(), spec.calibration.key)
+    pruned = stage(spec.key, StageWork(spec=spec).model_dump_json(), spec.calibration.key)
     outcome = run_graph(
         {windows.key: windows, pruned.key: pruned},
         [pruned.key],

@@ -6,7 +6,7 @@ import pytest
 
 import analysis
 from analysis.studies import STUDIES
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.grid import load_grid
 from jobs.plan import Plan, make_plan
 from pipeline.specs import EvaluateSpec, GenerateSpec, PretrainSpec, PruneSpec, ShardSpec, StageSpec
@@ -46,7 +46,7 @@ def test_there_is_a_grid_for_each_study_and_nothing_in_it_is_wrong(plans: dict[s
     for name, plan in plans.items():
         assert plan.grid.name == name
         # Where the amount of text is what a study varies, or nearly all is dropped.
-        assert all("will overlap" in note for note in check(plan))
+        assert all("will overlap" in note for note in check_plan(plan))
 
 
 def test_all_studies_together_take_less_than_an_hour_on_two_cores(plans: dict[str, Plan]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import jobs.suites
 from cluster.store import Store
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.gather import gather
 from jobs.grid import Grid
 from jobs.plan import make_plan
@@ -123,7 +123,7 @@ def test_a_task_that_the_installed_lm_eval_lacks_is_found_when_the_grid_is_plann
     monkeypatch.setattr(jobs.suites, "FOLDER", tmp_path)
     content["evaluate"] = {"suites": ["old"]}
     with pytest.raises(InputError, match=r"evaluate\.suites\.old: 'boolq-of-old'.*lm-eval 0"):
-        check(make_plan(load(content)))
+        check_plan(make_plan(load(content)))
 
 
 def test_an_average_is_of_tasks_of_its_suite() -> None:

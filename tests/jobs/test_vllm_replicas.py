@@ -17,7 +17,7 @@ from cluster.graph import needed
 from cluster.run import run_graph
 from cluster.store import Partial, Store
 from cluster.worker import Maker, Replica
-from jobs.check import check
+from jobs.check import check_plan
 from jobs.gather import gather, write_table
 from jobs.grid import Grid
 from jobs.plan import Plan, make_plan
@@ -85,7 +85,7 @@ def plan(content: Content, load: Callable[[Content], Grid], tiny_model_folder: P
     del content["evaluate"]["tasks"], content["evaluate"]["task_folder"]
     content["resources"] = {"generate": {"replicas": 2}}
     plan = make_plan(load(content))
-    assert check(plan) == []
+    assert check_plan(plan) == []
     return plan
 
 

@@ -31,7 +31,7 @@ from pipeline.specs import (
     Wanda,
     WindowsSpec,
     canonical_json,
-    without_versions,
+    spec_fields,
 )
 
 KEYS = Path(__file__).parents[1] / "keys.json"
@@ -106,7 +106,7 @@ def test_a_spec_survives_json_with_its_key() -> None:
 def test_a_lineage_tells_the_spec_that_it_is_of() -> None:
     for spec in examples().values():
         told = json.loads(canonical_json(spec.lineage))
-        assert type(spec).model_validate(without_versions(told)) == spec
+        assert type(spec).model_validate(spec_fields(told)) == spec
 
 
 def test_a_lineage_with_another_constant_has_no_spec() -> None:
@@ -114,7 +114,7 @@ def test_a_lineage_with_another_constant_has_no_spec() -> None:
     spec = examples()["score"]
     lineage = {**json.loads(canonical_json(spec.lineage)), "min_k_fraction": 0.3}
     with pytest.raises(ValidationError, match="min_k_fraction"):
-        ScoreSpec.model_validate(without_versions(lineage))
+        ScoreSpec.model_validate(spec_fields(lineage))
 
 
 def rekeyed(monkeypatch: pytest.MonkeyPatch, kind: type) -> set[str]:
