@@ -179,12 +179,20 @@ def _unfiltered(name: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence progress bars and lm-eval's remarks; errors are still raised."""
+    """Silence progress bars and lm-eval's remarks; errors are still raised.
+
+    After every call lm-eval also describes the machine. That starts a dozen programs, pip among
+    them, and takes seconds.
+    """
+    from lm_eval import evaluator
+
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, describe_machine = logger.level, evaluator.add_env_info
     logger.setLevel(logging.ERROR)
+    evaluator.add_env_info = lambda results: None
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
+        evaluator.add_env_info = describe_machine
