@@ -1,14 +1,11 @@
 """What a store holds that nothing needs any more."""
 
-import logging
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from cluster import leases
 from cluster.store import CorruptArtifactError, Store
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
