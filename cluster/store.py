@@ -563,7 +563,7 @@ def _first_damage(
                 continue
             with fs.open(f"{folder}/{name}", "rb") as file:
                 if _digest(file) != record.sha256:
-                    return f"the checksum of {name} differs from the recorded one"
+                    return f"the checksum of {name} is not the one recorded"
         except FileNotFoundError:
             return f"{name} is missing"
     return None
