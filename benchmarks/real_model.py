@@ -24,7 +24,7 @@ from pipeline.generation.decoding_attention import grouped_queries
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.models.loading import load_model
-from pipeline.models.output_layer import head_is_linear
+from pipeline.models.output_layer import OutputLayer
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
 from pipeline.scoring.score import score_samples
@@ -153,18 +153,18 @@ def forward_seconds(model: Any) -> Iterator[list[float]]:
 
 def measure_scoring(model: Any, windows: Tensor, rounds: int) -> list[Target]:
     """Compare scores, and losses, of windows `[nsamples, seqlen]` with body and output layer."""
-    chunked = head_is_linear(model)
+    layer = OutputLayer(model)
     texts = windows.tolist()
     whole = [ScoredWindow(np.array(ids), 1, 0, 0) for ids in texts]
     tokens = windows.numel()
 
     def score() -> None:
         ones = [1] * len(texts)
-        score_samples(model, texts, ones, chunked=chunked)
+        score_samples(model, texts, ones, chunked=layer.chunked)
 
     def perplexity() -> None:
         for places in batches(whole, tokens, model.config.vocab_size):
-            losses(model, [whole[place] for place in places])
+            losses(layer, [whole[place] for place in places])
 
     contenders = {
         "forward": lambda: forward_pass(model, windows),

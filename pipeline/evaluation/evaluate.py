@@ -37,8 +37,7 @@ from pipeline.evaluation.tasks import existing_folder
 from pipeline.generation.vllm_engine import vllm_version
 from pipeline.models.loading import load_model, load_tokenizer, model_dtype
 from pipeline.models.nonfinite import nonfinite_error
-from pipeline.models.output_layer import check_causal, head_is_linear
-from pipeline.models.positions import length_dependence
+from pipeline.models.output_layer import OutputLayer, check_causal
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.specs import (
     EvaluateSpec,
@@ -187,16 +186,16 @@ def measure_perplexity(
     windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
     summed = [0.0] * len(windows)
     done = 0
-    chunked = head_is_linear(model)
-    vocabulary = None if chunked else model.config.get_text_config().vocab_size
-    for places in batches(windows, batch_tokens, vocabulary, length_dependence(model.config)):
+    layer = OutputLayer(model)
+    vocabulary = None if layer.chunked else model.config.get_text_config().vocab_size
+    for places in batches(windows, batch_tokens, vocabulary, layer.lengths):
         batch = {place: windows[place] for place in places}
         asked = [
             window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch.values()
         ]
 
         def measure(batch: dict[int, ScoredWindow] = batch) -> list[float]:
-            measured = losses(model, list(batch.values()), chunked)
+            measured = losses(layer, list(batch.values()))
             for (place, window), loss in zip(batch.items(), measured, strict=True):
                 if not math.isfinite(loss):
                     raise nonfinite_error(

@@ -277,15 +277,11 @@ def batches(
 
 
 @torch.inference_mode()
-def losses(model: Any, batch: list[ScoredWindow], chunked: bool | None = None) -> list[float]:
+def losses(layer: OutputLayer, batch: list[ScoredWindow]) -> list[float]:
     """Return the loss of each window in nats, summed over its scored tokens.
 
     It is taken in float32 and summed in float64. Shorter windows are padded on the right.
-
-    Args:
-        chunked: take logits from hidden states, a few positions at a time; see `OutputLayer`.
     """
-    layer = OutputLayer(model, chunked)
     longest = max(len(window.ids) for window in batch)
     token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
     scored = torch.zeros(len(batch), longest, dtype=torch.bool)

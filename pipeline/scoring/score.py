@@ -16,7 +16,7 @@ from pipeline.generation.shards import join_shards
 from pipeline.models.batching import length_batches
 from pipeline.models.loading import check_shared_vocabulary, loaded
 from pipeline.models.nonfinite import nonfinite_error
-from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal, head_is_linear
+from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import report
 from pipeline.specs import MIN_K_FRACTION, SCORE_BATCH_TOKENS, ScoreSpec, ShardSpec
@@ -117,7 +117,7 @@ def _check_scorer(spec: ScoreSpec, artifacts: Artifacts) -> bool:
     check_shared_vocabulary("scorer", spec.model, spec.model, spec.samples.model, artifacts)
     model, _ = loaded(spec.model, artifacts)
     check_causal(model)
-    return head_is_linear(model)
+    return OutputLayer(model).chunked
 
 
 def run(spec: ScoreSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pipeline.evaluation.perplexity import (
     perplexity,
     protocol_windows,
 )
+from pipeline.models.output_layer import OutputLayer
 from pipeline.specs import PerplexityProtocol
 from pipeline.testbed.tokenizer import train_tokenizer
 
@@ -76,7 +77,7 @@ def taken(
     summed = [0.0] * len(windows)
     for places in batches(windows, 256, VOCABULARY):
         for place, loss in zip(
-            places, losses(model, [windows[place] for place in places]), strict=True
+            places, losses(OutputLayer(model), [windows[place] for place in places]), strict=True
         ):
             summed[place] = loss
     return windows, summed
@@ -313,9 +314,9 @@ def test_neither_batches_nor_pieces_move_the_number(
 ) -> None:
     protocol = PerplexityProtocol(unit="text")
     windows = protocol_windows(iter(TEXTS), TOKENIZER, protocol)
-    alone = [losses(model, [window])[0] for window in windows]
+    alone = [losses(OutputLayer(model), [window])[0] for window in windows]
     monkeypatch.setattr(pipeline.models.output_layer, "PART_LOGITS", 5 * VOCABULARY)
-    np.testing.assert_allclose(losses(model, windows), alone, rtol=1e-5)
+    np.testing.assert_allclose(losses(OutputLayer(model), windows), alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -334,8 +335,8 @@ def test_capped_and_scaled_logits_are_taken_from_the_whole_forward_pass(
         model = other().eval()
     windows = protocol_windows(iter(TEXTS), TOKENIZER, PerplexityProtocol(unit="text"))
     expected = [sum(losses_in_float64(model, window.ids.tolist(), 1)) for window in windows]
-    np.testing.assert_allclose(losses(model, windows), expected, rtol=1e-5)
-    wrong = losses(model, windows, chunked=True)
+    np.testing.assert_allclose(losses(OutputLayer(model), windows), expected, rtol=1e-5)
+    wrong = losses(OutputLayer(model, chunked=True), windows)
     assert abs(wrong[0] / expected[0] - 1) > 0.05
 
 
@@ -350,7 +351,7 @@ def test_only_tokens_that_are_scored_have_logits_and_few_at_once(
         lambda module, inputs, output: sizes.append(output.numel() // VOCABULARY)
     )
     try:
-        losses(model, windows, chunked=True)
+        losses(OutputLayer(model, chunked=True), windows)
     finally:
         hook.remove()
     assert max(sizes) == 5

@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.perplexity import ScoredWindow, batches, losses
 from pipeline.evaluation.sharing_lm import SharingLM, sees_padding
-from pipeline.models.output_layer import check_causal
+from pipeline.models.output_layer import OutputLayer, check_causal
 from pipeline.scoring.score import score_samples
 from pipeline.testbed.tokenizer import train_tokenizer
 
@@ -160,7 +160,9 @@ def test_texts_are_measured_and_scored_as_by_a_plain_forward_pass(model: Any) ->
     windows = [ScoredWindow(np.array(ids), 1, 1, 1) for ids in IDS]
     found = dict.fromkeys(range(len(IDS)), 0.0)
     for places in batches(windows, 512, None):
-        found |= zip(places, losses(model, [windows[place] for place in places]), strict=True)
+        found |= zip(
+            places, losses(OutputLayer(model), [windows[place] for place in places]), strict=True
+        )
     assert list(found.values()) == pytest.approx(expected, rel=1e-4)
     scores = score_samples(model, IDS, [1] * len(IDS))
     means = [loss / (len(ids) - 1) for loss, ids in zip(expected, IDS, strict=True)]

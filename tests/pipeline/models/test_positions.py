@@ -16,6 +16,7 @@ import pipeline.evaluation.shared_beginnings
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.perplexity import ScoredWindow, batches, losses
 from pipeline.evaluation.sharing_lm import SharingLM
+from pipeline.models.output_layer import OutputLayer
 from pipeline.models.positions import LengthDependence, forget_longer_texts, length_dependence
 from pipeline.scoring.score import score_samples
 from pipeline.testbed.tokenizer import train_tokenizer
@@ -180,7 +181,7 @@ def test_a_window_is_measured_as_if_it_were_alone(model: Any) -> None:
     found = [0.0] * len(windows)
     for places in batches(windows, 512, None, length_dependence(model.config)):
         batch = [windows[place] for place in places]
-        for place, loss in zip(places, losses(model, batch), strict=True):
+        for place, loss in zip(places, losses(OutputLayer(model), batch), strict=True):
             found[place] = loss
     expected = [-float(alone(model, window.ids.tolist()).double().sum()) for window in windows]
     assert found == pytest.approx(expected, rel=1e-5)
