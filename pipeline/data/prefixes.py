@@ -1,10 +1,9 @@
 """Prefixes, which generated texts continue: the first few tokens of real texts."""
 
-import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -87,12 +86,11 @@ def prefix_sources(spec: GenerateSpec) -> list[str | None]:
 def parts_in_turn(mixture: CorpusMixture, count: int) -> list[str]:
     """Return the name of the part that each of `count` texts is taken from."""
     names = sorted(mixture.parts)  # the key does not depend on their order, nor may this
-    weights = tuple(mixture.parts[name].weight for name in names)
+    weights = [mixture.parts[name].weight for name in names]
     return [names[place] for place in turns(weights, count)]
 
 
-@functools.lru_cache(maxsize=64)
-def turns(weights: tuple[float, ...], count: int) -> tuple[int, ...]:
+def turns(weights: Sequence[float], count: int) -> list[int]:
     """Return which part has each of `count` turns.
 
     In the first n turns, for every n, a part with the share w has floor(w * n) or ceil(w * n): its
@@ -104,13 +102,13 @@ def turns(weights: tuple[float, ...], count: int) -> tuple[int, ...]:
     shares = [int(weight * scale) for weight in written]
     whole = sum(shares)
     given = [0] * len(shares)
-    chosen = []
+    chosen: list[int] = []
     for turn in range(count):
         due = [p for p, share in enumerate(shares) if given[p] * whole < share * (turn + 1)]
         first = min(due, key=lambda part: -(-(given[part] + 1) * whole // shares[part]))
         given[first] += 1
         chosen.append(first)
-    return tuple(chosen)
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------ texts

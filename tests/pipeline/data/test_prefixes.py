@@ -82,7 +82,7 @@ def changed(spec: GenerateSpec, **fields: Any) -> GenerateSpec:
 def test_the_first_n_turns_give_each_part_its_share(weights: list[float], count: int) -> None:
     exact = [Fraction(str(weight)) for weight in weights]
     counts = Counter[int]()
-    for done, chosen in enumerate(turns(tuple(weights), count), start=1):
+    for done, chosen in enumerate(turns(weights, count), start=1):
         counts[chosen] += 1
         for place, weight in enumerate(exact):
             quota = weight / sum(exact) * done
