@@ -2,7 +2,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.evaluation.evaluate import run
 from pipeline.evaluation.schemas import METRICS_SCHEMA
+from pipeline.evaluation.tasks import task_manager
 from pipeline.specs import EvaluateSpec, FileCorpus, LocalModel, LocalTasks, TestbedTasksSpec
 from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.tokenizer import train_tokenizer
@@ -42,6 +43,7 @@ aggregate_metric_list:
   - metric: acc
     weight_by_size: true
 """
+TASK_FILES = ("stars", "reworded", "fixed", "group")
 WORDS = ["ship", "sails", "over", "seven", "seas", "while", "déjà", "vu", "counts", "12", "stars"]
 DRAWS = np.random.default_rng(0)
 QUESTIONS: list[dict[str, Any]] = [
@@ -102,7 +104,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> FileCorpus:
     return FileCorpus(path=str(path))
 
 
-def measure(output: Path, **fields: Any) -> dict[tuple[str, str], dict[str, Any]]:
+Rows = dict[tuple[str, str], dict[str, Any]]
+
+
+def measure(output: Path, **fields: Any) -> Rows:
     artifacts = fields.pop("artifacts", {})
     run(EvaluateSpec.model_validate(fields), artifacts, output)
     table = pq.read_table(output / "metrics.parquet")
@@ -111,6 +116,29 @@ def measure(output: Path, **fields: Any) -> dict[tuple[str, str], dict[str, Any]
     names = [(row["task"], row["metric"]) for row in rows]
     assert names == sorted(set(names))
     return dict(zip(names, rows, strict=True))
+
+
+class Group(NamedTuple):
+    """An evaluation of the group `both`, and the files before and after it."""
+
+    rows: Rows
+    task_files: list[Path]
+    cached: list[Path]
+    output: set[str]
+
+
+@pytest.fixture(scope="module")
+def group(model: LocalModel, tasks: LocalTasks, tmp_path_factory: pytest.TempPathFactory) -> Group:
+    cache, output = (tmp_path_factory.mktemp(name) for name in ("cache", "output"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        rows = measure(output, model=model, tasks=[{"name": "both"}], task_folder=tasks)
+    return Group(
+        rows,
+        sorted(Path(tasks.path).rglob("*")),
+        list(cache.rglob("*")),
+        {path.name for path in output.iterdir()},
+    )
 
 
 def right_answers(model: LocalModel, by_length: bool) -> list[bool]:
@@ -134,26 +162,30 @@ def right_answers(model: LocalModel, by_length: bool) -> list[bool]:
 
 
 def test_accuracy_is_the_share_of_right_choices_by_brute_force(
-    model: LocalModel, tasks: LocalTasks, tmp_path: Path
+    model: LocalModel, group: Group
 ) -> None:
-    rows = measure(tmp_path, model=model, tasks=[{"name": "stars"}], task_folder=tasks)
-    assert set(rows) == {("stars", "acc"), ("stars", "acc_norm")}
     expected = {"acc": right_answers(model, False), "acc_norm": right_answers(model, True)}
     assert expected["acc"] != expected["acc_norm"]
     for metric, right in expected.items():
-        row = rows["stars", metric]
+        row = group.rows["stars", metric]
         assert row["value"] == pytest.approx(sum(right) / 24)
         assert row["stderr"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(24))
         assert row["samples"] == 24
 
 
-def test_a_group_has_a_row_and_so_has_each_of_its_tasks(
-    model: LocalModel, tasks: LocalTasks, tmp_path: Path
-) -> None:
-    rows = measure(tmp_path, model=model, tasks=[{"name": "both"}], task_folder=tasks)
-    stars, reworded = rows["stars", "acc"], rows["reworded", "acc"]
+def test_a_group_and_each_of_its_tasks_have_rows(group: Group) -> None:
+    assert {name for name, _ in group.rows} == {"both", "stars", "reworded"}
+    assert {metric for name, metric in group.rows if name == "stars"} == {"acc", "acc_norm"}
+    stars, reworded = group.rows["stars", "acc"], group.rows["reworded", "acc"]
     assert reworded["value"] == stars["value"]  # the same questions, worded by a function
-    assert rows["both", "acc"]["value"] == pytest.approx(stars["value"])
+    assert group.rows["both", "acc"]["value"] == pytest.approx(stars["value"])
+
+
+def test_an_evaluation_leaves_nothing_outside_its_output(group: Group, tasks: LocalTasks) -> None:
+    written = {"questions.jsonl", "wording.py", *(f"{name}.yaml" for name in TASK_FILES)}
+    assert group.task_files == sorted(Path(tasks.path, name) for name in written)
+    assert group.cached == []
+    assert group.output == {"metrics.parquet", "requests.parquet"}
 
 
 def test_each_task_keeps_to_its_own_limit_and_number_of_examples(
@@ -234,21 +266,6 @@ def test_perplexity_is_taken_on_the_corpus_in_its_own_order(
     assert row["samples"] == 4
 
 
-def test_an_evaluation_leaves_nothing_outside_its_output(
-    model: LocalModel, tasks: LocalTasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", shared)
-    before = sorted(Path(tasks.path).rglob("*"))
-    (tmp_path / "output").mkdir()
-    measure(tmp_path / "output", model=model, tasks=[{"name": "both"}], task_folder=tasks)
-    assert list(shared.rglob("*")) == []
-    assert sorted(Path(tasks.path).rglob("*")) == before
-    left = {path.name for path in (tmp_path / "output").iterdir()}
-    assert left == {"metrics.parquet", "requests.parquet"}
-
-
 def test_the_testbeds_tasks_run_from_their_artifact(model: LocalModel, tmp_path: Path) -> None:
     spec = TestbedTasksSpec(questions=8)
     (tmp_path / "tasks").mkdir()
@@ -291,8 +308,15 @@ def test_tasks_can_be_asked_in_the_tokenizers_chat_template(
 
 
 def test_what_cannot_be_measured_is_refused(
-    model: LocalModel, tasks: LocalTasks, corpus: FileCorpus, tmp_path: Path
+    model: LocalModel,
+    tasks: LocalTasks,
+    corpus: FileCorpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "none").mkdir()
+    few = task_manager(tmp_path / "none")  # to index all of lm-eval's tasks takes ten seconds
+    monkeypatch.setattr("pipeline.evaluation.task_metrics.lm_eval_tasks", lambda: few)
     text = {"name": "text", "corpus": corpus, "seqlen": 16}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"tasks": [{"name": "stars"}, {"name": "stars", "limit": 3}]}, "measured twice"),
@@ -302,6 +326,6 @@ def test_what_cannot_be_measured_is_refused(
         ({"perplexity": [{**text, "seqlen": 100_000}]}, "lower seqlen"),
         ({"tasks": [{"name": "stars"}], "chat_template": True}, "the tokenizer has none"),
     ]
-    for fields, said in cases:
-        with pytest.raises(InputError, match=said):
+    for fields, message in cases:
+        with pytest.raises(InputError, match=message):
             measure(tmp_path, model=model, task_folder=tasks, **fields)

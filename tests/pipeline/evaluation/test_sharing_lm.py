@@ -314,7 +314,8 @@ MANY = asked(iter([[(text(12), f" {text(2)}"), (text(12), f" {text(2)}")] for _ 
 
 def test_what_a_killed_evaluation_had_answered_is_not_asked_again(tmp_path: Path) -> None:
     model, kept = made(llama()), Folder(tmp_path / "kept")
-    whole = ours(model, None, 256).loglikelihood(MANY)
+    whole, rows = answered(ours(model, None, 256))
+    assert sum(rows) == len(MANY)
     passes = 0
 
     def dies(module: Any, inputs: Any, output: Any) -> None:
@@ -329,44 +330,38 @@ def test_what_a_killed_evaluation_had_answered_is_not_asked_again(tmp_path: Path
         first.loglikelihood(MANY)
     hook.remove()
     second = FinishedAnswers(b"a model", tmp_path / "second", kept)
-    again = ours(model, second, 256)
-    read: list[int] = []
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: read.append(inputs[0].shape[0])
-    )
-    assert again.loglikelihood(MANY) == whole
-    hook.remove()
-    answered_twice = passes_rows(model, 60) + sum(read) - len(MANY)
+    again, read = answered(ours(model, second, 256))
+    assert again == whole
+    answered_twice = sum(rows[:60]) + sum(read) - len(MANY)
     assert second.resumed > 200
     assert second.resumed + sum(read) == len(MANY)
     assert answered_twice < 0.01 * len(MANY)
 
 
-def passes_rows(model: Any, passes: int) -> int:
-    """Requests that the first so many forward passes answer."""
+def answered(language_model: SharingLM) -> tuple[list[tuple[float, bool]], list[int]]:
+    """The answers to `MANY`, and how many requests each forward pass answers."""
     rows: list[int] = []
-    asks = ours(model, None, 256)
-    hook = model.get_input_embeddings().register_forward_hook(
+    hook = language_model.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: rows.append(inputs[0].shape[0])
     )
-    asks.loglikelihood(MANY)
+    answers = language_model.loglikelihood(MANY)
     hook.remove()
-    return sum(rows[:passes])
+    return answers, rows
 
 
 def test_answers_are_never_taken_for_those_of_another_model_or_request(tmp_path: Path) -> None:
     kept = Folder(tmp_path / "kept")
     asked_for: list[str] = []
 
-    def answered(model: bytes, request: bytes, answer: str) -> list[Any]:
+    def answer(model: bytes, request: bytes, answer: str) -> list[Any]:
         def compute() -> list[str]:
             asked_for.append(answer)
             return [answer]
 
         return FinishedAnswers(model, tmp_path / "files", kept).get([request], compute)
 
-    assert answered(b"a", b"question", "first") == ["first"]
-    assert answered(b"b", b"question", "second") == ["second"]
-    assert answered(b"a", b"questions", "third") == ["third"]
-    assert answered(b"a", b"question", "fourth") == ["first"]
+    assert answer(b"a", b"question", "first") == ["first"]
+    assert answer(b"b", b"question", "second") == ["second"]
+    assert answer(b"a", b"questions", "third") == ["third"]
+    assert answer(b"a", b"question", "fourth") == ["first"]
     assert asked_for == ["first", "second", "third"]

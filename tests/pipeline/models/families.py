@@ -1,5 +1,6 @@
 """Small configurations of the model types that transformers loads as causal language models."""
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -187,7 +188,8 @@ def config_of(family: str) -> Any:
 
 
 @functools.cache
-def _dense(family: str) -> Any:
+def dense_model(family: str) -> Any:
+    """A randomly initialised model of the type, in float32 and evaluation mode; never changed."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_of(family)).float().eval()
     with torch.no_grad():
@@ -198,10 +200,8 @@ def _dense(family: str) -> Any:
 
 
 def model_of(family: str) -> Any:
-    """A randomly initialised model of the type, in float32 and evaluation mode."""
-    model = type(_dense(family))(_dense(family).config).float().eval()
-    model.load_state_dict(_dense(family).state_dict())
-    return model
+    """A copy of `dense_model` that a test may change."""
+    return copy.deepcopy(dense_model(family))
 
 
 def windows(count: int = 5, seqlen: int = 24) -> Tensor:

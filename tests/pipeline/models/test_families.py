@@ -22,7 +22,7 @@ from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.pruning.walk import Memory
 from pipeline.specs import Uniform, Wanda
-from tests.pipeline.models.families import FAMILIES, NOT_BUILT, model_of, windows
+from tests.pipeline.models.families import FAMILIES, NOT_BUILT, dense_model, model_of, windows
 
 CHANGED = "changes the hidden states between its decoder layers"
 NO_ENCODER = "takes no part in the forward pass"
@@ -74,7 +74,7 @@ def pruned(family: str) -> tuple[Any, PruneReport]:
     return model, prune(model)
 
 
-def test_every_type_of_causal_language_model_is_tried_or_said_not_to_be() -> None:
+def test_every_type_of_causal_language_model_is_tried_or_listed_as_not_tried() -> None:
     assert set(FAMILIES) | set(NOT_BUILT) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert set(REFUSED) < set(FAMILIES)
 
@@ -261,7 +261,7 @@ def test_masks_are_those_of_hooks_on_the_whole_model_with_all_layers_below_prune
 @pytest.mark.parametrize("family", PRUNED)
 def test_each_parameter_of_a_layer_is_pruned_or_listed_as_dense_and_unchanged(family: str) -> None:
     model, report = pruned(family)
-    before = dict(model_of(family).named_parameters())
+    before = dict(dense_model(family).named_parameters())
     listed = {each.name for each in report.dense}
     for name, parameter in model.named_parameters():
         changed = not torch.equal(parameter, before[name])
@@ -295,7 +295,7 @@ def test_a_model_whose_layers_are_read_one_by_one_is_pruned_alike(
     family: str, tmp_path: Path
 ) -> None:
     source = tmp_path / "dense"
-    model_of(family).save_pretrained(source)
+    dense_model(family).save_pretrained(source)
     scratch = tmp_path / "scratch"
     model = load_streamed(str(source), torch.float32, torch.device("cpu"), scratch).eval()
     masks = FinishedLayers(tmp_path / "masks", masks=True)
