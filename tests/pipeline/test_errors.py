@@ -12,7 +12,7 @@ from pipeline.errors import InputError, cut
         ("a" * 5000, "x" * 5000, "line\n" * 5000 + ": do this"),
     ],
 )
-def test_a_message_is_one_line_below_300_characters_whatever_is_in_it(
+def test_any_message_is_one_line_below_300_characters(
     field: str, value: object, remedy: str
 ) -> None:
     message = str(InputError(field, value, remedy))

@@ -53,7 +53,7 @@ def test_credentials_that_are_missing_are_named(environment: pytest.MonkeyPatch)
     assert "no such profile" in refused("s3://bucket-c/notes.jsonl")
 
 
-def test_a_server_that_is_not_there_or_never_answers_is_given_up(
+def test_waiting_ends_for_a_server_that_is_missing_or_silent(
     environment: pytest.MonkeyPatch,
 ) -> None:
     environment.setattr(files, "ANSWER_SECONDS", 1.0)

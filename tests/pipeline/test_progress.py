@@ -14,7 +14,7 @@ from pipeline.scoring.score import score_samples
 
 def test_a_stage_reports_its_phase_and_how_far_it_is() -> None:
     heard: list[tuple[str, float, float, str]] = []
-    with reporting(lambda *told: heard.append(told)):
+    with reporting(lambda *call: heard.append(call)):
         with phase("loading the model"):
             report(1, 2, "files")
         report(3, 30, "layers")
@@ -28,18 +28,18 @@ def test_a_stage_reports_its_phase_and_how_far_it_is() -> None:
 
 def test_nobody_hears_what_is_reported_outside() -> None:
     heard: list[object] = []
-    with reporting(lambda *told: heard.append(told)):
+    with reporting(lambda *call: heard.append(call)):
         pass
     with phase("outside"):
         report(1, 2, "layers")
-    with reporting(lambda *told: heard.append(told)):
+    with reporting(lambda *call: heard.append(call)):
         report(1, 2, "layers")
     assert heard == [("", 1, 2, "layers")]
 
 
 def test_items_are_counted_once_they_are_done() -> None:
     heard: list[tuple[float, float, str]] = []
-    with reporting(lambda phase, *told: heard.append(told)):
+    with reporting(lambda phase, *call: heard.append(call)):
         items = counted("ab", 2, "windows")
         assert next(items) == "a"
         assert heard == [(0, 2, "windows")]
@@ -76,7 +76,7 @@ Told = tuple[str, float, float, str]
 
 def heard_of(work: Callable[[], object]) -> list[Told]:
     heard: list[Told] = []
-    with reporting(lambda *told: heard.append(told)):
+    with reporting(lambda *call: heard.append(call)):
         work()
     return heard
 
@@ -86,7 +86,7 @@ def check_counts(heard: list[Told], unit: str, total: float) -> None:
     counts = [done for _, done, _, its_unit in heard if its_unit == unit]
     assert len(counts) > 2
     assert counts == sorted(counts)
-    assert {told[2] for told in heard if told[3] == unit} == {total}
+    assert {call[2] for call in heard if call[3] == unit} == {total}
     assert counts[-1] <= total
 
 
@@ -114,8 +114,8 @@ def test_a_walk_reports_layers_and_parts_of_them() -> None:
         )
     )
     check_counts(heard, "layers", 3)
-    assert {0, 1, 2} < {told[1] for told in heard}
-    assert max(told[1] for told in heard) > 2
+    assert {0, 1, 2} < {call[1] for call in heard}
+    assert max(call[1] for call in heard) > 2
 
 
 def test_scoring_reports_the_tokens_of_every_batch() -> None:
@@ -137,9 +137,9 @@ def test_a_vllm_engine_reports_a_token_a_step_for_each_text_that_goes_on() -> No
             return [SimpleNamespace(finished=True)] * ended
 
     engine = SimpleNamespace(llm_engine=Core())
-    told: list[tuple[int, int]] = []
-    with reported_steps(engine, lambda tokens, finished: told.append((tokens, finished))):
+    calls: list[tuple[int, int]] = []
+    with reported_steps(engine, lambda tokens, finished: calls.append((tokens, finished))):
         while left[0]:
             engine.llm_engine.step()
-    assert told == [(3, 0), (6, 1), (8, 3)]
+    assert calls == [(3, 0), (6, 1), (8, 3)]
     assert "step" not in vars(engine.llm_engine)

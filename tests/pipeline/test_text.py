@@ -44,7 +44,9 @@ def test_lines_end_at_line_ends_alone_and_byte_order_marks_are_no_text(
         (gzip.compress(b"text\n" * 99, mtime=0), r"is a gzip file: its name must end in \.gz"),
     ],
 )
-def test_what_is_no_utf8_is_refused_with_file_line_and_byte(content: bytes, said: str) -> None:
+def test_text_that_is_not_utf8_is_refused_with_file_line_and_byte(
+    content: bytes, said: str
+) -> None:
     with pytest.raises(InputError, match=said):
         lines_of(content)
 

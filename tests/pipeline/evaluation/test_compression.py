@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.evaluation.compression import bytes_by_format, speed_2_4
 
 HEADER = 256
-"""Bytes that safetensors may add to a tensor, at the most."""
+"""Most bytes that safetensors may add to a tensor."""
 
 
 @pytest.fixture

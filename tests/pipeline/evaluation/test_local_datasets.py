@@ -136,7 +136,7 @@ def test_every_accuracy_is_the_mean_over_its_requests(measured: Path) -> None:
     assert compared == 7 + 4  # four of the seven have acc_norm, too
 
 
-def test_requests_are_told_apart_by_what_was_asked(measured: Path) -> None:
+def test_request_hashes_differ_by_what_was_asked(measured: Path) -> None:
     asked = [row for row in rows(measured, "requests") if row["metric"] == "acc"]
     boolq = [row for row in asked if row["task"] == "boolq"]
     assert len({row["request_hash"] for row in boolq}) == len(boolq) == QUESTIONS

@@ -104,7 +104,7 @@ JOINED = [token for text in TEXTS for token in ids_of(text)]
 # ------------------------------------------------------------------------------- against protocols
 
 
-def test_texts_are_tokenised_one_by_one_and_joined_unless_told_otherwise(model: Any) -> None:
+def test_texts_are_tokenised_one_by_one_and_joined_by_default(model: Any) -> None:
     means = [np.mean(losses_in_float64(model, ids, 1)) for ids in cut(JOINED, 24)]
     assert len(means) > 4
     found = measured(model, seqlen=24)
@@ -207,7 +207,7 @@ def test_words_and_bytes_of_windows_add_up_to_those_of_the_text() -> None:
     assert 0 <= missing < 4  # a character whose first byte is read counts whole
 
 
-def test_a_uniform_model_needs_the_same_bits_whatever_the_tokens(model: Any) -> None:
+def test_a_uniform_model_needs_the_same_bits_for_any_tokens(model: Any) -> None:
     blank = copy.deepcopy(model)
     torch.nn.init.zeros_(blank.lm_head.weight)
     text = " ".join(TEXTS)

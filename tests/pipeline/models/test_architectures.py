@@ -342,9 +342,9 @@ def test_a_starved_expert_is_pruned_by_its_weights_alone_and_reported(
     )
     experts = "model.layers.1.mlp.experts"
     starved = {
-        name: told["starved_tokens"]
-        for name, told in report.facts.items()
-        if name.startswith(experts) and "starved_tokens" in told
+        name: facts["starved_tokens"]
+        for name, facts in report.facts.items()
+        if name.startswith(experts) and "starved_tokens" in facts
     }
     assert starved == {f"{experts}.gate_up_proj.2": 0.0, f"{experts}.down_proj.2": 0.0}
     for number, matrix in enumerate(layer_one(model)):

@@ -298,10 +298,10 @@ def _spoil_more(folder: Path) -> str:
 def _spoil_bytes(folder: Path) -> str:
     path = folder / layer_file(1)
     with safe_open(path, framework="pt") as file:
-        told = file.metadata()
+        metadata = file.metadata()
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj"] = torch.zeros(3, dtype=torch.uint8)
-    save_file(tensors, path, metadata=told)
+    save_file(tensors, path, metadata=metadata)
     return r"the mask of model\.layers\.1\.mlp\.up_proj has 3 bytes for 1152 weights"
 
 

@@ -47,7 +47,7 @@ class MLP(nn.Module):
 
 
 class Mixture(nn.Module):
-    """A block with experts, and whatever stands next to them."""
+    """A block with experts and the modules next to them."""
 
     def __init__(self, experts: nn.Module, **others: nn.Module) -> None:
         super().__init__()

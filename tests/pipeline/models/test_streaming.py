@@ -142,7 +142,7 @@ def test_a_checkpoint_is_whole_and_holds_the_names_of_the_dense_one(
     assert index["metadata"]["total_size"] == sum(sizes)
 
 
-def test_layers_are_in_memory_for_their_turn_only(dense: Dense, tmp_path: Path) -> None:
+def test_only_the_layer_at_work_is_in_memory(dense: Dense, tmp_path: Path) -> None:
     model = streamed(dense.folder, tmp_path / "scratch")
     whole = in_memory(dense.folder)
     root, layers = decoder_layers(model)
@@ -165,7 +165,7 @@ def test_layers_are_in_memory_for_their_turn_only(dense: Dense, tmp_path: Path) 
                 assert torch.equal(parameter, wanted[name]), name
 
 
-def test_generation_settings_that_contradict_each_other_go_along_as_they_are(
+def test_generation_settings_that_contradict_each_other_are_copied_unchanged(
     tmp_path: Path,
 ) -> None:
     """As Vicuna has them: transformers reads and does not write them."""
@@ -205,7 +205,7 @@ def test_layers_that_share_parameters_are_loaded_whole(tmp_path: Path) -> None:
     assert absent(loaded) == set()
 
 
-def test_layers_are_let_go_when_pruning_fails(tmp_path: Path) -> None:
+def test_layers_are_released_when_pruning_fails(tmp_path: Path) -> None:
     transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
     model = streamed(tmp_path, tmp_path / "scratch")
     before = absent(model)

@@ -75,7 +75,7 @@ def refusals(folder: Path, scratch: Path, **fields: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_transformers_saves_is_complete_and_without_any_one_tensor_it_is_not(
+def test_a_saved_checkpoint_is_complete_and_without_any_one_tensor_refused(
     name: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def test_a_tensor_of_another_shape_is_refused_with_both(folder: Path, tmp_path: 
         assert f"{NORM} is [{width + 2}], but [{width}] by config.json" in message
 
 
-def test_tensors_that_the_model_has_no_use_for_are_named_and_do_no_harm(
+def test_tensors_that_the_model_does_not_use_are_named_and_harmless(
     folder: Path, tmp_path: Path
 ) -> None:
     spec = LocalModel(path=str(folder), dtype="float32")

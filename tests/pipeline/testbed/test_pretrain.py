@@ -86,7 +86,7 @@ def trained(spec: PretrainSpec, folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_same_spec_gives_the_same_bytes_whatever_ran_before(tmp_path: Path) -> None:
+def test_the_same_spec_gives_the_same_bytes_after_other_work(tmp_path: Path) -> None:
     first = trained(FEW_STEPS, tmp_path / "first")
     torch.rand(7)
     np.random.rand(7)

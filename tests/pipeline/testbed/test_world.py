@@ -181,16 +181,16 @@ def test_every_person_has_every_fact_and_no_value_is_commoner_than_another() -> 
 
 def test_texts_state_only_what_is_true_of_a_person() -> None:
     world = build_world(WORLD)
-    told = 0
+    stated = 0
     for _, text in head({"facts": 1.0}, 200):
         for person in world.people:
             for attribute, wordings in ATTRIBUTES.items():
                 for wording in wordings:
                     for name in (person.name, person.given_name):
                         claim = f"{name} {wording} "
-                        told += text.count(claim)
+                        stated += text.count(claim)
                         assert text.count(claim) == text.count(f"{claim}{person.facts[attribute]}.")
-    assert told > 2000
+    assert stated > 2000
 
 
 def test_another_world_has_other_facts() -> None:
