@@ -1,6 +1,6 @@
-"""What every stage takes: frozen, validated values whose hash names the artifact they lead to.
+"""The inputs of stages: frozen, validated values, each hashed to the key of its artifact.
 
-They stand apart from the functions that take them, since planning must not wait for torch. A
+They stand apart from the functions that take them because planning must not wait for torch. A
 stage's spec holds the specs of the stages before it, so the lineage of any number is one JSON
 document.
 """

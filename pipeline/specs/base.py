@@ -1,4 +1,4 @@
-"""What every spec is: a frozen, validated value, and a stage's key, the hash of its lineage."""
+"""The base of all specs: a frozen, validated value. The hash of a stage's lineage is its key."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 Mixture = Annotated[dict[str, Annotated[float, Field(gt=0.0, strict=True)]], Field(min_length=1)]
-"""Relative weight of each part, all positive; they need not sum to one."""
+"""Relative weight of each part: positive, with any sum."""
 
 
 class Spec(BaseModel):
@@ -31,17 +31,17 @@ class Spec(BaseModel):
     )
 
     left_out_at_default: ClassVar[frozenset[str]] = frozenset()
-    """Fields that no lineage names at their default: they came later, and change nothing then."""
+    """Fields that a lineage leaves out at their default: they came later, and old keys hold."""
 
     lineage_constants: ClassVar[Mapping[str, Any]] = {}
-    """What every lineage holds beside the fields: settings that were fields once. Keys stay valid
-    so."""
+    """What every lineage holds beside the fields: settings that were fields once. They keep old
+    keys valid."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_meant(cls, content: Any) -> Any:
-        """Name the nearest field to an unknown one, and take no truth value for a number or text:
-        YAML reads `no` as one, and pydantic reads that as 0."""
+    def _refuse_likely_mistakes(cls, content: Any) -> Any:
+        """Refuse unknown fields, naming the nearest, and truth values for a number or text: YAML
+        reads `no` as false, and pydantic reads that as 0."""
         for name, value in content.items() if isinstance(content, Mapping) else ():
             field = cls.model_fields.get(name)
             if field is None:
@@ -57,17 +57,17 @@ class Spec(BaseModel):
 
 
 class StageSpec(Spec):
-    """The input of one stage. Equal specs lead to one artifact, made once."""
+    """The input of one stage. Equal specs share one artifact."""
 
     version: ClassVar[int]
-    """Raised when a stage's output changes for the same spec: every later key changes with it."""
+    """Raise it when a stage's output changes for the same spec: every later key changes too."""
 
     kind: str
-    """The stage's name, which also tells the variants of a field apart."""
+    """The stage's name, and the discriminator where a field takes several kinds."""
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
-        """The spec with all it holds, as plain JSON values, stage versions included."""
+        """The spec and all specs in it as plain JSON values, with the versions of their stages."""
         return {**_plain_fields(self), "version": self.version}
 
     @cached_property
@@ -80,12 +80,12 @@ class StageSpec(Spec):
         return tuple(nearest_stages(self))
 
     def rests_on(self) -> tuple["StageSpec", ...]:
-        """The stages without whose artifacts this one's own cannot be read."""
+        """The stages whose artifacts a reader of this one's artifact needs too."""
         return ()
 
 
 def spec_fields(lineage: Any) -> Any:
-    """A lineage as the specs' own fields, which its versions and constants are not."""
+    """Return the fields of a lineage's specs, without its versions and constants."""
     if isinstance(lineage, list):
         return [spec_fields(item) for item in lineage]
     if not isinstance(lineage, dict):
@@ -94,7 +94,7 @@ def spec_fields(lineage: Any) -> Any:
     if "kind" in lineage and isinstance(lineage.get("version"), int):
         del fields["version"]
         for name, value in _lineage_constants(lineage["kind"]).items():
-            if fields.get(name) == value:  # another value has no spec that makes it
+            if fields.get(name) == value:  # no spec gives another value
                 del fields[name]
         if fields["kind"] == "prune":
             fields.pop("outliers", None)
@@ -116,7 +116,7 @@ def _subclasses(spec: type[StageSpec]) -> Iterator[type[StageSpec]]:
 
 
 def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys and no white space: equal values give equal bytes."""
+    """Return JSON with sorted keys and no white space: equal values give equal bytes."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
@@ -137,16 +137,16 @@ def _plain(value: object) -> Any:
 
 
 def _plain_fields(spec: Spec) -> dict[str, Any]:
-    said = {
+    fields = {
         name: getattr(spec, name)
         for name, field in type(spec).model_fields.items()
         if name not in spec.left_out_at_default or getattr(spec, name) != field.default
     }
-    return {**spec.lineage_constants, **{name: _plain(value) for name, value in said.items()}}
+    return {**spec.lineage_constants, **{name: _plain(value) for name, value in fields.items()}}
 
 
 def nearest_stages(value: object) -> Iterator[StageSpec]:
-    """Yield the stages in a value, or in what it holds, but none that another stage holds."""
+    """Yield the stages inside a value, but not those inside another stage."""
     if isinstance(value, BaseModel):
         children: list[object] = [getattr(value, name) for name in type(value).model_fields]
     elif isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Calibration data: generate, score, filter, windows, and what a set is like."""
+"""Calibration data: generate, score, filter, windows and describe."""
 
 import math
 from collections.abc import Mapping
@@ -19,20 +19,20 @@ SCORE_BATCH_TOKENS = 8192
 
 
 class ShardSpec(StageSpec):
-    """One part of a stage whose samples are independent: the most that a lost worker costs."""
+    """One part of a stage with independent samples. A lost worker costs one shard at most."""
 
     version: ClassVar[int] = 1
     kind: Literal["shard"] = "shard"
 
     of: Annotated["GenerateSpec | ScoreSpec", Field(discriminator="kind")]
-    """The stage it is a part of."""
+    """The stage that it is part of."""
 
     index: int = Field(ge=0)
     """Its number, from 0."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
-        """The model, and for a score just the one shard of samples that it scores, with the
-        generator if that is another model: its tokenizer is compared."""
+        """The model. For a score also the one shard of samples that it scores, and the generator
+        if that is another model, because their tokenizers are compared."""
         if isinstance(self.of, ScoreSpec):
             generator = self.of.samples.model
             samples = ShardSpec(of=self.of.samples, index=self.index)
@@ -43,7 +43,7 @@ class ShardSpec(StageSpec):
 
 
 class ShardedSpec(StageSpec):
-    """A stage whose samples are independent."""
+    """A stage with independent samples, which is made in shards."""
 
     @property
     def shard_count(self) -> int:
@@ -55,82 +55,82 @@ class ShardedSpec(StageSpec):
         return tuple(ShardSpec(of=self, index=index) for index in range(self.shard_count))
 
     def inputs(self) -> tuple[StageSpec, ...]:
-        """The shards: the stage itself only joins them."""
+        """The shards, which the stage itself only joins."""
         return self.shards()
 
 
 class GenerationOptions(Spec):
-    """How texts are written: what a grid says of it and the stage has."""
+    """How texts are written: the fields that a grid's calibration and the stage share."""
 
     num_samples: int = Field(default=5000, ge=1)
     """Texts to write."""
 
     prefix_tokens: int = Field(default=2, ge=0)
-    """Leading tokens of the source text that are given, BOS not counted; 0 starts from BOS alone,
-    or from EOS where there is no BOS."""
+    """Leading tokens of the source text that are given, not counting BOS; 0 starts from BOS alone,
+    or from EOS if the tokenizer has no BOS."""
 
     prompt: Literal["raw", "chat"] = "raw"
-    """`raw` goes on from the prefix itself. `chat` makes it a user's message in the tokenizer's
-    chat template, which the model answers; all ids up to the answer are the given ones."""
+    """`raw` continues the prefix itself. `chat` makes it a user's message in the tokenizer's chat
+    template, which the model answers; all ids before the answer count as given."""
 
     top_k: int = Field(default=50, ge=0)
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0 keeps all."""
 
     top_p: float = Field(default=0.95, gt=0.0, le=1.0)
-    """Keep the likeliest tokens up to this probability mass."""
+    """Keep the most likely tokens up to this probability mass."""
 
     temperature: float = Field(default=0.6, ge=0.0)
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divides the logits; 0 takes the most likely token."""
 
     temperature_end: float | None = Field(default=None, gt=0.0)
-    """Where the temperature goes from `temperature` in a straight line; unset, it stays. Not with
+    """The temperature moves linearly from `temperature` to this value; unset, it stays. Not for
     vLLM."""
 
     temperature_tokens: int | None = Field(default=None, ge=1)
-    """New tokens after which it is at `temperature_end`; unset, with the sample's last."""
+    """New tokens after which it reaches `temperature_end`; unset, at the sample's last."""
 
     min_new_tokens: int = Field(default=0, ge=0)
-    """New tokens before which EOS is not drawn."""
+    """New tokens that are drawn before EOS may be."""
 
     repetition_penalty: float = Field(default=1.2, gt=0.0)
-    """Divides (multiplies, if negative) the logits of tokens that are already there."""
+    """Divides positive and multiplies negative logits of tokens that the text already has."""
 
     redraws: int = Field(default=0, ge=0)
-    """How often, at the most, a sample that EOS ends before `seqlen` is drawn again, each time with
-    a seed of its own. The longest draw is kept, of equal ones the first."""
+    """At most this many further draws of a sample that EOS ends before `seqlen`, each with its own
+    seed. The longest draw is kept, or the first of equally long ones."""
 
     shard_size: int = Field(default=64, ge=1)
-    """Samples of a shard, generated together. In the spec, since the make-up of a batch can
-    move the last bits of a logit: so the bytes do not depend on how many workers there are."""
+    """Samples of a shard, which are generated together. It is in the spec because a batch's
+    composition can change the last bits of a logit: the bytes do not depend on the workers."""
 
     backend: Backend = "transformers"
     """The engine."""
 
 
 class GenerateSpec(GenerationOptions, ShardedSpec):
-    """Let a model go on from short prefixes of real texts.
+    """Let a model continue short prefixes of real texts.
 
-    Leaves `samples.parquet`: sample_id, source (of a mixture, the name of the corpus that the
-    prefix is from), prefix_tokens (how many leading ids were given and not generated, BOS
-    included), token_ids (those first), text.
+    Writes `samples.parquet`: sample_id, source (the corpus that the prefix comes from, if there are
+    several), prefix_tokens (number of leading ids that were given, BOS included), token_ids (the
+    given ones first), text.
     """
 
     version: ClassVar[int] = 3
     kind: Literal["generate"] = "generate"
 
     model: Model
-    """The generator, as a rule the dense model that is to be pruned."""
+    """The generator, usually the dense model that will be pruned."""
 
     prefixes: Annotated[
         HubCorpus | FileCorpus | TestbedCorpus | CorpusMixture, Field(discriminator="kind")
     ]
-    """Where the prefixes are cut from, one a text."""
+    """The texts whose beginnings are the prefixes."""
 
     seqlen: int = Field(default=2048, ge=8)
-    """Tokens of a sample at the most, prefix and BOS included; EOS may end it earlier."""
+    """At most this many tokens a sample, prefix and BOS included; EOS may end it earlier."""
 
     seed: int = Field(default=0, ge=0)
-    """Draws the texts that prefixes come from and, with the sample's number, every token."""
+    """Draws the texts for the prefixes and, with the sample's number, every token."""
 
     @model_validator(mode="after")
     def _engine_takes_the_temperature(self) -> "GenerateSpec":
@@ -189,7 +189,7 @@ class GenerateSpec(GenerationOptions, ShardedSpec):
 class ScoreSpec(ShardedSpec):
     """Score samples under a model.
 
-    Leaves `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k,
+    Writes `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k,
     min_k_plus_plus, loss_1 to loss_4 (mean loss in each quarter), distinct_1 to distinct_3.
     """
 
@@ -201,13 +201,13 @@ class ScoreSpec(ShardedSpec):
     kind: Literal["score"] = "score"
 
     samples: GenerateSpec
-    """What is scored."""
+    """The samples to score."""
 
     model: Model
-    """The scorer, as a rule the generator; another one needs the same vocabulary."""
+    """The scorer, usually the generator; another model needs the same vocabulary."""
 
     include_prefix: bool = False
-    """Score the given tokens too, as the paper's script does; else the generated ones only."""
+    """Score the given tokens too, as the paper's script does, not only the generated ones."""
 
     @property
     def shard_count(self) -> int:
@@ -225,51 +225,52 @@ class WordList(Spec):
 
 
 def dropped(samples: int, drop_fraction: float) -> int:
-    """How many of the samples with a finite perplexity are dropped for it."""
+    """Return how many of the samples with a finite perplexity are dropped for it."""
     return math.floor(drop_fraction * samples + 0.5)
 
 
 class FilterOptions(Spec):
-    """Which samples are dropped: what a grid says of it and the stage has."""
+    """Which samples are dropped: the fields that a grid's calibration and the stage share."""
 
     drop_fraction: Fraction = 0.2
-    """Share to drop: exactly round(fraction * samples) go, besides those that go for another
-    reason."""
+    """Share to drop for their perplexity, exactly round(fraction * samples). Samples that are
+    dropped for other reasons do not count."""
 
     banned_words: WordList | None = None
-    """Words and phrases, of which a sample must hold none, in whatever letter case."""
+    """Words and phrases: a sample with one of them, in any letter case, is dropped."""
 
     drop_duplicates: bool = False
-    """Of samples with the same token ids keep only the first."""
+    """Keep only the first of samples with the same token ids."""
 
     near_duplicate_similarity: float | None = Field(default=None, ge=0.1, le=1.0)
-    """Drop a sample that has at least this Jaccard similarity, of sets of runs of five tokens, with
-    an earlier one that is not dropped as a duplicate itself. Unset, none is looked for."""
+    """Drop a sample with at least this Jaccard similarity (of the sets of runs of five tokens) to
+    an earlier one that is not itself dropped as a duplicate. Unset, no near duplicates are
+    dropped."""
 
 
 class FilterSpec(FilterOptions, StageSpec):
     """Drop the samples of highest perplexity.
 
-    Leaves `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the same
-    of the others, and reason (`invalid` for want of a finite perplexity, `banned word`,
-    `duplicate`, `near duplicate` or `perplexity`: the first of them that holds).
+    Writes `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the dropped
+    samples in the same columns, and reason, the first that applies of `invalid` (no finite
+    perplexity), `banned word`, `duplicate`, `near duplicate` and `perplexity`.
     """
 
     version: ClassVar[int] = 4
     kind: Literal["filter"] = "filter"
 
     scores: ScoreSpec
-    """The scores, which name the samples."""
+    """The scores of the samples to filter."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
-        """The scores and the samples they belong to."""
+        """The scores, and the samples that they belong to."""
         return (self.scores, self.scores.samples)
 
 
 class WindowsSpec(StageSpec):
     """Cut a calibration set: `nsamples` windows of exactly `seqlen` tokens, without padding.
 
-    Leaves `windows.parquet`: window, document, offset, token_ids.
+    Writes `windows.parquet`: window, document, offset, token_ids.
     """
 
     version: ClassVar[int] = 2
@@ -279,10 +280,10 @@ class WindowsSpec(StageSpec):
         HubCorpus | FileCorpus | TestbedCorpus | CorpusMixture | GenerateSpec | FilterSpec,
         Field(discriminator="kind"),
     ]
-    """A real corpus, several of them by weight, or samples that a model wrote."""
+    """A real corpus, several by weight, or samples that a model wrote."""
 
     model: Model
-    """The model to be pruned, for its tokenizer; samples are not tokenised again."""
+    """The model to prune, for its tokenizer; samples are not tokenised again."""
 
     nsamples: int = Field(default=128, ge=1)
     """Windows."""
@@ -291,19 +292,19 @@ class WindowsSpec(StageSpec):
     """Tokens of a window."""
 
     packing: Literal["sample", "concat"] = "sample"
-    """`sample`: a window is a random stretch of one text of at least `seqlen` tokens, each text
-    used once at most. `concat`: random stretches of all texts joined (the paper's way with
-    generated text), which may overlap."""
+    """`sample`: a window is a random stretch of one text of at least `seqlen` tokens, and each text
+    gives at most one window. `concat`: random stretches of all texts joined, which may overlap (the
+    paper's way with generated text)."""
 
     seed: int = Field(default=0, ge=0)
     """Draws the texts and the offsets."""
 
 
 class DescribeSpec(StageSpec):
-    """Say what a calibration set is like, for much less than pruning with it costs.
+    """Score a calibration set, which costs much less than pruning with it.
 
-    Leaves `scores.parquet`: window, and the scores of `score` over all its tokens but the first.
-    The report has the mean of each and its standard error over windows.
+    Writes `scores.parquet`: window, and the scores of `score` over all its tokens except the first.
+    The report has each score's mean and standard error over windows.
     """
 
     version: ClassVar[int] = 1
@@ -314,12 +315,12 @@ class DescribeSpec(StageSpec):
     """The calibration set."""
 
     model: Model
-    """The scorer: the model to be pruned, as it is before pruning."""
+    """The scorer: the model to prune, before pruning."""
 
     reference: WindowsSpec | None = None
-    """Text from which the set's divergence is measured, such as the true pretraining text."""
+    """Text to measure the set's divergence from, such as the true pretraining text."""
 
 
 def generator_of(source: GenerateSpec | FilterSpec) -> Model:
-    """The model that wrote the texts."""
+    """Return the model that wrote the texts."""
     return source.model if isinstance(source, GenerateSpec) else source.scores.samples.model

@@ -1,4 +1,4 @@
-"""The engines that generate and answer."""
+"""The engines that generate texts and answer tasks."""
 
 from typing import Annotated, Literal
 
@@ -8,38 +8,38 @@ from pipeline.specs.base import Spec
 
 
 class Vllm(Spec):
-    """The vLLM engine. All its settings are here, since each can move the last bit of a logit.
+    """The vLLM engine. Each of its settings can change the last bit of a logit.
 
-    The weights' type is the model's `dtype`; the longest text is `seqlen` where it generates, and
-    the longest that the model takes where it answers tasks.
+    The weights' type is the model's `dtype`. The longest text is `seqlen` for generating, and the
+    model's longest for answering tasks.
     """
 
     name: Literal["vllm"] = "vllm"
 
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs over which every matrix of a replica is spread."""
+    """GPUs over which a replica spreads every matrix."""
 
     pipeline_parallel_size: int = Field(default=1, ge=1)
-    """GPUs, or groups of them, over which a replica's layers are spread."""
+    """GPUs, or groups of them, over which a replica spreads its layers."""
 
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
-    """Share of a GPU's memory for weights and key-value cache; unused on a CPU, where the cache
-    is as large as a shard, or a batch of `batch_tokens`, needs."""
+    """Share of a GPU's memory for weights and key-value cache. Unused on a CPU: there the cache has
+    the size that a shard, or a batch of `batch_tokens`, needs."""
 
     enable_prefix_caching: bool = False
-    """Compute what the prefixes of a shard share only once; of no use with short ones."""
+    """Compute only once what the prefixes of a shard share; useless for short prefixes."""
 
     enforce_eager: bool = False
-    """Neither compile the model nor capture CUDA graphs: a quicker start and slower generation."""
+    """Skip compilation and CUDA graphs: a faster start, and slower generation."""
 
     @property
     def gpus(self) -> int:
-        """GPUs of a replica, where there are any."""
+        """GPUs of a replica on a machine with GPUs."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 VLLM_LOWEST_TEMPERATURE = 0.01
-"""What vLLM raises a lower temperature to, but for 0."""
+"""vLLM raises a lower temperature, except 0, to this."""
 
 
 def _named_engine(value: object) -> object:
@@ -64,5 +64,5 @@ Backend = Annotated[
     ),
     BeforeValidator(_named_engine),
 ]
-"""The engine that generates or answers. Two engines differ in the last bits of a logit, and so in
-the text that they write: it is part of the key."""
+"""The engine that generates or answers. It is part of the key: engines differ in the last bits of a
+logit, and so in the texts that they write."""

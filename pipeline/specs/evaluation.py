@@ -1,4 +1,4 @@
-"""What is measured of a model, and by which protocol."""
+"""Measurements of a model and their protocols."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -10,36 +10,36 @@ from pipeline.specs.sources import Corpus, Model, WorldSpec
 
 
 class PerplexityProtocol(Spec):
-    """How a perplexity is taken; every field moves the number."""
+    """How a perplexity is measured; every field changes the number."""
 
     unit: Literal["window", "text"] = "window"
-    """`window`: exp of the mean loss over windows of the joined text. `text`: the mean, over texts,
-    of each text's own perplexity, of its first `seqlen` tokens."""
+    """`window`: exp of the mean loss over windows of the joined text. `text`: the mean over texts
+    of the perplexity of each text's first `seqlen` tokens."""
 
     seqlen: int = Field(default=2048, ge=8)
-    """Tokens of a window, BOS included; the most that is read of a text."""
+    """Tokens of a window, or at most of a text, BOS included."""
 
     stride: int | None = Field(default=None, ge=1)
-    """Tokens from one window's start to the next one's; of a window only what the one before has
-    not scored counts. None is `seqlen`, without overlap."""
+    """Tokens from one window's start to the next one's. Only tokens that the window before has not
+    scored count. None is `seqlen`: no overlap."""
 
     bos: Literal["text", "window", "none"] = "text"
-    """`text`: special tokens where the tokenizer puts them. `window`: none of those, and BOS (or
-    EOS, where there is no BOS) before each window or text, given and not scored. `none`: neither
-    of the two."""
+    """`text`: special tokens where the tokenizer puts them. `window`: none of those, but BOS (EOS
+    if the tokenizer has no BOS) before each window or text, given and not scored. `none`:
+    neither."""
 
     joined_by: str | None = None
-    """Joins all texts, blank ones too, before they are tokenised as one. None tokenises each text
-    that is not blank, and joins their tokens."""
+    """Join all texts with this, blank ones too, and tokenise them as one. None tokenises each text
+    that is not blank and joins their tokens."""
 
     texts: int | None = Field(default=None, ge=1)
-    """The corpus's first texts that are read; None reads as many as are needed."""
+    """Read only this many texts from the corpus's start; None reads as many as are needed."""
 
     max_windows: int | None = Field(default=256, ge=1)
-    """Windows at the most; None takes all that the texts have."""
+    """At most this many windows; None takes all that the texts have."""
 
     normalisation: Literal["token", "word", "byte"] = "token"
-    """What the loss is shared over: tokens, or the words or UTF-8 bytes of the text, so that
+    """What the loss is averaged over: tokens, or the words or UTF-8 bytes of the text, so that
     models with different tokenizers compare."""
 
     @model_validator(mode="after")
@@ -54,7 +54,7 @@ class PerplexityProtocol(Spec):
 
     @property
     def longest_text(self) -> int:
-        """Tokens of a window that are text."""
+        """Tokens of text in a window."""
         return self.seqlen - (self.bos == "window")
 
 
@@ -62,7 +62,7 @@ class PerplexitySpec(PerplexityProtocol):
     """A perplexity on a corpus."""
 
     name: str = Field(min_length=1)
-    """What the results call it."""
+    """Its name in the results."""
 
     corpus: Corpus
     """The text, in the corpus's own order."""
@@ -78,25 +78,25 @@ class TaskSpec(Spec):
     """Examples before each question."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Questions at the most, per task; None takes all."""
+    """At most this many questions per task; None takes all."""
 
 
 class TestbedTasksSpec(StageSpec):
     """Write the testbed's multiple-choice tasks as an ordinary lm-eval task folder.
 
-    Leaves one YAML and one JSON Lines file a task.
+    Writes one YAML and one JSON Lines file for each task.
     """
 
-    __test__: ClassVar[bool] = False  # the name is no test case's
+    __test__: ClassVar[bool] = False  # pytest takes it for a test case otherwise
 
     version: ClassVar[int] = 1
     kind: Literal["testbed-tasks"] = "testbed-tasks"
 
     world: WorldSpec = WorldSpec()
-    """The world whose facts and rules are asked for."""
+    """The world that the questions are about."""
 
     questions: int = Field(default=200, ge=1)
-    """Questions a task."""
+    """Questions per task."""
 
 
 class LocalTasks(Spec):
@@ -125,29 +125,29 @@ class LocalDatasets(Spec):
 
 
 class EvaluationOptions(Spec):
-    """How a model is measured: what a grid says of it and the stage has."""
+    """How a model is measured: the fields that a grid's evaluation and the stage share."""
 
     task_folder: Annotated[TestbedTasksSpec | LocalTasks, Field(discriminator="kind")] | None = None
-    """Where tasks beyond lm-eval's own are found."""
+    """Tasks besides lm-eval's own."""
 
     datasets: LocalDatasets | None = None
-    """Where the tasks' data sets are found; those that are not there come from the hub."""
+    """Local copies of the tasks' data sets; those without a copy come from the hub."""
 
     chat_template: bool = False
-    """Ask tasks in the tokenizer's chat template, examples as turns."""
+    """Ask tasks in the tokenizer's chat template, with examples as turns."""
 
     batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens of a forward pass, padding included, unless one request has more."""
+    """Tokens of a forward pass, padding included; a longer request has a pass to itself."""
 
     backend: Backend = "transformers"
-    """The engine that answers tasks; perplexities are taken with transformers always."""
+    """The engine that answers tasks; perplexities always use transformers."""
 
 
 class EvaluateSpec(EvaluationOptions, StageSpec):
     """Measure a model.
 
-    Leaves `metrics.parquet`, a row a number, and `requests.parquet`, a row a number of each
-    question or window that it was made of; `docs/results.md` describes both.
+    Writes `metrics.parquet`, a row for each number, and `requests.parquet`, a row for each number
+    of each question or window behind it; `docs/results.md` describes both.
     """
 
     version: ClassVar[int] = 3
@@ -158,7 +158,7 @@ class EvaluateSpec(EvaluationOptions, StageSpec):
     """The model, dense or pruned."""
 
     perplexity: tuple[PerplexitySpec, ...] = ()
-    """Perplexities to take."""
+    """Perplexities to measure."""
 
     tasks: tuple[TaskSpec, ...] = ()
     """lm-eval tasks to run."""

@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 class WorldSpec(Spec):
-    """The testbed's small world: its facts, its languages, and how alike its domains open."""
+    """The testbed's small world: its facts, its languages, and how similar its domains open."""
 
     seed: int = Field(default=0, ge=0)
     """Draws the names and the facts."""
 
     people: int = Field(default=48, ge=8)
-    """How many people the world has; every one has the same number of facts."""
+    """People in the world, each with the same number of facts."""
 
     shared_openings: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Share of the documents, in every domain, that begin with an opening common to all domains:
-    0 lets a prefix of two tokens fix the domain, 1 leaves it open."""
+    """Share of documents, in every domain, that begin with an opening common to all domains: at 0 a
+    prefix of two tokens fixes the domain, at 1 it leaves it open."""
 
 
 class HubCorpus(Spec):
@@ -47,46 +47,47 @@ class HubCorpus(Spec):
     """The column that holds the text."""
 
     streaming: bool = True
-    """Read over the network as needed; otherwise download all of it first."""
+    """Read over the network as needed, instead of downloading everything first."""
 
     revision: str | None = None
-    """A commit of the hub's repository; unset, the key does not change when the hub's data does."""
+    """A commit of the hub's repository. If unset, the key stays the same when the hub's data
+    change."""
 
     fingerprint: str | None = None
-    """SHA-256 over the contents of a builder's files or of the folder, filled in when a grid is
-    planned: other text, other key. None for a data set on the hub."""
+    """SHA-256 of the builder's files or the folder, filled in when a grid is planned: other text,
+    other key. None for a data set on the hub."""
 
 
 class FileCorpus(Spec):
-    """Parquet, JSON Lines or text files, one document a row (a line, in a text file)."""
+    """Parquet, JSON Lines or text files with a document in each row or line."""
 
     kind: Literal["file-corpus"] = "file-corpus"
 
     path: str = Field(min_length=1)
-    """A path or glob, on any fsspec file system; the ending says the format."""
+    """A path or glob on any fsspec file system; the file ending gives the format."""
 
     text_field: str = "text"
     """The column that holds the text; unused for text files."""
 
     fingerprint: str | None = None
-    """SHA-256 over the files' contents, filled in when a grid is planned: other text, other key."""
+    """SHA-256 of the files, filled in when a grid is planned: other text, other key."""
 
 
 class TestbedCorpus(Spec):
     """Endless text of the testbed's world."""
 
-    __test__: ClassVar[bool] = False  # the name is no test case's
+    __test__: ClassVar[bool] = False  # pytest takes it for a test case otherwise
 
     kind: Literal["testbed-corpus"] = "testbed-corpus"
 
     world: WorldSpec = WorldSpec()
-    """The world that the text speaks of."""
+    """The world that the text is about."""
 
     mixture: Mixture
     """Weight of each domain, by documents."""
 
     split: Literal["train", "calibration", "evaluation"] = "calibration"
-    """Streams without a document in common; the testbed's model is trained on `train`."""
+    """Disjoint streams of documents; the testbed's model is trained on `train`."""
 
 
 Corpus = Annotated[HubCorpus | FileCorpus | TestbedCorpus, Field(discriminator="kind")]
@@ -99,17 +100,17 @@ class WeightedCorpus(Spec):
     """The text."""
 
     weight: float = Field(gt=0.0)
-    """Relative to the other parts' weights; they need not sum to one."""
+    """Relative to the other parts; any sum."""
 
 
 class CorpusMixture(Spec):
-    """Several corpora that prefixes or windows are taken from in turn, as often as their weights
-    say."""
+    """Several corpora, from which prefixes or windows are taken in turn, in proportion to their
+    weights."""
 
     kind: Literal["corpus-mixture"] = "corpus-mixture"
 
     parts: dict[str, WeightedCorpus] = Field(min_length=2)
-    """Each under the name that the samples' column `source` gives it."""
+    """By the name that the samples' column `source` gives each."""
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -126,17 +127,17 @@ class HubModel(Spec):
     """The hub name, `meta-llama/Llama-2-7b-hf`."""
 
     revision: str = "main"
-    """A commit, tag or branch; only a commit keeps a result tied to its weights."""
+    """A commit, tag or branch; only a commit ties a result to its weights."""
 
     dtype: Dtype = "bfloat16"
-    """The type of the weights in memory, and of those a pruner leaves."""
+    """The type of the weights in memory, and of those that a pruner stores."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint, on every node: only if you trust who wrote
-    it."""
+    """Run Python code that comes with the checkpoint, on every node: only if you trust its
+    author."""
 
     allow_pickle: bool = False
-    """Load weights that are pickles, where there are no safetensors: loading one may run code."""
+    """Load pickled weights if there are no safetensors: loading a pickle may run code."""
 
 
 class LocalModel(Spec):
@@ -150,21 +151,21 @@ class LocalModel(Spec):
     """The folder, with model and tokenizer."""
 
     dtype: Dtype = "bfloat16"
-    """The type of the weights in memory, and of those a pruner leaves."""
+    """The type of the weights in memory, and of those that a pruner stores."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint, on every node: only if you trust who wrote
-    it."""
+    """Run Python code that comes with the checkpoint, on every node: only if you trust its
+    author."""
 
     allow_pickle: bool = False
-    """Load weights that are pickles, where there are no safetensors: loading one may run code."""
+    """Load pickled weights if there are no safetensors: loading a pickle may run code."""
 
     fingerprint: str | None = None
     """Digest of the folder's files, filled in when a grid is planned: other weights, other key."""
 
 
 class PretrainSpec(StageSpec):
-    """Train the testbed's Llama on a known mixture of its world's domains.
+    """Train the testbed's Llama on a known mixture of domains.
 
     Leaves `model/` (an ordinary checkpoint with its tokenizer) and `training.parquet`.
     """
@@ -173,13 +174,13 @@ class PretrainSpec(StageSpec):
     kind: Literal["pretrain"] = "pretrain"
 
     world: WorldSpec = WorldSpec()
-    """The world whose text it is trained on."""
+    """The world that the training text is about."""
 
     mixture: Mixture
     """Weight of each domain in the training text, by documents."""
 
     vocab_size: int = Field(default=1024, ge=512)
-    """Entries of the byte-level BPE vocabulary, the special ones included."""
+    """Entries of the byte-level BPE vocabulary, special ones included."""
 
     hidden_size: int = Field(default=128, ge=32)
     """Width; a multiple of `head_dim`."""
@@ -229,4 +230,4 @@ Model = Annotated[
     "HubModel | LocalModel | PretrainSpec | PruneSpec",
     Field(discriminator="kind"),
 ]
-"""Whatever can stand where a model stands; a pruned model can."""
+"""Anything that serves as a model, pruned models included."""
