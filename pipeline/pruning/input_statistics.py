@@ -1,4 +1,4 @@
-"""Statistics of a linear layer's input, asked for by name and gathered batch by batch."""
+"""Statistics of a linear layer's input, gathered batch by batch."""
 
 from abc import ABC, abstractmethod
 from typing import Self
@@ -7,30 +7,32 @@ import torch
 from torch import Tensor
 
 HESSIAN_ROWS = 128
-"""Rows of X^T X that are summed at a time on a CPU: few, as what lies to their left is left out,
-and enough to keep a product at full speed."""
+"""Rows of X^T X that are summed at a time on a CPU: few, since the entries to their left are left
+out, and enough to keep a product at full speed."""
 
 ACCELERATOR_HESSIAN_ROWS = 1_024
 """The same on any other device."""
 
 
 class Statistic(ABC):
-    """What parts of the tokens say together is what all of them say: parts merge exactly."""
+    """A statistic that parts of the tokens give exactly, once they are merged."""
 
     @abstractmethod
     def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
-        """Args:
-        windows: of the whole calibration set, also where a part of it or of its tokens is seen.
+        """Start with no tokens.
+
+        Args:
+            windows: of the whole calibration set, even if this sees only a part of it.
         """
 
     @abstractmethod
     def update(self, inputs: Tensor) -> None:
-        """Add a batch in float32, `[windows, seqlen, in_features]`; or `[tokens, in_features]`,
-        where a layer sees but some tokens of the windows, as an expert of a mixture does."""
+        """Add a batch in float32, `[windows, seqlen, in_features]`; or `[tokens, in_features]` of a
+        layer that sees only some tokens of the windows, such as an expert of a mixture."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Add the tokens that another one has seen."""
+        """Add the tokens that another statistic has seen."""
 
     @property
     @abstractmethod
@@ -39,7 +41,7 @@ class Statistic(ABC):
 
 
 class _Sum(Statistic):
-    """A sum over tokens, added to in its place."""
+    """A sum over tokens, updated in place."""
 
     def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
         self._sum = torch.zeros(in_features, device=device)
@@ -71,7 +73,7 @@ class Hessian(_Sum):
     """X^T X over all tokens, `[in_features, in_features]`: half the Hessian of the squared error
     of a layer's output.
 
-    Only the blocks on the diagonal and to the right of it are summed, and mirrored in the end.
+    Only the blocks on the diagonal and to its right are summed, and mirrored in the end.
     """
 
     def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
@@ -129,8 +131,8 @@ class Variances(Statistic):
 
 class PooledVariances(Statistic):
     """The population variance of X_tj within each window, on average over tokens, `[in_features]`:
-    how far the windows' means lie apart does not count. A batch `[tokens, in_features]` counts as
-    one window. So DSnoT's code has it."""
+    differences between the windows' means do not count. A batch `[tokens, in_features]` counts as
+    one window. DSnoT's code computes it so."""
 
     def __init__(self, in_features: int, windows: int, device: torch.device) -> None:
         self._tokens = 0
@@ -152,9 +154,10 @@ class PooledVariances(Statistic):
 
 
 def _moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and sum of squared deviations from it, over the last dimension but one, in float64.
+    """Return the mean, and the sum of squared deviations from it, over the last dimension but one,
+    in float64.
 
-    The mean's rounding in float32 is taken out of both again (corrected two-pass algorithm).
+    The mean's rounding in float32 is taken out of both (corrected two-pass algorithm).
     """
     rounded = inputs.mean(dim=-2, keepdim=True)
     deviations = inputs - rounded

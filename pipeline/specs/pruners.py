@@ -8,17 +8,17 @@ from pipeline.specs.base import Spec
 
 
 class PrunerSpec(Spec):
-    """The options of a pruner, told apart by its name."""
+    """The options of a pruner; its `name` selects the class."""
 
     version: ClassVar[int] = 1
-    """Raised when it prunes otherwise with the same options: only its own prunings, and what
-    follows them, have other keys then."""
+    """Raised when it prunes otherwise with the same options. Only the keys of its own prunings
+    change, and of the stages that follow them."""
 
     calibrated: ClassVar[bool] = True
     """Whether it takes data."""
 
     updates_weights: ClassVar[bool] = False
-    """Whether it changes the weights that it keeps; else masks say all that it does."""
+    """Whether it changes the weights that it keeps; if not, masks are all that is stored."""
 
     forward_passes: ClassVar[float] = 2.0
     """For estimates: its work in passes of the calibration set through the model. Statistics take
@@ -29,10 +29,10 @@ class PrunerSpec(Spec):
     passes of as many tokens as a matrix has inputs."""
 
     def check_pattern(self, patterned: bool) -> None:
-        """See that the options have a meaning with an N:M pattern, or without one.
+        """Check that the options mean something with an N:M pattern, or without one.
 
         Raises:
-            ValueError: if they have none.
+            ValueError: if they do not.
         """
 
 
@@ -71,7 +71,7 @@ class SparseGPT(PrunerSpec):
     """Added to the Hessian's diagonal, as a share of its mean."""
 
     block_size: int = Field(default=128, ge=1)
-    """Columns of a block, in which masks are chosen and updates are held back."""
+    """Columns of a block, in which masks are chosen together and updates of later columns wait."""
 
 
 class DSnoT(PrunerSpec):
@@ -83,30 +83,30 @@ class DSnoT(PrunerSpec):
     forward_passes: ClassVar[float] = 2.5
 
     initial: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
-    """Whose score chooses the initial mask, in each row or group; of SparseGPT's the score alone,
-    without its updates."""
+    """The score that chooses the initial mask, in each row or group; SparseGPT's without its
+    updates."""
 
     scope: Literal["attention", "all"] = "attention"
     """Where weights are swapped; the other matrices keep the initial mask."""
 
     max_cycles: int = Field(default=50, ge=0)
-    """Swaps of a row at the most."""
+    """Largest number of swaps of a row."""
 
     update_threshold: float = Field(default=0.1, ge=0.0)
-    """A row is left alone once its error, summed over a window's tokens, is no larger."""
+    """A row ends once its error, summed over a window's tokens, is no larger than this."""
 
     variance_power: float = Field(default=1.0, ge=0.0)
     """Power of the input's variance that divides a pruned weight's claim to come back; 0 leaves
     variances out."""
 
     variance: Literal["total", "pooled"] = "total"
-    """Over all tokens, or, as DSnoT's code has it, within windows only."""
+    """Over all tokens, or within windows only, as in DSnoT's code."""
 
     same_sign: bool = False
-    """End a row before the swap that would turn its error's sign; with a pattern always so."""
+    """End a row before a swap that changes its error's sign; with a pattern this is always done."""
 
     keep: Literal["best", "all"] = "best"
-    """Of a row's swaps those up to its smallest error, or, as DSnoT's code has it, all."""
+    """Keep a row's swaps up to its smallest error, or all, as in DSnoT's code."""
 
 
 class RIA(PrunerSpec):

@@ -1,4 +1,4 @@
-"""Pruning: how sparsity is spread over layers, outliers, and the stage itself."""
+"""The stages of pruning, and the allocations of sparsity to layers."""
 
 import math
 import re
@@ -34,8 +34,8 @@ class OWL(Spec):
     """M: a score above this many times its layer's mean is an outlier."""
 
     spread: float = Field(default=0.08, gt=0.0, le=0.5)
-    """lambda: the sparsest and the densest layer are 2 * lambda apart. With a pattern N:M little
-    comes of it unless 2 * lambda is more than 1/M."""
+    """lambda: the sparsest and the densest layer are 2 * lambda apart. With a pattern N:M it has
+    little effect unless 2 * lambda is more than 1/M."""
 
 
 class ArithmeticProgression(Spec):
@@ -45,8 +45,8 @@ class ArithmeticProgression(Spec):
     calibrated: ClassVar[bool] = False
 
     difference: float = Field(gt=0.0, lt=1.0)
-    """beta: from one layer to the next. The authors try multiples of 0.002; of L layers of one size
-    it can be min(2 S, 2 (1 - S)) / (L - 1) at the most."""
+    """beta: from one layer to the next. The authors try multiples of 0.002; with L layers of one
+    size it can be at most min(2 S, 2 (1 - S)) / (L - 1)."""
 
 
 class ByHand(Spec):
@@ -56,8 +56,8 @@ class ByHand(Spec):
     calibrated: ClassVar[bool] = False
 
     sparsities: tuple[Fraction, ...] = Field(min_length=1)
-    """From the first layer to the last, taken as they are: their mean, weighted by the layers'
-    sizes, must be the model's sparsity within 1e-6."""
+    """From the first layer to the last. Their mean, weighted by the layers' sizes, must be the
+    model's sparsity within 1e-6."""
 
 
 Allocation = Annotated[Uniform | OWL | ArithmeticProgression | ByHand, Field(discriminator="name")]
@@ -73,7 +73,7 @@ class OutliersSpec(StageSpec):
     kind: Literal["outliers"] = "outliers"
 
     model: Model
-    """The model, as it is before pruning."""
+    """The model before pruning."""
 
     calibration: WindowsSpec
     """The calibration set."""

@@ -15,16 +15,16 @@ FIRST_PENALTY = 0.1
 """rho of the first iterations, for a Hessian whose diagonal is one."""
 
 UPDATE_EVERY = 3
-"""Iterations between two looks at how much the mask still changes."""
+"""Iterations between two comparisons of the mask with the last one."""
 
 PENALTY_FACTORS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""What rho is multiplied by where at least this share of the kept weights changed."""
+"""Share of the kept weights that changed at least, and the factor for rho."""
 
 MAX_ITERATIONS = 300
-"""Of the first part, whatever the mask does."""
+"""Iterations of ADMM, even if the mask still changes."""
 
 GRADIENT_STEPS = 10
-"""Steps of the conjugate gradients."""
+"""Steps of conjugate gradients."""
 
 
 def pruner(options: ALPS) -> MatrixPruner:
@@ -47,10 +47,10 @@ def prune_by_alps(
         W <- (H + rho)^-1 (H W' - V + rho D),  D <- P(W + V / rho),  V <- V + rho (W - D),
 
     P keeping the largest entries of the matrix, or of each group of a pattern. Every 3 iterations
-    rho grows by how many entries of D's support changed, until none did. Then the squared error is
-    minimised on the support by conjugate gradients (section 3.3, algorithm 2), each row with steps
-    of its own. Columns without any input go first; what is not needed of them for the count
-    stays as it is.
+    rho grows, faster the more entries of D's support changed, until none did. Then the squared
+    error is minimised on the support by conjugate gradients (section 3.3, algorithm 2), each row
+    with its own steps. Columns without any input go first; their weights beyond the count stay as
+    they are.
 
     Args:
         weight: `[out_features, in_features]`.
@@ -83,7 +83,7 @@ def prune_by_alps(
 def _admm(
     dense: Tensor, gram: Tensor, target: LayerTarget
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The mask and D, both `[rows, columns]`."""
+    """Return the mask and D, both `[rows, columns]`, and facts."""
     values, vectors = torch.linalg.eigh(gram.double())
     values.clamp_(min=0.0)
     rho = FIRST_PENALTY
@@ -110,14 +110,14 @@ def _admm(
 
 
 def _shifted_inverse(values: Tensor, vectors: Tensor, rho: float) -> Tensor:
-    """(H + rho)^-1 from H's eigenvalues and eigenvectors, in float32."""
+    """Return (H + rho)^-1 in float32, from H's eigenvalues and eigenvectors."""
     return ((vectors / (values + rho)) @ vectors.T).float()
 
 
 def _fitted(dense: Tensor, start: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
-    """Conjugate gradients for the weights that are kept, from a start that is zero elsewhere.
+    """Fit the kept weights by conjugate gradients, from a start that is zero elsewhere.
 
-    The paper's preconditioner is the Hessian's diagonal, here one everywhere.
+    The paper's preconditioner is the Hessian's diagonal, which is one everywhere here.
     """
     tiny = torch.finfo(dense.dtype).tiny  # a row that is solved divides 0 by it
     fitted = start.clone()

@@ -14,11 +14,11 @@ from pipeline.pruning.pruners.wanda import wanda_scores
 from pipeline.specs import DSnoT, SparseGPT
 
 SMALLEST_VARIANCE = 1e-12
-"""What v_j^a is at the least, as a share of the largest: inputs without any variance divide nothing
-by zero, and come back first, in the order of their contributions."""
+"""Least v_j^a, as a share of the largest: nothing is divided by zero, and inputs without variance
+come back first, in the order of their contributions."""
 
 ATTENTION = ("attention", "attn")
-"""What stands in the names of attention modules."""
+"""Parts of the names of attention modules."""
 
 
 def pruner(options: DSnoT) -> MatrixPruner:
@@ -29,19 +29,19 @@ def pruner(options: DSnoT) -> MatrixPruner:
 
 
 def options_by_matrix(options: DSnoT, paths: Mapping[str, str]) -> dict[str, DSnoT]:
-    """The options of each matrix: outside of the scope nothing is swapped.
+    """Return the options of each matrix: outside the scope nothing is swapped.
 
     Args:
-        paths: of each matrix inside its decoder layer, by the matrix's name.
+        paths: by matrix name, its path inside its decoder layer.
 
     Raises:
-        InputError: if the scope is attention, and no matrix is inside an attention module.
+        InputError: if the scope is attention and no matrix is inside an attention module.
     """
     if options.scope == "all":
         return dict.fromkeys(paths, options)
     inside = {name for name, path in paths.items() if _in_attention(path)}
     if not inside:
-        remedy = "no matrix of this model is inside a module named as attention: set scope: all"
+        remedy = "no module of this model that has matrices is named attention: set scope: all"
         raise InputError("scope", options.scope, remedy)
     unswapped = options.model_copy(update={"max_cycles": 0})
     return {name: options if name in inside else unswapped for name in paths}
@@ -70,9 +70,9 @@ def prune_by_dsnot(
     it is negative, the same with signs turned. With a pattern the one that goes is the smallest by
     the initial score in the group of the one that comes back. No weight is moved twice.
 
-    A row ends when its error is within the threshold, after `max_cycles`, when no weight is left
-    that could come back, and, with `same_sign` or a pattern, before its error changes sign. As a
-    swap may overshoot, a row keeps the swaps up to its smallest error, or, with `keep: all`, all.
+    A row ends when its error is within the threshold, after `max_cycles`, when no weight can come
+    back, and, with `same_sign` or a pattern, before its error changes sign. A swap may overshoot,
+    so a row keeps the swaps up to its smallest error; with `keep: all` it keeps all.
 
     Args:
         weight: `[out_features, in_features]`.
@@ -81,8 +81,8 @@ def prune_by_dsnot(
             chooses the initial mask.
 
     Returns:
-        Facts: `swaps`, in all rows; `rows_unsettled`, whose error is beyond the threshold in the
-        end; those of the Hessian as SparseGPT has them, if it is used.
+        Facts: `swaps`, in all rows; `rows_unsettled`, rows that end with an error beyond the
+        threshold; with a Hessian, SparseGPT's facts about it.
 
     Raises:
         ValueError: if the Hessian cannot be inverted, or a weight or a statistic is not finite.
@@ -100,7 +100,7 @@ def prune_by_dsnot(
     pattern = target.pattern
     if pattern is None:
         listed = _both_signs(wanda, -contributions, ~mask, options.max_cycles)
-        returning.masked_fill_(listed < 0, -1)  # none comes back for which none is left to go
+        returning.masked_fill_(listed < 0, -1)  # as many come back as can go
         leave = _from_list(listed, returning, contributions)
     else:
         scores = initial.masked_fill(mask, torch.inf)
@@ -127,7 +127,7 @@ def _initial_scores(
 
 
 def _relative(variances: Tensor, power: float) -> Tensor:
-    """v_j^a on a scale of its own, and nowhere zero."""
+    """Return v_j^a relative to the largest, and nowhere zero."""
     largest = variances.max()
     relative = (variances / largest).pow(power).clamp(min=SMALLEST_VARIANCE)
     return torch.where(largest > 0, relative, 1.0)
@@ -135,12 +135,12 @@ def _relative(variances: Tensor, power: float) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- swaps
 
-_BEHIND = 1e37
-"""Beyond all keys, and far from float32's largest number."""
+_EXCLUDED = 1e37
+"""Key of columns that are no candidates: beyond all others, and far below float32's maximum."""
 
 _Leave = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From where each row is in the flattened `[2, rows, count + 1]` list of what comes back to the
-column that goes, -1 if there is none, and by how much the two change the error; all `[rows]`."""
+"""From each row's place in the flattened `[2, rows, count + 1]` list of returning columns to the
+column that goes, -1 if there is none, and the change of the error by both; all `[rows]`."""
 
 
 def _both_signs(keys: Tensor, signs: Tensor, candidates: Tensor, count: int) -> Tensor:
@@ -156,17 +156,17 @@ def _both_signs(keys: Tensor, signs: Tensor, candidates: Tensor, count: int) -> 
 
 def _ordered(keys: Tensor, candidates: Tensor, count: int) -> Tensor:
     count = min(count, keys.shape[1])
-    # all others stand behind, each with a key of its own: to choose among equal ones takes longer
-    behind = _BEHIND * (1 + 1e-6 * torch.arange(keys.shape[1], device=keys.device))
-    keys = torch.where(candidates, keys, behind)
+    # the others have keys of their own: to choose among equal ones takes longer
+    excluded = _EXCLUDED * (1 + 1e-6 * torch.arange(keys.shape[1], device=keys.device))
+    keys = torch.where(candidates, keys, excluded)
     columns = smallest_in_rows(keys, count).nonzero()[:, 1].view(-1, count)
     values, order = keys.gather(1, columns).sort(dim=1, stable=True)
-    columns = columns.gather(1, order).masked_fill_(values >= _BEHIND, -1)
+    columns = columns.gather(1, order).masked_fill_(values >= _EXCLUDED, -1)
     return torch.nn.functional.pad(columns, (0, 1), value=-1)
 
 
 def _from_list(listed: Tensor, returning: Tensor, contributions: Tensor) -> _Leave:
-    """What stands in the same place of another list `[2, rows, count + 1]`."""
+    """Let the column go that has the same place in another list `[2, rows, count + 1]`."""
     both = contributions.expand(2, *contributions.shape)
     gone, back = (both.gather(2, each.clamp(min=0)).double() for each in (listed, returning))
     change = gone - back
@@ -174,10 +174,10 @@ def _from_list(listed: Tensor, returning: Tensor, contributions: Tensor) -> _Lea
 
 
 def _from_group(scores: Tensor, group: int, returning: Tensor, contributions: Tensor) -> _Leave:
-    """The smallest score in the group of the column that comes back; each goes once at the most.
+    """Let the smallest score in the returning column's group go; no column goes twice.
 
     Args:
-        scores: `[rows, columns]`, infinite where pruned; what goes is made so too.
+        scores: `[rows, columns]`, infinite where pruned; columns that go become infinite too.
     """
     rows = torch.arange(len(scores), device=scores.device)
     places = torch.arange(group, device=scores.device)
@@ -202,15 +202,15 @@ def _swap(
     same_sign: bool,
     options: DSnoT,
 ) -> dict[str, float]:
-    """Change the mask `[rows, columns]` in place: one swap of every row at a time, of which each
-    row keeps those up to its smallest error, or all.
+    """Change the mask `[rows, columns]` in place: one swap of every row at a time. Each row keeps
+    its swaps up to its smallest error, or all.
 
     Args:
         error: of each row, in float64.
         returning: columns `[2, rows, count + 1]`, as `_both_signs` lists them.
     """
     count = returning.shape[2]
-    # where each row is in the lists of those that come back while its error is of a sign
+    # each row's place in the list of columns that return while its error has that sign
     positive = torch.arange(len(mask), device=mask.device) * count
     negative = positive + len(mask) * count
     there = returning >= 0
@@ -244,7 +244,7 @@ def _swap(
     if swaps:
         places, gone, swapped = (torch.stack(each) for each in zip(*swaps, strict=True))
         cycles = torch.arange(1, len(swaps) + 1, device=mask.device)[:, None]
-        at, row = (swapped & (cycles <= kept)).nonzero(as_tuple=True)  # none is moved twice
+        at, row = (swapped & (cycles <= kept)).nonzero(as_tuple=True)  # no weight is moved twice
         mask[row, returning.take(places[at, row])] = False
         mask[row, gone[at, row]] = True
         total = len(row)

@@ -1,4 +1,4 @@
-"""Choosing what to zero: exact counts, and of equal scores the first ones.
+"""Masks of the smallest scores: exact counts, and of equal scores the first ones.
 
 A mask is a boolean tensor of its weight's shape, True where the weight is set to zero. On a CPU
 numpy's vectorised partition and comparisons are several times as fast as torch's.
@@ -17,22 +17,22 @@ _ROUNDING = 1e-12
 """Sparsities are decimal: 0.29 * 100 must be 29, not 28.999..., and no other product may change."""
 
 _CACHED = 2**16
-"""Scores that are ranked at a time on a CPU, so that they stay in its cache."""
+"""Scores that are ranked at a time on a CPU, which stay in its cache."""
 
 _WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 """By the size of a group, the word that has a byte for each of its scores, the first one lowest."""
 
 MOST_RANKED = 8
-"""Rows that are ranked by comparing each with each."""
+"""Rows up to which each is compared with each."""
 
 _NAN = "a score is NaN: the weight or its statistics are not finite"
 
 
 def zeros_in(sparsity: float, count: int) -> int:
-    """floor(sparsity * count): how many of `count` weights are set to zero.
+    """Return floor(sparsity * count): how many of `count` weights are set to zero.
 
     Raises:
-        ValueError: if the sparsity is no share.
+        ValueError: if the sparsity is not in [0, 1].
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity {sparsity} is no share of zeros, 0 to 1")
@@ -56,7 +56,7 @@ def smallest_to_target(
 
 
 def smallest(scores: Tensor, zeros: int) -> Tensor:
-    """The `zeros` smallest scores of a whole matrix `[rows, columns]`.
+    """Choose the `zeros` smallest scores of a whole matrix `[rows, columns]`.
 
     Raises:
         ValueError: if a score is NaN, or the matrix has fewer scores.
@@ -65,7 +65,7 @@ def smallest(scores: Tensor, zeros: int) -> Tensor:
 
 
 def smallest_in_rows(scores: Tensor, zeros: int) -> Tensor:
-    """The `zeros` smallest scores of each row of `[rows, columns]`.
+    """Choose the `zeros` smallest scores of each row of `[rows, columns]`.
 
     Raises:
         ValueError: if a score is NaN, or a row has fewer scores.
@@ -87,11 +87,10 @@ def smallest_in_rows(scores: Tensor, zeros: int) -> Tensor:
 
 
 def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
-    """All but the `kept` largest of every `group` adjacent scores of a row.
+    """Choose all but the `kept` largest of every `group` adjacent scores of a row.
 
     Raises:
-        ValueError: if a score is NaN, the columns are no multiple of `group`, or `kept` is more
-            than it.
+        ValueError: if a score is NaN, the columns are no multiple of `group`, or `kept` exceeds it.
     """
     columns = scores.shape[1]
     if not 0 <= kept <= group or group < 1:
@@ -106,10 +105,10 @@ def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
 
 
 def smallest_in_columns(scores: Any, zeros: int) -> Any:
-    """The `zeros` smallest scores of each column of a tensor, or a numpy array, `[few, columns]`.
+    """Choose the `zeros` smallest scores of each column of a tensor or an array `[few, columns]`.
 
-    In an array of few rows the rank of each score is how many stand before it: whole rows are
-    compared. There is no look at NaN there; `refuse_nan` can look at many of them at once.
+    In an array of few rows the rank of a score is the number of scores before it: whole rows are
+    compared. NaN is not looked for there; `refuse_nan` can check many arrays at once.
     """
     few = len(scores)
     if isinstance(scores, Tensor):
@@ -127,15 +126,13 @@ def smallest_in_columns(scores: Any, zeros: int) -> Any:
 
 
 def refuse_nan(scores: Tensor) -> None:
-    """Raises:
-    ValueError: if a score is NaN.
-    """
+    """Raise ValueError if a score is NaN."""
     if bool(scores.sum().isnan()):  # no score is -inf, so one of them is NaN
         raise ValueError(_NAN)
 
 
 def _kth_smallest(scores: Tensor, k: int) -> Tensor:
-    """The k-th smallest score of each row, `[rows, 1]`."""
+    """Return the k-th smallest score of each row, `[rows, 1]`."""
     if scores.is_cpu:
         return torch.from_numpy(np.partition(scores.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
     return scores.kthvalue(k, dim=1, keepdim=True).values
@@ -144,11 +141,11 @@ def _kth_smallest(scores: Tensor, k: int) -> Tensor:
 def _smallest_of_few(
     scores: np.ndarray[tuple[int], np.dtype[np.float32]], zeros: int, group: int
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """The `zeros` smallest of each group, a byte of a word for each score: its rank in the group,
-    which is how many stand before it.
+    """Choose the `zeros` smallest of each group by their ranks, the number of scores before each: a
+    byte for each score, a word for each group.
 
-    Every comparison is made of all neighbours at that distance, also across groups, and of each
-    word no more is taken than what is inside: contiguous memory is faster than fewer comparisons.
+    All neighbours at a distance are compared, across groups too, and each word takes only those
+    inside its group: contiguous memory is faster than fewer comparisons.
     """
     word = _WORDS[group]
     mask = np.empty(len(scores), dtype=np.bool_)

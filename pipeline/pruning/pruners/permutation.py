@@ -1,4 +1,4 @@
-"""An order of a matrix's columns in which an N:M pattern keeps more."""
+"""The order of a matrix's columns in which an N:M pattern keeps more score."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -7,18 +7,18 @@ from torch import Tensor
 from pipeline.pruning.pruners.masks import smallest_in_groups
 
 BLOCK_GROUPS = 256
-"""Groups between which columns are exchanged at once: the time of an exact assignment grows with
-the third power of their number."""
+"""Groups that exchange columns in one assignment, whose time grows with the third power of their
+number."""
 
 
 def channel_permutation(scores: Tensor, kept: int, group: int) -> tuple[Tensor, float]:
-    """The order of columns that RIA's channel permutation finds (section 4.3 of its paper).
+    """Find an order of columns by RIA's channel permutation (section 4.3 of its paper).
 
     The columns are dealt out to the groups by the sum of their scores, to and fro, so that every
-    group has strong and weak ones. Then, place by place, each group gives up its column there and
-    the columns are assigned anew, so that the sum of the scores that are kept is the largest. The
-    same is done from the columns' own order, and the better of the two ends is taken: a better
-    start may well lead to a worse end.
+    group has strong and weak ones. Then, place by place, each group gives up its column there, and
+    these columns are assigned so that the sum of the kept scores is the largest. The same is done
+    from the columns' own order, and the better end is taken: a better start may lead to a worse
+    end.
 
     Args:
         scores: `[out_features, in_features]`, none negative, in_features a multiple of `group`.
@@ -35,7 +35,7 @@ def channel_permutation(scores: Tensor, kept: int, group: int) -> tuple[Tensor, 
 
 
 def _retained(scores: Tensor, kept: int, group: int) -> float:
-    """Sum of the scores that the pattern keeps."""
+    """Return the sum of the scores that the pattern keeps."""
     mask = smallest_in_groups(scores, kept, group)
     return float(scores.masked_fill(mask, 0.0).sum(dtype=torch.float64))
 
@@ -47,9 +47,12 @@ def _dealt_out(scores: Tensor, group: int) -> Tensor:
 
 
 def _reassigned(scores: Tensor, permutation: Tensor, kept: int, group: int) -> Tensor:
-    """A column s that joins a group's other columns, the `kept`-th largest of which is t in a row,
-    adds max(0, s - t) there. Since s and t add up to the same for every assignment, the best one
-    has the largest sum of |s - t|."""
+    """Assign the columns of one place after another.
+
+    A column s that joins a group's other columns, whose `kept`-th largest in a row is t, adds
+    max(0, s - t) there. Since s and t add up to the same for every assignment, the best one has the
+    largest sum of |s - t|.
+    """
     if kept == group:
         return permutation
     blocks = -(-len(permutation) // (group * BLOCK_GROUPS))

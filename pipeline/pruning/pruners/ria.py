@@ -1,4 +1,4 @@
-"""RIA: relative importance and activations, and a permutation of the columns for patterns.
+"""RIA: relative importance and activations, with a permutation of the columns for patterns.
 
 Source: Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for Large Language
 Models, ICLR 2024.
@@ -35,8 +35,8 @@ def prune_by_ria(
         statistics: `squared_norms` `[in_features]`, the sum of X_tj^2 over tokens, on any scale.
 
     Returns:
-        With a permutation, facts: `retained_score`, the sum of the scores that are kept over the
-        sum that the columns' own order would keep; 1 where no better order was found.
+        With a permutation, facts: `retained_score`, the sum of the kept scores over the sum that
+        the columns' own order keeps; 1 where no better order was found.
     """
     scores = ria_scores(weight, statistics["squared_norms"], options.activation_power)
     if target.pattern is None or not options.permutation:
@@ -48,9 +48,9 @@ def prune_by_ria(
 
 
 def ria_scores(weight: Tensor, squared_norms: Tensor, activation_power: float) -> Tensor:
-    """Relative importance with activations, `[out_features, in_features]`."""
+    """Return the relative importance with activations, `[out_features, in_features]`."""
     sizes = weight.abs()
-    smallest_sum = torch.finfo(sizes.dtype).tiny  # of a row or column of zeros, which score zero
+    smallest_sum = torch.finfo(sizes.dtype).tiny  # for a row or column of zeros
     in_column = sizes / sizes.sum(dim=0, keepdim=True).clamp_(min=smallest_sum)
     in_row = sizes / sizes.sum(dim=1, keepdim=True).clamp_(min=smallest_sum)
     return (in_column + in_row) * squared_norms.pow(activation_power / 2)

@@ -15,11 +15,11 @@ from pipeline.pruning.pruners.masks import refuse_nan, smallest, smallest_in_col
 from pipeline.specs import SparseGPT
 
 DAMPING_RAISES = 5
-"""How often the damping is raised tenfold before a Hessian counts as not invertible."""
+"""How often the damping is raised tenfold before a Hessian counts as singular."""
 
 INNER_COLUMNS = 32
-"""Columns of a block of which the earlier errors are taken out together, and their own one by one.
-A pattern has its groups in their place."""
+"""Columns of a block that take the errors of earlier columns together, and their own one by one.
+With a pattern these are its groups."""
 
 
 def pruner(options: SparseGPT) -> MatrixPruner:
@@ -42,15 +42,15 @@ def prune_by_sparsegpt(
 
     After each block floor(sparsity * n) of the n weights so far are zero, so the last block,
     however narrow, completes the matrix's count. Columns without any input score 0, so they go
-    first; a weight there that is not needed for the count stays as it is.
+    first; their weights beyond the count stay as they are.
 
     Args:
         weight: `[out_features, in_features]`.
         statistics: `hessian` `[in_features, in_features]`, X^T X on any scale.
 
     Returns:
-        Facts: `dead_columns`, without any input; `damping`, the share that was added in the end;
-        `damping_raises`, how often it was raised tenfold to get there.
+        Facts: `dead_columns`, without any input; `damping`, the share that was added;
+        `damping_raises`, how often it was raised tenfold.
 
     Raises:
         ValueError: if the Hessian cannot be inverted.
@@ -104,8 +104,8 @@ def prune_by_sparsegpt(
 
 
 def _as_array(values: Tensor) -> Any:
-    """The same memory for numpy, which takes a third of torch's time for so little arithmetic;
-    on any other device than a CPU the tensor itself."""
+    """Return the same memory for numpy, which takes a third of torch's time for short operations;
+    on any other device than a CPU, the tensor itself."""
     return values.numpy() if values.is_cpu else values
 
 
@@ -124,22 +124,22 @@ def _take_errors(columns: Any, errors: Any, lower: Any) -> None:
 
 
 def score_scale(upper: Tensor, dead: Tensor) -> Tensor:
-    """U_jj^2 of each column; infinite in dead columns, so that they score 0."""
+    """Return U_jj^2 of each column; infinite in dead columns, so that they score 0."""
     return upper.diagonal().square().masked_fill_(dead, math.inf)
 
 
 def sparsegpt_scores(weight: Any, scale: Any) -> Any:
-    """W_ij^2 / U_jj^2 of a tensor or an array, whose columns lie as those of the scale do."""
+    """Return W_ij^2 / U_jj^2 of a tensor or an array that broadcasts with the scale."""
     return weight * weight / scale
 
 
 def inverse_factor(
     hessian: Tensor, dead: Tensor, damping: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Upper Cholesky factor of the inverse, and the damping that it took; for matrices that share
-    one tensor and come one after another it is computed once, and must not be written to.
+    """Return the upper Cholesky factor of the inverse, and facts about the damping. Matrices that
+    share one Hessian and come one after another share the factor, which must not be written to.
 
-    Dead columns are tied to no other, so what stands on their diagonal only has to be positive.
+    Dead columns depend on no other, so their diagonal only has to be positive.
     """
     key = hessian._version, damping
     if hessian not in _latest or _latest[hessian][0] != key:
@@ -150,7 +150,7 @@ def inverse_factor(
 
 
 _latest = WeakTensorKeyDictionary()
-"""The last Hessian, while it lives: its version and damping, and what came of it."""
+"""The last Hessian, while it lives: its version and damping, and the factor with its facts."""
 
 
 def _inverse_factor(

@@ -11,10 +11,10 @@ from pipeline.pruning.pruners.masks import refuse_nan, smallest_to_target
 from pipeline.specs import Wanda
 
 TOLERANCE = 1e-3
-"""How near the variant's sparsity comes to the one asked for, where its bisection can."""
+"""Largest difference of the variant's sparsity from its target, where bisection can reach it."""
 
 LARGEST_SHARE = 0.8
-"""Of a row's score mass that the variant may remove."""
+"""Largest share of a row's score mass that the variant removes."""
 
 
 def pruner(options: Wanda) -> MatrixPruner:
@@ -36,7 +36,7 @@ def prune_by_wanda(
         statistics: `squared_norms` `[in_features]`, the sum of X_tj^2 over tokens, on any scale.
 
     Returns:
-        With the variant, facts: `share`, of each row's score mass that was removed at the most.
+        With the variant, facts: `share`, the largest share of a row's score mass to remove.
     """
     scores = wanda_scores(weight, statistics["squared_norms"])
     if options.variant:
@@ -45,12 +45,12 @@ def prune_by_wanda(
 
 
 def wanda_scores(weight: Tensor, squared_norms: Tensor) -> Tensor:
-    """|W_ij| * ||X_j||_2, `[out_features, in_features]`."""
+    """Return |W_ij| * ||X_j||_2, `[out_features, in_features]`."""
     return weight.abs() * squared_norms.sqrt()
 
 
 def _prune_by_mass(scores: Tensor, sparsity: float) -> Pruned:
-    """Remove of each row the smallest scores that together are at most a share of the row's sum.
+    """Choose in each row the smallest scores whose sum is at most a share of the row's.
 
     The share, one for all rows, is found by bisection, as in Wanda's code (`use_variant`).
     """

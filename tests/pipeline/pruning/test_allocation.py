@@ -521,7 +521,7 @@ def test_magnitude_with_owl_reads_the_outliers_and_no_windows(
         assert 0 <= row["layer_sparsity"] - row["sparsity"] < 1 / 512
 
 
-def test_layers_at_a_bound_and_an_allocation_without_effect_are_told_in_the_report(
+def test_the_report_warns_of_layers_at_a_bound_and_of_an_allocation_without_effect(
     dense: LocalModel, tmp_path: Path
 ) -> None:
     spec = PruneSpec(

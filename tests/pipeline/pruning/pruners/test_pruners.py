@@ -319,7 +319,7 @@ def obs_by_inversion(
     block_size: int = 128,
 ) -> np.ndarray:
     """SparseGPT's choice and update in float64, without Cholesky factors or held-back updates: for
-    each column the Hessian of that column and the later ones is inverted anew."""
+    each column the Hessian of that column and the later ones is inverted again."""
     weight = weight.astype(np.float64).copy()
     rows, columns = weight.shape
     scale = conditional_variances(hessian)
