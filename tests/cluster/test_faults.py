@@ -45,6 +45,10 @@ def began(job: Job) -> Counter[str]:
     return Counter(each.key for each in stand_in.executions(job.log))
 
 
+def workers_of(job: Job) -> set[int]:
+    return {each.process for each in stand_in.executions(job.log)}
+
+
 def unfinished(job: Job, kind: str) -> list[stand_in.AtWork]:
     """Return the executions of a kind that are still at work."""
     keys = Store(str(job.store)).keys()
@@ -112,7 +116,8 @@ def test_a_killed_driver_costs_only_what_was_at_work(
     wait_until(lambda: unfinished(job, "prune"))
     first.kill()
     first.communicate()
-    time.sleep(3)  # its workers end, or finish their stage
+    # Its workers end, or finish their stage.
+    wait_until(lambda: not any(map(psutil.pid_exists, workers_of(job))))
     done = Store(str(job.store)).keys()
     before = began(job)
     finish(job.start())
