@@ -28,6 +28,33 @@ from pipeline.specs import (
 from pipeline.testbed import tasks
 from tests.pipeline.generation.test_vllm_engine import needs_vllm
 
+TEXT_TASK = """\
+task: {kind}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+"""
+OTHER_REQUESTS = {
+    "loglikelihood_rolling": """\
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: word_perplexity
+""",
+    "generate_until": """\
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 4
+metric_list:
+  - metric: exact_match
+""",
+}
+"""Tasks with requests of other kinds than choices."""
+
 
 @pytest.fixture(autouse=True)
 def _without_flask(without_flask: Any) -> Iterator[None]:
@@ -54,6 +81,9 @@ def measured(
     if not task_files.exists():
         task_files.mkdir(parents=True)
         tasks.run(asked, {}, task_files)
+        for kind, fields in OTHER_REQUESTS.items():
+            text = TEXT_TASK.format(kind=kind, file=task_files / "testbed_facts.jsonl")
+            (task_files / f"{kind}.yaml").write_text(text + fields)
     spec = EvaluateSpec(
         model=model,
         perplexity=(
@@ -64,7 +94,10 @@ def measured(
                 max_windows=4,
             ),
         ),
-        tasks=(TaskSpec(name="testbed_facts", limit=40),),
+        tasks=(
+            TaskSpec(name="testbed_facts", limit=40),
+            *(TaskSpec(name=kind, limit=4) for kind in OTHER_REQUESTS),
+        ),
         task_folder=asked,
         backend=backend,
     )
@@ -87,10 +120,13 @@ def test_vllm_answers_as_transformers_does(
     assert report["backend"] == "vllm"
     assert len(theirs) == len(ours)
     for got, wanted in zip(theirs, ours, strict=True):
+        if got["task"] == "loglikelihood_rolling":
+            assert got.pop("value") == pytest.approx(wanted.pop("value"), rel=1e-4)
         assert got == wanted
     for got, wanted in zip(their_requests, our_requests, strict=True):
         assert got["request_hash"] == wanted["request_hash"]
         assert got["log_likelihoods"] == pytest.approx(wanted["log_likelihoods"], abs=1e-4)
+    assert {got["task"] for got in their_requests} == {"heldout", "testbed_facts", *OTHER_REQUESTS}
     choices = [got["log_likelihoods"] for got in their_requests if got["task"] == "testbed_facts"]
     assert choices
     assert all(len(set(each)) > 1 for each in choices)
@@ -100,36 +136,28 @@ def test_vllm_answers_as_transformers_does(
 def test_a_model_that_gives_nan_and_a_choice_without_a_token_are_errors(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    for name in ("sound", "broken"):
-        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder / "model")
-        if name == "broken":
-            model.get_output_embeddings().weight.data[0, 0] = math.nan
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(tiny_model_folder / "model").save_pretrained(tmp_path / name)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder / "model")
+    model.get_output_embeddings().weight.data[0, 0] = math.nan
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_folder / "model").save_pretrained(tmp_path)
+    spec = EvaluateSpec(
+        model=LocalModel(path=str(tmp_path), dtype="float32"),
+        tasks=(TaskSpec(name="any"),),
+        backend=Vllm(enforce_eager=True),
+    )
     asked = {
         "loglikelihood": ("the cat", " is"),
         "loglikelihood_rolling": ("the cat is",),
         "generate_until": ("the cat", {"until": ["\n"], "max_gen_toks": 4}),
     }
-    for name in ("sound", "broken"):
-        spec = EvaluateSpec(
-            model=LocalModel(path=str(tmp_path / name), dtype="float32"),
-            tasks=(TaskSpec(name="any"),),
-            backend=Vllm(enforce_eager=True),
-        )
-        with vllm_language_model(spec, {}) as language_model:
-            for kind, arguments in asked.items():
-                request = Instance(kind, {}, arguments, 0, metadata=("cats", 3, 1))
-                ask = getattr(language_model, kind)
-                if name == "sound":
-                    assert len(ask([request])) == 1
-                    continue
-                with pytest.raises(NonFiniteError, match="cats, document 3: "):
-                    ask([request])
-            if name == "sound":
-                empty = Instance("loglikelihood", {}, ("the cat", ""), 0, metadata=("cats", 4, 1))
-                with pytest.raises(InputError, match=r"cats, document 4.*adds no token"):
-                    language_model.loglikelihood([empty])
+    with vllm_language_model(spec, {}) as language_model:
+        for kind, arguments in asked.items():
+            request = Instance(kind, {}, arguments, 0, metadata=("cats", 3, 1))
+            with pytest.raises(NonFiniteError, match="cats, document 3: "):
+                getattr(language_model, kind)([request])
+        empty = Instance("loglikelihood", {}, ("the cat", ""), 0, metadata=("cats", 4, 1))
+        with pytest.raises(InputError, match=r"cats, document 4.*adds no token"):
+            language_model.loglikelihood([empty])
 
 
 def test_without_vllm_it_is_refused_by_name(
