@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.__main__ import main
 from tests.once import once
 
 GRID = """
@@ -29,7 +30,7 @@ calibrations:
 cells:
   model: testbed
   calibration: [pretraining, self-generated]
-  pruner: [magnitude, wanda, sparsegpt]
+  pruner: [magnitude, sparsegpt]
   sparsity: [0.6, "2:4"]
   seed: 0
   nsamples: 16
@@ -46,6 +47,28 @@ Finished = subprocess.CompletedProcess[str]
 def calprune(*words: str | Path) -> Finished:
     """Run `python -m jobs` to its end."""
     return subprocess.run(command(*words), capture_output=True, text=True, env=environment())
+
+
+@pytest.fixture
+def calprune_inside(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> Callable[..., Finished]:
+    """Run `python -m jobs` within this process, for what starts no Ray: an import costs seconds."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: str | Path) -> Finished:
+        arguments = ["calprune", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        capfd.readouterr()
+        caplog.clear()
+        with caplog.at_level("INFO"), pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return Finished(arguments, int(ended.value.code or 0), out, caplog.text + err)
+
+    return run
 
 
 def command(*words: str | Path) -> list[str]:
@@ -87,9 +110,11 @@ def begun(finished: tuple[Path, Finished], tmp_path: Path) -> Path:
     return begin(finished[0], tmp_path / "begun")
 
 
-def begin(finished: Path, store: Path) -> Path:
+def begin(finished: Path, store: Path, *kinds: str) -> Path:
+    """Copy the model, the tasks' files and artifacts of further kinds into a new store."""
+    copied = tuple(f"{kind}-" for kind in ("pretrain", "testbed-tasks", *kinds))
     for manifest in (finished / "manifests").iterdir():
-        if manifest.name.startswith(("pretrain-", "testbed-tasks-")):
+        if manifest.name.startswith(copied):
             data = f"data/{manifest.stem}"
             shutil.copytree(finished / data, store / data)
             (store / "manifests").mkdir(exist_ok=True)

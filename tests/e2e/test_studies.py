@@ -1,7 +1,8 @@
-"""Small versions of three studies, from grid file to finding, as a user starts them."""
+"""Small versions of three studies, from grid file to finding."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import pytest
 import yaml
 
 from analysis.studies import STUDIES
-from tests.e2e.conftest import Finished, begin, calprune, environment
+from cluster.run import run_graph
+from cluster.session import session
+from cluster.store import Store
+from jobs.check import check_plan
+from jobs.gather import gather, write_table
+from jobs.grid import load_grid
+from jobs.plan import make_plan
+from jobs.stages import execute
+from tests.e2e.conftest import Finished, begin, environment
 
 SMALLER: dict[str, dict[str, Any]] = {
     "similarity": {"calibration": ["unseen-0", "unseen-50", "unseen-100"], "sparsity": 0.6},
@@ -24,22 +33,34 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def store(finished: tuple[Path, Finished], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store in which small versions of three studies have run."""
+    """A store in which small versions of three studies have run, all in one Ray."""
     folder = tmp_path_factory.mktemp("studies")
-    begin(finished[0], folder / "store")
-    for name, axes in SMALLER.items():
-        content = yaml.safe_load(STUDIES[name].grid_file.read_text())
-        content |= {"models": {"testbed": "testbed-tiny"}, "resources": {}}
-        content["cells"] |= {"pruner": "wanda", "seed": [0, 1], "nsamples": 8, "seqlen": 64, **axes}
-        content["evaluate"]["perplexity"][0] |= {"seqlen": 64, "max_windows": 16}
-        for calibration in content["calibrations"].values():
-            if "prefixes" in calibration:
-                calibration |= {"num_samples": 16, "shard_size": 16}
-        grid = folder / f"{name}.yaml"
-        grid.write_text(yaml.safe_dump(content))
-        run = calprune("run", grid, "--store", folder / "store")
-        assert run.returncode == 0, run.stdout + run.stderr
+    store = Store(str(begin(finished[0], folder / "store")))
+    plans = [make_plan(load_grid(smaller(name, folder))) for name in SMALLER]
+    graph = {key: stage for plan in plans for key, stage in plan.graph.items()}
+    targets = list(dict.fromkeys(key for plan in plans for key in plan.targets))
+    for plan in plans:
+        check_plan(plan)
+    with session(None):
+        outcome = run_graph(graph, targets, execute, store, {}, workers=1)
+    assert outcome.failed == {}
+    for plan in plans:
+        write_table(gather(plan, store), plan.grid.name, store)
     return folder / "store"
+
+
+def smaller(name: str, folder: Path) -> Path:
+    content = yaml.safe_load(STUDIES[name].grid_file.read_text())
+    content |= {"models": {"testbed": "testbed-tiny"}, "resources": {}}
+    content["cells"] |= {"pruner": "wanda", "seed": [0, 1], "nsamples": 8, "seqlen": 64}
+    content["cells"] |= SMALLER[name]
+    content["evaluate"]["perplexity"][0] |= {"seqlen": 64, "max_windows": 16}
+    for calibration in content["calibrations"].values():
+        if "prefixes" in calibration:
+            calibration |= {"num_samples": 16, "shard_size": 16}
+    grid = folder / f"{name}.yaml"
+    grid.write_text(yaml.safe_dump(content))
+    return grid
 
 
 def test_findings_of_small_studies_are_told_and_drawn(store: Path) -> None:
@@ -54,8 +75,10 @@ def test_findings_of_small_studies_are_told_and_drawn(store: Path) -> None:
         assert numbers.select_dtypes("number").notna().to_numpy().any()
 
 
-def test_candidates_are_ranked_from_what_the_predictor_study_left(store: Path) -> None:
-    told = calprune("recommend", store.parent / "predictor.yaml", "--store", store)
+def test_candidates_are_ranked_from_what_the_predictor_study_left(
+    store: Path, calprune_inside: Callable[..., Finished]
+) -> None:
+    told = calprune_inside("recommend", store.parent / "predictor.yaml", "--store", store)
     assert told.returncode == 0, told.stderr
     assert "record: 6 sources of grid predictor" in told.stdout
     assert "probability of being best" in told.stdout

@@ -148,14 +148,16 @@ def test_a_grid_without_a_description_makes_none(content: Content, load: Load) -
 
 
 def test_a_ranking_is_printed_with_its_record(
-    content: Content, load: Load, tmp_path: Path, local_ray: None
+    content: Content, load: Load, tmp_path: Path, tiny_model_folder: Path, local_ray: None
 ) -> None:
     store = stored(table_of(8), tmp_path / "store")
-    content["models"] = {"other": "testbed-tiny"}
+    model = {"kind": "local-model", "path": str(tiny_model_folder / "model"), "dtype": "float32"}
+    content["models"] = {"other": model}
     content["calibrations"]["own"]["num_samples"] = 8
     content["cells"] |= {"model": "other", "pruner": "wanda", "sparsity": 0.5, "seed": 0}
     plan = scoring_plan(load(content))
-    assert not run_graph(plan.graph, scores_only(plan).targets, execute, store, {}).failed
+    targets = scores_only(plan).targets
+    assert not run_graph(plan.graph, targets, execute, store, {}, workers=1).failed
     made = {plan.specs[key].kind for key in store.keys() & plan.specs.keys()}
     assert "describe" in made
     assert not made & {"prune", "evaluate"}
