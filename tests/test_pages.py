@@ -67,7 +67,7 @@ def test_every_page_is_in_the_sites_navigation() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     in_docs = {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
     of_the_root = {"index.md", "contributing.md", "reporting.md", "changelog.md"}
-    made_by_the_hook = {"api", "notebooks"}
+    made_by_the_hook = {"api", "examples", "notebooks"}
     assert sorted(leaves(site["nav"])) == sorted(in_docs | of_the_root | made_by_the_hook)
 
 

@@ -18,6 +18,12 @@ ROOT_PAGES = {
     "SECURITY.md": "reporting.md",  # docs/security.md has the name
     "CHANGELOG.md": "changelog.md",
 }
+EXAMPLES = {
+    f"examples/{path.name}": f"examples/{path.stem}.md" for path in ROOT.glob("examples/*.*")
+}
+LINKED = {**ROOT_PAGES, **EXAMPLES}
+"""Files outside `docs/` that pages may link to, and their pages."""
+
 PACKAGES = ("pipeline", "cluster", "jobs", "analysis")
 NOTEBOOKS = ROOT / "analysis/notebooks"
 DEMOS = ("demo", "demo-testbed")
@@ -27,10 +33,10 @@ Nav = list[str | dict[str, Any]]
 
 
 def on_config(config: Any) -> Any:
-    """Put the list of pages where `mkdocs.yml` names `notebooks` and `api`."""
+    """Put the list of pages where `mkdocs.yml` names `examples`, `notebooks` and `api`."""
     from pymdownx.slugs import slugify
 
-    lists = {"notebooks": _notebook_nav(), "api": _api_nav()}
+    lists = {"examples": sorted(EXAMPLES.values()), "notebooks": _notebook_nav(), "api": _api_nav()}
     for section in config.nav:
         for pages in section.values():
             for place, page in enumerate(pages):
@@ -44,7 +50,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages, and point links that leave `docs/` to them."""
     from mkdocs.structure.files import File
 
-    pages = {**_root_pages(), **_api_pages()}
+    pages = {**_root_pages(), **_example_pages(), **_api_pages()}
     for notebook in sorted(NOTEBOOKS.glob("*.py")):
         pages |= _notebook_pages(notebook, os.environ.get("STORE", ".calprune"))
     for name, content in pages.items():
@@ -55,7 +61,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Link the modules that a page names, and pages at the root of the repository."""
     up = "../" * page.file.src_uri.count("/")
-    for source, name in ROOT_PAGES.items():
+    for source, name in LINKED.items():
         markdown = markdown.replace(f"](../{up}{source}", f"]({up}{name}")
     modules = {str(path.relative_to(ROOT)): _api_name(path) for path in _modules()}
 
@@ -77,10 +83,17 @@ def _root_pages() -> dict[str, str]:
         text = (ROOT / source).read_text(encoding="utf-8")
         text = re.sub(r"\[docs/([\w/-]+\.md)\]\(docs/[\w/-]+\.md", named, text)
         text = text.replace("](docs/", "](")
-        for other, there in ROOT_PAGES.items():
+        for other, there in LINKED.items():
             text = text.replace(f"]({other}", f"]({there}")
         pages[name] = text
     return pages
+
+
+def _example_pages() -> dict[str, str]:
+    return {
+        name: f"# {source}\n\n```{Path(source).suffix[1:]}\n{(ROOT / source).read_text()}```\n"
+        for source, name in EXAMPLES.items()
+    }
 
 
 def _title(page: Path) -> str:
