@@ -38,7 +38,8 @@ def check_chat_template(tokenizer: Any, field: str, value: object) -> None:
     """Check that a tokenizer has a chat template that always gives the same prompt.
 
     Args:
-        field, value: the field of the grid that asks for it.
+        field: the field of the grid that asks for it.
+        value: the field's value.
 
     Raises:
         InputError: if there is no chat template, or it fails or draws at random.

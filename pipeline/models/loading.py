@@ -140,7 +140,8 @@ def check_shared_vocabulary(
     """Check that a model may read the token ids that another one wrote.
 
     Args:
-        field, named: the field of the grid that names one of the two, and that model.
+        field: the field of the grid that names one of the two.
+        named: that model.
 
     Raises:
         InputError: if their vocabularies differ.

@@ -75,7 +75,8 @@ def check_shared(field: str, value: str, reader: Vocabulary, writer: Vocabulary)
     """Check that a model may read the token ids that another one wrote.
 
     Args:
-        field, value: the field of the grid that names one of the two.
+        field: the field of the grid that names one of the two.
+        value: the field's value.
 
     Raises:
         InputError: if they have other meanings for the reader, or it has no rows for some.
