@@ -1,4 +1,4 @@
-"""The cells that a grid expands to, and the specs that each comes down to."""
+"""The cells of a grid, and the specs of each."""
 
 import contextlib
 import itertools
@@ -45,12 +45,12 @@ from pipeline.specs import (
 )
 
 NO_CALIBRATION = "none"
-"""What a cell's calibration is called where no data is used."""
+"""Name of the calibration of cells that use no data."""
 
 
 class Cell(Spec):
-    """One point of a grid. Fields without a meaning for it are None, so that points which are the
-    same work are equal."""
+    """One point of a grid. Fields that mean nothing to it are None, so that points with the same
+    work are equal."""
 
     model: str
     calibration: str = NO_CALIBRATION
@@ -90,12 +90,12 @@ GENERATED_FIELDS = ("prefix_tokens", "drop_fraction", "num_samples", "temperatur
 """Axes that override a generated calibration's own fields."""
 
 
-_NOT_OF_THE_CALIBRATION = {"pruner": None, "allocation": None, "sparsity": 0.0, "pattern": None}
-"""What makes two cells of one calibration set equal."""
+_WITHOUT_PRUNING = {"pruner": None, "allocation": None, "sparsity": 0.0, "pattern": None}
+"""Changes that make two cells of one calibration set equal."""
 
 
 def expand(grid: Grid) -> list[Cell]:
-    """The grid's cells in the order of its axes, the dense model of each first.
+    """Return the grid's cells in the order of its axes, those of dense models first.
 
     Raises:
         InputError: if a cell is wrong, or there is none.
@@ -108,7 +108,7 @@ def expand(grid: Grid) -> list[Cell]:
     points = [(where, point) for where, block in blocks.items() for point in _product(where, block)]
     kept = [entry for entry in points if not any(_agrees(entry[1], out) for out in grid.exclude)]
     if not kept:
-        raise InputError("exclude", f"all {len(points)} cells", "nothing is left; exclude less")
+        raise InputError("exclude", f"all {len(points)} cells", "leaves no cell: exclude less")
     cells = [_normal(grid, _cell(where, point)) for where, point in kept]
     _check_exclusions(grid, [point for _, point in points])
     dense = [Cell(model=model) for model in dict.fromkeys(cell.model for cell in cells)]
@@ -118,11 +118,11 @@ def expand(grid: Grid) -> list[Cell]:
 def evaluate_spec(
     grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
 ) -> EvaluateSpec:
-    """The last stage of a cell, which holds all the others.
+    """Return the spec of a cell's last stage, which holds all the others.
 
     Args:
-        sets: calibration sets of the grid's other cells, which cells share and which are added to:
-            ten thousand cells may have a hundred.
+        sets: calibration sets that cells share. This one's is added: ten thousand cells may have
+            a hundred sets.
     """
     pruned = prune_spec(grid, cell, sets)
     measured = grid.evaluate
@@ -146,7 +146,8 @@ def evaluate_spec(
 def prune_spec(
     grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
 ) -> PruneSpec | None:
-    """How a cell's model is pruned; None for the dense model. `sets` is that of `evaluate_spec`."""
+    """Return how a cell's model is pruned, None for the dense model. `sets`: see
+    `evaluate_spec`."""
     if cell.pruner is None:
         return None
     allocation = cell.allocation or Uniform()
@@ -167,8 +168,8 @@ def prune_spec(
 def describe_spec(
     grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec] | None = None
 ) -> DescribeSpec | None:
-    """What tells of a cell's calibration set; None if nothing does, or it has none. `sets` is that
-    of `evaluate_spec`."""
+    """Return the stage that describes a cell's calibration set, None if there is no set or the grid
+    wants no description. `sets`: see `evaluate_spec`."""
     asked = grid.describe
     pruned = prune_spec(grid, cell, sets)
     if asked is None or pruned is None or pruned.calibration is None:
@@ -186,7 +187,7 @@ def describe_spec(
 
 
 def _calibration_set(grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec]) -> WindowsSpec:
-    same = cell.model_copy(update=_NOT_OF_THE_CALIBRATION)
+    same = cell.model_copy(update=_WITHOUT_PRUNING)
     if same not in sets:
         try:
             sets[same] = _windows_spec(grid, cell)
@@ -232,7 +233,7 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
 
 
 def _options(options: type[Spec], calibration: GeneratedCalibration, cell: Cell) -> dict[str, Any]:
-    """The calibration's values of such options, and in their place those that the cell has."""
+    """Return the calibration's values of some options, replaced by the cell's where it has them."""
     names = options.model_fields
     own = {name: getattr(cell, name) for name in GENERATED_FIELDS if name in names}
     return {name: getattr(calibration, name) for name in names} | {
@@ -261,7 +262,8 @@ def _generator(grid: Grid, cell: Cell, calibration: GeneratedCalibration) -> Mod
 
 
 def _pruned_by(cell: Cell, generator: PrunedGenerator) -> Cell:
-    """The cell whose pruned model is a generator; its generated data have their own settings."""
+    """Return the cell that prunes a generator. Settings of generated texts are its
+    calibration's."""
     return Cell(
         model=cell.model,
         calibration=generator.calibration or NO_CALIBRATION,
@@ -279,19 +281,19 @@ def _product(where: str, block: dict[str, Any]) -> list[dict[str, Any]]:
     }
     for field, values in axes.items():
         if not values:
-            raise InputError(f"{where}.{field}", [], "is an axis without values; give one at least")
+            raise InputError(f"{where}.{field}", [], "is an axis without values: give at least one")
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
 def _check_exclusions(grid: Grid, points: Sequence[dict[str, Any]]) -> None:
-    """See that each names fields of cells, and leaves something out."""
+    """Check that each exclusion names fields of cells and matches a cell."""
     for number, pattern in enumerate(grid.exclude):
         for field, value in pattern.items():
             if field not in Cell.model_fields:
                 remedy = f"there is no such field; {did_you_mean(field, Cell.model_fields)}"
                 raise InputError(f"exclude.{number}.{field}", value, remedy)
         if not any(_agrees(point, pattern) for point in points):
-            remedy = "no cell agrees with it, so it leaves nothing out: correct or remove it"
+            remedy = "matches no cell, so it leaves nothing out: correct or remove it"
             raise InputError(f"exclude.{number}", pattern, remedy)
 
 
@@ -310,7 +312,7 @@ def _cell(where: str, point: dict[str, Any]) -> Cell:
 
 
 def _normal(grid: Grid, cell: Cell) -> Cell:
-    """The cell with all names checked, and fields that mean nothing to it emptied."""
+    """Check the names in a cell, and set fields that mean nothing to it to None."""
     _get(grid.models, cell.model, "cells.model")
     if cell.pruner is None:
         return Cell(model=cell.model)
@@ -349,7 +351,7 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
 
 
 def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: str) -> None:
-    """See that the calibrations of pruned generators do not go round in a circle."""
+    """Check that the calibrations of pruned generators form no circle."""
     seen = [cell.calibration]
     while generator.calibration is not None:
         name = generator.calibration

@@ -1,4 +1,4 @@
-"""Every mistake in a grid, found before any stage starts."""
+"""Checks that find every mistake in a grid before any stage starts."""
 
 import contextlib
 import importlib.util
@@ -42,14 +42,14 @@ from pipeline.specs import (
 from pipeline.testbed.world import check_mixture
 
 TOKENIZER_FIELDS = {"world", "mixture", "vocab_size", "seed"}
-"""Fields of a testbed model on which its tokenizer depends."""
+"""Fields of a testbed model that its tokenizer depends on."""
 
 
 def check_plan(plan: Plan) -> list[str]:
-    """Look at all that a plan reads: models, tokenizers, corpora, tasks.
+    """Check everything that a plan reads: models, tokenizers, corpora, tasks.
 
     Returns:
-        What could not be looked at, such as a hub that is out of reach.
+        Warnings, and what could not be checked, such as a hub out of reach.
 
     Raises:
         InputError: at the first mistake, naming field, value and remedy.
@@ -124,8 +124,9 @@ def _dense(model: Model) -> Model:
 
 
 def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[str, Any]) -> Any:
-    """What is known of a model before it is there: the testbed's spec, a configuration, or None
-    where the hub is out of reach. Its vocabulary is added, or of the testbed what it depends on."""
+    """Return what is known of a model: the testbed's spec, a configuration, or None if the hub is
+    out of reach. Its vocabulary is added to `vocabularies`; for the testbed, its tokenizer's
+    fields."""
     if isinstance(model, PretrainSpec):
         with _at(f"models.{name}"):
             check_mixture(model.mixture)
@@ -139,7 +140,7 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
     with _at(f"models.{name}"):
         found = inspect_model(model)
     if found is None:
-        notes[f"models.{name} was not looked at: the hub is out of reach"] = None
+        notes[f"models.{name} was not checked: the hub is out of reach"] = None
         return None
     if found.unexpected_tensors:
         unused = listed(found.unexpected_tensors)
@@ -154,9 +155,9 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
 def _check_vocabularies(
     field: str, name: str, reader: str, writer: str, vocabularies: dict[str, Any]
 ) -> None:
-    """Check that a model may read what another one wrote, as far as both are known.
+    """Check that a model can read what another one wrote, if both are known.
 
-    A testbed model's tokenizer is trained with it: its spec stands for it here.
+    A testbed model's tokenizer is trained with it, so fields of its spec are compared.
     """
     ours, theirs = vocabularies.get(reader), vocabularies.get(writer)
     if reader == writer or ours is None or theirs is None:
@@ -174,7 +175,7 @@ def _check_vocabularies(
 
 @contextlib.contextmanager
 def _at(field: str) -> Iterator[None]:
-    """Name the grid's field in a mistake that is found in it."""
+    """Name the grid's field in mistakes that are found in it."""
     try:
         yield
     except InputError as error:
@@ -189,7 +190,7 @@ def _check_length(name: str, config: Any, seqlen: int) -> None:
     )
     if longest is not None and seqlen > longest:
         raise InputError(
-            "seqlen", seqlen, f"model {name} takes {longest} tokens at the most; lower seqlen"
+            "seqlen", seqlen, f"model {name} takes at most {longest} tokens; lower seqlen"
         )
 
 
@@ -230,8 +231,8 @@ def _check_vllm(plan: Plan, stage: str, name: str, config: Any, engine: Vllm) ->
 
 
 def _check_vllm_positions(name: str, config: Any, longest: int | None) -> None:
-    """See that vLLM reads texts of up to `longest` tokens, or of any length, as transformers does:
-    it has one set of rotary frequencies, that of the longest text that an engine takes."""
+    """Check that vLLM reads texts of up to `longest` tokens, or any length, as transformers does:
+    it has one set of rotary frequencies, for the longest text that an engine takes."""
     if config is None or isinstance(config, PretrainSpec):
         return
     from pipeline.models.positions import length_dependence
@@ -240,7 +241,7 @@ def _check_vllm_positions(name: str, config: Any, longest: int | None) -> None:
     if beyond is not None and beyond == getattr(config, "max_position_embeddings", None):
         switches = (0,)  # dynamic NTK scaling, which vLLM applies to short texts too
     if switches and (longest is None or longest > min(switches)):
-        remedy = f"positions of model {name} depend on a text's length, and there they do not: "
+        remedy = f"positions of model {name} depend on a text's length, but not in vLLM: "
         raise InputError("backend", "vllm", remedy + "set backend: transformers")
 
 
@@ -265,7 +266,7 @@ def _heads(config: Any) -> int | None:
 
 
 def _layer_sizes(name: str, config: Any, model: Model) -> Sequence[int]:
-    """Weights of each decoder layer, up to a factor; none where nothing is known of the model."""
+    """Return the weights of each decoder layer, up to a factor; none if the model is unknown."""
     if config is None:
         return []
     if isinstance(config, PretrainSpec):
@@ -280,7 +281,7 @@ def _layer_sizes(name: str, config: Any, model: Model) -> Sequence[int]:
 def _check_allocation(name: str, sizes: Sequence[int], spec: PruneSpec) -> None:
     if not sizes:
         return
-    alike = [0.0] * len(sizes)  # the ratios come later, and fit any model
+    alike = [0.0] * len(sizes)  # real ratios come later, and any will do here
     try:
         target = LayerTarget.parse(spec.sparsity, spec.pattern)
         allocate(spec.allocation, target, sizes, alike)
@@ -289,8 +290,8 @@ def _check_allocation(name: str, sizes: Sequence[int], spec: PruneSpec) -> None:
 
 
 def _meetings(spec: StageSpec) -> Iterator[tuple[str, tuple[Model, Model, Model]]]:
-    """Where a model reads token ids that another one wrote: the grid's field and the model that it
-    names, the reader, the writer."""
+    """Yield where a model reads token ids that another one wrote: the grid's field, and the model
+    that it names, the reader, the writer."""
     match spec:
         case WindowsSpec(source=GenerateSpec() | FilterSpec() as source):
             writer = generator_of(source)
@@ -317,7 +318,8 @@ def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:
 
 
 def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
-    """Corpus, documents, tokens of each, and whether all of them together will do."""
+    """Yield corpus, documents, tokens of each, and whether the tokens may be spread over
+    documents."""
     match spec:
         case WindowsSpec(source=CorpusMixture() as mixture):
             for part, count in Counter(parts_in_turn(mixture, spec.nsamples)).items():
@@ -333,10 +335,10 @@ def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
 
 
 def _overlaps(plan: Plan) -> Iterator[str]:
-    """Warnings where more windows are cut than the texts that a model writes can fill.
+    """Yield a warning for each set with more windows than the written texts can fill.
 
     Raises:
-        InputError: if each window needs a text of its own.
+        InputError: if each window needs its own text.
     """
     for key, cell in plan.cells.items():
         spec = plan.specs[key]

@@ -1,7 +1,7 @@
-"""What a stage will take, before anything runs: a stated model, not a measurement.
+"""Estimates of a stage's time and size: a stated model, not a measurement.
 
-A stage's work is counted in passes of its tokens through the model, 2 FLOP a parameter and token,
-and divided by the rate of its devices and the share of that rate that such work reaches. A fixed
+A stage's work is its tokens times its passes through the model, at 2 FLOP per parameter and token.
+It is divided by the rate of its devices and the share of that rate that such stages reach; a fixed
 time and that of loading the model are added. All experts of a mixture count. A run scales the
 estimates by what it measures (`jobs.forecast`).
 """
@@ -38,48 +38,48 @@ from pipeline.specs import (
 )
 
 CORE_FLOPS = 5.0e10
-"""FLOP of a CPU core in a second, in matrix products: one with AVX2 or AVX-512."""
+"""FLOP per second of a CPU core with AVX2 or AVX-512, in matrix products."""
 
 GPU_FLOPS = 4.0e14
-"""The same of a GPU: a half of what an H200 reaches in bfloat16."""
+"""The same of a GPU: half of what an H200 reaches in bfloat16."""
 
 LAYERS = 30
-"""Of a decoder, about: with its parameters they say how many inputs its matrices have."""
+"""Layers of a typical decoder; with its parameters they give the inputs of its matrices."""
 
 TASK_TOKENS = 2_000_000
-"""Tokens of an lm-eval task with all its questions and choices, on average."""
+"""Tokens of an average lm-eval task, with all questions and choices."""
 
 TOKEN_CHARACTERS = 4
-"""Of a task whose questions are in a file of its folder, by which these are counted."""
+"""Characters of a token, for tasks whose questions are in a file of their folder."""
 
 MANY_WINDOWS = 256
-"""Windows of a perplexity that takes all there are."""
+"""Windows of a perplexity without a limit."""
 
 QUESTION_TOKENS = 600
-"""Tokens of one question with all its choices, where the number of questions is limited."""
+"""Tokens of a question with all its choices, for tasks with a limit."""
 
 TESTBED_QUESTION_TOKENS = 60
-"""Tokens of a question of the testbed's tasks, which take no other."""
+"""Tokens of a question of the testbed's tasks, with all its choices."""
 
 LOAD_SECONDS = 2.0e-9
-"""Of each parameter of a model that a stage loads: two bytes, at a GB a second."""
+"""Seconds to load a parameter: two bytes at 1 GB per second."""
 
 CHOOSE_SECONDS = (3.0e-8, 2.0e-9)
-"""Of each parameter that a CPU core, or a GPU, prunes: chosen, checked, packed and stored."""
+"""Seconds for a CPU core, or a GPU, to choose, check, pack and store a pruned parameter."""
 
 JOIN_SECONDS = 0.5
-"""Joining the shards of a stage, which needs no model."""
+"""Seconds to join the shards of a stage, without a model."""
 
 UNKNOWN_PARAMETERS = 1.0e9
-"""Size that a model of unknown size is given where only the order of work depends on it."""
+"""Assumed size of a model of unknown size, where only the order of work depends on it."""
 
 TOKEN_BYTES = 8
-"""An id and its share of the text."""
+"""Bytes of an id and its share of the text."""
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 MASK_BYTES = 1 / 8
-"""Of a weight whose model is stored as masks."""
+"""Bytes of a weight of a model that is stored as masks."""
 
 
 ONE_CORE = Resources()
@@ -87,7 +87,7 @@ ONE_CORE = Resources()
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds on what the stage asks for, and bytes left in the store."""
+    """Seconds on the stage's resources, and bytes in the store."""
 
     seconds: float
     bytes: float
@@ -96,7 +96,7 @@ class Estimate:
 def estimate(
     spec: StageSpec, cost: Cost, sizes: Mapping[str, float], resources: Resources = ONE_CORE
 ) -> Estimate | None:
-    """What a stage takes; None if it needs a model whose size is unknown.
+    """Estimate a stage; return None if it needs a model of unknown size.
 
     Args:
         sizes: number of parameters by hub name or path of a model.
@@ -112,13 +112,13 @@ def estimate(
 def expected_seconds(
     spec: StageSpec, cost: Cost, sizes: Mapping[str, float], resources: Resources = ONE_CORE
 ) -> float:
-    """The same seconds, with a stated size where a model's is unknown: to order stages by."""
+    """Estimate seconds to order stages by: a model of unknown size counts `UNKNOWN_PARAMETERS`."""
     known = estimate(spec, cost, sizes, resources)
     return _seconds(spec, cost, UNKNOWN_PARAMETERS, resources) if known is None else known.seconds
 
 
 def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> float:
-    """More than 0: a fixed time, the model's weights once, and its passes."""
+    """Add a fixed time, the model's weights once, and its passes: always more than 0."""
     name = stage_name(spec)
     fixed = STAGES[name].fixed_seconds
     if isinstance(spec, ShardedSpec):
@@ -135,7 +135,7 @@ def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> 
 
 
 def rate(stage: str, cost: Cost, resources: Resources) -> float:
-    """FLOP a second that a kind of stage reaches on its GPUs, or else on its cores."""
+    """Return FLOP per second that a kind of stage reaches on its GPUs, or else on its cores."""
     reached = STAGES[stage].utilisation
     assert reached is not None, f"{stage} passes no tokens through a model"
     on_cpu, on_gpu = reached
@@ -145,7 +145,7 @@ def rate(stage: str, cost: Cost, resources: Resources) -> float:
 
 
 def parameters(model: Model, sizes: Mapping[str, float]) -> float | None:
-    """How many a model has; None if neither its spec nor the grid tells."""
+    """Return the number of a model's parameters, None if neither its spec nor `sizes` has it."""
     match model:
         case PruneSpec():
             return parameters(model.model, sizes)
@@ -161,7 +161,7 @@ def parameters(model: Model, sizes: Mapping[str, float]) -> float | None:
 
 
 def model_name(model: Model) -> str:
-    """Hub name or path; the testbed's is its kind."""
+    """Return a model's hub name or path, the testbed's kind."""
     match model:
         case PruneSpec():
             return model_name(model.model)
@@ -172,7 +172,7 @@ def model_name(model: Model) -> str:
 
 
 def _model(spec: StageSpec) -> Model | None:
-    """The model that the stage passes tokens through; None if it joins, cuts or writes."""
+    """Return the model that the stage passes tokens through, if any."""
     if STAGES[stage_name(spec)].utilisation is None or isinstance(spec, ShardedSpec):
         return None
     if isinstance(spec, PretrainSpec):
@@ -225,14 +225,14 @@ def _task_tokens(spec: EvaluateSpec, task: TaskSpec) -> float:
 
 @functools.cache
 def _questions(folder: Path, task: str) -> list[int] | None:
-    """Bytes of each question of a task whose data are JSON Lines in its own folder."""
+    """Return bytes of each question of a task with JSON Lines in its folder, None for others."""
     try:
         content = yaml.safe_load((folder / f"{task}.yaml").read_text())
         files = content["dataset_kwargs"]["data_files"]
         name = files if isinstance(files, str) else files[content["test_split"]]
         with (folder / name).open("rb") as lines:
             return [len(line) for line in lines]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):  # it is of another form
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # another form
         return None
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 CPU_FEATURES = ("amx_bf16", "avx512_bf16")
-"""Linux's names of what multiplies bfloat16 on a CPU; docs/benchmarks.md says what either gains."""
+"""Linux's names of instructions that multiply bfloat16; docs/benchmarks.md has their gains."""
 
 CPU_INFO = Path("/proc/cpuinfo")
-"""Where Linux lists them; other systems have no such file, and count as CPUs without."""
+"""Where Linux lists them. Systems without this file count as CPUs without the instructions."""
 
 KINDS = ("hub-model", "local-model")
 """Models that have a dtype."""
@@ -17,22 +17,21 @@ KINDS = ("hub-model", "local-model")
 
 @dataclass(frozen=True)
 class AutoDtype:
-    """What `auto` stands for in a grid, and why."""
+    """The dtype that `auto` stands for in a grid, and why."""
 
     dtype: str
     reason: str
     on_gpus: bool
-    """Whether the grid itself says where it runs: the CPU that reads it does not matter then."""
+    """Whether the grid runs on GPUs, so that the CPU that reads it does not matter."""
 
     def __str__(self) -> str:
         return f"dtype auto is {self.dtype} ({self.reason})"
 
 
 def auto_dtype(resources: object) -> AutoDtype:
-    """The dtype for a grid with these `resources`, as they are written in its file.
+    """Choose the dtype for a grid with these `resources`, as its file has them.
 
-    Stages that ask for GPUs run there, wherever the grid is read; those that ask for none get
-    none, so that the CPU decides.
+    Stages that ask for GPUs run on them, wherever the grid is read. Without GPUs the CPU decides.
     """
     if _ask_for_gpus(resources):
         return AutoDtype("bfloat16", "resources ask for GPUs", on_gpus=True)
@@ -44,9 +43,12 @@ def auto_dtype(resources: object) -> AutoDtype:
 
 
 def with_dtypes(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, AutoDtype]]:
-    """A grid file's content with `auto` replaced in its models, and what it became in which.
+    """Replace `auto` in the models of a grid file's content.
 
-    What else is wrong with the content is left for its validation to find.
+    Other mistakes are left for validation to find.
+
+    Returns:
+        The content, and the chosen dtype by model.
     """
     models = content.get("models")
     autos = [
@@ -70,7 +72,7 @@ def _ask_for_gpus(resources: object) -> bool:
 
 
 def _cpu_features() -> frozenset[str]:
-    """The flags that all of the CPU's cores have; none where the system does not list them."""
+    """Return the flags that all CPU cores have; none if the system does not list them."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:

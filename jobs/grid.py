@@ -50,7 +50,7 @@ from pipeline.testbed.presets import PRETRAIN_PRESETS
 
 
 def _from_preset(presets: Mapping[str, BaseModel], value: object) -> object:
-    """A preset's name, or `{preset: NAME, field: value}`, as the fields that it stands for."""
+    """Return the fields that a preset's name, or `{preset: NAME, field: value}`, stands for."""
     entry = {"preset": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or "preset" not in entry:
         return entry
@@ -73,17 +73,17 @@ GridModel = Annotated[
 
 
 def with_name(value: object) -> object:
-    """`"wanda"` as `{name: wanda}`: a name alone stands for all defaults."""
+    """Return `"wanda"` as `{name: wanda}`: a name alone means all defaults."""
     return {"name": value} if isinstance(value, str) else value
 
 
 def _at_path(value: object) -> object:
-    """`"words.txt"` as `{path: words.txt}`."""
+    """Return `"words.txt"` as `{path: words.txt}`."""
     return {"path": value} if isinstance(value, str) else value
 
 
 def _here(value: object) -> object:
-    """`auto` as the engine that is installed where the grid is read."""
+    """Replace `auto` by the engine that is installed where the grid is read."""
     if value != "auto":
         return value
     return "vllm" if importlib.util.find_spec("vllm") else "transformers"
@@ -98,7 +98,7 @@ CorpusNames = Annotated[
 
 
 def corpus_names(chosen: CorpusNames) -> list[str]:
-    """The grid's corpora that are meant."""
+    """Return the names of the chosen corpora."""
     return [chosen] if isinstance(chosen, str) else list(chosen)
 
 
@@ -124,8 +124,8 @@ class PrunedGenerator(Spec):
     sparsity: Fraction
 
     calibration: str | None = None
-    """Name of the grid's calibration that it is pruned with, with the cell's seed, nsamples and
-    seqlen; None exactly where its pruner takes no data."""
+    """Name of the grid's calibration to prune it with, at the cell's seed, nsamples and seqlen;
+    None if, and only if, its pruner takes no data."""
 
     @model_validator(mode="after")
     def _data_where_needed(self) -> "PrunedGenerator":
@@ -156,19 +156,19 @@ class GeneratedCalibration(GenerationOptions, FilterOptions):
     """Where prefixes are cut from."""
 
     generator: Generator | None = None
-    """What writes: one of the grid's models by name, or `{pruner: magnitude, sparsity: 0.5}` for a
-    pruned version of the model to be pruned; that model itself if unset."""
+    """The writing model: the name of one of the grid's models, or `{pruner: magnitude, sparsity:
+    0.5}` for a pruned version of the cell's model. Unset, the cell's model itself."""
 
     generation_seed: int | None = Field(default=None, ge=0)
-    """One set of texts for all seeds, which then draw the windows only; each seed has its own set
-    if unset."""
+    """Use one set of texts for all seeds, which then draw only the windows. Unset, each seed has
+    its own set."""
 
     scorer: str | None = None
-    """Name of the grid's model by whose perplexity samples are dropped; the one that writes if
-    unset. Both must have the same tokenizer."""
+    """Name of the grid's model whose perplexity decides which samples are dropped; unset, the
+    writing model. Both must have the same tokenizer."""
 
     include_prefix: bool = False
-    """Whether the given tokens count in the perplexity."""
+    """Include the given tokens in the perplexity."""
 
     packing: Literal["sample", "concat"] = "concat"
     """How windows are cut."""
@@ -205,8 +205,7 @@ class Evaluation(EvaluationOptions):
     """What is measured on every model of a grid; `backend` is written as for a calibration."""
 
     suites: tuple[Annotated[SuiteUse, BeforeValidator(with_name)], ...] = ()
-    """Tasks and perplexities that belong together, by name; what is also named below is measured as
-    it says there."""
+    """Names of sets of tasks and perplexities. Entries below replace those of the same name."""
 
     perplexity: tuple[GridPerplexity, ...] = ()
     tasks: tuple[Annotated[TaskSpec, BeforeValidator(with_name)], ...] = ()
@@ -226,18 +225,18 @@ class Evaluation(EvaluationOptions):
         return self
 
     def all_tasks(self) -> tuple[TaskSpec, ...]:
-        """The tasks of all suites, each once, and the others."""
+        """Return the tasks of all suites, each once, and the grid's own."""
         suites = [(task.name, task) for use in self.suites for task in use.tasks()]
         return tuple(_each_once(suites, {task.name: task for task in self.tasks}))
 
     def all_perplexities(self) -> tuple[CorpusPerplexity, ...]:
-        """The perplexities of all suites, each once, and the others."""
+        """Return the perplexities of all suites, each once, and the grid's own."""
         suites = [(entry.corpus, entry) for use in self.suites for entry in use.perplexities()]
         return tuple(_each_once(suites, {entry.corpus: entry for entry in self.perplexity}))
 
     @property
     def folder(self) -> TestbedTasksSpec | LocalTasks | None:
-        """Where tasks beyond lm-eval's own are found: what the grid names, or one of its suites."""
+        """The folder of tasks besides lm-eval's own: the grid's, else that of one of its suites."""
         named_by = [self.task_folder, *(use.suite.task_folder for use in self.suites)]
         return next((folder for folder in named_by if folder is not None), None)
 
@@ -246,7 +245,7 @@ _AnySpec = TypeVar("_AnySpec", bound=Spec)
 
 
 def _each_once(suites: list[tuple[str, _AnySpec]], own: dict[str, _AnySpec]) -> list[_AnySpec]:
-    """What suites measure, by name, with the grid's own instead where it has that name."""
+    """Return what suites measure, replaced by the grid's own entries of the same name."""
     chosen: dict[str, _AnySpec] = {}
     for name, entry in suites:
         if name in own:
@@ -257,24 +256,24 @@ def _each_once(suites: list[tuple[str, _AnySpec]], own: dict[str, _AnySpec]) -> 
 
 
 class Description(Spec):
-    """That every calibration set is described: its scores stand in the results table."""
+    """A description of every calibration set: its scores stand in the results table."""
 
     reference: str | None = None
-    """Name of the grid's corpus from which each set's divergence is measured."""
+    """Name of the grid's corpus to measure each set's divergence from."""
 
     reference_windows: int = Field(default=512, ge=1)
-    """Windows of it."""
+    """Windows of the reference."""
 
 
 class Cost(Spec):
-    """What the estimate of a plan rests on."""
+    """Assumptions of estimates."""
 
     flops_per_second: float | None = Field(default=None, gt=0.0)
     """Rate of matrix products on the devices of one stage; unset, `jobs.cost.GPU_FLOPS` for each
-    GPU that it asks for, or `CORE_FLOPS` for each core."""
+    GPU that it asks for, else `CORE_FLOPS` for each core."""
 
     parameters: dict[str, float] = Field(default_factory=dict)
-    """Parameters of models of the grid whose spec, files or configuration do not tell them."""
+    """Parameters of models whose number is not in their spec, files or configuration."""
 
 
 class Replicas(Spec):
@@ -284,12 +283,12 @@ class Replicas(Spec):
     """Started at once, and kept while there is work for any."""
 
     max: int | None = Field(default=None, ge=1)
-    """At the most; None takes as many as the cluster has room for."""
+    """Upper limit; None takes as many as the cluster has room for."""
 
     @model_validator(mode="before")
     @classmethod
     def _fixed(cls, value: object) -> object:
-        """`replicas: 4` is a minimum and a maximum."""
+        """Read `replicas: 4` as minimum and maximum."""
         return {"min": value, "max": value} if isinstance(value, int) else value
 
     @model_validator(mode="after")
@@ -310,11 +309,11 @@ class StageResources(Spec):
     time_limit_seconds: float | None = Field(default=None, gt=0.0)
 
     device_hidden_bytes: int | None = Field(default=None, ge=0)
-    """Hidden states of the calibration set that are held on the device. To hold all takes
-    nsamples * seqlen * hidden size * bytes of the dtype. Unset, 4 GiB. Only for `prune`."""
+    """Most bytes of hidden states to hold on the device. All of them take nsamples * seqlen *
+    hidden size * bytes of the dtype. Unset, 4 GiB. Only for `prune`."""
 
     host_hidden_bytes: int | None = Field(default=None, ge=0)
-    """Hidden states beyond that which are held in host memory; the rest goes to files in the
+    """Most bytes of further hidden states to hold in host memory; the rest goes to files in the
     system's temporary folder (`TMPDIR`). Unset, 16 GiB. Only for `prune`."""
 
     @field_validator("gpus")
@@ -325,7 +324,7 @@ class StageResources(Spec):
         return gpus
 
     def resources(self) -> Resources:
-        """The same, as the cluster takes it."""
+        """Return them as the cluster takes them."""
         return Resources(
             **self.model_dump(exclude={"replicas", *HIDDEN_BYTES}),
             min_replicas=self.replicas.min,
@@ -333,7 +332,7 @@ class StageResources(Spec):
         )
 
     def settings(self) -> dict[str, int]:
-        """The budgets that are set, as the stage's function takes them."""
+        """Return the budgets that are set, as the stage's `run` takes them."""
         return self.model_dump(include=HIDDEN_BYTES, exclude_none=True)
 
 
@@ -348,29 +347,29 @@ class Grid(Spec):
     """Names the results table."""
 
     note: str | None = None
-    """What whoever reads or quotes the results must know; it stands wherever they stand."""
+    """What readers of the results must know. It stands wherever the results do."""
 
     models: dict[str, GridModel] = Field(min_length=1)
     corpora: dict[str, GridCorpus] = Field(default_factory=dict)
     calibrations: dict[str, GridCalibration] = Field(default_factory=dict)
 
     cells: dict[str, Any]
-    """Fields of a cell; every list is an axis, and all axes are multiplied."""
+    """Fields of cells. Every list is an axis, and all axes are multiplied."""
 
     include: tuple[dict[str, Any], ...] = ()
-    """Further cells, written likewise."""
+    """Further cells: `cells` with these fields replaced."""
 
     exclude: tuple[dict[str, Any], ...] = ()
-    """Cells that agree with all fields of an entry are left out."""
+    """Cells that match all fields of an entry are left out."""
 
     evaluate: Evaluation
 
     describe: Description | None = None
-    """Score every calibration set; None leaves that out."""
+    """Score every calibration set; None scores none."""
 
     checkpoints: bool = False
-    """Store every pruned model as an ordinary checkpoint, also where masks would do: sixteen times
-    the bytes in half precision. `export` makes one of a single model."""
+    """Store every pruned model as an ordinary checkpoint even if masks suffice: sixteen times the
+    bytes in half precision. `export` makes one for a single model."""
 
     resources: dict[str, StageResources] = Field(default_factory=dict)
     """By the name of a stage."""
@@ -383,7 +382,7 @@ class Grid(Spec):
     @model_validator(mode="wrap")
     @classmethod
     def _choose_dtypes(cls, content: Any, validate: ModelWrapValidatorHandler["Grid"]) -> "Grid":
-        """`dtype: auto` of a model is settled here, so that specs and keys hold the dtype."""
+        """Replace `dtype: auto` of models, so that specs and keys hold the dtype."""
         if not isinstance(content, Mapping):
             return validate(content)
         content, chosen = with_dtypes(content)
@@ -405,13 +404,13 @@ class Grid(Spec):
 
     @property
     def auto_dtypes(self) -> Mapping[str, AutoDtype]:
-        """By name, what became of `dtype: auto` in the models whose file says so."""
+        """The choice for each model with `dtype: auto`, by name."""
         return self._auto_dtypes
 
 
 @contextlib.contextmanager
 def lines_of(grid: Grid) -> Iterator[None]:
-    """Add to a mistake the line of the grid's file where its field stands."""
+    """Add the line of the field in the grid's file to mistakes."""
     try:
         yield
     except InputError as error:
@@ -421,7 +420,7 @@ def lines_of(grid: Grid) -> Iterator[None]:
 
 
 def located(error: InputError, path: Path) -> InputError:
-    """The same mistake with the line of its field in a file, if the file has it."""
+    """Return the mistake with the line of its field in a file, if the file has it."""
     line = line_number(path, error.field)
     if line is None:
         return error
@@ -429,7 +428,7 @@ def located(error: InputError, path: Path) -> InputError:
 
 
 def load_grid(path: Path) -> Grid:
-    """Read a grid file, and name the content of every local file that it speaks of.
+    """Read a grid file, and add fingerprints of the local files that it names.
 
     Raises:
         InputError: naming field, value and remedy.
@@ -446,7 +445,7 @@ def load_grid(path: Path) -> Grid:
 
 
 def read_grid(path: Path) -> Grid:
-    """Read a grid file whose local files may be those of another machine.
+    """Read a grid file whose local files may be on another machine.
 
     Raises:
         InputError: naming field, value and remedy.
@@ -468,10 +467,10 @@ def read_grid(path: Path) -> Grid:
 
 
 def refuse_credentials(field: str, text: str) -> None:
-    """See that a URL holds no user and password: specs, manifests and logs would keep them.
+    """Check that a URL holds no user and password: specs, manifests and logs would keep them.
 
     Raises:
-        InputError: if it does; the message does not repeat them.
+        InputError: if it does, without repeating them.
     """
     if _CREDENTIALS.search(text):
         shown = _CREDENTIALS.sub("://...@", text)

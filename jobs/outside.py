@@ -1,7 +1,7 @@
-"""All that is taken from outside the stage graph, listed in one place.
+"""The one list of everything that a grid takes from outside the stage graph.
 
-What is hashed into keys, packed for a cluster, copied from the hub, claimed by runs and kept when a
-store is tidied are parts of this list.
+Hashing for keys, packing for a cluster, copies from the hub, claims of runs and tidying of a store
+all use it.
 """
 
 from collections.abc import Iterator
@@ -30,25 +30,23 @@ _Value = TypeVar("_Value")
 
 
 class Outside(NamedTuple):
-    """Files, or what the hub holds, that something reads and no stage makes."""
+    """Files or an item of the hub that something reads and no stage makes."""
 
     field: str
-    """Where it is named, as `corpora.notes.path`."""
+    """The field that names it, such as `corpora.notes.path`."""
 
     paths: tuple[str, ...] = ()
-    """Paths, globs or URLs of files, which must be there."""
+    """Paths, globs or URLs of files, which must exist."""
 
     item: HubItem | None = None
-    """What is read from the hub."""
+    """The item that is read from the hub."""
 
 
 def outside(value: object, field: str = "") -> Iterator[Outside]:
-    """What a grid, or one stage by itself, takes from outside.
-
-    Of a stage, what the stages before it read is left out.
+    """Yield what a grid, or one stage without those before it, takes from outside.
 
     Args:
-        field: where the value stands.
+        field: the place of the value in the grid.
     """
     match value:
         case FileCorpus() | LocalModel() | WordList() | LocalTasks() | LocalDatasets():
@@ -81,15 +79,15 @@ def outside(value: object, field: str = "") -> Iterator[Outside]:
 
 
 def hub_reads(value: object) -> Iterator[HubItem]:
-    """What of the hub a grid, or one stage by itself, reads."""
+    """Yield what a grid, or one stage without those before it, reads from the hub."""
     return (taken.item for taken in outside(value) if taken.item is not None)
 
 
 def with_fingerprints(value: _Value, field: str = "") -> _Value:
-    """The value, in which everything that is read from files names their content.
+    """Return the value with a fingerprint of the content of everything that is read from files.
 
     Raises:
-        InputError: naming the field whose files are not there or cannot be read.
+        InputError: if files are missing or unreadable, naming the field.
     """
     match value:
         case BaseModel() if "fingerprint" in type(value).model_fields:

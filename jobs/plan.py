@@ -1,4 +1,4 @@
-"""From a grid to the deduplicated graph of stages, before anything runs."""
+"""From a grid to the deduplicated graph of its stages."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -35,22 +35,22 @@ from pipeline.specs import (
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid's cells, and the stages that they come down to."""
+    """A grid's cells and their stages."""
 
     grid: Grid
     cells: dict[str, Cell]
     """Key of each cell's last stage to the cell."""
     descriptions: dict[str, str]
-    """Key of each cell's last stage to that of its calibration set's description, if it has one."""
+    """Key of each cell's last stage to that of the description of its calibration set, if any."""
     specs: dict[str, StageSpec]
     """Every unique stage, each after its inputs."""
     graph: Graph
     sizes: dict[str, float]
-    """Parameters by hub name or path of a model, as far as they are known."""
+    """Parameters by a model's hub name or path, if known."""
 
     @property
     def targets(self) -> list[str]:
-        """Keys of all that the grid is for."""
+        """Keys of the stages that the grid is for."""
         return list(dict.fromkeys([*self.cells, *self.descriptions.values()]))
 
 
@@ -95,7 +95,7 @@ class StageCount:
 
 
 def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
-    """How much there is of each stage, in the order of the way of the data.
+    """Count the stages of each line, in the order of `jobs.stages.STAGES`.
 
     Args:
         stored: keys that the store holds.
@@ -126,7 +126,7 @@ def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
 
 
 def print_plan(plan: Plan, store: Store, console: Console) -> None:
-    """Cells, unique stages, what the store holds, and the estimate."""
+    """Print cells, unique stages, what the store holds, and the estimate."""
     lines = count_stages(plan, store.keys())
     table = Table(title=f"{plan.grid.name}: {len(plan.cells)} cells", show_footer=True)
     table.add_column("stage", footer="all")
@@ -182,7 +182,7 @@ def _engine(backend: Literal["transformers"] | Vllm) -> str:
 def _collect(
     spec: StageSpec, into: dict[str, StageSpec], inputs: dict[str, tuple[str, ...]]
 ) -> None:
-    """Add a stage and all before it, each after its inputs."""
+    """Add a stage and all before it, inputs first."""
     if spec.key not in into:
         all_before = spec.inputs()
         for before in all_before:
@@ -192,11 +192,11 @@ def _collect(
 
 
 def model_sizes(grid: Grid) -> dict[str, float]:
-    """Parameters by hub name or path: what the grid gives, else what the model's files tell."""
+    """Return parameters by hub name or path: the grid's number, or that of the model's files."""
     sizes: dict[str, float] = {}
     for name, model in grid.models.items():
         if isinstance(model, PretrainSpec):
-            continue  # its spec tells
+            continue  # its spec gives them
         size = grid.cost.parameters.get(name) or checkpoint_parameters(model)
         if size is not None:
             sizes[model_name(model)] = size
@@ -212,7 +212,7 @@ def _stage(
 ) -> Stage:
     name = stage_name(spec)
     asked = grid.resources.get(name)
-    joins = isinstance(spec, ShardedSpec)  # and so needs no device
+    joins = isinstance(spec, ShardedSpec)  # without a device
     resources = Resources() if asked is None or joins else asked.resources()
     settings = {} if asked is None else asked.settings()
     return Stage(
@@ -229,7 +229,7 @@ def _stage(
 
 
 def _pool(spec: StageSpec) -> str | None:
-    """What an actor keeps loaded: a model, or an engine made for its longest text and batch."""
+    """Name what an actor keeps loaded: a model, or an engine for its longest text and batch."""
     name = stage_name(spec)
     if not STAGES[name].keeps_model or isinstance(spec, ShardedSpec):
         return None

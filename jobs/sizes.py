@@ -1,4 +1,4 @@
-"""How many parameters a checkpoint has, from its files: nothing is loaded, nothing downloaded."""
+"""The number of a checkpoint's parameters, from its files: without loading or downloading."""
 
 import functools
 import json
@@ -12,17 +12,17 @@ from pipeline.hub import local_folder
 from pipeline.specs import HubModel, LocalModel
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Of a weight, by the dtype that a configuration names."""
+"""Bytes of a weight by the dtype in a configuration."""
 
 
 def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
-    """Parameters of a model in a local folder, in a copy that is in use, or in the hub's cache.
+    """Count a model's parameters in a local folder, a copy in use, or the hub's cache.
 
-    From the headers of its safetensors files; else from the bytes of its pickles; else from its
-    configuration alone. All experts of a mixture count.
+    The count comes from the headers of its safetensors files, else from the bytes of its pickles,
+    else from its configuration alone. All experts of a mixture count.
 
     Returns:
-        None if none of them is there.
+        None if there are no such files.
     """
     folder = local_folder(model)
     if folder is None:
@@ -35,7 +35,7 @@ def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
 
 
 def _in_safetensors(folder: Path) -> int | None:
-    """From the headers, which say every tensor's shape."""
+    """Count by the headers, which have every tensor's shape."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     files = [whole] if whole.is_file() else list(folder.glob("*.safetensors"))
     try:
@@ -43,7 +43,7 @@ def _in_safetensors(folder: Path) -> int | None:
             names = set(json.loads(index.read_text())["weight_map"].values())
             files = [folder / name for name in names]
         return sum(map(_tensors, files)) if files else None
-    except (OSError, ValueError, KeyError, SafetensorError):  # a run says what is wrong
+    except (OSError, ValueError, KeyError, SafetensorError):  # a run reports what is wrong
         return None
 
 
@@ -53,7 +53,7 @@ def _tensors(file: Path) -> int:
 
 
 def _in_pickles(folder: Path) -> float | None:
-    """From their bytes, and the dtype in the configuration."""
+    """Count by the files' bytes and the dtype in the configuration."""
     config = _config(folder)
     files = list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.bin"))
     if not files or config is None:
@@ -72,7 +72,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 @functools.cache
 def _of_config(folder: str, trust_remote_code: bool) -> float | None:
-    """From a model without weights, which takes the seconds of importing torch."""
+    """Count by a model without weights; this imports torch, which takes seconds."""
     if _config(Path(folder)) is None:
         return None
     from transformers import AutoConfig
@@ -83,7 +83,7 @@ def _of_config(folder: str, trust_remote_code: bool) -> float | None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = weightless_model(config, local)
-    except (OSError, ValueError, KeyError, ImportError):  # a check of the grid says what is wrong
+    except (OSError, ValueError, KeyError, ImportError):  # `check_plan` reports what is wrong
         return None
     model.tie_weights()
     return float(sum(parameter.numel() for parameter in model.parameters()))

@@ -1,4 +1,4 @@
-"""All stages, and how a worker makes one."""
+"""The table of all stages, and how a worker makes one."""
 
 import contextlib
 import gc
@@ -39,7 +39,7 @@ from pipeline.specs import (
 
 @dataclass(frozen=True)
 class StageKind:
-    """What is known of a kind of stage."""
+    """A kind of stage: what the rest of the code must know besides its spec."""
 
     spec: type[StageSpec]
 
@@ -47,30 +47,30 @@ class StageKind:
     """Holds its function `run`. Imported on the worker: planning must not wait for torch."""
 
     fixed_seconds: float
-    """What it takes besides its passes: it reads and stores, and libraries set up."""
+    """Time besides its passes: reading, storing and setting up libraries."""
 
     passes: float = 0.0
-    """Passes of a token through the model. Training's backward pass counts two, and outliers take
-    the statistics and the outputs of every layer. A pruning has as many as its pruner says."""
+    """Passes of a token through the model. Training's backward pass counts two; outliers need the
+    statistics and the outputs of every layer. For prunings the pruner's spec has the number."""
 
     utilisation: tuple[float, float] | None = None
-    """Share of the rate of its devices that it reaches on a CPU and on a GPU; None if it passes no
-    tokens through a model. Those of a CPU compare as stages of a model of 135 million weights did
-    on one machine (bfloat16, AMX); those of a GPU are not measured by stage. A step of generation
-    reads every weight for one token of each sample."""
+    """Share of its devices' rate that it reaches on a CPU and on a GPU; None if it passes no tokens
+    through a model. The ratios for a CPU were measured on one machine with a model of 135 million
+    weights (bfloat16, AMX); those for a GPU are not measured by stage. A step of generation reads
+    every weight for one token of each sample."""
 
     keeps_model: bool = False
-    """Its stages, or their shards, run on actors that keep a model loaded."""
+    """It runs on actors that keep a model loaded; if it is sharded, its shards do."""
 
     keeps_parts: bool = False
-    """It keeps what is finished for the next attempt."""
+    """It keeps finished parts for the next attempt, and its `run` takes a `Partial`."""
 
     cell_fields: tuple[str, ...] | None = None
-    """Fields of a cell that can make a difference to it; None for all."""
+    """Fields of a cell that it depends on; None for all."""
 
     @property
     def sharded(self) -> bool:
-        """Whether it is made in shards, and joins them itself."""
+        """Whether it is made in shards and joins them."""
         return issubclass(self.spec, ShardedSpec)
 
 
@@ -153,18 +153,17 @@ STAGES: dict[str, StageKind] = {
         ),
     )
 }
-"""Every stage by name, in the order of the data's way. All that depends on the kind of stage is
-taken from here, or from methods of its spec."""
+"""Every stage by name, in the order in which data pass through them."""
 
 LINES = tuple(
     line
     for name, kind in STAGES.items()
     for line in ([f"{name} shard", name] if kind.sharded else [name])
 )
-"""Lines of tables with a line for each kind of stage, and for the shards of those that have any."""
+"""Lines of tables: one for each kind of stage, and one for its shards if it has any."""
 
 HUB = "hub-"
-"""How the keys of copies of what the hub holds begin."""
+"""Prefix of the keys of copies from the hub."""
 
 
 def _as_spec(value: object) -> object:
@@ -176,21 +175,21 @@ def _as_spec(value: object) -> object:
 
 
 class StageWork(BaseModel):
-    """One stage as a worker takes it."""
+    """What a worker is given to make one stage."""
 
     spec: Annotated[SerializeAsAny[StageSpec], BeforeValidator(_as_spec)]
 
     settings: dict[str, int] = {}
-    """Further arguments of the stage's function. No result depends on them."""
+    """Further arguments of the stage's `run`. No result depends on them."""
 
 
 def stage_name(spec: StageSpec) -> str:
-    """The stage that a spec belongs to: a shard belongs to the stage that it is a part of."""
+    """Return the name of a spec's stage; a shard's is that of the whole."""
     return spec.of.kind if isinstance(spec, ShardSpec) else spec.kind
 
 
 def line_of(spec: StageSpec) -> str:
-    """The one of `LINES` that a stage is counted in."""
+    """Return which of `LINES` counts a stage."""
     return f"{stage_name(spec)} shard" if isinstance(spec, ShardSpec) else spec.kind
 
 
@@ -210,13 +209,13 @@ def execute(
     Args:
         payload: a `StageWork` as JSON.
         artifacts: key to folder of each input.
-        cpus: threads of tensor work; fixed, since sums depend on how they are split.
-        partial: what an attempt that died has finished; pruning and evaluating take hours.
+        cpus: threads for tensors; fixed because sums depend on how they are split.
+        partial: finished parts of an attempt that died; pruning and evaluating take hours.
 
     Raises:
-        InputError: if the spec's inputs are not what it needs, or the node's environment would
-            change numbers.
-        WorkerLostError: if this process can make no further stage.
+        InputError: if the inputs do not fit the spec, or the node's environment would change
+            numbers.
+        WorkerLostError: if this process cannot make further stages.
     """
     check_environment()
     keep_freed_memory()
@@ -246,20 +245,23 @@ def _module(kind: str) -> ModuleType:
 
 
 def _imported(name: str) -> ModuleType:
-    """The module. To look for garbage among so many new objects, of which none is, would take a
-    fifth of the time in which a process begins its first stage, and a second now and then later."""
+    """Import a module without garbage collection.
+
+    An import makes many objects and no garbage. Searching them would take a fifth of the time
+    before a process's first stage, and later a second now and then.
+    """
     first = "torch" not in sys.modules
     gc.disable()
     try:
         return importlib.import_module(name)
     finally:
-        if first:  # a later one would keep what an earlier stage has left
+        if first:  # a later freeze would keep what earlier stages left
             gc.freeze()
         gc.enable()
 
 
 def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Path]:
-    """Of what the stage reads from the hub, those that the store has copies of."""
+    """Return copies in the store of what the stage reads from the hub."""
     if not any(key.startswith(HUB) for key in artifacts):
         return {}
     return {item: artifacts[item.key] for item in hub_reads(spec) if item.key in artifacts}

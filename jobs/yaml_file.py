@@ -1,4 +1,4 @@
-"""YAML that a person writes, in which nothing vanishes or becomes something else in silence."""
+"""Strict YAML for files that people write: nothing is dropped or converted silently."""
 
 import re
 from pathlib import Path
@@ -21,8 +21,8 @@ _READ_AS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML 1.1 lets pass: duplicate names, names that are no text, integers in base
-    60 and 8, aliases inside what they stand for."""
+    """Refuses what YAML 1.1 accepts: duplicate names, names that are not text, integers in base 60
+    and 8, and aliases inside their own anchor."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _RefusedError(yaml.MarkedYAMLError):
-    """YAML that is valid and surely not meant."""
+    """YAML that is valid but surely a mistake."""
 
 
 def _refuse(node: Any, problem: str) -> None:
@@ -82,13 +82,13 @@ def _refuse(node: Any, problem: str) -> None:
 
 
 def read_yaml(field: str, path: Path) -> Any:
-    """The content of a YAML file.
+    """Read a YAML file.
 
     Args:
         field: what the file is, for errors.
 
     Raises:
-        InputError: if it cannot be read, with the line where it goes wrong.
+        InputError: if it cannot be read, with the line of the mistake.
     """
     try:
         return yaml.load(read_text(str(path), field), _Loader)
@@ -102,10 +102,10 @@ def read_yaml(field: str, path: Path) -> Any:
 
 
 def line_number(path: Path, field: str) -> int | None:
-    """The line of a field, or of the nearest that holds it; None if the file does not name it.
+    """Return the line of a field, or of the nearest one around it; None if the file has neither.
 
     Args:
-        field: names and places in lists with dots between them, from the outermost in.
+        field: names and indices in lists, joined by dots, outermost first.
     """
     node = yaml.compose(read_text(str(path), field), Loader=yaml.SafeLoader)
     line: int | None = None

@@ -262,7 +262,7 @@ def test_a_wrong_cell_is_named_with_its_field_and_value(
 
 def test_a_grid_that_excludes_all_its_cells_is_refused(content: Content, load: Load) -> None:
     content["exclude"] = [{"model": "testbed"}]
-    with pytest.raises(InputError, match=r"exclude.*nothing is left"):
+    with pytest.raises(InputError, match=r"exclude.*leaves no cell"):
         expand(load(content))
 
 

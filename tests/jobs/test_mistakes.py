@@ -93,7 +93,7 @@ MISTAKES = [
     ("  sparsity:", "  sparisty:", "cells.sparisty: .*did you mean 'sparsity'"),
     ("64\nexclude", "64\n  allocation: owel\nexclude", "cells.allocation: 'owel': .*'owl'"),
     ("{calibration: own,", "{calibraton: own,", "exclude.0.calibraton: .*mean 'calibration'"),
-    ("own, seed: 1}", "own, seed: 7}", "exclude.0: .*no cell agrees with it.*line 20"),
+    ("own, seed: 1}", "own, seed: 7}", "exclude.0: .*matches no cell.*line 20"),
     ("tasks: [piqa]", "task: [piqa]", "evaluate.task: .*did you mean 'tasks'"),
     ("[piqa]", "[{name: piqa, num_fewshots: 5}]", "tasks.0.num_fewshots: 5: .*'num_fewshot'"),
     (f"[{WIDE}]", "[{corpus: wbe}]", "evaluate.perplexity.0.corpus: 'wbe': .*mean 'web'"),
