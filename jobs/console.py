@@ -1,10 +1,10 @@
-"""Where commands print their tables."""
+"""The console to which commands print their tables."""
 
 import sys
 
 from rich.console import Console
 
 LOG_COLUMNS = 160
-"""Width of tables in a file, a pipe or a job's log."""
+"""Width of tables written to a file, a pipe or a job's log, in characters."""
 
 console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)

@@ -1,4 +1,4 @@
-"""Turn a pruned model of a store into a checkpoint that other programs load."""
+"""Export a pruned model from a store as a checkpoint that other programs load."""
 
 import contextlib
 import shutil
@@ -19,11 +19,11 @@ AnyStage = TypeVar("AnyStage", bound=StageSpec)
 
 
 def export(store: Store, key: str, folder: Path) -> None:
-    """Write the pruned model with that key to `folder`, as an ordinary checkpoint with tokenizer.
+    """Write the pruned model `key` to `folder` as an ordinary checkpoint with its tokenizer.
 
     Raises:
-        InputError: if the store has no such model, if it or the model that its masks are for is
-            damaged, changed or gone, or if the folder is in use.
+        InputError: if the store has no such model, if it or the dense model under its masks is
+            damaged, changed or gone, or if the folder is not empty.
     """
     manifest = store.manifest(key)
     if manifest is None or manifest.kind != "prune":
@@ -31,7 +31,7 @@ def export(store: Store, key: str, folder: Path) -> None:
             "key",
             key,
             f"{store.url} has no pruned model with this key; the results table's column prune_key "
-            "names those that there are",
+            "lists them",
         )
     spec = stored_spec(manifest, PruneSpec)
     check_unused(folder)
@@ -39,31 +39,31 @@ def export(store: Store, key: str, folder: Path) -> None:
     artifacts = fetched(store, key, (spec, *spec.rests_on()))
     from pipeline.models.checkpoint import write_checkpoint
 
-    with whole_folder(folder) as half_done:
-        write_checkpoint(spec, artifacts, half_done)
+    with whole_folder(folder) as partial:
+        write_checkpoint(spec, artifacts, partial)
 
 
 def check_unused(folder: Path) -> None:
-    """See that an export overwrites nothing.
+    """Check that an export overwrites nothing.
 
     Raises:
-        InputError: if the folder is in use.
+        InputError: if the folder is not empty.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError("folder", str(folder), "is there already; name a new or an empty one")
+        raise InputError("folder", str(folder), "exists already; name a new or an empty folder")
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Where to write, beside the folder, which is there once all is written."""
-    half_done = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(half_done, ignore_errors=True)
-    yield half_done
-    half_done.replace(folder)
+    """Yield a folder to write to; rename it to `folder` once everything is written."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    partial.replace(folder)
 
 
 def fetched(store: Store, key: str, specs: tuple[StageSpec, ...]) -> dict[str, Path]:
-    """Key to folder of the artifacts that the export of `key` reads.
+    """Return the folder, by key, of each artifact that the export of `key` reads.
 
     Raises:
         InputError: if one is damaged or gone.
@@ -75,10 +75,10 @@ def fetched(store: Store, key: str, specs: tuple[StageSpec, ...]) -> dict[str, P
 
 
 def stored_spec(manifest: Manifest, kind: type[AnyStage]) -> AnyStage:
-    """The spec that an artifact was made from.
+    """Return the spec that an artifact was made from.
 
     Raises:
-        InputError: if this release makes other artifacts from it.
+        InputError: if this release would give it another key.
     """
     remedy = f"was made by another release of calprune; {_AGAIN}"
     try:
@@ -91,7 +91,7 @@ def stored_spec(manifest: Manifest, kind: type[AnyStage]) -> AnyStage:
 
 
 def _check_dense(model: Model) -> None:
-    """See that masks are for a local model as it still is."""
+    """Check that a local model has not changed since its masks were made."""
     match model:
         case PruneSpec(stores_masks=True):
             _check_dense(model.model)

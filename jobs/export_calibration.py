@@ -1,4 +1,4 @@
-"""Turn a generated calibration set of a store into a data set folder that other programs load."""
+"""Export a generated calibration set from a store as a data set folder that other programs load."""
 
 import json
 from pathlib import Path
@@ -13,21 +13,21 @@ from pipeline.specs import FilterSpec, PruneSpec
 
 COLUMNS = {
     "sample_id": "number of the sample",
-    "source": "of mixed corpora, the name of the one that the prefix is from",
-    "text": "the text, without special tokens",
-    "input_ids": "its token ids as they were generated, the given ones first",
-    "prefix_tokens": "how many leading ids were given and not generated, BOS included",
-    "tokens": "how many tokens were scored",
+    "source": "name of the corpus that the prefix is from, if corpora were mixed",
+    "text": "text without special tokens",
+    "input_ids": "token ids as generated, the prefix first",
+    "prefix_tokens": "number of leading ids that were given, BOS included",
+    "tokens": "number of scored tokens",
     "perplexity": "perplexity of the scored tokens",
     "min_k": "Min-K% (arXiv 2310.16789)",
     "min_k_plus_plus": "Min-K%++ (arXiv 2404.02936)",
     **{f"loss_{part}": f"mean loss in quarter {part} of the scored tokens" for part in range(1, 5)},
     **{
-        f"distinct_{length}": f"different runs of {length} scored tokens, as a share of all"
+        f"distinct_{length}": f"distinct {length}-grams of the scored tokens, as a share of all"
         for length in range(1, 4)
     },
 }
-"""The columns of the data set. Tools that find `input_ids` do not tokenise again."""
+"""Columns of the data set and their meaning. Tools that find `input_ids` do not tokenize again."""
 
 HEADER = """\
 ---
@@ -40,19 +40,21 @@ configs:
   data_files: samples.parquet
 ---
 """
-"""What the hub and `datasets` read of a card."""
+"""The part of the card that the hub and `datasets` read."""
 
 
 def export_calibration(store: Store, key: str, folder: Path) -> int:
-    """Write the filtered samples with that key, or those that the pruned model with that key was
-    calibrated with, to `folder`: `samples.parquet` and a data set card.
+    """Write filtered samples to `folder` as `samples.parquet` with a data set card.
+
+    Args:
+        key: of the filtered samples, or of a pruned model that was calibrated with them.
 
     Returns:
-        How many samples there are.
+        The number of samples.
 
     Raises:
-        InputError: if the store has no such samples, if they are damaged or of another release, or
-            if the folder is in use.
+        InputError: if the store has no such samples, if they are damaged or from another release,
+            or if the folder is not empty.
     """
     spec = _filter_spec(store, key)
     check_unused(folder)
@@ -62,12 +64,12 @@ def export_calibration(store: Store, key: str, folder: Path) -> int:
     samples = pq.read_table(artifacts[spec.key] / "samples.parquet")
     names = ["input_ids" if name == "token_ids" else name for name in samples.column_names]
     samples = samples.rename_columns(names).select(list(COLUMNS)).replace_schema_metadata(None)
-    made = store.manifest(spec.scores.samples.key)
-    engines = [] if made is None else made.report["engines"]
-    with whole_folder(folder) as half_done:
-        half_done.mkdir(parents=True)
-        pq.write_table(samples, half_done / "samples.parquet")
-        (half_done / "README.md").write_text(card(manifest, engines))
+    generation = store.manifest(spec.scores.samples.key)
+    engines = [] if generation is None else generation.report["engines"]
+    with whole_folder(folder) as partial:
+        partial.mkdir(parents=True)
+        pq.write_table(samples, partial / "samples.parquet")
+        (partial / "README.md").write_text(card(manifest, engines))
     return len(samples)
 
 
@@ -80,20 +82,20 @@ def _filter_spec(store: Store, key: str) -> FilterSpec:
             "key",
             key,
             f"{store.url} has neither filtered samples nor a pruned model with this key; the "
-            "results table's column prune_key names the models",
+            "results table's column prune_key lists the models",
         )
     calibration = stored_spec(manifest, PruneSpec).calibration
     if calibration is None or not isinstance(calibration.source, FilterSpec):
-        remedy = "this model was not calibrated with text that a model wrote; take another"
+        remedy = "was not calibrated with generated text; choose another model"
         raise InputError("key", key, remedy)
     return calibration.source
 
 
 def card(manifest: Manifest, engines: list[dict[str, Any]]) -> str:
-    """The data set card of filtered samples.
+    """Return the data set card of filtered samples.
 
     Args:
-        engines: engine, version and device that generated.
+        engines: engine, version and device of each generation.
     """
     report = manifest.report
     columns = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in COLUMNS.items())
@@ -103,10 +105,10 @@ def card(manifest: Manifest, engines: list[dict[str, Any]]) -> str:
 Texts that a language model wrote from short prefixes of real texts, scored and filtered by
 calprune: {report["kept"]} were kept, {report["dropped"]} dropped for their perplexity, \
 {report["duplicates"]} as duplicates, {report["near_duplicates"]} as near duplicates, \
-{report["banned"]} for a banned word and {report["invalid"]} for want of a score.
+{report["banned"]} for a banned word and {report["invalid"]} because they had no score.
 
-The licence is unknown: it depends on the terms of the generating model and of the corpus that the
-prefixes come from, both named below.
+The licence is unknown: it depends on the terms of the generating model and of the corpus of the
+prefixes, both named below.
 
 | column | meaning |
 |---|---|

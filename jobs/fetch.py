@@ -1,4 +1,4 @@
-"""Copies in the store of all that a grid reads from the hub."""
+"""Copies in the store of what a grid reads from the hub."""
 
 import dataclasses
 import logging
@@ -21,42 +21,42 @@ from pipeline.specs import HubModel
 logger = logging.getLogger(__name__)
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-"""Environment of workers that have a copy of all that they read."""
+"""Environment of workers when the store holds all that they read from the hub."""
 
 
 def hub_items(plan: Plan) -> list[HubItem]:
-    """What the grid's stages read from the hub, each once."""
+    """Return what the grid's stages read from the hub, each item once."""
     found = {item for spec in plan.specs.values() for item in outside.hub_reads(spec)}
     return sorted(found, key=lambda item: item.key)
 
 
 def copied_items(plan: Plan, store: Store) -> list[HubItem]:
-    """What the grid's stages read from the hub and the store has copies of."""
+    """Return the hub items of the grid's stages that the store holds."""
     present = _present(store)
-    # Where there is none, lm-eval, which takes seconds, is not asked what its tasks read.
+    # `hub_items` may load lm-eval, which takes seconds: skip it if there are no copies.
     return [item for item in hub_items(plan) if item.key in present] if present else []
 
 
 def fetch(plan: Plan, store: Store) -> list[HubItem]:
-    """Put copies into the store of what it does not have yet, or has only damaged.
+    """Copy missing and damaged hub items into the store.
 
     Returns:
-        What was copied.
+        The items copied.
 
     Raises:
-        InputError: if the hub does not have something, or is out of reach.
+        InputError: if the hub lacks an item or cannot be reached.
     """
     items = hub_items(plan)
     copied = {item.key for item in copied_items(plan, store)}
     for key, problem in store.damaged(copied).items():
-        logger.warning("copy %s is damaged: %s; it is fetched again", key, problem)
+        logger.warning("copy %s is damaged: %s; fetching it again", key, problem)
         store.discard(key)
     present = store.keys()
     missing = [item for item in items if item.key not in present]
     with leases.Claim(store, [item.key for item in items]) as claim:
         for item in missing:
             logger.info("fetching %s %s", item.kind, item.name)
-            leases.acquire(store, item.key, claim.run, ())  # no other may tidy it away meanwhile
+            leases.acquire(store, item.key, claim.run, ())  # keeps `store gc` off it
             _fetch(item, store)
             leases.release(store, item.key, claim.run)
     return missing
@@ -78,7 +78,7 @@ def _fetch(item: HubItem, store: Store) -> None:
 
 
 def copies(plan: Plan, store: Store) -> dict[HubItem, Path]:
-    """Of what the plan reads from the hub, what the store has, each in a local folder.
+    """Return the local folder of each hub item of the plan that the store holds.
 
     Raises:
         InputError: if a copy is damaged.
@@ -87,7 +87,7 @@ def copies(plan: Plan, store: Store) -> dict[HubItem, Path]:
 
 
 def model_copies(grid: Grid, store: Store) -> dict[HubItem, Path]:
-    """Of the grid's models, the copies that the store has.
+    """Return the local folder of each hub model of the grid that the store holds.
 
     Raises:
         InputError: if a copy is damaged.
@@ -105,7 +105,7 @@ def _folder(item: HubItem, store: Store) -> Path:
 
 
 def _damaged(item: HubItem, problem: str) -> InputError:
-    remedy = f"its copy in the store is damaged ({problem}): `fetch` makes it again"
+    remedy = f"its copy in the store is damaged ({problem}); run `fetch` to copy it again"
     return InputError(item.kind, item.name, remedy)
 
 
@@ -115,8 +115,9 @@ def _present(store: Store) -> set[str]:
 
 
 def with_copies(plan: Plan, store: Store) -> tuple[Graph, dict[str, str]]:
-    """The plan's graph, in which stages read the copies that the store has, and the environment for
-    its workers: the hub is switched off where there is a copy of everything.
+    """Return the plan's graph with the store's copies as inputs, and its workers' environment.
+
+    The environment switches the hub off if the store holds every item.
 
     Raises:
         InputError: if a copy is damaged.
@@ -131,5 +132,5 @@ def with_copies(plan: Plan, store: Store) -> tuple[Graph, dict[str, str]]:
         read = [item.key for item in outside.hub_reads(plan.specs[key]) if item.key in present]
         inputs = tuple(dict.fromkeys([*stage.inputs, *read]))
         graph[key] = dataclasses.replace(stage, inputs=inputs)
-    whole = {item.key for item in hub_items(plan)} <= present.keys()
-    return graph, OFFLINE if whole else {}
+    complete = {item.key for item in hub_items(plan)} <= present.keys()
+    return graph, OFFLINE if complete else {}

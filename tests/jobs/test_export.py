@@ -99,7 +99,7 @@ def test_a_key_that_is_no_pruned_models_is_refused(store: Store, tmp_path: Path)
 
 def test_a_folder_in_use_is_left_alone(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(InputError, match="name a new or an empty one"):
+    with pytest.raises(InputError, match="name a new or an empty folder"):
         export(store, PRUNED.key, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -137,7 +137,7 @@ def test_the_example_makes_batches_of_an_exported_set(
     [
         ("prune-0123", "neither filtered samples nor a pruned model"),
         (SCORES.key, "neither filtered samples nor a pruned model"),
-        (MAGNITUDE.key, "was not calibrated with text that a model wrote"),
+        (MAGNITUDE.key, "was not calibrated with generated text"),
     ],
 )
 def test_a_key_without_generated_text_is_refused(
@@ -150,6 +150,6 @@ def test_a_key_without_generated_text_is_refused(
 
 def test_a_folder_in_use_is_left_alone(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(InputError, match="name a new or an empty one"):
+    with pytest.raises(InputError, match="name a new or an empty folder"):
         export_calibration(store, FILTERED.key, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
