@@ -24,7 +24,7 @@ from cluster.run import run_graph
 from cluster.store import Manifest, Partial, Store
 from jobs.stages import StageWork, execute
 from pipeline.models.layer_files import layer_file
-from pipeline.pruning.hidden_states import Shelf
+from pipeline.pruning.hidden_states import TensorStore
 from pipeline.specs import (
     FileCorpus,
     LocalModel,
@@ -119,12 +119,12 @@ def test_budgets_reach_the_pruning_and_change_no_byte(
     usual = prune(spec, calibration, store)
     asked: list[tuple[int, int]] = []
 
-    class NotingShelf(Shelf):
+    class NotingStore(TensorStore):
         def __init__(self, device: torch.device, device_bytes: int, host_bytes: int) -> None:
             asked.append((device_bytes, host_bytes))
             super().__init__(device, device_bytes, host_bytes)
 
-    monkeypatch.setattr(pipeline.pruning.walk, "Shelf", NotingShelf)
+    monkeypatch.setattr(pipeline.pruning.walk, "TensorStore", NotingStore)
     settings = {"device_hidden_bytes": 0, "host_hidden_bytes": 7}
     manifest = prune(spec, calibration, Store(str(tmp_path / "other")), settings)
     assert asked == [(0, 7)]
