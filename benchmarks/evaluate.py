@@ -187,8 +187,8 @@ def main(
     console.print(f"target {TARGET:g}: {'met' if ratio >= TARGET else 'missed'}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        told = {"cells": cells, "questions": questions, "device": _device(), "seconds": seconds}
-        output.write_text(json.dumps(told, indent=2) + "\n")
+        record = {"cells": cells, "questions": questions, "device": _device(), "seconds": seconds}
+        output.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

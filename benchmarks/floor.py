@@ -12,7 +12,7 @@ import torch
 from benchmarks.geometry import Geometry
 
 RATE_TOKENS = 16_384
-"""Rows of the input in measured products, at the most."""
+"""At most so many rows of the input in measured products."""
 
 
 def floating_point_operations(geometry: Geometry, pruner: str) -> int:

@@ -32,7 +32,7 @@ class Room:
     cpus: float
     gpus: float = 0.0
     workers: int | None = None
-    """Stages at one time, at the most."""
+    """At most so many stages at one time."""
 
 
 @dataclass

@@ -134,8 +134,8 @@ def _rows(
     if evaluation is None:
         if failure is None:
             return [{**row, "status": "missing"}]
-        told = {"error": f"{failure.kind}: {failure.error}", "traceback": failure.traceback}
-        return [{**row, "status": "failed", **told}]
+        cause = {"error": f"{failure.kind}: {failure.error}", "traceback": failure.traceback}
+        return [{**row, "status": "failed", **cause}]
     row |= _run_fields(evaluation, None if pruned is None else store.manifest(pruned.key))
     row |= _calibration_fields(plan, store, key, pruned)
     spoilt = next((metric for metric in metrics if not _is_finite(metric)), None)

@@ -1,7 +1,7 @@
-"""What a person is told that a stage is: its kind, then what varies in the grid, the calibration
-first, as in `prune wikipedia wanda 2:4 seed 1`.
+"""Labels of stages for people: the kind, then what varies in the grid, calibration first, as in
+`prune wikipedia wanda 2:4 seed 1`.
 
-A stage that several cells share is named by what these have in common.
+The label of a stage that several cells share holds what these cells have in common.
 """
 
 from collections import Counter
@@ -36,10 +36,10 @@ AS_REFERENCE = "as reference"
 """Windows that calibration sets are compared with."""
 
 MOST_NAMES = 3
-"""So many calibrations that share a stage are named; of more their number is told."""
+"""At most this many calibrations that share a stage are named; of more, the number is given."""
 
 Owners = dict[str, set[Any]]
-"""Of the cells that a stage is made for, the values of each field."""
+"""Field of a cell to its values in the cells that a stage is made for."""
 
 
 def labels(
@@ -48,18 +48,19 @@ def labels(
     specs: Mapping[str, StageSpec],
     inputs: Mapping[str, tuple[str, ...]],
 ) -> dict[str, str]:
-    """Label of every stage by key.
+    """Return the label of every stage by key.
 
     Args:
         cells: key of each cell's last stage to the cell.
-        descriptions: key of each cell's last stage to that of its calibration set's description.
+        descriptions: key of each cell's last stage to the key of the stage that describes its
+            calibration set.
         specs: every stage, each after its inputs.
         inputs: keys of each stage's inputs.
     """
     own: dict[str, Owners] = {}
-    """By key, of the cells that the stage is made for itself;"""
+    """By key, of the cells that need the stage for themselves."""
     aside: dict[str, tuple[str, Owners]] = {}
-    """of those for which it makes only what generates, or what is compared with; and which."""
+    """By key, of the cells that need the stage only to generate or as a reference, and which."""
     for key, cell in cells.items():
         for last in (key, descriptions.get(key)):
             if last is not None:
@@ -69,7 +70,7 @@ def labels(
             use = _use(spec, specs[name])
             if key in aside:
                 _add(aside.setdefault(name, (aside[key][0], {}))[1], aside[key][1])
-            if key in own and use == AS_REFERENCE:  # for whatever calibrations
+            if key in own and use == AS_REFERENCE:  # it serves all calibrations
                 without = {each: own[key][each] for each in own[key] if each != "calibration"}
                 _add(aside.setdefault(name, (use, {}))[1], without)
             elif key in own and use:
@@ -86,7 +87,7 @@ def labels(
 
 
 def _use(reader: StageSpec, read: StageSpec) -> str:
-    """What a stage is read for, where it is not of its reader's own cells."""
+    """Return what a stage is read for, if not for its reader's own cells."""
     if isinstance(reader, ShardSpec) and isinstance(read, PruneSpec):
         return "for generating"
     if isinstance(reader, DescribeSpec) and reader.reference == read != reader.calibration:
@@ -105,7 +106,7 @@ def _add(owners: Owners, more: Owners) -> None:
 
 
 class _Words:
-    """The words of a grid: only what varies in it is said."""
+    """The words for a grid's labels, which name only what varies in the grid."""
 
     def __init__(self, cells: Iterable[Cell], specs: Iterable[StageSpec]) -> None:
         whole: Owners = {}
@@ -113,7 +114,7 @@ class _Words:
         for cell in cells:
             _add(whole, _fields(cell))
             _add(parts.setdefault(cell.calibration, {}), _fields(cell))
-        # What differs between calibrations only is said by their names.
+        # The names of calibrations already tell apart what differs only between calibrations.
         self.varies = {name for name in ("calibration", "model") if len(whole.get(name, ())) > 1}
         self.varies |= {
             name for part in parts.values() for name in NUMBERS if len(part.get(name, ())) > 1
@@ -121,7 +122,7 @@ class _Words:
         prunings = [spec for spec in specs if isinstance(spec, PruneSpec)]
         chosen = {spec.pruner for spec in prunings} | {spec.allocation for spec in prunings}
         self.variants = Counter(each.name for each in chosen)
-        """How many pruners, or allocations, of a name there are."""
+        """Number of different pruners, or allocations, with each name."""
 
     def label(self, spec: StageSpec, owners: Owners) -> str:
         if isinstance(spec, ShardSpec):
@@ -131,11 +132,11 @@ class _Words:
 
     def _words(self, spec: StageSpec, owners: Owners) -> Iterator[str]:
         fields = STAGES[spec.kind].cell_fields
-        said = self.varies.intersection(owners if fields is None else owners.keys() & fields)
-        if "calibration" in said:
+        named = self.varies.intersection(owners if fields is None else owners.keys() & fields)
+        if "calibration" in named:
             names = sorted(owners["calibration"])
             yield "+".join(names) if len(names) <= MOST_NAMES else f"{len(names)} calibrations"
-        if "model" in said and len(owners["model"]) == 1:
+        if "model" in named and len(owners["model"]) == 1:
             yield from owners["model"]
         pruned = spec.model if isinstance(spec, EvaluateSpec) else spec
         if isinstance(pruned, PruneSpec):
@@ -146,12 +147,13 @@ class _Words:
         elif isinstance(spec, EvaluateSpec):
             yield "dense"
         for name in NUMBERS:
-            if name in said and len(owners[name]) == 1:
+            if name in named and len(owners[name]) == 1:
                 (value,) = owners[name]
                 yield f"{name} {value:g}"
 
     def _variant(self, chosen: Pruner | Allocation) -> str:
-        """Its name, and how it differs from the defaults where the grid has others of that name."""
+        """Return the name, with the options that differ from the defaults if the name alone is not
+        unique in the grid."""
         if self.variants[chosen.name] == 1:
             return chosen.name
         fields = chosen.model_dump(exclude={"name"}, exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""How far a run has come: what is made of each stage, how fast, and how long it will take yet."""
+"""The progress of a run: what is made of each kind of stage, how fast, and the time left."""
 
 import time
 from collections import Counter, deque
@@ -21,13 +21,13 @@ from pipeline.specs import GenerateSpec, ShardSpec
 LAST_ERRORS = 5
 
 MOST_SHOWN = 8
-"""Stages at work that are named; of more, as on a large cluster, their number is told."""
+"""At most this many stages at work are named; of more, the number is given."""
 
 MOST_RECALLED = 3
-"""Artifacts of each kind whose seconds are read where a run goes on."""
+"""Artifacts of each kind whose seconds a resumed run reads."""
 
 LONGEST_PHASE = 60
-"""Characters of a phase that are shown; an evaluation's names all its tasks."""
+"""Characters of a phase that are shown at most: an evaluation's phase names all its tasks."""
 
 
 @dataclass
@@ -40,19 +40,19 @@ class Line:
     in_flight: int = 0
     """Handed to Ray: at work, or waiting for room on the cluster."""
     at_work: int = 0
-    """Begun on a worker, when that was last looked at."""
+    """Begun on a worker, at the last look."""
     seconds: float = 0.0
-    """What those that are done took together."""
+    """What the stages that are done took together."""
 
     @property
     def left(self) -> int:
-        """Those that have not ended."""
+        """Stages that have not ended."""
         return max(0, self.total - self.done - self.failed)
 
 
 @dataclass(frozen=True)
 class Busy:
-    """What of the cluster is in use."""
+    """How much of the cluster is in use."""
 
     cpus: float
     all_cpus: float
@@ -65,7 +65,7 @@ class Busy:
 
 
 class Progress:
-    """The figures of a run; each stage that ends costs the same, however many there are."""
+    """The figures of a run. The cost of an update does not grow with the number of stages."""
 
     def __init__(
         self, totals: Mapping[str, int], samples: int = 0, stages: Graph | None = None
@@ -74,7 +74,7 @@ class Progress:
         Args:
             totals: stages to make, by line.
             samples: to be generated.
-            stages: those to make, each after its inputs; without them there is no time left.
+            stages: the stages to make, each after its inputs; needed for the time left.
         """
         self.lines = {name: Line(totals[name]) for name in LINES if totals.get(name)}
         self.samples_to_make = samples
@@ -85,11 +85,11 @@ class Progress:
         self.began = time.monotonic()
         self.generating_since: float | None = None
         self.at_work: dict[str, Position] = {}
-        """By key, how far the stages on workers are; the oldest first."""
+        """By key, the positions of the stages on workers, the oldest first."""
         self.in_flight: dict[str, Stage] = {}
         """Stages handed to Ray, by key."""
         self._end: float | None = None
-        """When all is made, in seconds since the run began."""
+        """Expected end, in seconds since the run began."""
         self._waits: list[str] = []
 
     @property
@@ -113,14 +113,14 @@ class Progress:
         return sum(line.failed for line in self.lines.values())
 
     def start(self, stage: Stage) -> None:
-        """Count a stage that is handed to Ray, maybe once more."""
+        """Count a stage that is handed to Ray, for the first time or again."""
         if stage.key not in self.in_flight:
             self.in_flight[stage.key] = stage
             self._line(stage).in_flight += 1
         self.at_work.pop(stage.key, None)
 
     def look(self, positions: Mapping[str, Position], room: Room) -> None:
-        """Take up how far the stages on workers are, and what room a run has."""
+        """Record the positions of the stages on workers, and the room that a run has."""
         here = {key: at for key, at in positions.items() if key in self.in_flight}
         self.at_work = dict(sorted(here.items(), key=lambda each: -each[1].seconds))
         counts = Counter(line_name(self.in_flight[key]) for key in here)
@@ -148,7 +148,7 @@ class Progress:
             return
         self.forecast.made(stage, result.seconds)
         line.done += 1
-        line.total = max(line.total, line.done + line.failed)  # a damaged one is made again
+        line.total = max(line.total, line.done + line.failed)  # a damaged artifact is made again
         line.seconds += result.seconds
         if line_name(stage) == "generate shard":
             if self.generating_since is None:
@@ -157,17 +157,17 @@ class Progress:
             self.tokens += result.report["tokens_generated"]
 
     def tokens_a_second(self) -> float:
-        """Generated tokens a second, since the first shard that is done began."""
+        """Return generated tokens a second since the first finished shard began."""
         if self.generating_since is None:
             return 0.0
         return self.tokens / max(time.monotonic() - self.generating_since, 1e-9)
 
     def seconds_left(self) -> float | None:
-        """By the last look; None before anything was measured."""
+        """Return the estimate of the last look; None before anything was measured."""
         return None if self._end is None else max(0.0, self._end - self.seconds)
 
     def summary(self, busy: Busy | None) -> Iterator[str]:
-        """All figures in some lines of a log: what is made, what every worker does, what waits."""
+        """Yield lines for a log: what is made, what every worker does, what waits."""
         yield "; ".join(
             [
                 f"{self.ended}/{self.total} stages in {duration(self.seconds)}",
@@ -183,7 +183,7 @@ class Progress:
         yield from self.doing()
 
     def doing(self) -> Iterator[str]:
-        """What every worker does, the oldest first, and what waits for what."""
+        """Yield what every worker does, the oldest stage first, and what waits for what."""
         for key, position in list(self.at_work.items())[:MOST_SHOWN]:
             stage = self.in_flight.get(key)
             if stage is not None:
@@ -194,7 +194,7 @@ class Progress:
             yield f"waiting for {'; for '.join(self._waits)}"
 
     def view(self, busy: Busy | None) -> Group:
-        """All figures for a terminal."""
+        """Return all figures for a terminal."""
         table = Table(title=None)
         table.add_column("stage")
         for heading in ("done", "failed", "at work", "left", "seconds each", "replicas"):
@@ -230,20 +230,20 @@ class Progress:
         return self.lines.setdefault(line_name(stage), Line())
 
     def _replicas(self, name: str) -> int | None:
-        """Actors of a line; the stages that join shards have none."""
+        """Return the actors of a line; stages that join shards have none."""
         kind = name.removesuffix(" shard")
         joins = name == kind and STAGES[kind].sharded
         return None if joins else self.replicas.get(kind)
 
 
 def computes(stage: Stage) -> bool:
-    """Whether a stage's time depends on the device's rate."""
+    """Return whether a stage's time depends on the device's rate."""
     kind = STAGES[stage.kind]
     return kind.utilisation is not None and kind.sharded == _is_shard(stage)
 
 
 def line_name(stage: Stage) -> str:
-    """The one of `jobs.stages.LINES` that a stage of the graph is counted in."""
+    """Return the line of `jobs.stages.LINES` that a stage of the graph is counted in."""
     return f"{stage.kind} shard" if _is_shard(stage) else stage.kind
 
 
@@ -252,7 +252,7 @@ def _is_shard(stage: Stage) -> bool:
 
 
 def progress_of(plan: Plan, missing: Collection[str]) -> Progress:
-    """The figures of a run that is to make what is missing."""
+    """Return the figures of a run that makes the missing artifacts."""
     totals = Counter(line_name(plan.graph[key]) for key in missing)
     samples = 0
     for key in missing:
@@ -265,7 +265,7 @@ def progress_of(plan: Plan, missing: Collection[str]) -> Progress:
 
 
 def recall(progress: Progress, plan: Plan, store: Store, present: Iterable[str]) -> None:
-    """Let artifacts that earlier runs made tell how long a few stages of each kind took."""
+    """Feed the forecast with the seconds of a few artifacts of each kind from earlier runs."""
     recalled: Counter[str] = Counter()
     for key in present:
         stage = plan.graph[key]
@@ -277,7 +277,7 @@ def recall(progress: Progress, plan: Plan, store: Store, present: Iterable[str])
 
 
 def how_far(position: Position) -> str:
-    """`12 of 30 layers, 45 s`, `loading the model, 3 s`."""
+    """Return a position in words: `12 of 30 layers, 45 s`, `loading the model, 3 s`."""
     unit = position.unit
     if position.total:
         counted = f"{position.done:,.0f} of {position.total:,.0f} {unit}"
@@ -289,7 +289,7 @@ def how_far(position: Position) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    """Return seconds in words: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"

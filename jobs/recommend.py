@@ -64,7 +64,7 @@ class Record(NamedTuple):
 
 
 class Worth(NamedTuple):
-    """How well a score foretold the record's sources, each predicted from the others."""
+    """How well a score predicted the record's sources, each from the others."""
 
     explained: float
     """Share of the differences between them; below 0, worse than no score."""
@@ -77,7 +77,7 @@ class Worth(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """A candidate with what the record foretells of it."""
+    """A candidate, with what the record predicts for it."""
 
     candidate: Candidate
     expected: float = np.nan
@@ -114,7 +114,7 @@ def print_ranking(plan: Plan, store: Store, record_grid: str, console: Console) 
     for model in dict.fromkeys(candidate.model for candidate in candidates):
         own = [candidate for candidate in candidates if candidate.model == model]
         console.print(_table(model, rank(own, score, record), score, record))
-    for line in _told(score, record, worth, record_grid, plan):
+    for line in _explanation(score, record, worth, record_grid, plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -133,7 +133,7 @@ def read_candidates(plan: Plan, store: Store) -> list[Candidate]:
             name = _name(cell, varied)
             for field, value in manifest.report.items():
                 if isinstance(value, float) and not math.isfinite(value):
-                    remedy = f"its {field} is {value}: describe it anew with a sound model"
+                    remedy = f"its {field} is {value}: describe it again with a sound model"
                     raise InputError("describe", f"{cell.model}: {name}", remedy)
             reports.setdefault((cell.model, name), {})[described] = manifest.report
     candidates = []
@@ -150,8 +150,8 @@ def read_candidates(plan: Plan, store: Store) -> list[Candidate]:
 
 
 def _name(cell: Cell, varied: Sequence[str]) -> str:
-    told = [f"{axis} {getattr(cell, axis)}" for axis in varied if getattr(cell, axis) is not None]
-    return ", ".join([cell.calibration, *told])
+    values = [f"{axis} {getattr(cell, axis)}" for axis in varied if getattr(cell, axis) is not None]
+    return ", ".join([cell.calibration, *values])
 
 
 def _error(reports: list[dict[str, Any]], field: str) -> float:
@@ -207,7 +207,7 @@ def _mean(seeds: "pd.Series[float]") -> float:
 
 
 def worth_of(record: Record, score: str) -> Worth:
-    """How well a score foretold each source of the record from the others."""
+    """Return how well a score predicts each source of the record from the others."""
     x, harm = record.scores[score], record.harm
     spread = harm.std(axis=0)
     scaled = harm / np.where(spread > 0, spread, 1.0)
@@ -282,15 +282,15 @@ def _table(model: str, ranked: list[Ranked], score: str, record: Record | None) 
         at, error = each.candidate.scores[score], each.candidate.errors[score]
         row = [str(place), each.candidate.name, f"{at:.4g} ± {error:.2g}"]
         if record is not None:
-            told = [_effect(value, record) for value in (each.expected, each.low, each.high)]
+            effects = [_effect(value, record) for value in (each.expected, each.low, each.high)]
             first = place == 1
-            row.append("" if first else f"{told[0]} ({told[1]} to {told[2]})")
+            row.append("" if first else f"{effects[0]} ({effects[1]} to {effects[2]})")
             row.append(f"{each.best:.0%}")
         table.add_row(*row)
     return table
 
 
-def _told(
+def _explanation(
     score: str, record: Record | None, worth: Worth | None, grid: str, plan: Plan
 ) -> list[str]:
     if record is None or worth is None:

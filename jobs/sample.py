@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.specs import EvaluateSpec
 
 TOKENS = 32
-"""To write, at the most."""
+"""At most so many new tokens."""
 
 METRICS = ("bits_per_byte", "perplexity")
 """By which the best is chosen, on average over texts: the first of them that was measured."""
@@ -38,7 +38,7 @@ def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
     chosen = best_cells(gather(plan, store))
     if not chosen:
         raise InputError("grid", plan.grid.name, "has no results yet: run it first")
-    # Imported late: torch takes seconds, and a mistake is told before.
+    # Imported late: torch takes seconds, and a mistake is reported first.
     from transformers.utils.logging import disable_progress_bar
 
     from pipeline.generation.generate import generate_samples

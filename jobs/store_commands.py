@@ -104,13 +104,13 @@ def gc(
         console.print(key, soft_wrap=True)
     for path in (*found.attempts, *found.kept):
         logger.info("unfinished: %s", path)
-    told = (
+    summary = (
         f"{len(found.artifacts)} artifacts, {len(found.attempts) + len(found.kept)} unfinished, "
         f"{len(found.failures)} failures: {decimal(found.bytes)}"
     )
     if delete:
         garbage.collect(kept, found)
-    console.print(f"{told} {'removed' if delete else 'to remove; --delete removes them'}")
+    console.print(f"{summary} {'removed' if delete else 'to remove; --delete removes them'}")
 
 
 def _manifests(store: Store) -> list[Manifest]:

@@ -98,7 +98,7 @@ class SuiteUse(Spec):
     """One of `jobs/suites/`."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Questions at the most, per task; every table says so."""
+    """At most so many questions per task; every table says so."""
 
     seqlen: int | None = Field(default=None, ge=8)
     """Tokens of the perplexities' windows, where the model takes no more; it moves the numbers."""

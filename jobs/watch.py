@@ -1,4 +1,4 @@
-"""Who is told how a run goes: a person at a terminal, a job's log, and Ray's metrics."""
+"""Report how a run goes: to a terminal, to a job's log, and to Ray's metrics."""
 
 import logging
 import sys
@@ -22,16 +22,18 @@ from jobs.progress import MOST_SHOWN, Busy, Progress, how_far, line_name
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0
-"""Between two looks at the cluster, and two settings of the metrics."""
+"""Between two looks at the cluster, when the metrics are set too."""
 
 SUMMARY_SECONDS = 30.0
 """Between two summaries in a log."""
 
 
 class Watch(Watcher):
-    """Tells of a run from entry to exit: a line for every stage that ends, and all figures in a
-    view at the foot of a terminal, or else now and then in the log, with a line for every stage
-    that begins and lasts."""
+    """Reports a run from entry to exit, with a line for every stage that ends.
+
+    A terminal shows all figures at its foot. A log gets them every `SUMMARY_SECONDS`, and a line
+    for every stage that is still at work when the watch first sees it.
+    """
 
     def __init__(
         self,
@@ -43,16 +45,16 @@ class Watch(Watcher):
         """
         Args:
             board: where workers write what they do.
-            workers: stages at one time, at the most.
+            workers: at most this many stages at one time.
         """
         super().__init__(board)
         self.progress = progress
         self.metrics = Metrics(progress, grid)
         self.workers = workers
         self.busy: Busy | None = None
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look_now_and_then, daemon=True)
+        self._thread = threading.Thread(target=self._look_repeatedly, daemon=True)
         self._live: Live | None = None
         if sys.stderr.isatty():
             view = self._view
@@ -80,14 +82,14 @@ class Watch(Watcher):
     def started(self, stage: Stage) -> None:
         """Count a stage that is handed to Ray."""
         self.progress.start(stage)
-        self._told.discard(stage.key)
+        self._logged.discard(stage.key)
 
     def replicas(self, counts: Mapping[str, int]) -> None:
-        """Take up how many actors there are for each kind of stage."""
+        """Record the number of actors of each kind of stage."""
         self.progress.replicas = counts
 
     def ended(self, stage: Stage, result: Manifest | Failure) -> None:
-        """Report one stage."""
+        """Report one stage that has ended."""
         progress = self.progress
         progress.end(stage, result)
         self.metrics.count(stage, result)
@@ -103,7 +105,7 @@ class Watch(Watcher):
         logger.info("%s %s: %.1f s (%s)", place, stage.label, result.seconds, at)
 
     def look(self) -> None:
-        """See what the cluster is doing, and set the metrics."""
+        """Read what the cluster is doing, and set the metrics."""
         everything, free = ray.cluster_resources(), ray.available_resources()
         cpus, gpus = everything.get("CPU", 0.0), everything.get("GPU", 0.0)
         free_cpus, free_gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
@@ -112,23 +114,23 @@ class Watch(Watcher):
         self.progress.look(positions, Room(cpus, gpus, self.workers))
         self.metrics.set()
 
-    def _look_now_and_then(self) -> None:
-        told = self.progress.began
+    def _look_repeatedly(self) -> None:
+        summarized = self.progress.began
         while not self._over.wait(LOOK_SECONDS):
             self.look()
             if self._live is None:
-                self._tell_started()
+                self._log_started()
             now = self.progress.began + self.progress.seconds
-            if self._live is None and now - told >= SUMMARY_SECONDS:
-                told = now
+            if self._live is None and now - summarized >= SUMMARY_SECONDS:
+                summarized = now
                 for line in self.progress.summary(self.busy):
                     logger.info("%s", line)
 
-    def _tell_started(self) -> None:
-        """Those that have been at work since the last look have ended, or are told here."""
+    def _log_started(self) -> None:
+        """Log the stages that began since the last look and are still at work."""
         at_work = dict(self.progress.at_work)
-        new = [key for key in at_work if key not in self._told]
-        self._told.update(new)
+        new = [key for key in at_work if key not in self._logged]
+        self._logged.update(new)
         for key in new[:MOST_SHOWN]:
             stage = self.progress.in_flight.get(key)
             if stage is not None:

@@ -8,7 +8,7 @@ from benchmarks.baseline import wanda
 from benchmarks.baseline.choice import Choice
 
 CYCLES = 50
-"""Swaps in a row at the most."""
+"""At most so many swaps in a row."""
 
 THRESHOLD = 0.1
 """A row is left alone once its expected error, summed over a window's tokens, is no larger."""

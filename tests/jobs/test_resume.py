@@ -220,7 +220,13 @@ def break_off(spec: PruneSpec, calibration: Path, store: Store) -> None:
     def attempt_it() -> None:
         with store.attempt(spec.key) as attempt:
             die_after(LAST_KEPT, attempt.partial, fail)
-            execute(spec.model_dump_json(), artifacts, attempt.folder, 1, attempt.partial)
+            execute(
+                StageWork(spec=spec).model_dump_json(),
+                artifacts,
+                attempt.folder,
+                1,
+                attempt.partial,
+            )
 
     with pytest.raises(ZeroDivisionError):
         attempt_it()
