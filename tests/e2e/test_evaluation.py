@@ -96,6 +96,6 @@ def test_lm_eval_by_hand_on_an_exported_checkpoint_gives_the_same_numbers(
     rows = pq.read_table(tmp_path / "ours" / "metrics.parquet").to_pylist()
     assert len(rows) == 3 * 2
     for row in rows:
-        told = by_hand[row["task"]]
-        assert row["value"] == told[f"{row['metric']},none"]
-        assert row["stderr"] == told[f"{row['metric']}_stderr,none"]
+        expected = by_hand[row["task"]]
+        assert row["value"] == expected[f"{row['metric']},none"]
+        assert row["stderr"] == expected[f"{row['metric']}_stderr,none"]

@@ -67,10 +67,10 @@ def test_both_go_on_from_a_prompt(finished: tuple[Path, Finished]) -> None:
 def test_the_report_tells_the_note(finished: tuple[Path, Finished]) -> None:
     store, _ = finished
     command = [sys.executable, "-m", "analysis", "report", str(store)]
-    told = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert told.returncode == 0, told.stderr
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
     page = (store / "report" / "real" / "index.html").read_text()
-    assert "One small model whose weights were 4-bit." in told.stdout
+    assert "One small model whose weights were 4-bit." in done.stdout
     assert "One small model whose weights were 4-bit." in page
     assert "smollm2_overview" in " ".join(str(path) for path in store.rglob("*.svg"))
 

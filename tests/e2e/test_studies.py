@@ -65,11 +65,11 @@ def smaller(name: str, folder: Path) -> Path:
 
 def test_findings_of_small_studies_are_told_and_drawn(store: Path) -> None:
     command = [sys.executable, "-m", "analysis", "study", "all", "--store", str(store)]
-    told = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert told.returncode == 1  # seven others have not run
-    assert told.stdout.count("make its results with `python -m jobs run") == 7
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 1  # seven others have not run
+    assert done.stdout.count("make its results with `python -m jobs run") == 7
     for name in SMALLER:
-        assert f"figure: {store}/studies/{name}.svg" in told.stdout
+        assert f"figure: {store}/studies/{name}.svg" in done.stdout
         assert (store / "studies" / f"{name}.svg").read_bytes().startswith(b"<?xml")
         numbers = pd.read_csv(store / "studies" / f"{name}.csv")
         assert numbers.select_dtypes("number").notna().to_numpy().any()
@@ -78,9 +78,9 @@ def test_findings_of_small_studies_are_told_and_drawn(store: Path) -> None:
 def test_candidates_are_ranked_from_what_the_predictor_study_left(
     store: Path, calprune_inside: Callable[..., Finished]
 ) -> None:
-    told = calprune_inside("recommend", store.parent / "predictor.yaml", "--store", store)
-    assert told.returncode == 0, told.stderr
-    assert "record: 6 sources of grid predictor" in told.stdout
-    assert "probability of being best" in told.stdout
+    done = calprune_inside("recommend", store.parent / "predictor.yaml", "--store", store)
+    assert done.returncode == 0, done.stderr
+    assert "record: 6 sources of grid predictor" in done.stdout
+    assert "probability of being best" in done.stdout
     for calibration in SMALLER["predictor"]["calibration"]:
-        assert calibration in told.stdout
+        assert calibration in done.stdout

@@ -302,7 +302,7 @@ def test_a_pruned_version_of_the_model_can_write(content: Content, load: Load) -
 
 
 @pytest.mark.parametrize(
-    ("generator", "told"),
+    ("generator", "message"),
     [
         ({"pruner": "wanda", "sparsity": 0.5}, "needs a calibration"),
         ({"pruner": "magnitude", "sparsity": 0.5, "calibration": "true"}, "takes no calibration"),
@@ -311,10 +311,10 @@ def test_a_pruned_version_of_the_model_can_write(content: Content, load: Load) -
     ],
 )
 def test_a_pruned_generator_that_cannot_be_made_is_refused(
-    generator: Content, told: str, content: Content, load: Load
+    generator: Content, message: str, content: Content, load: Load
 ) -> None:
     content["calibrations"]["own"]["generator"] = generator
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         expand(load(content))
 
 

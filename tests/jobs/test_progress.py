@@ -185,12 +185,12 @@ def test_the_log_says_what_began_and_every_half_minute_what_every_worker_does(
         while "waiting" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.1)
     board.close()
-    told = [re.sub(r"\d+ s\b", "N s", record.message) for record in caplog.records]
+    logged = [re.sub(r"\d+ s\b", "N s", record.message) for record in caplog.records]
     began = ["began: prune a (12 of 30 layers, N s)", "began: prune b (starting vLLM, N s)"]
-    assert sorted(told[:2]) == began
-    assert told.count(began[0]) == 1
-    summary = told.index("waiting for room or a worker: prune 1")
-    assert told[summary - 2 : summary] == [
+    assert sorted(logged[:2]) == began
+    assert logged.count(began[0]) == 1
+    summary = logged.index("waiting for room or a worker: prune 1")
+    assert logged[summary - 2 : summary] == [
         "at work: prune a: 12 of 30 layers, N s",
         "at work: prune b: starting vLLM, N s",
     ]

@@ -163,9 +163,9 @@ def test_a_ranking_is_printed_with_its_record(
     assert not made & {"prune", "evaluate"}
     console = Console(width=200, record=True, file=io.StringIO())
     print_ranking(plan, store, "predictor", console)
-    told = console.export_text()
-    assert "calibration data for other, ranked by min_k_plus_plus" in told
-    assert "record: 8 sources of grid predictor, each predicted from the others" in told
-    assert "The record is of testbed: that it holds for other is not known." in told
+    printed = console.export_text()
+    assert "calibration data for other, ranked by min_k_plus_plus" in printed
+    assert "record: 8 sources of grid predictor, each predicted from the others" in printed
+    assert "The record is of testbed: that it holds for other is not known." in printed
     print_ranking(plan, store, "nothing", console)
     assert "no record: the store holds no results of grid nothing" in console.export_text()

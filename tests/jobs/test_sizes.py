@@ -109,5 +109,5 @@ def test_headers_are_read_without_torch(tmp_path: Path, model: LlamaForCausalLM)
         f"print(checkpoint_parameters(LocalModel(path={str(tmp_path)!r})), 'torch' in sys.modules)",
     )
     program = [sys.executable, "-c", "\n".join(lines)]
-    told = subprocess.run(program, check=True, capture_output=True, text=True).stdout
-    assert told.split() == [str(float(size(model))), "False"]
+    printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    assert printed.split() == [str(float(size(model))), "False"]

@@ -105,8 +105,8 @@ def test_a_spec_survives_json_with_its_key() -> None:
 
 def test_a_lineage_tells_the_spec_that_it_is_of() -> None:
     for spec in examples().values():
-        told = json.loads(canonical_json(spec.lineage))
-        assert type(spec).model_validate(spec_fields(told)) == spec
+        lineage = json.loads(canonical_json(spec.lineage))
+        assert type(spec).model_validate(spec_fields(lineage)) == spec
 
 
 def test_a_lineage_with_another_constant_has_no_spec() -> None:
