@@ -31,7 +31,6 @@ from benchmarks.real_model import PREFIX, measure_generation, measure_scoring
 from benchmarks.tables import pruners_table, targets_table
 from benchmarks.targets import Target
 from benchmarks.timing import best_of, clock
-from cluster.heap import keep_freed_memory
 from pipeline.models.matrices import set_to_zero
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
@@ -256,7 +255,6 @@ def main(
         )
     if device == "cpu" and not small:
         raise typer.BadParameter("--device: cpu takes hours on these shapes: add --small")
-    keep_freed_memory()  # as every stage does
     chosen = torch.device(device)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = Report(machine(chosen, torch.bfloat16))

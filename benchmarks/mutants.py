@@ -44,7 +44,6 @@ FURTHER: dict[str, list[str]] = {
     "cluster/schedule.py": ["tests/cluster/test_run.py"],
     "pipeline/pruning/allocation.py": ["tests/pipeline/pruning/test_prune.py"],
     "pipeline/pruning/finished_layers.py": ["tests/jobs/test_resume.py"],
-    "pipeline/pruning/first_layer.py": ["tests/pipeline/pruning/test_reuse.py"],
     "pipeline/pruning/hidden_states.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/input_statistics.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/layer_calls.py": [
@@ -57,7 +56,7 @@ FURTHER: dict[str, list[str]] = {
     "pipeline/pruning/pruners/magnitude.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/masks.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/permutation.py": [f"{PRUNERS}/test_ria.py"],
-    "pipeline/pruning/pruners/pruned.py": [f"{PRUNERS}/test_pruners.py"],
+    "pipeline/pruning/pruners/base.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/ria.py": [f"{PRUNERS}/test_in_models.py"],
     "pipeline/pruning/pruners/sparsegpt.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/wanda.py": [

@@ -26,7 +26,6 @@ from benchmarks.measure import (
 )
 from benchmarks.tables import growth_table, masks_table, pruners_table, targets_table
 from benchmarks.targets import Target, targets
-from cluster.heap import keep_freed_memory
 
 BUDGET_SECONDS = 6.0
 """Of each comparison, unless its rounds at the least take longer."""
@@ -127,6 +126,8 @@ def main(
     """Time the pruners against their plain implementations and the machine's matrix rate."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
+    from cluster.heap import keep_freed_memory  # here: benchmarks.gpu needs nothing of cluster
+
     keep_freed_memory()  # as every stage does; the plain implementations have it too
     chosen = torch.device(device)
     if device == "cuda":
