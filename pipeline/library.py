@@ -22,7 +22,7 @@ from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.data.windows import Cutting, Tokens, cut_corpus, cut_samples
 from pipeline.environment import check_environment
 from pipeline.errors import InputError, did_you_mean
-from pipeline.evaluation.evaluate import measure_perplexity
+from pipeline.evaluation.evaluate import check_names, measure_perplexity
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.schemas import MetricRow
 from pipeline.evaluation.task_metrics import task_metrics
@@ -43,6 +43,7 @@ from pipeline.specs import (
     Corpus,
     EvaluateSpec,
     FileCorpus,
+    FilterOptions,
     GenerateSpec,
     HubCorpus,
     HubModel,
@@ -51,6 +52,7 @@ from pipeline.specs import (
     Pattern,
     PerplexitySpec,
     Pruner,
+    Spec,
     TaskSpec,
     TestbedCorpus,
     WindowsSpec,
@@ -60,7 +62,7 @@ Texts = str | Sequence[str] | FileCorpus | HubCorpus | TestbedCorpus
 """A path or glob of Parquet, JSON Lines or text files, the name of a corpus preset such as `c4`, a
 list of texts, or the spec of a corpus."""
 
-AnySpec = TypeVar("AnySpec", bound="GenerateSpec | WindowsSpec | PerplexitySpec | EvaluateSpec")
+AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
 class LanguageModel(NamedTuple):
@@ -84,14 +86,11 @@ def load(name: str | Path, dtype: str = "bfloat16", **options: Any) -> LanguageM
         InputError: if there is no such model, its checkpoint is incomplete, or a setting is wrong.
     """
     check_environment()
-    try:
-        spec: HubModel | LocalModel
-        if Path(name).is_dir():
-            spec = LocalModel.model_validate({"path": str(name), "dtype": dtype, **options})
-        else:
-            spec = HubModel.model_validate({"name": str(name), "dtype": dtype, **options})
-    except ValidationError as error:
-        raise explained(error, ()) from error
+    spec: HubModel | LocalModel
+    if Path(name).is_dir():
+        spec = _checked(LocalModel, path=str(name), dtype=dtype, **options)
+    else:
+        spec = _checked(HubModel, name=str(name), dtype=dtype, **options)
     return LanguageModel(load_model(spec, {}), load_tokenizer(spec, {}), spec)
 
 
@@ -166,8 +165,12 @@ def filter(
     """
     if len(scores) != len(samples):
         raise InputError("scores", len(scores), f"there are {len(samples)} samples: give one each")
-    if not 0 <= drop_fraction < 1:
-        raise InputError("drop_fraction", drop_fraction, "must be at least 0 and less than 1")
+    options = _checked(
+        FilterOptions,
+        drop_fraction=drop_fraction,
+        drop_duplicates=drop_duplicates,
+        near_duplicate_similarity=near_duplicate_similarity,
+    )
     numbers = [sample.sample_id for sample in samples]
     reasons = reasons_to_drop(
         pa.table(
@@ -182,10 +185,10 @@ def filter(
                 "perplexity": pa.array([each.perplexity for each in scores], pa.float64()),
             }
         ),
-        drop_fraction,
+        options.drop_fraction,
         banned_words,
-        drop_duplicates,
-        near_duplicate_similarity,
+        options.drop_duplicates,
+        options.near_duplicate_similarity,
     )
     return [sample for sample, reason in zip(samples, reasons, strict=True) if reason == ""]
 
@@ -206,7 +209,7 @@ def windows(
     text = FileCorpus(path="samples") if samples else source  # of samples only the rest is checked
     with _corpus(text, "source") as corpus:
         spec = _checked(WindowsSpec, source=corpus, model=model.spec, **settings)
-        how = Cutting(**{name: getattr(spec, name) for name in Cutting._fields})
+        how = Cutting.of(spec)
         if samples:
             texts = (
                 Tokens(str(each.sample_id), np.array(each.token_ids, np.int32)) for each in samples
@@ -306,6 +309,7 @@ def evaluate(
             tasks=tuple(asked),
             task_folder=folder,
         )
+        check_names(spec)
         answers = FinishedAnswers(b"", scratch)
         for each in measured:
             found += measure_perplexity(

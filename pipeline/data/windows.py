@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,11 @@ class Cutting(NamedTuple):
     packing: Literal["sample", "concat"] = "sample"
     seed: int = 0
 
+    @classmethod
+    def of(cls, spec: WindowsSpec) -> Self:
+        """Return how a spec has windows cut."""
+        return cls(**{name: getattr(spec, name) for name in cls._fields})
+
 
 class CutWindows(NamedTuple):
     """Windows, and how much text was read for them."""
@@ -93,7 +98,7 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
             different tokens.
     """
     tokenizer = load_tokenizer(spec.model, artifacts)
-    how = Cutting(**{name: getattr(spec, name) for name in Cutting._fields})
+    how = Cutting.of(spec)
     match spec.source:
         case GenerateSpec() | FilterSpec():
             generator = generator_of(spec.source)

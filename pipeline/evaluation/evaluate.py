@@ -68,10 +68,7 @@ def run(
         InputError: if a name is used twice, a corpus is too short or there is no such task.
         NonFiniteError: if the model gives NaN or infinity, with the text and the decoder layer.
     """
-    names = [entry.name for entry in spec.perplexity] + [task.name for task in spec.tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError("name", name, "is measured twice in one evaluation: name each once")
+    check_names(spec)
     model = load_model(spec.model, artifacts)
     check_causal(model)
     tokenizer = load_tokenizer(spec.model, artifacts)
@@ -127,6 +124,18 @@ def run(
     _write([{**row.columns(), **same} for row in metrics], METRICS_SCHEMA, output / "metrics")
     _write([row._asdict() for row in requests], REQUESTS_SCHEMA, output / "requests")
     return {"metrics": len(metrics), **report}
+
+
+def check_names(spec: EvaluateSpec) -> None:
+    """Check that results can be told apart by their names.
+
+    Raises:
+        InputError: if a perplexity or task has the name of another.
+    """
+    names = [entry.name for entry in spec.perplexity] + [task.name for task in spec.tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError("name", name, "is measured twice in one evaluation: name each once")
 
 
 def _gains(spec: EvaluateSpec, model: Any) -> dict[str, Any]:

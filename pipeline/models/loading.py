@@ -75,11 +75,17 @@ def loaded(model: Model, artifacts: Artifacts) -> tuple[Any, Any]:
     Raises:
         InputError: if either cannot be loaded.
     """
-    folder = artifacts[model.key] if isinstance(model, StageSpec) else None
     return _models.get(
-        (canonical_json(model.model_dump(mode="json")), folder),
+        model_identity(model, artifacts),
         lambda: (load_model(model, artifacts), load_tokenizer(model, artifacts)),
     )
+
+
+def model_identity(spec: Model, artifacts: Artifacts) -> tuple[bytes, Path | None]:
+    """Return what tells a model from any other that a worker may hold: its spec, and its folder if
+    a stage makes it."""
+    folder = artifacts.get(spec.key) if isinstance(spec, StageSpec) else None
+    return canonical_json(spec.model_dump(mode="json")), folder
 
 
 @phase("loading the model")

@@ -4,10 +4,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.loading import stream_model
+from pipeline.models.loading import model_identity, stream_model
 from pipeline.models.matrices import decoder_layers
 from pipeline.models.streaming import is_stored
-from pipeline.specs import Model, StageSpec, canonical_json
+from pipeline.specs import Model
 from pipeline.stage import Artifacts, Latest
 
 
@@ -28,9 +28,7 @@ def shared_model(spec: Model, artifacts: Artifacts) -> Any:
     Its decoder layers are read again for each of them. A model whose layers are in memory would
     stay pruned, so it is loaded again.
     """
-    folder = artifacts.get(spec.key) if isinstance(spec, StageSpec) else None
-    key = (canonical_json(spec.model_dump(mode="json")), folder)
-    held = _latest.get(key, lambda: _StreamedModel(spec, artifacts))
+    held = _latest.get(model_identity(spec, artifacts), lambda: _StreamedModel(spec, artifacts))
     if not all(is_stored(layer) for layer in decoder_layers(held.model)[1]):
         _latest.forget()
     return held.model

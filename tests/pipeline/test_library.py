@@ -222,6 +222,8 @@ def test_tasks_are_asked_of_the_model_as_it_is(
         ("sparsity: '4:2': ", lambda m: pipeline.prune(m, None, "magnitude", "4:2")),
         ("sparsity: 50", lambda m: pipeline.prune(m, None, "magnitude", 50)),
         ("scores: 1: ", lambda m: pipeline.filter([], [Score(1, 2.0)])),
+        ("similarity: 5", lambda m: pipeline.filter([], [], near_duplicate_similarity=5)),
+        ("name: 'arc': is measured twice", lambda m: pipeline.evaluate(m, tasks=["arc", "arc"])),
         ("drop_fraction: nan: ", lambda m: pipeline.filter([], [], math.nan)),
         ("at least one", lambda m: pipeline.evaluate(m)),
         (
