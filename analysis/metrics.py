@@ -18,7 +18,7 @@ class MetricKind(NamedTuple):
     is_perplexity: bool
     """Compared by ratio, on the log scale."""
     is_share: bool
-    """A share of questions between 0 and 1, printed in percent."""
+    """A share of questions or tokens between 0 and 1, printed in percent."""
 
     @property
     def unit(self) -> str:
@@ -43,9 +43,11 @@ def metric_named(name: str) -> MetricKind:
     base = name.partition(",")[0]
     is_perplexity = base.endswith("perplexity")
     return MetricKind(
-        lower_is_better=is_perplexity or base in {"bits_per_byte", "brier_score"},
+        lower_is_better=is_perplexity
+        or base in {"bits_per_byte", "brier_score", "kl", "flips", "top_token_changes"},
         is_perplexity=is_perplexity,
-        is_share=base.startswith("acc") or base in {"exact_match", "f1"},
+        is_share=base.startswith("acc")
+        or base in {"exact_match", "f1", "flips", "top_token_changes"},
     )
 
 

@@ -131,7 +131,8 @@ def evaluate_spec(
         model=pruned or grid.models[cell.model],
         perplexity=tuple(
             PerplexitySpec(
-                **entry.model_dump(exclude={"corpus"}),
+                **entry.model_dump(exclude={"corpus", "kl"}),
+                kl=entry.kl and pruned is not None,
                 name=entry.corpus,
                 corpus=_get(known, entry.corpus, f"evaluate.perplexity.{number}.corpus"),
             )

@@ -204,7 +204,8 @@ def _tokens(spec: StageSpec) -> float:
             return windows.nsamples * windows.seqlen
         case EvaluateSpec():
             texts = sum(
-                (entry.max_windows or MANY_WINDOWS) * entry.seqlen for entry in spec.perplexity
+                (2 if entry.kl else 1) * (entry.max_windows or MANY_WINDOWS) * entry.seqlen
+                for entry in spec.perplexity
             )
             return texts + sum(_task_tokens(spec, task) for task in spec.tasks)
         case PruneSpec():

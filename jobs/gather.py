@@ -1,5 +1,6 @@
 """Gather what a grid's cells measured into one tidy table: a row a cell, task and metric."""
 
+import functools
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ from cluster.graph import descendants, readers
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store
 from jobs.averages import average_rows
 from jobs.cells import Cell
+from jobs.flips import flip_rows, has_answers, read_answers
 from jobs.plan import Plan
 from pipeline.evaluation.schemas import METRICS_SCHEMA
 from pipeline.specs import Allocation, EvaluateSpec, FilterSpec, Pruner, PruneSpec, canonical_json
@@ -81,15 +83,17 @@ def gather(plan: Plan, store: Store) -> pa.Table:
     cells = {
         key: _rows(plan, store, key, cell, reasons.get(key)) for key, cell in plan.cells.items()
     }
-    dense = {cell.model: cells[key] for key, cell in plan.cells.items() if cell.pruner is None}
+    dense = {cell.model: key for key, cell in plan.cells.items() if cell.pruner is None}
+    answered = functools.cache(lambda key: read_answers(store.fetch(key)))
     rows = []
     for key, cell in plan.cells.items():
-        own = _measured(cells[key])
+        own, reference = _measured(cells[key]), dense.get(cell.model)
+        of_dense = [] if reference is None else _measured(cells[reference])
         rows += cells[key]
-        for further in average_rows(
-            plan.grid.evaluate.suites, own, _measured(dense.get(cell.model, []))
-        ):
+        for further in average_rows(plan.grid.evaluate.suites, own, of_dense):
             rows.append({**cells[key][0], **dict.fromkeys(METRIC_COLUMNS), **further})
+        if of_dense and key != reference and has_answers(own):
+            rows += flip_rows(own, answered(key), answered(reference))
     schema = pa.schema(list(COLUMNS.items()))
     return pa.Table.from_pylist(rows, schema=schema)
 

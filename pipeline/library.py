@@ -272,6 +272,7 @@ def evaluate(
     seqlen: int = 2048,
     max_windows: int | None = 256,
     task_folder: str | Path | None = None,
+    dense: LanguageModel | None = None,
 ) -> list[MetricRow]:
     """Measure a model: perplexity and bits per byte on texts, and lm-eval tasks.
 
@@ -281,6 +282,8 @@ def evaluate(
         seqlen: tokens of a window of a perplexity.
         max_windows: at most so many windows of each; None takes all.
         task_folder: where tasks beyond lm-eval's own are found.
+        dense: the model before pruning, loaded once more; each text then also has its KL divergence
+            from the dense model and its changes of the most likely token.
 
     Raises:
         InputError: if a setting is wrong, a text is too short, or there is no such task.
@@ -313,7 +316,12 @@ def evaluate(
         answers = FinishedAnswers(b"", scratch)
         for each in measured:
             found += measure_perplexity(
-                model.model, model.tokenizer, each, spec.batch_tokens, answers
+                model.model,
+                model.tokenizer,
+                each,
+                spec.batch_tokens,
+                answers,
+                None if dense is None else dense.model,
             ).metrics
         if asked:
             from pipeline.evaluation.sharing_lm import SharingLM  # lm-eval takes seconds to import

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from pipeline import progress
 from pipeline.data.corpora import read_documents
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.evaluation.compression import bytes_by_format, speed_2_4
+from pipeline.evaluation.divergence import Compared, compare_with_dense
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.perplexity import (
     ScoredWindow,
     batches,
     bits_per_byte,
     losses,
+    per_token,
     perplexity,
     protocol_windows,
 )
@@ -46,6 +49,7 @@ from pipeline.specs import (
     PruneSpec,
     Vllm,
     canonical_json,
+    dense_model,
 )
 from pipeline.stage import Artifacts, Keep
 
@@ -81,11 +85,20 @@ def run(
     requests: list[RequestRow] = []
     with tempfile.TemporaryDirectory() as scratch:
         answers = FinishedAnswers(_model_identity(spec), Path(scratch, "answers"), keep)
+        dense = load_model(dense_model(spec.model), artifacts) if spec.compares else None
         for wanted in spec.perplexity:
             with progress.phase(f"perplexity {wanted.name}"):
-                results = measure_perplexity(model, tokenizer, wanted, spec.batch_tokens, answers)
+                results = measure_perplexity(
+                    model,
+                    tokenizer,
+                    wanted,
+                    spec.batch_tokens,
+                    answers,
+                    dense if wanted.kl else None,
+                )
             metrics += results.metrics
             requests += results.requests
+        del dense
         with progress.phase("measuring size and speed"):
             report = {**unexpected_tensors(model), **_gains(spec, model)}
         if spec.tasks:
@@ -184,38 +197,56 @@ def _task_folder(spec: EvaluateSpec, artifacts: Artifacts) -> Path | None:
 
 
 def measure_perplexity(
-    model: Any, tokenizer: Any, wanted: PerplexitySpec, batch_tokens: int, answers: FinishedAnswers
+    model: Any,
+    tokenizer: Any,
+    wanted: PerplexitySpec,
+    batch_tokens: int,
+    answers: FinishedAnswers,
+    dense: Any | None = None,
 ) -> Results:
     """Measure a perplexity, the bits per byte that go with it, and the loss of each window.
 
+    Args:
+        dense: the model to compare with; None compares with none.
+
     Raises:
-        NonFiniteError: if a loss is NaN or infinite, or too large for a perplexity.
+        NonFiniteError: if a loss or divergence is NaN or infinite, or a loss is too large for a
+            perplexity.
     """
     texts = read_documents(wanted.corpus, blank=wanted.joined_by is not None)
     windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
-    summed = [0.0] * len(windows)
-    done = 0
     layer = OutputLayer(model)
+    dense_layer = None if dense is None else OutputLayer(dense)
+    sums: dict[int, Sequence[float]] = {}
     vocabulary = None if layer.chunked else model.config.get_text_config().vocab_size
     for places in batches(windows, batch_tokens, vocabulary, layer.lengths):
         batch = {place: windows[place] for place in places}
         asked = [
             window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch.values()
         ]
+        if dense is not None:
+            asked.append(b"compared with the dense model")
 
-        def measure(batch: dict[int, ScoredWindow] = batch) -> list[float]:
-            measured = losses(layer, list(batch.values()))
-            for (place, window), loss in zip(batch.items(), measured, strict=True):
+        def measure(batch: dict[int, ScoredWindow] = batch) -> list[Sequence[float]]:
+            own = list(batch.values())
+            measured: list[Sequence[float]]
+            if dense_layer is None:
+                measured = [(loss,) for loss in losses(layer, own)]
+            else:
+                measured = list(compare_with_dense(layer, dense_layer, own))
+            for (place, window), (loss, *compared) in zip(batch.items(), measured, strict=True):
+                where = f"{wanted.name}, window {place}"
                 if not math.isfinite(loss):
-                    raise nonfinite_error(
-                        f"{wanted.name}, window {place}", model, window.ids.tolist()
-                    )
+                    raise nonfinite_error(where, model, window.ids.tolist())
+                if not all(map(math.isfinite, compared)):
+                    raise nonfinite_error(f"{where}, dense model", dense, window.ids.tolist())
             return measured
 
-        for place, loss in zip(places, answers.get(asked, measure), strict=True):
-            summed[place] = loss
-        done += len(batch)
-        progress.report(done, len(windows), "windows")
+        sums |= zip(places, answers.get(asked, measure), strict=True)
+        progress.report(len(sums), len(windows), "windows")
+    by_metric = zip(*(sums[place] for place in range(len(windows))), strict=True)
+    by_token = dict(zip(Compared._fields, map(list, by_metric), strict=False))
+    summed = by_token["loss"]
     try:
         found = {
             _perplexity_name(wanted): perplexity(windows, summed, wanted),
@@ -223,16 +254,18 @@ def measure_perplexity(
         }
     except NonFiniteError as error:
         raise NonFiniteError(f"{wanted.name}: {error}") from error
+    found |= {name: per_token(windows, each) for name, each in by_token.items() if name != "loss"}
     metrics = [
         MetricRow(wanted.name, name, measured.value, measured.stderr, measured.windows)
         for name, measured in found.items()
     ]
     requests = []
-    for number, (window, loss) in enumerate(zip(windows, summed, strict=True)):
+    for number, window in enumerate(windows):
         text = hashlib.sha256(window.ids.tobytes()).hexdigest()[:16]
-        requests.append(
-            RequestRow(wanted.name, number, "loss", loss / window.scored, text, text, [-loss])
-        )
+        for name, each in by_token.items():
+            likelihoods = [-each[number]] if name == "loss" else []
+            value = each[number] / window.scored
+            requests.append(RequestRow(wanted.name, number, name, value, text, text, likelihoods))
     return Results(metrics, requests)
 
 

@@ -280,7 +280,25 @@ def batches(
 def losses(layer: OutputLayer, batch: list[ScoredWindow]) -> list[float]:
     """Return the loss of each window in nats, summed over its scored tokens.
 
-    It is taken in float32 and summed in float64. Shorter windows are padded on the right.
+    It is taken in float32 and summed in float64.
+    """
+    parts = [
+        torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        for logits, targets in scored_logits(layer, batch)
+    ]
+    return summed_by_window(torch.cat(parts), batch)
+
+
+def scored_logits(
+    layer: OutputLayer, batch: list[ScoredWindow]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the logits that predict the scored tokens, and these tokens, part by part.
+
+    Shorter windows are padded on the right. Equal vocabularies give equal parts.
+
+    Yields:
+        Logits `[part, vocabulary]` in float32, which the caller may overwrite, and token ids
+        `[part]`, window by window.
     """
     longest = max(len(window.ids) for window in batch)
     token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -291,11 +309,13 @@ def losses(layer: OutputLayer, batch: list[ScoredWindow]) -> list[float]:
     states, _ = layer.forward(input_ids=token_ids.to(layer.device), use_cache=False)
     rows, columns = scored.nonzero(as_tuple=True)
     targets = token_ids[scored].to(states.device)
-    parts = [
-        torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
-        for part, logits in layer.logits(states, rows, columns - 1)
-    ]
-    each = torch.split(torch.cat(parts).cpu().double(), [window.scored for window in batch])
+    for part, logits in layer.logits(states, rows, columns - 1):
+        yield logits, targets[part]
+
+
+def summed_by_window(values: torch.Tensor, batch: list[ScoredWindow]) -> list[float]:
+    """Return the sum in float64 of each window's values; `values` has one per scored token."""
+    each = torch.split(values.cpu().double(), [window.scored for window in batch])
     return [float(own.sum()) for own in each]
 
 
@@ -346,6 +366,12 @@ def bits_per_byte(windows: list[ScoredWindow], summed: list[float]) -> Measured:
     return Measured(
         mean / math.log(2), None if error is None else error / math.log(2), len(windows)
     )
+
+
+def per_token(windows: list[ScoredWindow], summed: list[float]) -> Measured:
+    """Return the mean over scored tokens of what is summed by window."""
+    mean, error = _ratio(summed, [window.scored for window in windows])
+    return Measured(mean, error, len(windows))
 
 
 def _ratio(summed: list[float], sizes: list[int]) -> tuple[float, float | None]:

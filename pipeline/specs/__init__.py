@@ -40,6 +40,7 @@ from pipeline.specs.evaluation import (
     PerplexitySpec,
     TaskSpec,
     TestbedTasksSpec,
+    dense_model,
 )
 from pipeline.specs.pruners import ALPS, RIA, DSnoT, Magnitude, Pruner, PrunerSpec, SparseGPT, Wanda
 from pipeline.specs.pruning import (
@@ -126,6 +127,7 @@ __all__ = [
     "WorldSpec",
     "canonical_json",
     "data_taker",
+    "dense_model",
     "dropped",
     "generator_of",
     "nearest_stages",

@@ -4,13 +4,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.specs.base import Spec, StageSpec
+from pipeline.specs.base import Spec, StageSpec, nearest_stages
 from pipeline.specs.engines import Backend
+from pipeline.specs.pruning import PruneSpec
 from pipeline.specs.sources import Corpus, Model, WorldSpec
 
 
 class PerplexityProtocol(Spec):
-    """How a perplexity is measured; every field changes the number."""
+    """How a perplexity is measured; every field but `kl` changes the number."""
+
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"kl"})
 
     unit: Literal["window", "text"] = "window"
     """`window`: exp of the mean loss over windows of the joined text. `text`: the mean over texts
@@ -41,6 +44,10 @@ class PerplexityProtocol(Spec):
     normalisation: Literal["token", "word", "byte"] = "token"
     """What the loss is averaged over: tokens, or the words or UTF-8 bytes of the text, so that
     models with different tokenizers compare."""
+
+    kl: bool = False
+    """Also compare a pruned model with its dense one on the scored tokens: KL divergence, and how
+    often the most likely token is another one. Costs a forward pass of the dense model."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "PerplexityProtocol":
@@ -168,3 +175,28 @@ class EvaluateSpec(EvaluationOptions, StageSpec):
         if not self.perplexity and not self.tasks:
             raise ValueError("evaluate needs at least one perplexity or task")
         return self
+
+    @model_validator(mode="after")
+    def _has_a_dense_model(self) -> "EvaluateSpec":
+        if self.compares and not isinstance(self.model, PruneSpec):
+            raise ValueError("kl compares a pruned model with its dense one: leave kl out")
+        return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether the dense model is needed too."""
+        return any(entry.kl for entry in self.perplexity)
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """As of any stage, and the dense model if the two are compared."""
+        stages = super().inputs()
+        if self.compares:
+            stages += tuple(nearest_stages((dense_model(self.model),)))
+        return tuple({stage.key: stage for stage in stages}.values())
+
+
+def dense_model(model: Model) -> Model:
+    """Return the model that a pruned one was made from, before any pruning."""
+    while isinstance(model, PruneSpec):
+        model = model.model
+    return model

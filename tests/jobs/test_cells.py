@@ -230,6 +230,17 @@ def test_a_model_is_evaluated_alike_dense_and_pruned(content: Content, load: Loa
     assert len({spec.model_copy(update={"model": specs[0].model}).key for spec in specs}) == 1
 
 
+def test_only_pruned_models_are_compared_with_the_dense_one(content: Content, load: Load) -> None:
+    plain = load(content)
+    entries = [entry.model_dump() | {"kl": True} for entry in plain.evaluate.perplexity]
+    grid = load({**content, "evaluate": {"perplexity": entries}})
+    for cell in expand(grid):
+        spec = evaluate_spec(grid, cell)
+        assert spec.compares == (cell.pruner is not None)
+        without = spec.model_copy(update={"perplexity": evaluate_spec(plain, cell).perplexity})
+        assert (spec.key == without.key) == (cell.pruner is None)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

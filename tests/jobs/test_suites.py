@@ -19,7 +19,7 @@ from jobs.show import print_results
 from jobs.suites import FOLDER, Suite, load_suite
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError
-from pipeline.evaluation.schemas import METRICS_SCHEMA
+from pipeline.evaluation.schemas import METRICS_SCHEMA, REQUESTS_SCHEMA
 from pipeline.evaluation.tasks import lm_eval_tasks, missing_tasks
 from pipeline.specs import EvaluateSpec
 
@@ -171,6 +171,11 @@ def results(
         with store.attempt(key) as attempt:
             table = pa.Table.from_pylist([same | row for row in rows], schema=METRICS_SCHEMA)
             pq.write_table(table, attempt.folder / "metrics.parquet")
+            asked = {"task": "testbed_facts", "metric": "acc", "request_hash": "a"}
+            right = [1.0, 1.0] if cell.pruner is None else [1.0, 0.0]
+            answers = [asked | {"doc_id": n, "value": value} for n, value in enumerate(right)]
+            table = pa.Table.from_pylist(answers, schema=REQUESTS_SCHEMA)
+            pq.write_table(table, attempt.folder / "requests.parquet")
             attempt.commit(
                 kind="evaluate",
                 spec=plan.specs[key].lineage,
@@ -195,6 +200,8 @@ def test_a_suites_average_is_the_plain_mean_of_the_metrics_that_it_names(
     pruned = rows["magnitude", "pair-both", "retention"]
     assert pruned["value"] == pytest.approx((0.5 + 0.2) / (0.8 + 0.6))
     assert rows["dense", "pair-both", "retention"]["value"] == 1.0
+    assert rows["magnitude", "testbed_facts", "flips"]["value"] == 0.5
+    assert ("dense", "testbed_facts", "flips") not in rows
 
 
 def test_a_limited_task_is_marked_in_the_printed_table(results: pa.Table) -> None:

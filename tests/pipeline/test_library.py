@@ -154,7 +154,7 @@ def test_pruning_and_its_evaluation_are_the_grids(
     if allocation == "owl":
         pruned = pruned.model_copy(update={"allocation": OWL()})
     measured = EvaluateSpec(
-        model=pruned, perplexity=(PerplexitySpec(name="texts", corpus=corpus, seqlen=16),)
+        model=pruned, perplexity=(PerplexitySpec(name="texts", corpus=corpus, seqlen=16, kl=True),)
     )
     stages = Stages(tmp_path)
     cutting.run(calibration, {}, stages.output(calibration))
@@ -167,10 +167,12 @@ def test_pruning_and_its_evaluation_are_the_grids(
     model = pipeline.load(folder, dtype="float32")
     windows = pipeline.windows(model, str(text_file), nsamples=3, seqlen=16)
     report = pipeline.prune(model, windows, "wanda", 0.5, allocation)
-    found = pipeline.evaluate(model, {"texts": str(text_file)}, seqlen=16)
+    dense = pipeline.load(folder, dtype="float32")
+    found = pipeline.evaluate(model, {"texts": str(text_file)}, seqlen=16, dense=dense)
 
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
     numbers = {row.metric: row.value for row in found}
+    assert "kl" in numbers
     assert numbers == dict(
         zip(*wanted.select(["metric", "value"]).to_pydict().values(), strict=True)
     )
