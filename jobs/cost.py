@@ -22,6 +22,7 @@ from pipeline.specs import (
     DescribeSpec,
     EvaluateSpec,
     FilterSpec,
+    FirstLayers,
     GenerateSpec,
     LocalTasks,
     Model,
@@ -130,6 +131,8 @@ def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> 
         on_core, on_gpu = CHOOSE_SECONDS
         each += on_gpu if resources.gpus else on_core / resources.cpus
         tokens += spec.pruner.column_passes * math.sqrt(size / (12 * LAYERS))
+        if isinstance(spec.allocation, FirstLayers):
+            tokens *= spec.allocation.share
     passes = 2.0 * size * tokens / rate(name, cost, resources)
     return fixed + each * size + passes
 

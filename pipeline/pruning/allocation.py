@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
-from pipeline.specs import OWL, Allocation, ArithmeticProgression, ByHand, Pattern, Uniform
+from pipeline.specs import (
+    OWL,
+    Allocation,
+    ArithmeticProgression,
+    ByHand,
+    FirstLayers,
+    Pattern,
+    Uniform,
+)
 
 MAX_SPARSITY = 1 - 1e-9
 """The largest sparsity of a layer: at 1 nothing of it would be left."""
@@ -71,6 +79,11 @@ class Allocated:
     clamped: list[int]
     """Numbers of the layers that were set to a bound because their share lay beyond it."""
 
+    @property
+    def pruned_layers(self) -> int:
+        """Number of layers up to the last that has anything to prune."""
+        return max((n for n, layer in enumerate(self.layers, 1) if layer.sparsity > 0), default=0)
+
 
 def allocate(
     allocation: Allocation,
@@ -81,7 +94,8 @@ def allocate(
     """Spread a model's sparsity over its decoder layers.
 
     The mean weighted by `sizes` is the target's sparsity. A layer that would leave [0, 1) is set to
-    the bound, and all others are shifted by one amount to make up for it.
+    the bound, and all others are shifted by one amount to make up for it. Only `first-layers` does
+    neither: each of the first layers has the target, and the others stay dense.
 
     With a pattern N:M a layer keeps N_i of M, between 1 and M - 1. Its share of zeros is first
     clamped to [1/M, (M - 1)/M] as above. Then M times the shares are rounded down, and up again for
@@ -99,8 +113,11 @@ def allocate(
     Raises:
         InputError: if the allocation does not fit the model or the target.
     """
-    if isinstance(allocation, Uniform):
-        return Allocated([target] * len(sizes), clamped=[])
+    if isinstance(allocation, Uniform | FirstLayers):
+        share = allocation.share if isinstance(allocation, FirstLayers) else 1.0
+        pruned = math.ceil(share * len(sizes) - ROUNDING)
+        dense = [LayerTarget(0.0)] * (len(sizes) - pruned)
+        return Allocated([target] * pruned + dense, clamped=[])
     shares = _shares(allocation, target.sparsity, sizes, outlier_ratios)
     if target.pattern is None:
         shares, clamped = _clamped(shares, sizes, 0.0, MAX_SPARSITY)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -126,6 +127,11 @@ def prune_model(
         masks: dict[str, Tensor] = {}
         for matrix in found:
             name = matrix.name
+            if number >= allocated.pruned_layers:  # and without statistics
+                masks[name] = torch.zeros_like(matrix.weight, dtype=torch.bool)
+                facts[name] = {}
+                count(number, matrix)
+                continue
             pruned = _prune_matrix(matrix, matrix_pruner, options[name], allocated.layers[number])
             masks[name], facts[name] = pruned.mask, dict(pruned.facts)
             if matrix.starved:
@@ -147,7 +153,15 @@ def prune_model(
         resumed.append(number)
         return True
 
-    walk(model, windows, matrix_pruner.statistics, visit, memory, restore)
+    walk(
+        model,
+        windows,
+        matrix_pruner.statistics,
+        visit,
+        memory,
+        restore,
+        observed_layers=allocated.pruned_layers,
+    )
     return PruneReport(counted, facts, allocated, numbers, permutations, dense, len(resumed))
 
 

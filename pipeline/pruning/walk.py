@@ -125,6 +125,7 @@ def walk(
     visit: Visit,
     memory: Memory = DEFAULT_MEMORY,
     restore: Restore = lambda number, found: False,
+    observed_layers: int | None = None,
 ) -> None:
     """Visit every decoder layer in order, with statistics of its matrices' inputs.
 
@@ -140,6 +141,8 @@ def walk(
             forward pass either.
         restore: called for every layer first; a layer that it restores is passed through, without
             statistics or visit.
+        observed_layers: how many layers, from the first on, are run for statistics; the others are
+            visited without. None observes all.
 
     Raises:
         InputError: if the model does not call its decoder layers one after another, leaves a
@@ -155,13 +158,18 @@ def walk(
         raise InputError("batch_size", memory.batch_size, "take at least one window")
     home = next(each.device for each in model.parameters() if not each.is_meta)
     device = memory.device or home
-    if windows is None or not statistics:
-        for number, layer in enumerate(layers):
+    observed = len(layers) if observed_layers is None else observed_layers
+
+    def visit_unobserved(first: int) -> None:
+        for number in range(first, len(layers)):
             report(number, len(layers), "layers")
-            with resident(layer, device):
-                found = matrices(f"{root}.{number}", layer)
+            with resident(layers[number], device):
+                found = matrices(f"{root}.{number}", layers[number])
                 if not restore(number, found):
                     visit(number, found)
+
+    if windows is None or not statistics or not observed:
+        visit_unobserved(0)
         return
     tokens = BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
     size = memory.batch_size or max(1, tokens // windows.shape[1])
@@ -169,7 +177,7 @@ def walk(
     with TensorStore(device, *budgets) as store, _eager_experts(model):
         batches = capture_batches(model, layers, torch.split(windows.to(home), size), store)
         third = 1 / (3 * len(batches))  # statistics, visit and outputs are a third of a layer each
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(layers[:observed]):
             report(number, len(layers), "layers")
             with resident(layer, device):
                 found = matrices(f"{root}.{number}", layer)
@@ -179,10 +187,11 @@ def walk(
                             observe(functools.partial(batch.forward, number, layer))
                             report(number + place * third, len(layers), "layers")
                     visit(number, found)
-                if number + 1 < len(layers):
+                if number + 1 < observed:
                     for place, batch in enumerate(batches, start=1):  # with the layer pruned
                         batch.advance(number, layer)
                         report(number + 2 / 3 + place * third, len(layers), "layers")
+    visit_unobserved(observed)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,23 @@ class ByHand(Spec):
     model's sparsity within 1e-6."""
 
 
-Allocation = Annotated[Uniform | OWL | ArithmeticProgression | ByHand, Field(discriminator="name")]
+class FirstLayers(Spec):
+    """The first decoder layers alone are pruned, each to the sparsity that is asked for.
+
+    The others stay dense and cost no forward pass, so a pilot takes a share of the time. The whole
+    model has fewer zeros than it would otherwise.
+    """
+
+    name: Literal["first-layers"] = "first-layers"
+    calibrated: ClassVar[bool] = False
+
+    share: float = Field(gt=0.0, le=1.0)
+    """Share of the decoder layers, rounded up."""
+
+
+Allocation = Annotated[
+    Uniform | OWL | ArithmeticProgression | ByHand | FirstLayers, Field(discriminator="name")
+]
 
 
 class OutliersSpec(StageSpec):
@@ -136,7 +152,8 @@ class PruneSpec(StageSpec):
     """How weights are chosen and, for some, updated."""
 
     sparsity: Fraction
-    """Share of zeros over all matrices; with a pattern N:M it must be 1 - N/M."""
+    """Share of zeros over all matrices, with the allocation `first-layers` over those of the first
+    layers; with a pattern N:M it must be 1 - N/M."""
 
     pattern: str | None = None
     """`N:M`: N kept of every M adjacent inputs of a row, the hardware's convention; on average, if

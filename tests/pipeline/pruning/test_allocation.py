@@ -28,6 +28,7 @@ from pipeline.specs import (
     ArithmeticProgression,
     ByHand,
     FileCorpus,
+    FirstLayers,
     LocalModel,
     Magnitude,
     Pattern,
@@ -58,6 +59,16 @@ def alike(layers: int) -> list[int]:
 def test_uniform_gives_every_layer_the_models_own() -> None:
     allocated = allocate(Uniform(), LayerTarget(0.5, Pattern(2, 4)), [3, 50, 700])
     assert allocated.layers == [LayerTarget(0.5, Pattern(2, 4))] * 3
+
+
+def test_the_first_layers_have_the_target_and_the_others_nothing() -> None:
+    target = LayerTarget(0.5, Pattern(2, 4))
+    found = allocate(FirstLayers(share=0.5), target, alike(5))
+    assert found.layers == [target] * 3 + [LayerTarget(0.0)] * 2
+    assert found.pruned_layers == 3
+    assert allocate(FirstLayers(share=0.6), target, alike(5)).pruned_layers == 3  # not 3.0000001
+    by_hand = allocate(ByHand(sparsities=(0.0, 0.9, 0.0)), LayerTarget(0.3), alike(3))
+    assert by_hand.pruned_layers == 2
 
 
 def test_owl_makes_the_layer_with_most_outliers_two_lambda_denser_than_that_with_fewest() -> None:

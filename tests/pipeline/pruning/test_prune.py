@@ -18,7 +18,16 @@ from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.sparsity_check import SparsityError, check_sparsity, count_zeros
 from pipeline.pruning.walk import Memory, walk
-from pipeline.specs import OWL, Magnitude, Pattern, Pruner, SparseGPT, Uniform, Wanda
+from pipeline.specs import (
+    OWL,
+    FirstLayers,
+    Magnitude,
+    Pattern,
+    Pruner,
+    SparseGPT,
+    Uniform,
+    Wanda,
+)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -231,6 +240,41 @@ def test_the_stage_leaves_a_checkpoint_and_the_sparsity_of_each_matrix(tmp_path:
     for key, linear in inner_linears(direct).items():
         assert torch.equal(inner_linears(again)[key].weight, linear.weight)
     assert len(transformers.AutoTokenizer.from_pretrained(output / "model")) == 2
+
+
+@pytest.mark.parametrize("pruner", PRUNERS, ids=lambda pruner: pruner.name)
+def test_the_first_layers_alone_are_pruned_as_in_the_whole_model(pruner: Pruner) -> None:
+    data = windows() if pruner.calibrated else None
+    dense, whole, model = model_of("llama"), pruned_model("llama", pruner), model_of("llama")
+    runs = []
+    model.model.layers[2].mlp.register_forward_pre_hook(lambda module, given: runs.append(module))
+    report = prune_model(model, data, pruner, LayerTarget(0.5), FirstLayers(share=0.4))
+    assert not runs  # 0.4 of three layers are two
+    for name, linear in inner_linears(model).items():
+        same = dense if name.startswith("model.layers.2.") else whole
+        assert torch.equal(linear.weight, inner_linears(same)[name].weight), name
+    assert report.sparsity == pytest.approx(0.5 * 2 / 3)
+    assert len(report.matrices) == 3 * 7
+
+
+def test_masks_of_the_first_layers_make_the_same_model_when_they_are_loaded(tmp_path: Path) -> None:
+    from pipeline.models.loading import load_model
+    from pipeline.pruning.prune import run
+    from pipeline.specs import LocalModel, PruneSpec
+
+    model_of("llama").save_pretrained(tmp_path / "dense")
+    source = LocalModel(path=str(tmp_path / "dense"), dtype="float32")
+    spec = PruneSpec(
+        model=source, pruner=Magnitude(), sparsity=0.5, allocation=FirstLayers(share=0.5)
+    )
+    (tmp_path / "output").mkdir()
+    report = run(spec, {}, tmp_path / "output")
+    assert report["sparsity"] == pytest.approx(1 / 3)
+    loaded = load_model(spec, {spec.key: tmp_path / "output"})
+    direct = model_of("llama")
+    prune_model(direct, None, Magnitude(), LayerTarget(0.5), FirstLayers(share=0.5))
+    for key, linear in inner_linears(direct).items():
+        assert torch.equal(inner_linears(loaded)[key].weight, linear.weight)
 
 
 def _table(data: Tensor) -> Any:
