@@ -34,7 +34,16 @@ from jobs.export import export
 from jobs.export_calibration import export_calibration
 from jobs.fetch import copies, fetch, hub_items, model_copies
 from jobs.gather import gather, write_table
-from jobs.grid import lines_of, load_grid, refuse_credentials
+from jobs.grid import Grid, lines_of, load_grid, refuse_credentials
+from jobs.pilot import (
+    ROUNDS,
+    candidates,
+    print_cost,
+    print_pilot,
+    probe_corpus,
+    round_plan,
+    run_pilot,
+)
 from jobs.plan import Plan, make_plan, print_plan
 from jobs.recommend import print_ranking, scores_only, scoring_plan
 from jobs.run import run_grid
@@ -170,15 +179,27 @@ def recommend(
     record: Annotated[
         str, typer.Option(help="Grid whose results show how well scores predict pruning.")
     ] = "predictor",
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            help="Text that shows what the model is for: JSON Lines, Parquet or plain text. "
+            "Compares the calibrations by cheap prunings on it."
+        ),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(help="Ray cluster; default: the one of `ray job submit`, else a local one."),
     ] = None,
 ) -> None:
-    """Rank a grid's calibrations for each of its models by cheap scores; prune nothing.
+    """Choose among a grid's calibrations for each of its models, at a part of the grid's cost.
 
-    Exits with 1 if a calibration could not be scored.
+    With --probe by pilot pruning: few windows and layers first, the better half with more. Without,
+    by scores of the calibration sets, where an earlier grid shows that they predict. Exits with 1
+    if a calibration could not be scored or pruned.
     """
+    if probe is not None:
+        _recommend_by_pilot(load_grid(grid), probe, _writable_store(store), address)
+        return
     planned = scoring_plan(load_grid(grid))
     for note in check_plan(planned):
         logger.warning("%s", note)
@@ -187,6 +208,20 @@ def recommend(
     print_ranking(planned, kept, record, console)
     if outcome.failed:
         logger.error("%d stages failed; run the same command to retry them", len(outcome.failed))
+        raise typer.Exit(1)
+
+
+def _recommend_by_pilot(grid: Grid, probe: str, store: Store, address: str | None) -> None:
+    corpus = probe_corpus(probe)
+    tried = [cell for names in candidates(grid).values() for own in names.values() for cell in own]
+    for note in check_plan(round_plan(grid, corpus, tried, ROUNDS[-1])):
+        logger.warning("%s", note)
+    print_cost(grid, corpus, store.keys(), console)
+    pilots = run_pilot(grid, corpus, store, lambda plan: run_grid(plan, store, address, None))
+    seeds = len({cell.seed for cell in tried})
+    for pilot in pilots:
+        print_pilot(pilot, seeds, console)
+    if any(pilot.failed for pilot in pilots):
         raise typer.Exit(1)
 
 

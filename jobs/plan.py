@@ -1,6 +1,6 @@
 """From a grid to the deduplicated graph of its stages."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,8 +54,11 @@ class Plan:
         return list(dict.fromkeys([*self.cells, *self.descriptions.values()]))
 
 
-def make_plan(grid: Grid) -> Plan:
+def make_plan(grid: Grid, of_cells: Iterable[Cell] | None = None) -> Plan:
     """Expand the grid and deduplicate its stages.
+
+    Args:
+        of_cells: these cells in place of the grid's own.
 
     Raises:
         InputError: naming field, value and remedy.
@@ -66,7 +69,7 @@ def make_plan(grid: Grid) -> Plan:
     descriptions: dict[str, str] = {}
     sets: dict[Cell, WindowsSpec] = {}
     with lines_of(grid):
-        for cell in expand(grid):
+        for cell in expand(grid) if of_cells is None else of_cells:
             last = evaluate_spec(grid, cell, sets)
             cells[last.key] = cell
             _collect(last, specs, inputs)

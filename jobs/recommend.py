@@ -1,8 +1,9 @@
-"""Which calibration data to take for a model, from scores that cost far less than pruning.
+"""Rank calibration data for a model by scores that cost far less than pruning.
 
-A score alone says nothing of pruning. What it is worth is measured by the record: an earlier grid
-that pruned with many described sources. The score that foretold best there, in sources left out of
-the fit, ranks the candidates; how often it would have been right there is printed with the ranking.
+A score alone says nothing about pruning. The record says what it is worth: an earlier grid that
+pruned with many described sources. The score that predicted its sources best, each from the others,
+ranks the candidates. There is no ranking where the record does not carry one: if its scores predict
+no better than chance, if it is of another model, or if a candidate lies outside it.
 """
 
 import dataclasses
@@ -29,13 +30,18 @@ from pipeline.errors import InputError
 Values = npt.NDArray[np.float64]
 
 SCORES = ("min_k_plus_plus", "min_k", "loss", "distinct_1", "distinct_2", "distinct_3")
-"""Scores that any model and corpus have; the first one ranks where there is no record."""
+"""Scores that any model and corpus have."""
 
 DIVERGENCE = "divergence"
 """One more, where the grid names a reference."""
 
 LEAST_SOURCES = 5
 DRAWS = 4000
+
+SIGNIFICANCE = 0.05
+"""A record carries a ranking if chance predicts as well with a smaller probability."""
+
+PILOT = "compare the candidates by pilot pruning instead: add --probe TEXT_FILE"
 SETTING = ["model", "pruner", "pruner_options", "sparsity", "pattern"]
 SOURCE = ["calibration", *GENERATED_FIELDS]
 
@@ -80,12 +86,12 @@ class Ranked(NamedTuple):
     """A candidate, with what the record predicts for it."""
 
     candidate: Candidate
-    expected: float = np.nan
+    expected: float
     """Harm against the candidate expected to be best, on the record's scale."""
-    low: float = np.nan
-    high: float = np.nan
+    low: float
+    high: float
     """80 % interval of it."""
-    best: float = np.nan
+    best: float
     """Probability of being the best of the candidates."""
 
 
@@ -101,21 +107,112 @@ def scores_only(plan: Plan) -> Plan:
 
 
 def print_ranking(plan: Plan, store: Store, record_grid: str, console: Console) -> None:
-    """Rank the candidates of each model, with the uncertainty and the record behind it."""
+    """Rank the candidates of each model by the record, or say why it cannot be done."""
     candidates = read_candidates(plan, store)
     record = read_record(store, record_grid)
     asked = plan.grid.describe
     known = SCORES if asked is None or asked.reference is None else (*SCORES, DIVERGENCE)
-    score, worth = SCORES[0], None
-    if record is not None:
-        worths = {name: worth_of(record, name) for name in known if name in record.scores}
-        score = max(worths, key=lambda name: worths[name].explained)
-        worth = worths[score]
+    if record is None:
+        console.print(
+            f"no recommendation: the store holds no results of grid {record_grid} with "
+            f"{LEAST_SOURCES} described sources.\n{PILOT}",
+            soft_wrap=True,
+        )
+        return
+    scores = [name for name in known if name in record.scores]
+    worths = {name: worth_of(record, name) for name in scores}
+    score = max(worths, key=lambda name: worths[name].explained)
+    chance = chance_of(record, scores)
     for model in dict.fromkeys(candidate.model for candidate in candidates):
         own = [candidate for candidate in candidates if candidate.model == model]
-        console.print(_table(model, rank(own, score, record), score, record))
-    for line in _explanation(score, record, worth, record_grid, plan):
+        reasons = objections(own, score, record, chance)
+        if reasons:
+            console.print(_scores_table(model, own, score))
+            for reason in reasons:
+                console.print(f"no recommendation for {model}: {reason}", soft_wrap=True)
+            console.print(PILOT, soft_wrap=True)
+        else:
+            console.print(_table(model, rank(own, score, record), score, record))
+    for line in _explanation(score, record, worths[score], record_grid, chance):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def objections(candidates: list[Candidate], score: str, record: Record, chance: float) -> list[str]:
+    """Return why the record does not carry a ranking of one model's candidates; empty if it does.
+
+    Args:
+        chance: what `chance_of` returns.
+    """
+    found = []
+    model = candidates[0].model
+    if chance >= SIGNIFICANCE:
+        found.append(
+            f"by chance a score predicts the record's sources as well as {score} with probability "
+            f"{chance:.2f}"
+        )
+    if model not in record.models:
+        found.append(f"the record is of {', '.join(record.models)}")
+    low, high = float(record.scores[score].min()), float(record.scores[score].max())
+    found += [
+        f"{candidate.name} has {score} {candidate.scores[score]:.4g}, and the record's sources "
+        f"have {low:.4g} to {high:.4g}"
+        for candidate in candidates
+        if not low <= candidate.scores[score] <= high
+    ]
+    return found
+
+
+def chance_of(record: Record, scores: Sequence[str], draws: int = DRAWS) -> float:
+    """Return the probability that the best of several scores predicts as well by chance.
+
+    A permutation test: each score is dealt to the sources at random, all scores in the same order,
+    and the best explained share is compared with the true one. So the choice of the best score is
+    part of the test.
+    """
+    x = np.stack([record.scores[name] for name in scores])
+    found = explained(x, record.harm).max()
+    generator = np.random.default_rng(0)
+    dealt = [
+        explained(x[:, generator.permutation(x.shape[1])], record.harm).max() for _ in range(draws)
+    ]
+    return (1 + int(np.sum(np.array(dealt) >= found - 1e-12))) / (1 + draws)
+
+
+def explained(x: Values, harm: Values) -> Values:
+    """Return how much of the differences between sources each score explains in unseen ones.
+
+    Args:
+        x: scores, [scores, sources].
+        harm: [sources, settings]; each setting counts the same.
+
+    Returns:
+        [scores]; at most 1, and below 0 where the mean of the other sources predicts better.
+    """
+    residuals, of_mean = left_out(x, harm)
+    shares: Values = 1 - (residuals**2).sum(axis=(1, 2)) / (of_mean**2).sum()
+    return shares
+
+
+def left_out(x: Values, harm: Values) -> tuple[Values, Values]:
+    """Return what predictions of each source from the others miss.
+
+    Args:
+        x: scores, [scores, sources].
+        harm: [sources, settings].
+
+    Returns:
+        Residuals in standard deviations of a setting: of a line through the other sources
+        [scores, sources, settings], in closed form by the leverage, and of their mean
+        [sources, settings].
+    """
+    spread = harm.std(axis=0)
+    level = (harm - harm.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    count = len(level)
+    centred = x - x.mean(axis=1, keepdims=True)
+    squares = np.maximum((centred**2).sum(axis=1, keepdims=True), 1e-300)
+    lines = centred[:, :, None] * (centred @ level / squares)[:, None, :]
+    leverage = 1 / count + centred**2 / squares
+    return (level - lines) / (1 - leverage)[:, :, None], level * count / (count - 1)
 
 
 def read_candidates(plan: Plan, store: Store) -> list[Candidate]:
@@ -208,38 +305,28 @@ def _mean(seeds: "pd.Series[float]") -> float:
 
 def worth_of(record: Record, score: str) -> Worth:
     """Return how well a score predicts each source of the record from the others."""
-    x, harm = record.scores[score], record.harm
+    x, harm = record.scores[score][None], record.harm
+    (residuals,), _ = left_out(x, harm)
     spread = harm.std(axis=0)
-    scaled = harm / np.where(spread > 0, spread, 1.0)
-    predicted = np.empty_like(scaled)
-    means = np.empty_like(scaled)
-    for place in range(len(x)):
-        others = np.delete(np.arange(len(x)), place)
-        means[place] = scaled[others].mean(axis=0)
-        centred = x[others] - x[others].mean()
-        slopes = centred @ (scaled[others] - means[place]) / max(float(centred @ centred), 1e-300)
-        predicted[place] = means[place] + slopes * (x[place] - x[others].mean())
+    predicted = harm - residuals * np.where(spread > 0, spread, 1.0)
     settings = range(harm.shape[1])
     ranks = [stats.spearmanr(predicted[:, at], harm[:, at]).statistic for at in settings]
     chosen = harm[predicted.argmin(axis=0), settings] - harm.min(axis=0)
     return Worth(
-        explained=1 - float(((scaled - predicted) ** 2).sum() / ((scaled - means) ** 2).sum()),
+        explained=float(explained(x, harm)[0]),
         rank=float(np.mean(ranks)),
         regret=float(chosen.mean()),
         random_regret=float((harm.mean(axis=0) - harm.min(axis=0)).mean()),
     )
 
 
-def rank(candidates: list[Candidate], score: str, record: Record | None) -> list[Ranked]:
-    """The candidates from best to worst.
+def rank(candidates: list[Candidate], score: str, record: Record) -> list[Ranked]:
+    """Return the candidates from best to worst.
 
-    With a record, harm is a line through its sources, averaged over settings. Lines are drawn from
-    their posterior under a flat prior, and every candidate has its own residual and error of score:
-    what comes out best in how many draws is the probability. Without one, a higher score is better.
+    Harm is a line through the record's sources, averaged over settings. Lines are drawn from their
+    posterior under a flat prior, and every candidate has its own residual and error of score: the
+    share of draws in which it is best is its probability.
     """
-    if record is None:
-        ordered = sorted(candidates, key=lambda each: -each.scores[score])
-        return [Ranked(candidate) for candidate in ordered]
     x, y = record.scores[score], record.harm.mean(axis=1)
     centred = x - x.mean()
     spread = max(float(centred @ centred), 1e-300)
@@ -271,53 +358,46 @@ def rank(candidates: list[Candidate], score: str, record: Record | None) -> list
     return sorted(ranked, key=lambda each: each.expected)
 
 
-def _table(model: str, ranked: list[Ranked], score: str, record: Record | None) -> Table:
-    table = Table(title=f"calibration data for {model}, ranked by {score}", title_justify="left")
-    for heading in ("", "calibration", score):
-        table.add_column(heading)
-    if record is not None:
-        table.add_column(f"expected harm against the first, {_unit(record)} (80 % interval)")
-        table.add_column("probability of being best")
-    for place, each in enumerate(ranked, start=1):
-        at, error = each.candidate.scores[score], each.candidate.errors[score]
-        row = [str(place), each.candidate.name, f"{at:.4g} ± {error:.2g}"]
-        if record is not None:
-            effects = [_effect(value, record) for value in (each.expected, each.low, each.high)]
-            first = place == 1
-            row.append("" if first else f"{effects[0]} ({effects[1]} to {effects[2]})")
-            row.append(f"{each.best:.0%}")
-        table.add_row(*row)
+def _score_text(candidate: Candidate, score: str) -> str:
+    return f"{candidate.scores[score]:.4g} ± {candidate.errors[score]:.2g}"
+
+
+def _scores_table(model: str, candidates: list[Candidate], score: str) -> Table:
+    table = Table("calibration", score, title=f"{model}, not ranked", title_justify="left")
+    for candidate in candidates:
+        table.add_row(candidate.name, _score_text(candidate, score))
     return table
 
 
-def _explanation(
-    score: str, record: Record | None, worth: Worth | None, grid: str, plan: Plan
-) -> list[str]:
-    if record is None or worth is None:
-        return [
-            f"no record: the store holds no results of grid {grid} with {LEAST_SOURCES} described "
-            f"sources. The order is that of {score} alone, and nothing says that it is right.",
-            "python -m jobs run analysis/studies/predictor.yaml makes a record",
-        ]
+def _table(model: str, ranked: list[Ranked], score: str, record: Record) -> Table:
+    table = Table(title=f"calibration data for {model}, ranked by {score}", title_justify="left")
+    harm = f"expected harm against the first, {_unit(record)} (80 % interval)"
+    for heading in ("", "calibration", score, harm, "probability of being best"):
+        table.add_column(heading)
+    for place, each in enumerate(ranked, start=1):
+        effects = [_effect(value, record) for value in (each.expected, each.low, each.high)]
+        table.add_row(
+            str(place),
+            each.candidate.name,
+            _score_text(each.candidate, score),
+            "" if place == 1 else f"{effects[0]} ({effects[1]} to {effects[2]})",
+            f"{each.best:.0%}",
+        )
+    return table
+
+
+def _explanation(score: str, record: Record, worth: Worth, grid: str, chance: float) -> list[str]:
     sources = len(record.harm)
     lines = [
         f"record: {sources} sources of grid {grid}, each predicted from the others: {score} "
         f"explains {worth.explained:.0%} of the differences in harm, rank correlation "
         f"{worth.rank:.2f}; the source that it would have chosen lost "
         f"{_effect(worth.regret, record)} {_unit(record)} against the best, a random one "
-        f"{_effect(worth.random_regret, record)}."
+        f"{_effect(worth.random_regret, record)}. It is the best of several scores by that record; "
+        f"by chance the best would explain as much with probability {chance:.3f}."
     ]
-    lines.append("It is the best of several scores by that record, which flatters it somewhat.")
     if record.left_out:
         lines.append(f"Left out: {record.left_out} sources that lack a finite number in a setting.")
-    if worth.explained <= 0:
-        lines.append("By that record the ranking is worth nothing: no score foretold unseen ones.")
-    strange = sorted(set(plan.grid.models) - set(record.models))
-    if strange:
-        lines.append(
-            f"The record is of {', '.join(record.models)}: that it holds for {', '.join(strange)} "
-            "is not known."
-        )
     return lines
 
 

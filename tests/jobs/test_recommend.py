@@ -14,8 +14,12 @@ from cluster.store import Store
 from jobs.grid import Grid
 from jobs.plan import make_plan
 from jobs.recommend import (
+    SIGNIFICANCE,
     Candidate,
     Record,
+    chance_of,
+    left_out,
+    objections,
     print_ranking,
     rank,
     read_record,
@@ -78,6 +82,46 @@ def test_the_worth_of_a_score_is_that_of_leaving_sources_out() -> None:
     assert good.rank > 0.95
     assert good.regret < 0.05 < good.random_regret
     assert worth_of(record_of(-0.3, 0.01), "loss").explained < 0.3
+
+
+def test_what_a_line_misses_is_that_of_fits_without_the_source() -> None:
+    draws = np.random.default_rng(3)
+    x, harm = draws.normal(size=(2, 9)), draws.normal(size=(9, 3))
+    residuals, of_mean = left_out(x, harm)
+    scaled = (harm - harm.mean(axis=0)) / harm.std(axis=0)
+    for place in range(9):
+        others = np.arange(9) != place
+        np.testing.assert_allclose(of_mean[place], scaled[place] - scaled[others].mean(axis=0))
+        for number in range(2):
+            for setting in range(3):
+                line = np.polyfit(x[number, others], scaled[others, setting], 1)
+                missed = scaled[place, setting] - np.polyval(line, x[number, place])
+                assert residuals[number, place, setting] == pytest.approx(missed)
+
+
+def test_the_best_of_seven_scores_of_noise_carries_a_ranking_one_time_in_twenty() -> None:
+    draws = np.random.default_rng(4)
+    names = [f"score {number}" for number in range(7)]
+    carried = 0
+    for _ in range(40):
+        harm = draws.normal(size=(12, 2))
+        scores = {name: draws.normal(size=12) for name in names}
+        record = Record(("testbed",), scores, harm - harm.mean(axis=0), True)
+        carried += chance_of(record, names, draws=200) < SIGNIFICANCE
+    assert carried <= 5  # of 40; 6 or more have a probability of 0.014 at one in twenty
+    assert chance_of(record_of(-0.3, 0.01), ["min_k_plus_plus", "loss"]) < 0.001
+
+
+def test_a_ranking_is_declined_for_noise_another_model_and_a_candidate_beyond_the_record() -> None:
+    record = record_of(-0.3, 0.01)
+    assert objections(candidates(-0.5, 0.9), "min_k_plus_plus", record, 0.01) == []
+    (noise,) = objections(candidates(-0.5, 0.9), "min_k_plus_plus", record, 0.21)
+    assert "probability 0.21" in noise
+    (beyond,) = objections(candidates(-0.5, 1.2), "min_k_plus_plus", record, 0.01)
+    assert beyond == "at 1.2 has min_k_plus_plus 1.2, and the record's sources have -1 to 1"
+    other = record._replace(models=("llama", "opt"))
+    (model,) = objections(candidates(-0.5, 0.9), "min_k_plus_plus", other, 0.01)
+    assert model == "the record is of llama, opt"
 
 
 def table_of(sources: int) -> pd.DataFrame:
@@ -164,8 +208,19 @@ def test_a_ranking_is_printed_with_its_record(
     console = Console(width=200, record=True, file=io.StringIO())
     print_ranking(plan, store, "predictor", console)
     printed = console.export_text()
-    assert "calibration data for other, ranked by min_k_plus_plus" in printed
     assert "record: 8 sources of grid predictor, each predicted from the others" in printed
-    assert "The record is of testbed: that it holds for other is not known." in printed
+    assert "no recommendation for other: the record is of testbed" in printed
+    assert "add --probe TEXT_FILE" in printed
+    assert "ranked by" not in printed
     print_ranking(plan, store, "nothing", console)
-    assert "no record: the store holds no results of grid nothing" in console.export_text()
+    assert "no recommendation: the store holds no results of grid nothing" in console.export_text()
+    own = table_of(8).assign(
+        model="other",
+        calibration_report=[
+            json.dumps({"min_k_plus_plus": 20.0 - 5 * place, "loss": 2.0})
+            for place in range(8)
+            for _ in range(4)
+        ],
+    )
+    print_ranking(plan, stored(own, tmp_path / "store"), "predictor", console)
+    assert "calibration data for other, ranked by min_k_plus_plus" in console.export_text()
