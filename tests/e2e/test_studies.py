@@ -81,6 +81,5 @@ def test_candidates_are_ranked_from_what_the_predictor_study_left(
     done = calprune_inside("recommend", store.parent / "predictor.yaml", "--store", store)
     assert done.returncode == 0, done.stderr
     assert "record: 6 sources of grid predictor" in done.stdout
-    assert "probability of being best" in done.stdout
     for calibration in SMALLER["predictor"]["calibration"]:
         assert calibration in done.stdout

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.run import Outcome, run_graph
 from cluster.store import Store
+from jobs.__main__ import recommend
 from jobs.grid import Grid
 from jobs.pilot import (
     ROUNDS,
@@ -177,15 +178,9 @@ def test_a_probe_that_is_short_or_absent_is_refused_before_any_work(
 # -------------------------------------------------------------------------------------------- run
 
 
-def test_data_of_the_probes_kind_is_chosen_and_data_that_fails_is_out(
-    content: Content,
-    load: Load,
-    probe: Path,
-    tmp_path: Path,
-    tiny_model_folder: Path,
-    local_ray: None,
-) -> None:
-    """One candidate is the probe's own text, one is noise, and one has too little text."""
+@pytest.fixture
+def trial(content: Content, probe: Path, tmp_path: Path, tiny_model_folder: Path) -> Content:
+    """A grid whose candidates are the probe's own text, noise, and a text that is too short."""
     draws = np.random.default_rng(0)
     noise, short = tmp_path / "noise.txt", tmp_path / "short.txt"
     letters = list("qxzjkvw1234567890")
@@ -209,6 +204,12 @@ def test_data_of_the_probes_kind_is_chosen_and_data_that_fails_is_out(
         "seqlen": 32,
         "nsamples": 64,
     }
+    return content
+
+
+def test_data_of_the_probes_kind_is_chosen_and_data_that_fails_is_out(
+    trial: Content, load: Load, probe: Path, tmp_path: Path, local_ray: None
+) -> None:
     store = Store(str(tmp_path / "store"))
     plans: list[Plan] = []
 
@@ -216,7 +217,7 @@ def test_data_of_the_probes_kind_is_chosen_and_data_that_fails_is_out(
         plans.append(plan)
         return run_graph(plan.graph, plan.targets, execute, store, {}, workers=1)
 
-    (pilot,) = run_pilot(load(content), probe_corpus(str(probe)), store, run)
+    (pilot,) = run_pilot(load(trial), probe_corpus(str(probe)), store, run)
     assert len(plans) == 2
     assert pilot.best.name == "near"
     assert pilot.best.kl > 0
@@ -227,3 +228,29 @@ def test_data_of_the_probes_kind_is_chosen_and_data_that_fails_is_out(
     assert "tiny: take near" in printed
     assert "short" in printed
     assert "failed" in printed
+
+
+def test_the_command_prints_the_cost_and_then_the_choice(
+    trial: Content,
+    load: Load,
+    probe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local_ray: None,
+) -> None:
+    def run_here(plan: Plan, store: Store, address: str | None, workers: int | None) -> Outcome:
+        return run_graph(plan.graph, plan.targets, execute, store, {}, workers=1)
+
+    monkeypatch.setattr("jobs.__main__.run_grid", run_here)
+    trial["cells"] |= {"calibration": ["noise", "near"], "seed": 0}
+    load(trial)
+    store = str(tmp_path / "store")
+    recommend(tmp_path / "grid.yaml", store, probe=str(probe))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.index("device hours at most") < printed.index("tiny: take near")
+    assert "one seed: intervals cover the probe's windows" in printed
+    trial["cells"] |= {"calibration": ["near", "short"]}
+    load(trial)
+    with pytest.raises(InputError, match=r"corpora\.short"):
+        recommend(tmp_path / "grid.yaml", store, probe=str(probe))
