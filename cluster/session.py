@@ -19,6 +19,13 @@ logger = logging.getLogger(__name__)
 KEEP_DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 """With the value 0, Ray leaves CUDA_VISIBLE_DEVICES alone for stages that ask for no GPU."""
 
+KEEPALIVE = {
+    "RAY_grpc_client_keepalive_time_ms": "20000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+}
+"""How soon a driver notices that a connection is dead, as behind a cut cable. By Ray's own values
+it would wait seven minutes for a task on a node that the cluster has long given up."""
+
 
 class ResourceError(RuntimeError):
     """A stage asks for more than any node has."""
@@ -46,6 +53,7 @@ def session(
     named = address or os.environ.get("RAY_ADDRESS")
     if named:
         check_cluster_address("address" if address else "RAY_ADDRESS", named)
+    set_keepalive()
     runtime_env: dict[str, Any] = {}
     if address and not submitted:
         runtime_env["py_modules"] = list(code)
@@ -73,6 +81,12 @@ def session(
             yield
         finally:
             ray.shutdown()
+
+
+def set_keepalive() -> None:
+    """Set `KEEPALIVE` for a connection that this process makes, unless the user has set it."""
+    for name, value in KEEPALIVE.items():
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import ray
 
 from cluster.leases import Observer, sweep
 from cluster.run import run_graph
+from cluster.session import set_keepalive
 from cluster.store import Store
 from tests.soak import stand_in
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--seconds", required=True, type=float)
     asked = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    set_keepalive()
     ray.init(asked.address, log_to_driver=False, logging_level=logging.ERROR)
     store = Store(asked.store)
     sweep(store, Observer(store))
