@@ -35,17 +35,7 @@ from jobs.export_calibration import export_calibration
 from jobs.fetch import copies, fetch, hub_items, model_copies
 from jobs.gather import gather, write_table
 from jobs.grid import Grid, lines_of, load_grid, refuse_credentials
-from jobs.pilot import (
-    ROUNDS,
-    candidates,
-    print_cost,
-    print_pilot,
-    probe_corpus,
-    round_plan,
-    run_pilot,
-)
 from jobs.plan import Plan, make_plan, print_plan
-from jobs.recommend import print_ranking, scores_only, scoring_plan
 from jobs.run import run_grid
 from jobs.sample import write_samples
 from jobs.show import print_results, print_state
@@ -197,6 +187,9 @@ def recommend(
     by scores of the calibration sets, where an earlier grid shows that they predict. Exits with 1
     if a calibration could not be scored or pruned.
     """
+    # Imported late: pandas and scipy take as long as all that the other commands import.
+    from jobs.recommend import print_ranking, scores_only, scoring_plan
+
     if probe is not None:
         _recommend_by_pilot(load_grid(grid), probe, _writable_store(store), address)
         return
@@ -212,16 +205,19 @@ def recommend(
 
 
 def _recommend_by_pilot(grid: Grid, probe: str, store: Store, address: str | None) -> None:
-    corpus = probe_corpus(probe)
-    tried = [cell for names in candidates(grid).values() for own in names.values() for cell in own]
-    for note in check_plan(round_plan(grid, corpus, tried, ROUNDS[-1])):
+    from jobs import pilot  # imported late, as above
+
+    corpus = pilot.probe_corpus(probe)
+    by_model = pilot.candidates(grid).values()
+    tried = [cell for names in by_model for own in names.values() for cell in own]
+    for note in check_plan(pilot.round_plan(grid, corpus, tried, pilot.ROUNDS[-1])):
         logger.warning("%s", note)
-    print_cost(grid, corpus, store.keys(), console)
-    pilots = run_pilot(grid, corpus, store, lambda plan: run_grid(plan, store, address, None))
+    pilot.print_cost(grid, corpus, store.keys(), console)
+    found = pilot.run_pilot(grid, corpus, store, lambda plan: run_grid(plan, store, address, None))
     seeds = len({cell.seed for cell in tried})
-    for pilot in pilots:
-        print_pilot(pilot, seeds, console)
-    if any(pilot.failed for pilot in pilots):
+    for each in found:
+        pilot.print_pilot(each, seeds, console)
+    if any(each.failed for each in found):
         raise typer.Exit(1)
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,15 @@ def vllm_checkpoint(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, d
 
 @functools.cache
 def cache_folder() -> str:
-    """Return a folder of this process alone, which is deleted when it ends."""
+    """Return a folder of this process alone, which is deleted when it ends.
+
+    Only the descriptions of vLLM's model classes are shared, by a link to vLLM's own cache: they go
+    by a hash of the code and are written in one step. Each costs a process that imports vLLM.
+    """
     folder = tempfile.mkdtemp(prefix="calprune-vllm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shared = Path.home() / ".cache/vllm/modelinfos"
+    with suppress(OSError):  # without a home that can be written, each process has its own
+        shared.mkdir(parents=True, exist_ok=True)
+        Path(folder, shared.name).symlink_to(shared)
     return folder
