@@ -1,19 +1,24 @@
 """How many small faults in core functions their own tests find.
 
-    python -m benchmarks.mutants --count 200 --seed 0 [MODULE...]
+    python -m benchmarks.mutants --count 200 --seed 0 [--output FILE.jsonl] [MODULE...]
 
 A mutant is a module with one change: a comparison, a sign, a boolean, a constant, the order of two
 arguments, or `min` for `max`. It is written into a copy of the checkout, and the module's tests run
 there until one fails. Texts, annotations, decorators, log calls, what an error says, and constants
 of patience or size (`*_SECONDS`, `*_BYTES`, `*_TOKENS`, `*_ROWS`) are left alone: they change no
 result. Exit code 1: the tests fail without any change.
+
+`--output` adds a line a mutant to a file. A mutant that the file has as caught is not run again; a
+survivor is. Modules limit the run to their part of the draw.
 """
 
 import argparse
 import ast
 import contextlib
+import hashlib
 import importlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import random
@@ -24,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +46,9 @@ MODULES = sorted(
 
 PRUNERS = "tests/pipeline/pruning/pruners"
 FURTHER: dict[str, list[str]] = {
+    "cluster/graph.py": ["tests/cluster/test_schedule.py"],
     "cluster/schedule.py": ["tests/cluster/test_run.py"],
     "pipeline/pruning/allocation.py": ["tests/pipeline/pruning/test_prune.py"],
-    "pipeline/pruning/finished_layers.py": ["tests/jobs/test_resume.py"],
     "pipeline/pruning/hidden_states.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/input_statistics.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/layer_calls.py": [
@@ -51,12 +56,23 @@ FURTHER: dict[str, list[str]] = {
         "tests/pipeline/models/test_families.py",
     ],
     "pipeline/pruning/observed_inputs.py": ["tests/pipeline/pruning/test_walk.py"],
-    "pipeline/pruning/outliers.py": ["tests/pipeline/pruning/test_allocation.py"],
+    "pipeline/pruning/outliers.py": [
+        "tests/pipeline/pruning/test_allocation.py",
+        "tests/pipeline/pruning/test_prune.py",
+    ],
+    "pipeline/pruning/prune.py": [
+        "tests/pipeline/pruning/test_finished_layers.py",
+        "tests/pipeline/pruning/test_allocation.py",
+        "tests/pipeline/models/test_architectures.py",
+    ],
     "pipeline/pruning/sparsity_check.py": ["tests/pipeline/pruning/test_prune.py"],
     "pipeline/pruning/pruners/magnitude.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/masks.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/permutation.py": [f"{PRUNERS}/test_ria.py"],
-    "pipeline/pruning/pruners/base.py": [f"{PRUNERS}/test_pruners.py"],
+    "pipeline/pruning/pruners/base.py": [
+        f"{PRUNERS}/test_pruners.py",
+        "tests/pipeline/pruning/test_prune.py",
+    ],
     "pipeline/pruning/pruners/ria.py": [f"{PRUNERS}/test_in_models.py"],
     "pipeline/pruning/pruners/sparsegpt.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/wanda.py": [
@@ -102,6 +118,11 @@ class Mutant:
     after: str
     source: str
     """Of the whole module, changed."""
+
+    def line_of(self, caught: bool) -> str:
+        """Return the mutant's line in a file of results."""
+        digest = hashlib.sha256(self.source.encode()).hexdigest()[:16]
+        return json.dumps({**asdict(self), "source": digest, "caught": caught}) + "\n"
 
 
 def mutants(module: str, source: str) -> list[Mutant]:
@@ -283,28 +304,42 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=MODULES, help="paths; all core modules")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(os.devnull), help="JSON lines")
     asked = parser.parse_args()
+    if unknown := set(asked.modules) - set(MODULES):
+        parser.error(f"no core modules: {', '.join(sorted(unknown))}")
+    known = asked.output.read_text().splitlines(True) if asked.output.is_file() else []
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there
     for name in WARM:
         importlib.import_module(name)
-    drawn = draw(asked.modules, asked.count, asked.seed)
+    drawn = [
+        each for each in draw(MODULES, asked.count, asked.seed) if each.module in asked.modules
+    ]
     ran: Counter[str] = Counter()
     caught: Counter[str] = Counter()
     limits: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        asked.output.open("a") as output,
+    ):
         copy = Copy(Path(folder))
         for number, mutant in enumerate(drawn, start=1):
             module = mutant.module
+            ran[module] += 1
+            if mutant.line_of(caught=True) in known:
+                caught[module] += 1
+                continue
             if module not in limits:
                 began = time.monotonic()
                 if not copy.passes(module, (ROOT / module).read_text(), 600.0):
                     sys.exit(f"{module}: its tests fail without a change:\n{copy.log.read_text()}")
                 limits[module] = 30.0 + 4 * (time.monotonic() - began)
-            ran[module] += 1
-            if copy.passes(module, mutant.source, limits[module]):
+            fails = not copy.passes(module, mutant.source, limits[module])
+            caught[module] += fails
+            if not fails:
                 print(f"survived: {module}:{mutant.line}: {mutant.before}  ->  {mutant.after}")
-            else:
-                caught[module] += 1
+            output.write(mutant.line_of(caught=fails))
+            output.flush()
             print(f"{number} of {len(drawn)}, {caught.total()} caught", file=sys.stderr)
             sys.stdout.flush()
     print(f"\n{'module':50} mutants  caught")

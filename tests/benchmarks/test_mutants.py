@@ -1,9 +1,11 @@
 """Which faults are planted in a module, and which of its tests are run."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+import benchmarks.mutants
 from benchmarks.mutants import MODULES, ROOT, draw, mutants, own_tests
 
 
@@ -54,3 +56,33 @@ def test_every_core_module_has_tests() -> None:
     for module in MODULES:
         assert own_tests(module), module
         assert all((ROOT / Path(path)).is_file() for path in own_tests(module)), module
+
+
+def test_a_second_run_leaves_out_what_was_caught_and_tries_survivors_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = "cluster/leases.py"
+    original = (ROOT / module).read_text()
+    tried: list[str] = []
+
+    class Tests:
+        def __init__(self, folder: Path) -> None: ...
+
+        def passes(self, module: str, source: str, limit_seconds: float) -> bool:
+            if source != original:
+                tried.append(source)
+            return source == original or source == survivor.source
+
+    monkeypatch.setattr(benchmarks.mutants, "Copy", Tests)
+    monkeypatch.setattr(benchmarks.mutants, "WARM", ())
+    words = ["mutants", "--output", str(tmp_path / "results.jsonl"), module]
+    monkeypatch.setattr(sys, "argv", words)
+    drawn = [each for each in draw(MODULES, 200, 0) if each.module == module]
+    survivor = drawn[1]
+    for expected in (drawn, [survivor]):
+        tried.clear()
+        benchmarks.mutants.main()
+        assert tried == [each.source for each in expected]
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[0].startswith(f"survived: {module}:{survivor.line}: ")
+        assert printed[-1].split()[:3] == ["all", str(len(drawn)), str(len(drawn) - 1)]

@@ -1,6 +1,18 @@
+import re
 from dataclasses import replace
+from pathlib import Path
 
-from cluster.graph import Stage, descendant_counts, descendants, longest_paths, needed, readers
+from cluster.graph import (
+    Resources,
+    Stage,
+    descendant_counts,
+    descendants,
+    longest_paths,
+    needed,
+    readers,
+)
+
+FAULTS = Path(__file__).parents[2] / "docs" / "faults.md"
 
 
 def stage(key: str, *inputs: str) -> Stage:
@@ -56,3 +68,10 @@ def test_the_longest_path_of_a_stage_leads_to_the_end() -> None:
         "pretrain": 1.0 + 100.0,
     }
     assert longest_paths(timed, ["pretrain", "windows"]) == {"pretrain": 1 + 2.0, "windows": 2.0}
+
+
+def test_retries_and_limits_have_the_defaults_that_the_page_on_faults_names() -> None:
+    named = dict(re.findall(r"^- `(\w+)` \((\w+)\): ", FAULTS.read_text(), re.MULTILINE))
+    assert named.keys() == {"retries", "time_limit_seconds", "memory_bytes"}
+    for name, default in named.items():
+        assert str(getattr(Resources(), name)) == default.replace("none", "None"), name

@@ -1,5 +1,6 @@
 """Sparsity spread over decoder layers, and the outliers by which OWL spreads it."""
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -130,6 +131,14 @@ def test_outlier_ratios_that_are_missing_or_of_another_model_are_refused() -> No
         allocate(OWL(), LayerTarget(0.5), alike(3))
     with pytest.raises(InputError, match="3 decoder layers, not 2"):
         allocate(OWL(), LayerTarget(0.5), alike(3), [0.1, 0.2])
+
+
+def test_outlier_ratios_go_from_none_of_the_weights_to_all_of_them() -> None:
+    allocated = allocate(OWL(spread=0.1), LayerTarget(0.5), alike(2), [0.0, 1.0])
+    assert shares(allocated) == pytest.approx([0.6, 0.4])
+    for beyond in (-0.01, 1.01, float("nan")):
+        with pytest.raises(InputError, match="are no shares, 0 to 1"):
+            allocate(OWL(), LayerTarget(0.5), alike(2), [0.5, beyond])
 
 
 # ------------------------------------------------------------------------------------- properties
@@ -282,10 +291,12 @@ UNEVEN = transformers.Gemma4TextConfig(
 """Its layers have 9,728, 12,800, 9,728 and 12,800 weights."""
 
 
-def small_model() -> Any:
+def small_model(layers: int = 4) -> Any:
     """A random Llama with a few large weights, and layers that are unlike each other."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIG).float().eval()
+    config = copy.deepcopy(CONFIG)
+    config.num_hidden_layers = layers
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     for number, layer in enumerate(model.model.layers):
         for linear in layer.modules():
@@ -550,3 +561,19 @@ def test_the_report_warns_of_layers_at_a_bound_and_of_an_allocation_without_effe
     assert "decoder layers 1, 2, 3 " in held  # 0 has fewest outliers
     assert "what uniform gives" in alike
     assert {(row["layer_pattern"], row["layer_sparsity"]) for row in rows} == {("3:4", 0.25)}
+
+
+def test_the_report_does_not_warn_of_a_model_that_has_only_one_layer(
+    dense: LocalModel, tmp_path: Path
+) -> None:
+    small_model(layers=1).save_pretrained(dense.path)
+    spec = PruneSpec(
+        model=dense,
+        pruner=Wanda(),
+        sparsity=0.5,
+        allocation=OWL(),
+        calibration=WindowsSpec(source=FileCorpus(path="unread"), model=dense),
+    )
+    report, _ = run_stages(spec, tmp_path)
+    assert report["layer_sparsity"] == [0.5]
+    assert report["allocation_warnings"] == []

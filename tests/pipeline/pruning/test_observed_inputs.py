@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.matrices import matrices
+from pipeline.models.matrices import Matrix, matrices
 from pipeline.pruning.observed_inputs import observe_inputs
 
 
@@ -46,3 +46,30 @@ def test_statistics_are_of_every_product_though_later_batches_end_at_the_last(ag
         wanted = norms[matrix.name.rpartition(".")[2]]
         torch.testing.assert_close(matrix.statistics["squared_norms"], wanted.float())
         assert matrix.tokens == 30 * (2 if again and matrix.name.endswith("first") else 1)
+
+
+@torch.no_grad()
+def test_a_matrix_on_the_left_of_its_product_reads_the_columns_of_the_right() -> None:
+    """Mamba multiplies so."""
+    torch.manual_seed(0)
+    matrix, states = Matrix("in_proj", torch.randn(4, 6)), torch.randn(6, 5)
+    with observe_inputs([matrix], ("squared_norms",), 1) as observe:
+        observe(lambda: matrix.weight @ states)
+    wanted = states.square().sum(dim=1)
+    torch.testing.assert_close(matrix.statistics["squared_norms"], wanted)
+    assert matrix.tokens == 5
+
+
+@torch.no_grad()
+def test_only_rows_of_zeros_are_no_tokens_of_an_expert() -> None:
+    """Experts that are multiplied together get as many rows each. A token may have zeros in it."""
+    torch.manual_seed(0)
+    stacked, states = torch.randn(2, 6, 4), torch.randn(2, 50, 6)
+    states[:, :, 1:4] *= torch.rand(2, 50, 3) < 0.5
+    states[0, 40:] = states[1, :15] = 0
+    experts = [Matrix(f"experts.{i}", stacked[i].T, is_expert=True) for i in range(2)]
+    with observe_inputs(experts, ("squared_norms",), 1) as observe:
+        observe(lambda: torch.bmm(states, stacked))
+    assert [expert.tokens for expert in experts] == [40, 35]
+    for expert, rows in zip(experts, states, strict=True):
+        torch.testing.assert_close(expert.statistics["squared_norms"], rows.square().sum(dim=0))

@@ -50,6 +50,37 @@ def loss(weight: Floats, pruned: Floats, hessian: Floats) -> float:
     return float(np.einsum("ij,jk,ik->", apart, hessian, apart))
 
 
+def textbook(weight: Floats, hessian: Floats, kept: int) -> tuple[NDArray[np.bool_], int, float]:
+    """Algorithm 1 and the steps of rho in section 3.2 of the paper, one linear system at a time.
+
+    Returns:
+        The mask, the iterations, and the last rho.
+    """
+    scale = np.sqrt(np.diag(hessian))
+    gram, dense = hessian / np.outer(scale, scale), weight * scale
+
+    def largest(values: Floats) -> NDArray[np.bool_]:
+        support = np.zeros(values.size, dtype=bool)
+        support[np.argsort(-np.abs(values), axis=None)[:kept]] = True
+        return support.reshape(values.shape)
+
+    rho, support = 0.1, largest(dense)
+    sparse, dual, earlier = dense * support, np.zeros_like(dense), support
+    for iteration in itertools.count(1):
+        right = dense @ gram - dual + rho * sparse
+        fitted = np.linalg.solve(gram + rho * np.eye(len(gram)), right.T).T
+        support = largest(fitted + dual / rho)
+        sparse = (fitted + dual / rho) * support
+        dual = dual + rho * (fitted - sparse)
+        if iteration % 3 == 0:
+            changed = int((support != earlier).sum())
+            if changed == 0:
+                return ~support, iteration, rho
+            rho *= 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
+            earlier = support
+    raise AssertionError
+
+
 def updated(pruned: Pruned) -> Floats:
     assert pruned.weight is not None
     return pruned.weight.double().numpy()
@@ -78,6 +109,19 @@ def test_the_weights_are_all_but_the_best_ones_for_the_mask(
         best = loss(exact, best_on(pruned.mask.numpy(), exact, hessian), hessian)
         found = loss(exact, updated(pruned), hessian)
         assert best * (1 - 1e-4) <= found <= best * 1.01
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+def test_the_mask_and_rho_are_those_of_the_papers_algorithm_in_float64(sparsity: float) -> None:
+    for seed in range(3):
+        weight, inputs = example(40, 64, 300, seed)
+        hessian = inputs.T @ inputs
+        pruned = prune_by_alps(weight, {"hessian": hessian}, LayerTarget(sparsity), ALPS())
+        kept = weight.numel() - math.floor(sparsity * weight.numel())
+        mask, iterations, rho = textbook(weight.double().numpy(), damped(inputs, 0.01), kept)
+        assert (pruned.mask.numpy() == mask).mean() > 0.999
+        assert pruned.facts["iterations"] == iterations
+        assert pruned.facts["rho"] == pytest.approx(rho)
 
 
 @settings(max_examples=40, deadline=None)
