@@ -47,14 +47,10 @@ MODULES = sorted(
 PRUNERS = "tests/pipeline/pruning/pruners"
 FURTHER: dict[str, list[str]] = {
     "cluster/graph.py": ["tests/cluster/test_schedule.py"],
-    "cluster/schedule.py": ["tests/cluster/test_run.py"],
     "pipeline/pruning/allocation.py": ["tests/pipeline/pruning/test_prune.py"],
     "pipeline/pruning/hidden_states.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/input_statistics.py": ["tests/pipeline/pruning/test_walk.py"],
-    "pipeline/pruning/layer_calls.py": [
-        "tests/pipeline/pruning/test_walk.py",
-        "tests/pipeline/models/test_families.py",
-    ],
+    "pipeline/pruning/layer_calls.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/observed_inputs.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/outliers.py": [
         "tests/pipeline/pruning/test_allocation.py",
@@ -63,9 +59,12 @@ FURTHER: dict[str, list[str]] = {
     "pipeline/pruning/prune.py": [
         "tests/pipeline/pruning/test_finished_layers.py",
         "tests/pipeline/pruning/test_allocation.py",
-        "tests/pipeline/models/test_architectures.py",
     ],
     "pipeline/pruning/sparsity_check.py": ["tests/pipeline/pruning/test_prune.py"],
+    "pipeline/pruning/walk.py": [
+        "tests/pipeline/pruning/test_finished_layers.py",
+        "tests/pipeline/pruning/test_prune.py",
+    ],
     "pipeline/pruning/pruners/magnitude.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/masks.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/permutation.py": [f"{PRUNERS}/test_ria.py"],

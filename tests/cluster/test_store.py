@@ -88,6 +88,27 @@ def test_a_flipped_byte_is_found_and_never_read(tmp_path: Path) -> None:
         Store(str(tmp_path)).fetch("windows-1")
 
 
+@pytest.mark.parametrize(("beyond", "found"), [(0, True), (1, False)])
+def test_checksums_are_compared_up_to_a_size_or_if_they_are_asked_for(
+    beyond: int, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    manifest = put(store, "windows-1", a=b"alpha", b=b"beta")
+    (tmp_path / manifest.data / "deep/a").write_bytes(b"alphb")
+    monkeypatch.setattr("cluster.store.FULL_CHECK_BYTES", len(b"alphabeta") - beyond)
+    assert bool(store.damaged(["windows-1"])) == found
+    assert store.damaged(["windows-1"], whole=True)
+
+
+@pytest.mark.parametrize("name", ["/etc/a", "../a", "data/../../a", "data\\..\\a"])
+def test_a_name_that_leads_out_of_the_store_is_refused(name: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    for use in (store.read, store.remove, lambda name: store.write(name, b"")):
+        with pytest.raises(StoreError, match="leads out of the store"):
+            use(name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_flipped_byte_is_found_when_it_is_read(store: Store) -> None:
     manifest = put(store, "windows-1", a=b"alpha")
     store.write(f"{manifest.data}/deep/a", b"alphb")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import Matrix, decoder_layers
+from pipeline.progress import reporting
 from pipeline.pruning.walk import Memory, layer_sizes, walk
 
 SMALL: dict[str, Any] = {
@@ -94,6 +95,35 @@ def test_statistics_do_not_depend_on_the_batch_size(batch_size: int | None) -> N
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_tokens", [23, 24, 48])
+def test_windows_go_through_one_by_one_if_a_batch_is_shorter_than_two(
+    batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.pruning.walk.BATCH_TOKENS", batch_tokens)
+    model, sizes = model_of(CONFIGS["llama"]), set()
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
+    walk(model, windows(), ("squared_norms",), lambda number, found: None)
+    assert sizes == {2 if batch_tokens == 48 else 1}
+
+
+def test_progress_rises_evenly_and_visits_begin_at_a_third_of_their_layer() -> None:
+    done: list[float] = []
+    visits: list[float] = []
+
+    def note(phase: str, amount: float, total: float, unit: str) -> None:
+        if unit == "layers":
+            done.append(amount)
+            assert total == 4
+
+    with reporting(note):
+        model, memory = model_of(CONFIGS["llama"]), Memory(batch_size=5)
+        walk(model, windows(), ("squared_norms",), lambda *_: visits.append(done[-1]), memory)
+    assert visits == pytest.approx([number + 1 / 3 for number in range(4)])
+    sixths = [0, 1, 2, 5, 6]  # two batches for the statistics, and two with the layer pruned
+    wanted = [number + sixth / 6 for number in range(4) for sixth in sixths]
+    assert done == pytest.approx(wanted[:-2])
+
+
 @pytest.mark.parametrize(("data", "asked"), [(None, ("hessian",)), (windows(), ())])
 def test_without_data_or_statistics_the_model_is_never_run(
     data: Tensor | None, asked: tuple[str, ...]
@@ -120,6 +150,13 @@ def test_no_layer_is_run_more_often_than_it_must_be() -> None:
         layer.mlp.register_forward_pre_hook(count(number))
     walk(model, windows(), ("squared_norms",), lambda number, found: None, Memory(batch_size=4))
     assert runs == [3 + 3, 3 + 3, 3 + 3, 3]
+
+
+def test_no_logits_are_computed_but_of_one_window_that_tries_how_layers_are_called() -> None:
+    model, sizes = model_of(CONFIGS["llama"]), set()
+    model.lm_head.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
+    walk(model, windows(), ("squared_norms",), lambda number, found: None, Memory(batch_size=5))
+    assert sizes == {1}
 
 
 @pytest.mark.parametrize("fails", [False, True])
