@@ -27,7 +27,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -252,6 +252,7 @@ class Copy:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self.log = folder / "log"
+        self.seconds = folder / "seconds.json"
         kept_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
         shutil.copytree(ROOT, self.code, ignore=kept_out)
 
@@ -287,11 +288,37 @@ class Copy:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         # What tests share across processes lies beside the base, and stays for the next mutant.
-        words = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={self.temporary / 'base'}"]
-        os._exit(pytest.main([*words, *tests], plugins=[_Alone()]))
+        words = [
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            f"--basetemp={self.temporary / 'base'}",
+        ]
+        os._exit(pytest.main([*words, *tests], plugins=[_QuickFirst(self.seconds)]))
 
 
-class _Alone:
+class _QuickFirst:
+    """Runs tests in the order of the seconds that they took when all of them last passed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.taken: defaultdict[str, float] = defaultdict(float)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self.known.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.taken[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.OK:
+            self.path.write_text(json.dumps(self.known | self.taken))
+
     @pytest.fixture(scope="session")
     def worker_id(self) -> str:
         return "mutant"

@@ -48,12 +48,12 @@ class CapturedBatch:
         return layer(self._states.read(), *positional, **keywords)
 
     def advance(self, number: int, layer: nn.Module) -> None:
-        """Replace the hidden states by that layer's output, and store what else it passes on."""
+        """Replace the hidden states by that layer's output, and store what else it passes on to the
+        next layer. Not for the last layer."""
         output = self.forward(number, layer)
         self._states.write(output if isinstance(output, Tensor) else output[0])
-        if number + 1 < len(self._arguments):
-            for each in _passed_on(self._arguments[number + 1]):
-                self._passed[each.place] = self._stored(each.place, output[each.place])
+        for each in _passed_on(self._arguments[number + 1]):
+            self._passed[each.place] = self._stored(each.place, output[each.place])
 
     def _stored(self, place: int, value: Any) -> Any:
         if not isinstance(value, Tensor):

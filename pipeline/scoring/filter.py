@@ -63,10 +63,10 @@ def run(spec: FilterSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
 def reasons_to_drop(
     samples: pa.Table,
     scores: pa.Table,
-    drop_fraction: float = 0.2,
-    banned_words: Sequence[str] = (),
-    drop_duplicates: bool = False,
-    near_duplicate_similarity: float | None = None,
+    drop_fraction: float,
+    banned_words: Sequence[str],
+    drop_duplicates: bool,
+    near_duplicate_similarity: float | None,
 ) -> npt.NDArray[np.object_]:
     """Return why each sample is dropped, [samples]; "" for a kept one.
 

@@ -141,6 +141,14 @@ def test_a_pool_has_an_actor_for_each_stage_with_room() -> None:
     assert steps(made) == ["start p"]  # another for the one that died
 
 
+def test_the_first_of_a_pool_is_its_most_urgent_ready_stage() -> None:
+    made = schedule(stage("short", 1.0, pool="p"), stage("long", 5.0, pool="p"), cpus=0.0)
+    for expected in ("long", "short"):
+        assert made.first("p") == expected
+        made.discard(expected)
+    assert made.first("p") is None
+
+
 def test_a_pool_has_its_minimum_of_actors_and_at_most_its_maximum() -> None:
     one = stage("s", 1.0, pool="p", min_replicas=2, max_replicas=3)
     assert steps(schedule(one, cpus=9.0)) == ["start p"] * 2
@@ -161,6 +169,40 @@ def test_an_idle_actor_makes_way_for_a_stage_more_urgent_than_its_pools_next() -
         made.returned("p-0", 3.0)
         made.add("q")
         assert steps(made) == expected
+
+
+def test_of_idle_actors_one_without_work_makes_way_before_one_with_less_urgent_work() -> None:
+    made = schedule(
+        stage("p-0", 1.0, pool="p"), stage("p-1", 1.0, pool="p"), stage("q-0", 1.0, pool="q"),
+        stage("r", 99.0, "p-0", "q-0", pool="r"), stage("reads", 1.0, "r"), cpus=2.0,
+    )  # fmt: skip
+    assert sorted(steps(made)) == ["start p", "start q"]
+    for pool in ("p", "q"):
+        made.joined(pool, 1.0)
+    assert sorted(steps(made)) == ["p-0", "q-0"]
+    for key in ("p-0", "q-0"):
+        made.returned(key, 2.0)
+        made.discard(key)
+    made.add("r")
+    assert steps(made, 2.0) == ["end q", "start r", "p-1"]
+
+
+def test_an_idle_actor_ends_when_the_cluster_has_become_too_small_for_what_is_at_work() -> None:
+    made = schedule(stage("p", 1.0, pool="p"), stage("at-work", 99.0), cpus=2.0)
+    assert steps(made) == ["at-work", "start p"]
+    made.joined("p", 1.0)
+    assert steps(made, 1.0) == ["p"]
+    made.returned("p", 2.0)
+    made.discard("p")
+    assert steps(made, 2.0) == []
+    made.resize([{"CPU": 1.0}])
+    assert steps(made, 2.0) == ["end p"]
+
+
+def test_a_stage_fits_if_one_node_of_several_is_large_enough() -> None:
+    made = schedule(*(stage(f"s-{number}", 1.0, cpus=4) for number in range(3)), cpus=0.0)
+    made.resize([{"CPU": 1.0}, {"CPU": 8.0}])
+    assert steps(made) == ["s-0", "s-1"]
 
 
 def test_an_actor_without_work_is_kept_for_a_while_or_until_its_place_is_needed() -> None:
@@ -203,6 +245,14 @@ def test_a_stage_that_fits_no_node_holds_nothing_up() -> None:
         stage("big", 99.0, cpus=8), stage("reads", 1.0, "big"), stage("leaf", 1.0), cpus=2.0
     )
     assert steps(made) == ["big", "leaf"]  # with Ray, `big` waits for a node
+
+
+def test_the_demand_of_a_pool_is_bounded_by_its_maximum_of_actors() -> None:
+    shards = [stage(f"s-{number}", 1.0, pool="p", max_replicas=3) for number in range(9)]
+    made = schedule(*shards, cpus=1.0)
+    assert steps(made) == ["start p"]
+    taken, ready = made.demand(most=100)
+    assert (len(taken), len(ready)) == (1, 2)
 
 
 def test_the_demand_of_a_bounded_run_is_bounded() -> None:

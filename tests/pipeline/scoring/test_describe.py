@@ -49,6 +49,20 @@ def test_the_report_has_the_means_over_windows_of_the_models_scores(
     assert len(pq.read_table(tmp_path / "out" / "scores.parquet")) == 6
 
 
+def test_the_mean_over_one_window_has_no_standard_error(
+    drawn: torch.Tensor, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    calibration = WindowsSpec(source=CORPUS, model=MODEL, nsamples=1, seqlen=24)
+    windows = windows_of(drawn[:1], tmp_path / "set")
+    (tmp_path / "out").mkdir()
+    spec = DescribeSpec(calibration=calibration, model=MODEL)
+    artifacts = {calibration.key: windows, MODEL.key: tiny_model_folder}
+    report = run(spec, artifacts, tmp_path / "out")
+    assert report["windows"] == 1
+    assert report["loss"] > 0
+    assert report["loss_error"] is None
+
+
 def test_text_like_the_reference_diverges_less(
     drawn: torch.Tensor, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
