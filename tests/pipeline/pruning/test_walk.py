@@ -268,6 +268,59 @@ def test_one_layer_at_a_time_is_moved_to_the_device_and_back(
     assert moves == [(number, turn) for number in range(4) for turn in turns]
 
 
+class Passing(nn.Module):
+    """A layer that gives its hidden states first in a collection, and more for the next layer."""
+
+    def __init__(self, kind: type, outputs: int) -> None:
+        super().__init__()
+        self.kind, self.outputs = kind, outputs
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, states: Tensor, *others: Tensor) -> Any:
+        states = states + self.linear(sum(others, start=states))
+        return self.kind([states, *(states * place for place in range(1, self.outputs))])
+
+
+class Strict(nn.Module):
+    """A decoder that takes only what its own layers give."""
+
+    def __init__(self, kind: type, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form = kind, outputs
+        self.embedding = nn.Embedding(96, 8)
+        self.layers = nn.ModuleList(Passing(kind, outputs) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        states, others = self.embedding(input_ids), []
+        for layer in self.layers:
+            given = layer(states, *others)
+            if (type(given), len(given)) != self.form:
+                raise TypeError("no output of my layers")
+            states, *others = given
+        return states
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_layers_may_give_their_hidden_states_first_in_a_collection_and_pass_on_the_rest(
+    kind: type, outputs: int
+) -> None:
+    model = Strict(kind, outputs).eval()
+    totals: list[Tensor] = []
+
+    def visit(number: int, found: list[Matrix]) -> None:
+        totals.append(found[0].statistics["squared_norms"])
+
+    walk(model, windows(), ("squared_norms",), visit, Memory(batch_size=4))
+    inputs: list[Tensor] = []
+    for layer in model.layers:
+        layer.linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach()))
+    model(windows(), use_cache=False)
+    for found, whole in zip(totals, inputs, strict=True):
+        torch.testing.assert_close(found, whole.flatten(0, 1).square().sum(dim=0))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("budgets", [{}, {"device_hidden_bytes": 0}])
