@@ -1,9 +1,9 @@
-"""Whether two implementations of a method zero the same weights.
+"""Check whether two implementations of a method zero the same weights.
 
-They sum in different orders, so scores differ in their last bits, and of two weights whose scores
-are equal at that resolution either may go. A weight that differs is held against how close its
-decision was. The plain walk goes on with the weights that `pipeline` left in each decoder layer,
-so that both see the same inputs everywhere and one tie does not bring others about.
+They sum in different orders, so scores differ in their last bits, and either of two weights with
+scores equal at that resolution may be zeroed. For a weight that differs, the measure is how close
+its decision was. After each decoder layer the plain walk takes over the weights that `pipeline`
+left there. Both then see the same inputs everywhere, and one tie does not cause others.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.baseline import METHODS, walk
 from benchmarks.baseline.choice import Choice
 from benchmarks.baseline.dsnot import Moments
-from benchmarks.baseline.masks import zeros_in
+from benchmarks.baseline.masks import zero_count
 from benchmarks.baseline.sparsegpt import BLOCK
 from benchmarks.replay import replay
 
@@ -26,14 +26,14 @@ class Agreement:
 
     weights: int
     differing: int
-    """Weights that one zeroes and the other does not."""
+    """Weights that only one of the two zeroes."""
     largest_gap: float
-    """Of the differing weights' decisions the one that was least close: relative difference
-    between what was compared; 0 if none differs."""
+    """The largest relative difference between the values that decided a differing weight; 0 if
+    none differs."""
 
 
 @torch.no_grad()
-def compare(
+def compare_masks(
     name: str,
     dense: nn.Module,
     pruned: nn.Module,
@@ -41,10 +41,11 @@ def compare(
     sparsity: float,
     pattern: tuple[int, int] | None,
 ) -> Agreement:
-    """Prune a dense Llama plainly, and compare with what `pipeline` made of it.
+    """Prune a dense Llama plainly, and compare its masks with those of `pipeline`.
 
     Args:
-        dense: is overwritten.
+        dense: overwritten.
+        pruned: the same model, pruned by `pipeline`.
         windows: the calibration set of both, `[nsamples, seqlen]`.
     """
     method = METHODS[name]
@@ -54,7 +55,7 @@ def compare(
         linears, others = walk.linears(layer), walk.linears(other_layer)
         statistics: dict[str, Any] = dict.fromkeys(linears)
         if method.statistics is not None:
-            statistics = walk.gather(layer, states, keywords, method)
+            statistics = walk.gather_statistics(layer, states, keywords, method)
         before = {key: linear.weight.clone() for key, linear in linears.items()}
         choices = walk.prune_layer(layer, statistics, method, sparsity, pattern)
         for key, choice in choices.items():
@@ -79,8 +80,8 @@ def _layers(model: Any) -> Any:
 
 
 def _distances(name: str, choice: Choice, pattern: tuple[int, int] | None) -> Tensor:
-    """Of each weight the relative distance between its score and the largest zeroed score among
-    those that it competes with, `[out_features, in_features]`."""
+    """Return each weight's relative distance from the largest zeroed score among the scores that it
+    competes with, `[out_features, in_features]`."""
     rows, columns = choice.scores.shape
     if pattern is not None:
         height, width = 1, pattern[1]
@@ -111,7 +112,7 @@ def _closest(
 ) -> list[float]:
     contribution = weight.double() * moments.sums.double()
     variance = moments.variance.tolist()
-    zeros = zeros_in(sparsity, weight.shape[1])
+    zeros = zero_count(sparsity, weight.shape[1])
     return [
         replay(
             choice.scores[row].tolist(), contribution[row].tolist(), variance, zeros, pattern

@@ -1,6 +1,5 @@
-"""How long a results table of a million rows takes to load, group, widen and compare.
-
-`python -m benchmarks.analysis` prints the seconds of each step.
+"""Time how a results table of a million rows is loaded, grouped, widened and compared:
+`python -m benchmarks.analysis`.
 """
 
 import itertools
@@ -16,20 +15,20 @@ from rich.console import Console
 import analysis
 from analysis.load import COLUMNS
 
-MODELS, CALIBRATIONS, SEEDS, TASKS = 100, 10, 5, 10
-PRUNERS = ("magnitude", "wanda", "sparsegpt", "dsnot")
-SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
+_MODELS, _CALIBRATIONS, SEEDS, _TASKS = 100, 10, 5, 10
+_PRUNERS = ("magnitude", "wanda", "sparsegpt", "dsnot")
+_SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 SEED_STEP = 0.01
-"""By how much the value grows from seed to seed."""
+"""The difference in value from seed to seed."""
 
 
-def made_table(models: int = MODELS) -> pd.DataFrame:
-    """Return 10,000 rows per model, of 1,000 cells with 10 accuracies each.
+def made_table(models: int = _MODELS) -> pd.DataFrame:
+    """Return 10,000 rows per model: 1,000 cells with 10 accuracies each.
 
     A cell's value is 0.001 times the calibration's number, plus `SEED_STEP` times the seed.
     """
-    axes = (range(models), range(CALIBRATIONS), PRUNERS, SPARSITIES, range(SEEDS))
+    axes = (range(models), range(_CALIBRATIONS), _PRUNERS, _SPARSITIES, range(SEEDS))
     cells = pd.DataFrame(
         itertools.product(*axes), columns=["model", "calibration", "pruner", "sparsity", "seed"]
     )
@@ -43,8 +42,8 @@ def made_table(models: int = MODELS) -> pd.DataFrame:
         pattern="unstructured",
         metric="acc",
     ).reindex(columns=list(COLUMNS))
-    rows = cells.loc[cells.index.repeat(TASKS)].reset_index(drop=True)
-    return rows.assign(task=np.tile([f"task-{number}" for number in range(TASKS)], len(cells)))
+    rows = cells.loc[cells.index.repeat(_TASKS)].reset_index(drop=True)
+    return rows.assign(task=np.tile([f"task-{number}" for number in range(_TASKS)], len(cells)))
 
 
 def main() -> None:

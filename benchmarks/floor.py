@@ -1,8 +1,8 @@
 """The least time that a pruner can take: its matrix products at the machine's own rate.
 
-Counted are the products without which a method's result cannot be had, each with the symmetry and
-the sharing that it allows, as 2 FLOP for a multiplication and an addition. Not counted is all that
-is no matrix product: norms, activations, statistics of columns, the choice of masks.
+The count holds the products that a method cannot do without, at their cheapest: symmetric ones by
+half, shared ones once, 2 FLOP for a multiplication and an addition. All else is left out: norms,
+activations, statistics of columns, the choice of masks.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import torch
 from benchmarks.geometry import Geometry
 
 RATE_TOKENS = 16_384
-"""At most so many rows of the input in measured products."""
+"""The most rows of the input in measured products."""
 
 
 def floating_point_operations(geometry: Geometry, pruner: str) -> int:
-    """FLOP that pruning cannot do without; 0 for a pruner without data."""
+    """Return the FLOP that pruning cannot do without; 0 for a pruner without data."""
     match pruner:
         case "magnitude":
             return 0
@@ -29,8 +29,11 @@ def floating_point_operations(geometry: Geometry, pruner: str) -> int:
 
 
 def _forward_passes(geometry: Geometry) -> int:
-    """Dense and pruned through each decoder layer: the dense pass may end before the last matrix,
-    whose output no statistic needs, and after the last layer none does."""
+    """Count a dense and a pruned pass through each decoder layer.
+
+    The dense pass may end before the layer's last matrix, whose output no statistic needs. The last
+    layer needs no pruned pass.
+    """
     weights = [rows * columns for group in geometry.matrices for rows, columns in group]
     products = 2 * geometry.tokens * sum(weights)
     attention = 2 * geometry.tokens * geometry.seqlen * geometry.hidden  # two, causal halves
@@ -39,17 +42,17 @@ def _forward_passes(geometry: Geometry) -> int:
 
 
 def _hessians(geometry: Geometry) -> int:
-    """X^T X of each input that a matrix reads: symmetric, so half of the product."""
+    """Count X^T X for each input that a matrix reads; it is symmetric, so half of the product."""
     return sum(geometry.tokens * columns**2 for columns in _inputs(geometry))
 
 
 def _inverses(geometry: Geometry) -> int:
-    """Of each Hessian the inverse's factor: a Cholesky factor (n^3 / 3), and its inverse."""
+    """Count a Cholesky factor (n^3 / 3) and its inverse for each Hessian."""
     return sum(2 * columns**3 // 3 for columns in _inputs(geometry))
 
 
 def _updates(geometry: Geometry) -> int:
-    """Each column's error taken out of all later columns."""
+    """Count the updates of all later columns by each column's error."""
     return sum(rows * columns**2 for group in geometry.matrices for rows, columns in group)
 
 
@@ -60,7 +63,7 @@ def _inputs(geometry: Geometry) -> list[int]:
 def layer_products(
     geometry: Geometry, device: torch.device, dtype: torch.dtype
 ) -> tuple[int, Callable[[], None]]:
-    """The matrix products of one decoder layer on a batch: their FLOP, and a run of them."""
+    """Return the FLOP of one decoder layer's matrix products on a batch, and a run of them."""
     tokens = min(RATE_TOKENS, geometry.tokens)
     shapes = sorted({shape for group in geometry.matrices for shape in group})
     weights = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
@@ -78,7 +81,7 @@ def layer_products(
 def square_product(
     size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[int, Callable[[], None]]:
-    """The product of two square matrices: its FLOP, and a run of it."""
+    """Return the FLOP of a product of two square matrices, and a run of it."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
     def multiply() -> None:

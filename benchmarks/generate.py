@@ -1,14 +1,14 @@
 """Measure how fast text is generated: `python -m benchmarks.generate`.
 
-Three ways go on from the same prefixes with the same model to the same length, taking turns in one
-run: vLLM, our batches on transformers, and the manner of the paper's script, `generate` with
-batches of 32. The model has the shape of the testbed's `small`, random weights, and no EOS.
+Three ways continue the same prefixes with the same model to the same length, in turns in one run:
+vLLM, our batches on transformers, and the paper's script, which calls `generate` with batches of
+32. The model has the shape of the testbed's `small`, random weights, and no EOS.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,52 +17,32 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
+from benchmarks.geometry import TESTBED
+from benchmarks.record import machine, write_json
 from cluster.heap import keep_freed_memory
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.generation.vllm_engine import VllmEngine, vllm_version
 from pipeline.models.loading import default_device
 from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
-from pipeline.testbed.presets import PRETRAIN_PRESETS
 
 SCRIPT_BATCH = 32
-"""Samples of a batch in the paper's script."""
+"""Samples in a batch of the paper's script."""
 
-Generate = Callable[[list[list[int]]], int]
-"""Goes on from prefixes and tells how many tokens it wrote."""
-
-
-def small_model(seqlen: int) -> LlamaForCausalLM:
-    """The testbed's `small` shape with random weights, for texts of `seqlen` tokens."""
-    shape = PRETRAIN_PRESETS["small"]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.hidden_size // shape.head_dim,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=seqlen,
-        initializer_range=shape.hidden_size**-0.5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+ContinuePrefixes = Callable[[list[list[int]]], int]
+"""Continues prefixes and returns how many tokens it wrote."""
 
 
-def ways(spec: GenerateSpec, model: Any) -> Iterator[tuple[str, Generate]]:
-    """Each way under its name; vLLM only where it is installed."""
+def ways(spec: GenerateSpec, model: Any) -> Iterator[tuple[str, ContinuePrefixes]]:
+    """Yield each way with its name; vLLM only if it is installed."""
     sampling = Sampling()
     engines: dict[str, Any] = {"transformers": TransformersEngine(model)}
     if vllm_version() is not None:
         engines["vllm"] = VllmEngine(spec, {})
 
-    def by_engine(engine: Any) -> Generate:
+    def by_engine(engine: Any) -> ContinuePrefixes:
         def generate(prefixes: list[list[int]]) -> int:
             count = 0
             for first in range(0, len(prefixes), spec.shard_size):
@@ -101,15 +81,16 @@ def ways(spec: GenerateSpec, model: Any) -> Iterator[tuple[str, Generate]]:
 
 def main(
     samples: Annotated[int, typer.Option(min=1)] = 128,
-    tokens: Annotated[int, typer.Option(min=8, help="Of a sample, the prefix included.")] = 512,
+    tokens: Annotated[int, typer.Option(min=8, help="In each sample, with its prefix.")] = 512,
     shard_size: Annotated[int, typer.Option(min=1)] = 128,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for all ways.")] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns; the best counts.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each way; the fastest counts.")] = 1,
     output: Annotated[Path | None, typer.Option(help="JSON file of what was measured.")] = None,
 ) -> None:
-    """Compare tokens per second of vLLM, of transformers, and of the script's manner."""
+    """Compare the tokens per second of vLLM, transformers and the paper's script."""
     keep_freed_memory()
-    model = small_model(tokens).to(getattr(torch, dtype)).to(default_device())
+    geometry = replace(TESTBED, seqlen=tokens)
+    model = geometry.model(default_device(), getattr(torch, dtype))
     random = np.random.default_rng(0)
     prefixes = random.integers(3, model.config.vocab_size, (samples, 2)).tolist()
     rates: dict[str, float] = {}
@@ -133,14 +114,11 @@ def main(
                 rate = written / (time.perf_counter() - started)
                 assert written == samples * (tokens - 2)
                 rates[name] = max(rate, rates.get(name, 0.0))
-    table = Table("way", "tokens/s", "times the script's manner")
+    table = Table("way", "tokens/s", "times the script")
     for name, rate in rates.items():
         table.add_row(name, f"{rate:,.0f}", f"{rate / rates['script']:.2f}")
     Console(width=100).print(table)
-    if output is not None:
-        machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": dtype}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({**machine, "tokens_per_second": rates}, indent=2) + "\n")
+    write_json(output, {**machine(model.device, model.dtype), "tokens_per_second": rates})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shapes that are measured: Llamas with random weights, and random calibration windows."""
+"""Shapes of Llamas with random weights, and of random calibration windows."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,8 +31,8 @@ class Geometry:
 
     @property
     def matrices(self) -> list[list[tuple[int, int]]]:
-        """`(out_features, in_features)` of a decoder layer's linear layers; those that read the
-        same input stand together, in the order of the forward pass."""
+        """`(out_features, in_features)` of a decoder layer's linear layers in the order of the
+        forward pass. Those that read the same input form a group."""
         width = self.hidden // self.heads * self.key_value_heads
         return [
             [(self.hidden, self.hidden), (width, self.hidden), (width, self.hidden)],
@@ -42,7 +42,7 @@ class Geometry:
         ]
 
     def model(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """A new model, the same one every time."""
+        """Return a new model without BOS and EOS, with the same weights on every call."""
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=self.vocabulary,
@@ -54,12 +54,14 @@ class Geometry:
             max_position_embeddings=self.seqlen,
             initializer_range=self.hidden**-0.5,
             dtype=dtype,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         with torch.device(device):
             return LlamaForCausalLM._from_config(config).eval()
 
     def windows(self) -> Tensor:
-        """Token ids `[nsamples, seqlen]`, the same ones every time."""
+        """Return token ids `[nsamples, seqlen]`, the same on every call."""
         generator = torch.Generator().manual_seed(1)
         return torch.randint(self.vocabulary, (self.nsamples, self.seqlen), generator=generator)
 
@@ -68,10 +70,10 @@ TESTBED = Geometry("testbed", 128, 384, 4, 4, 2, 1024, nsamples=64, seqlen=128)
 """The testbed's `small` model and its usual calibration set."""
 
 MIDDLE = Geometry("middle", 1024, 2816, 2, 16, 16, 1024, nsamples=2, seqlen=2048)
-"""Matrices of a size at which products dominate, few enough for two cores."""
+"""Matrices so large that products dominate, and few enough for two cores."""
 
 GROWING = replace(TESTBED, layers=2, nsamples=32)
-"""Where growth with layers and windows begins."""
+"""The smallest size at which growth with layers and windows is measured."""
 
 LLAMA_2_7B = Geometry("llama-2-7b", 4096, 11008, 32, 32, 32, 32000, nsamples=128, seqlen=2048)
 """The shape of LLaMA-2-7B and the calibration set of the literature."""

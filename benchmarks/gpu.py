@@ -1,13 +1,14 @@
-"""All that needs a GPU, in one run of under 8 minutes: `python -m benchmarks.gpu --output FILE`.
+"""Measure all that needs a GPU in under 8 minutes: `python -m benchmarks.gpu --output FILE`.
 
 Wanda, SparseGPT and DSnoT on LLaMA-2-7B's shape, generation and scoring at a vocabulary of 128,000,
 and torch's 2:4 products, all with random weights. It needs torch, transformers, pyarrow, pydantic,
-typer and rich, neither Ray nor vLLM. Every part is written as soon as it is measured. If one fails,
-its traceback is written and the others go on. One that the budget has no time for is skipped.
+typer and rich, but neither Ray nor vLLM. Every part is written as soon as it is measured. If a part
+fails, its traceback is written and the others go on. A part that would overrun the budget is
+skipped.
 
     python -m benchmarks.gpu --device cpu --small --output FILE
 
-runs all parts but the 2:4 products on a CPU, on tiny shapes: it shows that they run, nothing else.
+runs all parts except the 2:4 products on tiny shapes on a CPU, only to show that they run.
 """
 
 import logging
@@ -26,8 +27,8 @@ from torch import nn
 from benchmarks.floor import floating_point_operations, layer_products, square_product
 from benchmarks.geometry import LLAMA_2_7B, Geometry
 from benchmarks.measure import SPARSITY, PrunerRow, pruner_spec
-from benchmarks.prune import as_json, machine
 from benchmarks.real_model import PREFIX, measure_generation, measure_scoring
+from benchmarks.record import machine, write_json
 from benchmarks.tables import pruners_table, targets_table
 from benchmarks.targets import Target
 from benchmarks.timing import best_of, clock
@@ -37,21 +38,21 @@ from pipeline.pruning.prune import prune_model
 from pipeline.pruning.pruners.masks import smallest_in_groups
 from pipeline.specs import Uniform
 
-BUDGET_SECONDS = 450.0
-"""Of the whole run: 8 minutes less what loading takes."""
+RUN_SECONDS = 450.0
+"""Budget of the whole run: 8 minutes, less the time to load."""
 
 LARGE_VOCABULARY = Geometry("1b", 2048, 8192, 16, 32, 8, 128_000, nsamples=8, seqlen=2048)
 """The shape of Llama 3.2 1B at a vocabulary of 128,000, and the samples that are scored."""
 
 TINY = Geometry("tiny", 64, 128, 2, 4, 2, 512, nsamples=2, seqlen=32)
-"""Of no meaning: to run everything once where there is no GPU."""
+"""A shape to run everything once without a GPU; its figures mean nothing."""
 
 logger = logging.getLogger("benchmarks")
 
 
 @dataclass
-class Report:
-    """All that was measured, and what was not."""
+class GpuReport:
+    """All that was measured, skipped and failed."""
 
     machine: dict[str, Any]
     pruners: list[PrunerRow] = field(default_factory=list)
@@ -59,24 +60,24 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     """Of each part."""
     skipped: list[str] = field(default_factory=list)
-    """Parts that would have ended after the budget, or that the device cannot do."""
+    """Parts that would overrun the budget, or that the device cannot run."""
     failed: dict[str, str] = field(default_factory=dict)
     """Part to traceback."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that is measured."""
+    """One measurement."""
 
     name: str
     expected_seconds: float
-    """On an H100; the part is skipped unless as much is left of the budget."""
-    run: Callable[[Report], None]
+    """On an H100; the part is skipped if less of the budget is left."""
+    run: Callable[[GpuReport], None]
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is measured on."""
+    """The sizes that the parts run on."""
 
     pruned: Geometry
     generating: Geometry
@@ -93,26 +94,28 @@ SMALL = Shapes(TINY, TINY, samples=4, tokens=16, square=64)
 
 
 def parts(shapes: Shapes, device: torch.device) -> list[Part]:
-    """All parts, quick ones first."""
+    """Return all parts, quick ones first."""
     dtype = torch.bfloat16
     expected = {"wanda": 60.0, "dsnot": 80.0, "sparsegpt": 120.0}
 
-    def two_to_four(report: Report) -> None:
+    def two_to_four(report: GpuReport) -> None:
         if device.type != "cuda":
             raise NotImplementedError("torch has 2:4 products on CUDA only")
         report.figures += measure_two_to_four(shapes.pruned, device, dtype)
 
-    def scoring(report: Report) -> None:
-        report.figures += score(shapes, device, dtype)
+    def scoring(report: GpuReport) -> None:
+        report.figures += scoring_figures(shapes, device, dtype)
 
-    def generation(report: Report) -> None:
+    def generation(report: GpuReport) -> None:
         geometry = shapes.generating
         model = geometry.model(device, dtype)
         ids = torch.arange(shapes.samples * PREFIX) % geometry.vocabulary
         prefixes: list[list[int]] = ids.reshape(-1, PREFIX).tolist()
-        report.figures += _shown(measure_generation(model, prefixes, shapes.tokens, rounds=2))
+        report.figures += _without_targets(
+            measure_generation(model, prefixes, shapes.tokens, rounds=2)
+        )
 
-    def pruning(name: str) -> Callable[[Report], None]:
+    def pruning(name: str) -> Callable[[GpuReport], None]:
         return lambda report: report.pruners.append(
             prune_once(shapes.pruned, name, device, dtype, shapes.square)
         )
@@ -125,14 +128,18 @@ def parts(shapes: Shapes, device: torch.device) -> list[Part]:
     ]
 
 
-def measure(planned: Sequence[Part], report: Report, save: Callable[[], object]) -> None:
-    """Run parts one after the other into a report, as far as the budget goes."""
+def run_parts(planned: Sequence[Part], report: GpuReport, save: Callable[[], object]) -> None:
+    """Run parts in order, as long as the budget lasts, and add their figures to the report.
+
+    Args:
+        save: called after each part.
+    """
     start = time.perf_counter()
     for part in planned:
         began = time.perf_counter()
-        left = BUDGET_SECONDS - (began - start)
+        left = RUN_SECONDS - (began - start)
         if part.expected_seconds > left:
-            report.skipped.append(f"{part.name}: {left:.0f} s were left of {BUDGET_SECONDS:.0f}")
+            report.skipped.append(f"{part.name}: {left:.0f} s were left of {RUN_SECONDS:.0f}")
             save()
             continue
         logger.info("%s", part.name)
@@ -140,7 +147,7 @@ def measure(planned: Sequence[Part], report: Report, save: Callable[[], object])
             part.run(report)
         except NotImplementedError as error:
             report.skipped.append(f"{part.name}: {error}")
-        except Exception:  # the machine may not be there again: the other parts go on
+        except Exception:  # the GPU may not be available again: the other parts go on
             report.failed[part.name] = traceback.format_exc()
         report.seconds[part.name] = time.perf_counter() - began
         if torch.cuda.is_available():
@@ -185,12 +192,12 @@ def prune_once(
     )
 
 
-def score(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> list[Target]:
-    """Scoring, and how much of the device's matrix rate its products reach."""
+def scoring_figures(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> list[Target]:
+    """Measure scoring, and the share of the device's matrix rate that its products reach."""
     geometry = shapes.generating
     model, windows = geometry.model(device, dtype), geometry.windows()
     measure_scoring(model, windows, rounds=1)  # first calls allocate
-    found = _shown(measure_scoring(model, windows, rounds=3))
+    found = _without_targets(measure_scoring(model, windows, rounds=3))
     operations, multiply = square_product(shapes.square, device, dtype)
     rate = operations / best_of({"square": lambda: multiply}, 1.0, device)["square"]
     weights = sum(rows * columns for group in geometry.matrices for rows, columns in group)
@@ -204,7 +211,7 @@ def score(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> list[Targ
 def measure_two_to_four(
     geometry: Geometry, device: torch.device, dtype: torch.dtype
 ) -> list[Target]:
-    """Compare torch's semi-structured products with dense ones, from one token to a large batch."""
+    """Compare torch's semi-structured products with dense ones, from one token to 8,192."""
     found = []
     for rows, columns in sorted({shape for group in geometry.matrices for shape in group}):
         weight = torch.randn(rows, columns, device=device).to(dtype)
@@ -230,39 +237,37 @@ def _product(inputs: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.T
 
 def _often(run: Callable[[], object]) -> Callable[[], Callable[[], object]]:
     def repeat() -> None:
-        for _ in range(20):  # one alone is over before the clock is read
+        for _ in range(20):  # one is too short for the clock
             run()
 
     return lambda: repeat
 
 
-def _shown(found: list[Target]) -> list[Target]:
-    """Without what is wanted, which holds for a CPU."""
+def _without_targets(found: list[Target]) -> list[Target]:
+    """Drop the wanted values: they hold for a CPU."""
     return [replace(each, wanted=None) for each in found]
 
 
 def main(
     output: Annotated[Path, typer.Option(help="JSON file of all that was measured.")],
     device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cuda",
-    small: Annotated[bool, typer.Option(help="Tiny shapes, to see that everything runs.")] = False,
+    small: Annotated[
+        bool, typer.Option(help="Use tiny shapes, to see that everything runs.")
+    ] = False,
 ) -> None:
-    """Measure everything, write it as it comes, and print it."""
+    """Measure everything; write each part at once, and print all in the end."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(
-            "--device: torch sees no GPU: give --device cpu --small, or mend it"
+            "--device: torch sees no GPU: make it visible, or give --device cpu --small"
         )
     if device == "cpu" and not small:
         raise typer.BadParameter("--device: cpu takes hours on these shapes: add --small")
     chosen = torch.device(device)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    report = Report(machine(chosen, torch.bfloat16))
-    measure(
-        parts(SMALL if small else LARGE, chosen),
-        report,
-        lambda: output.write_text(as_json(report)),
-    )
+    report = GpuReport(machine(chosen, torch.bfloat16))
+    planned = parts(SMALL if small else LARGE, chosen)
+    run_parts(planned, report, lambda: write_json(output, report))
     console = Console(width=120)
     console.print(pruners_table(report.pruners))
     console.print(targets_table(report.figures))

@@ -1,8 +1,8 @@
-"""What a grid of ten thousand cells costs besides its work: `python -m benchmarks.grid_scale`.
+"""Measure the overhead of a grid of ten thousand cells: `python -m benchmarks.grid_scale`.
 
-The grid is planned as a user's is, and run with stages that do nothing. Ray's own cost of a task is
-measured in the same process, with the same arguments and as many in flight; what is left over is
-ours: the lease, the attempt, the manifest, and the driver's book-keeping.
+The grid is planned as any other and run with stages that do nothing. Ray's own cost of a task is
+measured in the same process, with the same arguments and as many tasks in flight. The rest is ours:
+the lease, the attempt, the manifest and the driver's book-keeping.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from cluster.store import Partial, Store
 from jobs.grid import Grid
 from jobs.plan import make_plan
 
-IN_FLIGHT = 64
+_IN_FLIGHT = 64
 
 
 def scale_grid(cells: int) -> Grid:
-    """A grid of so many cells: sparsities times seeds, one pruning and one evaluation each."""
+    """Return a grid of that many cells, each one pruning and one evaluation: sparsities x seeds."""
     seeds = 100
     sparsities = [(number + 1) / (cells // seeds + 1) for number in range(cells // seeds)]
     return Grid.model_validate(
@@ -53,19 +53,19 @@ def scale_grid(cells: int) -> Grid:
 def no_work(
     payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
 ) -> dict[str, Any]:
-    """A stage that leaves one byte."""
+    """Make a stage of one byte."""
     (output / "n").write_bytes(b"1")
     return {}
 
 
-def measure(cells: int, run_cells: int) -> dict[str, float]:
-    """Figures of planning `cells` cells, and of running the first `run_cells` of them."""
+def measure_grid(cells: int, run_cells: int) -> dict[str, float]:
+    """Plan `cells` cells, run the first `run_cells` of them, and return the figures."""
     grid = scale_grid(cells)
     started = time.perf_counter()
     plan = make_plan(grid)
     planned = time.perf_counter() - started
     targets = list(plan.cells)[:run_cells]
-    # Tasks all: what an actor costs is measured in benchmarks/schedule.py.
+    # All are tasks: benchmarks/schedule.py measures the cost of an actor.
     graph = {
         key: replace(stage, pool=None, resources=Resources()) for key, stage in plan.graph.items()
     }
@@ -98,12 +98,12 @@ def _nothing(stage: Stage, maker: object) -> int:
 
 
 def _bare(stages: list[Stage]) -> float:
-    """Seconds that Ray takes for as many tasks with the same arguments."""
+    """Return the seconds that Ray takes for as many tasks with the same arguments."""
     nothing, maker = ray.remote(_nothing), ray.put(b"")
     waiting: list[ray.ObjectRef] = []
     started = time.perf_counter()
     for stage in stages:
-        if len(waiting) == IN_FLIGHT:
+        if len(waiting) == _IN_FLIGHT:
             done, waiting = ray.wait(waiting, num_returns=1)
             ray.get(done)
         waiting.append(nothing.remote(stage, maker))
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=10_000)
     parser.add_argument("--run", type=int, default=10_000, help="how many of them to run")
     asked = parser.parse_args()
-    print(json.dumps(measure(asked.cells, asked.run), indent=1))
+    print(json.dumps(measure_grid(asked.cells, asked.run), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,32 @@
-"""How well a finished run filled its CPUs, from the manifests of its store."""
+"""Measure how well a finished run filled its CPUs, from the manifests of its store."""
 
 import os
 
 from benchmarks.targets import Target
 from cluster.store import Store
 
-MAKESPAN = 1.1
-"""Times the sum of the stages' seconds over the CPUs that a run may take."""
+_MAKESPAN = 1.1
+"""The longest run, in sums of its stages' seconds over its CPUs."""
 
 
 def measure_makespan(url: str) -> Target:
-    """What the last run took, on this machine and all of its CPUs, against an even spread.
+    """Compare a run on all CPUs of this machine with an even spread of its stages.
 
     Raises:
         ValueError: see `makespan_ratio`.
     """
     ratio = makespan_ratio(url, os.cpu_count() or 1)
-    return Target("makespan: times the stages' seconds over CPUs", MAKESPAN, ratio, at_most=True)
+    return Target("makespan: times the stages' seconds over CPUs", _MAKESPAN, ratio, at_most=True)
 
 
 def makespan_ratio(url: str, cpus: int) -> float:
-    """The time from the first stage's start to the last one's end, over what their seconds would
-    take if they were spread evenly over so many CPUs.
+    """Return a run's seconds over those of an even spread of its stages over the CPUs.
 
-    1 is a run without a gap. Below 1 is possible only where more ran at one time.
+    The run goes from the first stage's start to the last one's end. 1 is a run without a gap. Less
+    than 1 means that more than `cpus` stages ran at one time.
 
     Args:
-        url: a store that one run on one machine has filled, from empty.
+        url: a store that was empty before the one run that filled it, on one machine.
 
     Raises:
         ValueError: if the store holds nothing.

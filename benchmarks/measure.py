@@ -1,4 +1,4 @@
-"""What is measured: pruners on a geometry, the choice of N:M masks, and growth with the input."""
+"""Measure pruners on a geometry, the choice of N:M masks, and growth with the input."""
 
 import logging
 import statistics
@@ -10,10 +10,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from benchmarks.agreement import Agreement, compare
+from benchmarks.agreement import Agreement, compare_masks
 from benchmarks.baseline import METHODS
 from benchmarks.baseline import masks as plain_masks
-from benchmarks.baseline.walk import prune as prune_plainly
+from benchmarks.baseline.walk import prune_plainly
 from benchmarks.floor import floating_point_operations, layer_products, square_product
 from benchmarks.geometry import Geometry
 from benchmarks.timing import best_of
@@ -28,22 +28,22 @@ SPARSITY = 0.6
 """Of unstructured pruning."""
 
 PATTERN = (2, 4)
-"""Whose masks are timed: kept and group size."""
+"""Kept weights and group size of the masks that are timed."""
 
 GROWTH = (1, 2, 4)
 """Multiples of the layers, and of the windows, over which growth is measured."""
 
 PRUNER_NAMES = list(METHODS)
-"""The pruners that have a plain counterpart."""
+"""The pruners with a plain counterpart."""
 
-PUBLISHED: dict[str, dict[str, Any]] = {"dsnot": {"keep": "all", "variance": "pooled"}}
-"""Options of published code that are not calprune's defaults: DSnoT's keeps every swap of a row,
-and leaves out of an input's variance how far the windows' means lie apart."""
+PUBLISHED_OPTIONS: dict[str, dict[str, Any]] = {"dsnot": {"keep": "all", "variance": "pooled"}}
+"""Options of published code that differ from calprune's defaults. DSnoT's code keeps every swap of
+a row, and its variance ignores the distances between the windows' means."""
 
 
 def pruner_spec(name: str) -> Pruner:
-    """The pruner with the options of its published code."""
-    options = {"name": name, **PUBLISHED.get(name, {})}
+    """Return the pruner with the options of its published code."""
+    options = {"name": name, **PUBLISHED_OPTIONS.get(name, {})}
     spec: Pruner = TypeAdapter(Pruner).validate_python(options)
     return spec
 
@@ -56,17 +56,17 @@ class PrunerRow:
     pruner: str
     seconds: float
     plain_seconds: float | None
-    """Of the plain implementation; None where it was not run."""
+    """Of the plain implementation; None if it was not run."""
     agreement: Agreement | None
-    """Of the masks with the plain implementation's; None where it was not run."""
+    """With the plain implementation's masks; None if it was not run."""
     floating_point_operations: int
-    """That the method cannot do without."""
+    """Those that the method cannot do without."""
     layer_rate: float
-    """FLOP/s of the products of a decoder layer."""
+    """FLOP/s of a decoder layer's products."""
     square_rate: float
     """FLOP/s of a large square product."""
     peak_bytes: int | None
-    """Most memory that the model and its pruning took on the device; None on a CPU."""
+    """Peak memory of the model and its pruning on the device; None on a CPU."""
 
     @property
     def ratio(self) -> float | None:
@@ -75,12 +75,12 @@ class PrunerRow:
 
     @property
     def floor_seconds(self) -> float:
-        """The products' time at the rate of the layer's products."""
+        """Time that the products take at `layer_rate`."""
         return self.floating_point_operations / self.layer_rate
 
     @property
     def floor_share(self) -> float:
-        """The floor as a share of the time taken; 1 would be nothing but products."""
+        """`floor_seconds` as a share of the time taken; 1 if all of it were products."""
         return self.floor_seconds / self.seconds
 
 
@@ -94,7 +94,7 @@ class MaskRow:
     plain_seconds: float
     """Of the loop over groups of columns."""
     differing: int
-    """Weights that are zeroed by one way only: ties."""
+    """Weights that only one of the two zeroes: ties."""
 
     @property
     def ratio(self) -> float:
@@ -132,8 +132,8 @@ def measure_pruner(
     square: int,
     budget_seconds: float,
 ) -> PrunerRow:
-    """Time a pruner together with the machine's rate of products and, if asked for, with its plain
-    implementation, and compare the masks of these two.
+    """Time a pruner in turns with the machine's matrix products and, if asked, with its plain
+    implementation. Compare the masks of the two.
 
     Args:
         plainly: whether to run the plain implementation.
@@ -145,7 +145,7 @@ def measure_pruner(
     pruned: dict[str, Any] = {}
 
     def ours() -> Callable[[], object]:
-        pruned.clear()  # before the next one takes memory
+        pruned.clear()  # frees the last model before the next takes memory
         model = pruned["model"] = geometry.model(device, dtype)
         return _pruning(name, model, windows)
 
@@ -171,7 +171,7 @@ def measure_pruner(
     agreement = None
     if plainly:
         dense = geometry.model(device, dtype)
-        agreement = compare(name, dense, pruned["model"], windows, SPARSITY, None)
+        agreement = compare_masks(name, dense, pruned["model"], windows, SPARSITY, None)
     return PrunerRow(
         geometry=geometry.name,
         pruner=name,
@@ -186,15 +186,15 @@ def measure_pruner(
 
 
 def measure_masks(rows: int, columns: int, device: torch.device, budget_seconds: float) -> MaskRow:
-    """Time the choice of `PATTERN` over random scores `[rows, columns]`."""
+    """Time the choice of a `PATTERN` mask by random scores `[rows, columns]`."""
     generator = torch.Generator().manual_seed(2)
     scores = torch.rand(rows, columns, generator=generator).to(device)
     ours = smallest_in_groups(scores, *PATTERN)
-    plain = plain_masks.smallest_in_groups(scores, *PATTERN)
+    plain = plain_masks.mask_in_groups(scores, *PATTERN)
     seconds = best_of(
         {
             "ours": lambda: lambda: smallest_in_groups(scores, *PATTERN),
-            "plain": lambda: lambda: plain_masks.smallest_in_groups(scores, *PATTERN),
+            "plain": lambda: lambda: plain_masks.mask_in_groups(scores, *PATTERN),
         },
         budget_seconds,
         device,

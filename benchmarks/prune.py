@@ -1,12 +1,11 @@
 """Measure how fast models are pruned: `python -m benchmarks.prune`, or `make bench`.
 
-Everything that is compared is measured in one run, taking turns.
+All that is compared is measured in one run, in turns.
 """
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,17 +23,19 @@ from benchmarks.measure import (
     measure_masks,
     measure_pruner,
 )
+from benchmarks.record import machine, write_json
 from benchmarks.tables import growth_table, masks_table, pruners_table, targets_table
 from benchmarks.targets import Target, targets
+from cluster.heap import keep_freed_memory
 
-BUDGET_SECONDS = 6.0
-"""Of each comparison, unless its rounds at the least take longer."""
+_BUDGET_SECONDS = 6.0
+"""Of each comparison, unless its fewest rounds take longer."""
 
 logger = logging.getLogger("benchmarks")
 
 
 @dataclass(frozen=True)
-class Report:
+class PruningReport:
     """All that was measured in one run."""
 
     machine: dict[str, Any]
@@ -44,7 +45,7 @@ class Report:
     targets: list[Target]
 
 
-def measure(
+def measure_pruning(
     geometries: Sequence[Geometry],
     growing: Geometry,
     device: torch.device,
@@ -52,8 +53,8 @@ def measure(
     plainly: bool,
     square: int,
     budget_seconds: float,
-) -> Report:
-    """Measure every pruner on every geometry, the masks of their largest matrices, and growth.
+) -> PruningReport:
+    """Measure every pruner on every geometry, the choice of masks, and growth.
 
     Args:
         growing: the geometry whose layers and windows are multiplied.
@@ -75,43 +76,16 @@ def measure(
         for name in PRUNER_NAMES
         for axis in ("layers", "nsamples")
     ]
-    return Report(machine(device, dtype), pruners, masks, growth, targets(pruners, masks))
+    return PruningReport(machine(device, dtype), pruners, masks, growth, targets(pruners, masks))
 
 
-def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What the figures of a run hold for."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def show(report: Report, console: Console) -> None:
+def print_tables(report: PruningReport, console: Console) -> None:
     """Print the tables."""
     console.print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
     console.print(pruners_table(report.pruners))
     console.print(masks_table(report.masks))
     console.print(growth_table(report.growth))
     console.print(targets_table(report.targets))
-
-
-def as_json(report: object) -> str:
-    """A dataclass of what was measured, with all that follows from it, such as ratios."""
-    return json.dumps(_plain(report), indent=2) + "\n"
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if not is_dataclass(value):
-        return value
-    derived = [name for name, each in vars(type(value)).items() if isinstance(each, property)]
-    names = [each.name for each in fields(value)] + derived
-    return {name: _plain(getattr(value, name)) for name in names}
 
 
 def main(
@@ -126,19 +100,18 @@ def main(
     """Time the pruners against their plain implementations and the machine's matrix rate."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
-    from cluster.heap import keep_freed_memory  # here: benchmarks.gpu needs nothing of cluster
-
-    keep_freed_memory()  # as every stage does; the plain implementations have it too
+    keep_freed_memory()  # as every stage does; it holds for the plain implementations too
     chosen = torch.device(device)
     if device == "cuda":
-        report = measure([LLAMA_2_7B], GROWING, chosen, torch.bfloat16, False, 8192, BUDGET_SECONDS)
-    else:
-        report = measure(
-            [TESTBED, MIDDLE], GROWING, chosen, torch.float32, True, 2048, BUDGET_SECONDS
+        report = measure_pruning(
+            [LLAMA_2_7B], GROWING, chosen, torch.bfloat16, False, 8192, _BUDGET_SECONDS
         )
-    show(report, Console(width=120))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(as_json(report))
+    else:
+        report = measure_pruning(
+            [TESTBED, MIDDLE], GROWING, chosen, torch.float32, True, 2048, _BUDGET_SECONDS
+        )
+    print_tables(report, Console(width=120))
+    write_json(output, report)
 
 
 if __name__ == "__main__":

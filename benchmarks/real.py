@@ -1,7 +1,7 @@
 """Measure calprune on a real language model: `python -m benchmarks.real`.
 
-It prints which targets are met. All of them are ratios of two ways that take turns in one run, on
-one thread; docs/benchmarks.md says what each way is.
+It prints which targets are met. Each target is a ratio of two ways, measured in turns in one run on
+one thread; docs/benchmarks.md describes the ways.
 """
 
 import logging
@@ -14,9 +14,8 @@ import typer
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.llm_compressor.compare import compare
+from benchmarks.llm_compressor.compare import compare_cpu_seconds
 from benchmarks.makespan import measure_makespan
-from benchmarks.prune import as_json, machine
 from benchmarks.real_model import (
     PREFIX,
     measure_bfloat16,
@@ -26,27 +25,28 @@ from benchmarks.real_model import (
     real_windows,
 )
 from benchmarks.real_vllm import measure_vllm
+from benchmarks.record import machine, write_json
 from benchmarks.tables import targets_table
 from benchmarks.targets import Target
 from cluster.heap import keep_freed_memory
-from pipeline.real.prepare import DISCLOSURE, FOLDER
+from pipeline.real.prepare import DISCLOSURE, REAL_FOLDER
 
-MODEL = Path(FOLDER, "model")
+_MODEL = Path(REAL_FOLDER, "model")
 
-SEQLEN = 256
-"""Tokens of a window, and of a sample."""
+_SEQLEN = 256
+"""Tokens in a window, and in a sample."""
 
-SAMPLES = 40
-"""Of the batch that is generated."""
+_SAMPLES = 40
+"""Samples in the generated batch."""
 
-CALIBRATION = 32
-"""Windows of the comparison with llm-compressor."""
+_WINDOWS = 32
+"""Windows that both prune with in the comparison with llm-compressor."""
 
 logger = logging.getLogger("benchmarks")
 
 
 @dataclass(frozen=True)
-class Report:
+class RealReport:
     """All that was measured in one run."""
 
     machine: dict[str, Any]
@@ -54,14 +54,14 @@ class Report:
     targets: list[Target]
 
 
-def measure(folder: Path, model: Any, samples: int, seqlen: int) -> list[Target]:
-    """Measure what needs nothing besides a model.
+def measure_model(folder: Path, model: Any, samples: int, seqlen: int) -> list[Target]:
+    """Measure what needs only a model.
 
     Args:
         folder: the model's checkpoint.
-        model: loaded in the type that stages have it in.
-        samples: of the batch that is generated; the rest takes a share of them.
-        seqlen: tokens of a sample.
+        model: loaded in the type that stages use.
+        samples: in the generated batch; the other measurements take a fifth of them.
+        seqlen: tokens in a sample.
     """
     windows = real_windows(AutoTokenizer.from_pretrained(folder), samples, seqlen)
     prefixes = windows[:, :PREFIX].tolist()
@@ -77,25 +77,18 @@ def measure(folder: Path, model: Any, samples: int, seqlen: int) -> list[Target]
     return found
 
 
-def show(report: Report, console: Console) -> None:
-    """Print the table, and what its figures hold for."""
-    console.print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
-    console.print(report.model)
-    console.print(targets_table(report.targets))
-
-
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = MODEL,
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = _MODEL,
     output: Annotated[Path | None, typer.Option(help="JSON file of what was measured.")] = None,
     llm_compressor: Annotated[
         Path | None,
-        typer.Option(help="Python of llm-compressor's environment, to prune in turns with it too."),
+        typer.Option(help="Python of llm-compressor's environment: compare with it too."),
     ] = None,
     makespan: Annotated[
-        str | None, typer.Option(help="Store of one finished run on this machine, to judge it too.")
+        str | None, typer.Option(help="Store of a finished run on this machine: judge it too.")
     ] = None,
 ) -> None:
-    """Print which targets are met. By default that takes 8 minutes on two idle cores."""
+    """Print which targets are met. With the defaults it takes 8 minutes on two idle cores."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     if not (model / "config.json").is_file():
@@ -110,18 +103,19 @@ def main(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
     loaded = on_cpu(model)
-    found += measure(model, loaded, SAMPLES, SEQLEN)
+    found += measure_model(model, loaded, _SAMPLES, _SEQLEN)
     if llm_compressor is not None:
         logger.info("llm-compressor")
         tokenizer = AutoTokenizer.from_pretrained(model)
-        windows = real_windows(tokenizer, CALIBRATION, SEQLEN)
-        found += compare(llm_compressor, model, windows, rounds=2)
-    measured = f"{model}: {DISCLOSURE}" if model == MODEL else str(model)
-    report = Report(machine(torch.device("cpu"), loaded.dtype), measured, found)
-    show(report, Console(width=100))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(as_json(report))
+        windows = real_windows(tokenizer, _WINDOWS, _SEQLEN)
+        found += compare_cpu_seconds(llm_compressor, model, windows, rounds=2)
+    measured = f"{model}: {DISCLOSURE}" if model == _MODEL else str(model)
+    report = RealReport(machine(torch.device("cpu"), loaded.dtype), measured, found)
+    console = Console(width=100)
+    console.print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
+    console.print(report.model)
+    console.print(targets_table(report.targets))
+    write_json(output, report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What is measured on a real model: generation, scoring, perplexity and bfloat16, on one thread.
+"""Measure generation, scoring, perplexity and bfloat16 on a real model, on one thread.
 
-Each function returns targets whose numbers are ratios: both sides do the same work in one process,
-in turns, and their seconds by `benchmarks.timing.clock` are compared.
+Each function returns targets that are ratios: both sides do the same work in one process, in turns,
+and their seconds by `benchmarks.timing.clock` are compared.
 """
 
 import copy
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.baseline.sampling import generate
+from benchmarks.baseline.sampling import generate_plainly
 from benchmarks.measure import pruner_spec
 from benchmarks.targets import Target
 from benchmarks.timing import clock, median_seconds
@@ -34,35 +34,34 @@ PREFIX = 2
 """Tokens that generation starts from."""
 
 COMPARED = 32
-"""Tokens of each sample that must be the same, whichever way a token is chosen."""
+"""Tokens of each sample that both ways of choosing a token must agree on."""
 
 HEAD_POSITIONS = 512
-"""Positions that the output layer is given at once where nothing else is measured; with more it was
-no faster, and all logits of a batch take gigabytes."""
+"""Positions that the plain forward pass gives the output layer at once. More were no faster, and
+all logits of a batch take gigabytes."""
 
 GENERATION = 1.7
-"""Times the tokens per second of choosing over the whole vocabulary."""
+"""Times the tokens per second of a choice over the whole vocabulary."""
 
 CHOICE = 0.15
-"""Share of a step that choosing a token may take."""
+"""The largest share of a step for choosing a token."""
 
 SCORING = 1.4
-"""Times the forward pass that scores, and perplexities, may take."""
+"""The longest time of scores, and of perplexities, in forward passes."""
 
 BFLOAT16 = 1.8
 """Times the speed of Wanda in float32, on a CPU with AMX."""
 
 
 def on_cpu(folder: Path, dtype: str | None = None) -> Any:
-    """The model of a folder on the CPU, in the spec's default type or another."""
+    """Load a folder's model on the CPU, by default in the spec's default type."""
     options = {} if dtype is None else {"dtype": dtype}
     spec = LocalModel.model_validate({"path": str(folder), **options})
     return load_model(spec, {}, torch.device("cpu"))
 
 
 def real_windows(tokenizer: Any, nsamples: int, seqlen: int) -> Tensor:
-    """Token ids `[nsamples, seqlen]` of this Python's standard library, real text that is always
-    there."""
+    """Return token ids `[nsamples, seqlen]` of the standard library: text that is always there."""
     ids: list[int] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         ids += tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
@@ -72,7 +71,7 @@ def real_windows(tokenizer: Any, nsamples: int, seqlen: int) -> Tensor:
 
 
 def has_amx() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices by AMX, as far as Linux says."""
+    """Return whether the CPU multiplies bfloat16 matrices by AMX, according to Linux."""
     information = Path("/proc/cpuinfo")
     return information.exists() and "amx_bf16" in information.read_text()
 
@@ -80,8 +79,8 @@ def has_amx() -> bool:
 def measure_generation(
     model: Any, prefixes: list[list[int]], seqlen: int, rounds: int
 ) -> list[Target]:
-    """Compare the transformers engine with choosing each token over the whole vocabulary, and with
-    transformers' own attention."""
+    """Compare the transformers engine with transformers' attention and a choice of each token over
+    the whole vocabulary."""
     sampling = Sampling()
     engine = TransformersEngine(model)
     known = range(model.config.vocab_size)
@@ -93,7 +92,7 @@ def measure_generation(
         )
 
     def plain(seqlen: int) -> None:
-        written["plain"] = generate(
+        written["plain"] = generate_plainly(
             model,
             prefixes,
             temperature=sampling.temperature,
@@ -105,7 +104,7 @@ def measure_generation(
         )
 
     ours(PREFIX + COMPARED)  # first calls allocate
-    with grouped_queries(model):  # whose last bits differ from those of transformers' attention
+    with grouped_queries(model):  # its last bits differ from transformers' attention
         plain(PREFIX + COMPARED)
     alike = np.mean([one == other for one, other in zip(*written.values(), strict=True)])
     shares = []
@@ -152,7 +151,7 @@ def forward_seconds(model: Any) -> Iterator[list[float]]:
 
 
 def measure_scoring(model: Any, windows: Tensor, rounds: int) -> list[Target]:
-    """Compare scores, and losses, of windows `[nsamples, seqlen]` with body and output layer."""
+    """Compare scores and losses of windows `[nsamples, seqlen]` with the plain forward pass."""
     layer = OutputLayer(model)
     texts = windows.tolist()
     whole = [ScoredWindow(np.array(ids), 1, 0, 0) for ids in texts]
@@ -190,7 +189,8 @@ def measure_scoring(model: Any, windows: Tensor, rounds: int) -> list[Target]:
 
 
 def forward_pass(model: Any, windows: Tensor) -> Callable[[], None]:
-    """Body and output layer over all positions, in one batch, with no use made of the logits."""
+    """Return a run of body and output layer over all positions in one batch, without any use of
+    the logits."""
 
     @torch.inference_mode()
     def run() -> None:

@@ -1,6 +1,6 @@
-"""vLLM against the transformers engine on a real model: the same prefixes, on one thread of a CPU.
+"""Compare vLLM with the transformers engine on a real model: the same prefixes, one CPU thread.
 
-It runs in a process of its own, since vLLM leaves settings behind.
+This runs in a process of its own, since vLLM leaves settings behind.
 """
 
 import multiprocessing
@@ -22,16 +22,16 @@ from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
 
 
 def chosen_by_auto() -> bool:
-    """Whether `backend: auto` stands for vLLM on this machine."""
+    """Return whether `backend: auto` means vLLM on this machine."""
     choice = GeneratedCalibration.model_validate({"prefixes": "any", "backend": "auto"})
     return isinstance(choice.backend, Vllm)
 
 
 def measure_vllm(folder: Path, prefixes: list[list[int]], seqlen: int, rounds: int) -> list[Target]:
-    """Compare both engines; nothing is wanted of vLLM where `auto` does not choose it.
+    """Compare both engines. Where `auto` does not choose vLLM there is no target.
 
     Returns:
-        Nothing where vLLM is not installed.
+        An empty list if vLLM is not installed.
     """
     if vllm_version() is None:
         return []
@@ -53,7 +53,7 @@ def measure_vllm(folder: Path, prefixes: list[list[int]], seqlen: int, rounds: i
 
 
 def _measure(folder: Path, prefixes: list[list[int]], seqlen: int, rounds: int) -> dict[str, float]:
-    """Wall seconds: vLLM may use more threads than one."""
+    """Return wall seconds, since vLLM may use more than one thread."""
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     start = time.perf_counter()

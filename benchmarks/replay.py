@@ -1,7 +1,7 @@
 """DSnoT on a single row, in plain Python and float64, decision by decision.
 
-It tells how close a row's closest decision was: rows whose masks differ between two float32
-implementations must have been on a knife's edge.
+It shows how close a row's closest decision was. Where the masks of two float32 implementations
+differ, that decision must have been near a tie.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from benchmarks.baseline.dsnot import CYCLES, THRESHOLD
 
 @dataclass
 class Replay:
-    """A row's mask, and the smallest relative difference that one of its decisions hung on."""
+    """A row's mask, and the smallest relative difference that decided a swap."""
 
     zeroed: set[int]
     closest: float = field(default=float("inf"))
 
     def compare(self, one: float, other: float, scale: float | None = None) -> bool:
-        """Whether one < other, noting how clear that was."""
+        """Return whether one < other, and note how close they are."""
         size = scale or max(abs(one), abs(other))
         if size:
             self.closest = min(self.closest, abs(one - other) / size)
@@ -32,13 +32,13 @@ def replay(
     zeros: int,
     pattern: tuple[int, int] | None,
 ) -> Replay:
-    """Swap in one row.
+    """Run DSnoT on one row.
 
     Args:
-        scores: Wanda's, which choose the initial mask and what is zeroed in exchange.
+        scores: Wanda's; they choose the initial mask and which weight a swap zeroes.
         contributions: g_j = W_j m_j.
         variances: of the inputs.
-        zeros: weights of the row that are zeroed, without a pattern.
+        zeros: weights of the row to zero if there is no pattern.
         pattern: kept and group size.
     """
     columns = range(len(scores))
@@ -53,7 +53,7 @@ def replay(
     error = sum(contributions[column] for column in row.zeroed)
     scale = sum(abs(contributions[column]) for column in row.zeroed)
     positive = error > 0
-    candidates = set(row.zeroed)  # for coming back, each once
+    candidates = set(row.zeroed)  # each may come back once
     protected: set[int] = set()
     for _ in range(CYCLES):
         if not row.compare(THRESHOLD, abs(error), scale):
@@ -84,7 +84,7 @@ def replay(
 
 
 def _best(row: Replay, choices: Sequence[int], costs: Sequence[float]) -> int:
-    """The choice of least cost."""
+    """Return the choice of least cost."""
     ranked = sorted(zip(costs, choices, strict=True))
     if len(ranked) > 1:
         row.compare(ranked[0][0], ranked[1][0])

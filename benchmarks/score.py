@@ -1,56 +1,38 @@
 """Measure how fast samples are scored: `python -m benchmarks.score`.
 
-Two ways score the same samples of mixed lengths with the same model: ours, batches of like length
-whose logits are taken a few positions at a time, and one text at a time with all of its logits,
-as published scripts do. Each runs in a process of its own, so that its peak memory is its own. The
-model has the shape of the testbed's `small` and random weights.
+Two ways score the same samples of mixed lengths with the same model: ours, in batches of similar
+length with logits of a few positions at a time, and one text at a time with all its logits, as
+published scripts do. Each has a process of its own, since peak memory is a process's. The model has
+the shape of the testbed's `small` and random weights.
 """
 
-import json
 import multiprocessing
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.geometry import TESTBED
+from benchmarks.record import machine, write_json
 from pipeline.models.loading import default_device
 from pipeline.scoring.score import score_samples
-from pipeline.testbed.presets import PRETRAIN_PRESETS
 
-TARGET = 4.0
+_TARGET = 4.0
 """Times the speed of one text at a time."""
 
-WAYS = ("batches", "one at a time")
-
-
-def small_model(tokens: int, vocab_size: int) -> LlamaForCausalLM:
-    """The testbed's `small` shape with random weights and a vocabulary of `vocab_size`."""
-    shape = PRETRAIN_PRESETS["small"]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.hidden_size // shape.head_dim,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=tokens,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval().to(default_device())
+_WAYS = ("batches", "one at a time")
 
 
 @torch.inference_mode()
-def one_at_a_time(model: LlamaForCausalLM, token_ids: list[list[int]]) -> list[float]:
-    """Perplexity of each text, and its Min-K%++ with all logits of the text held at once."""
+def score_one_at_a_time(model: Any, token_ids: list[list[int]]) -> list[float]:
+    """Return the perplexity of each text; compute its Min-K%++ too, with all logits at once."""
     found = []
     for ids in token_ids:
         inputs = torch.tensor([ids], device=model.device)
@@ -65,16 +47,20 @@ def one_at_a_time(model: LlamaForCausalLM, token_ids: list[list[int]]) -> list[f
     return found
 
 
-def measure(way: str, samples: int, tokens: int, vocab_size: int, rounds: int) -> dict[str, float]:
-    """Tokens per second of the fastest round, peak bytes beyond the model's, mean perplexity."""
-    model = small_model(tokens, vocab_size)
+def measure_way(
+    way: str, samples: int, tokens: int, vocab_size: int, rounds: int
+) -> dict[str, float]:
+    """Return tokens per second of the fastest round, peak bytes beyond the model, and mean
+    perplexity."""
+    geometry = replace(TESTBED, vocabulary=vocab_size, seqlen=tokens)
+    model = geometry.model(default_device(), torch.float32)
     random = np.random.default_rng(0)
     lengths = random.integers(max(2, tokens // 8), tokens + 1, samples)
     token_ids = [random.integers(0, vocab_size, length).tolist() for length in lengths]
 
     def score(texts: list[list[int]]) -> list[float]:
         if way == "one at a time":
-            return one_at_a_time(model, texts)
+            return score_one_at_a_time(model, texts)
         scores = score_samples(model, texts, [1] * len(texts))
         return [one.perplexity for one in scores if one.perplexity is not None]
 
@@ -100,17 +86,17 @@ def _peak_bytes() -> float:
 
 def main(
     samples: Annotated[int, typer.Option(min=1)] = 512,
-    tokens: Annotated[int, typer.Option(min=16, help="Of the longest sample.")] = 128,
+    tokens: Annotated[int, typer.Option(min=16, help="In the longest sample.")] = 128,
     vocab_size: Annotated[int, typer.Option(min=64)] = 1024,
-    rounds: Annotated[int, typer.Option(min=1, help="The best counts.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 3,
     output: Annotated[Path | None, typer.Option(help="JSON file of what was measured.")] = None,
 ) -> None:
     """Compare scoring with one text at a time, by tokens per second and peak memory."""
     context = multiprocessing.get_context("spawn")
     results = {}
-    for way in WAYS:
+    for way in _WAYS:
         with context.Pool(1) as pool:
-            results[way] = pool.apply(measure, (way, samples, tokens, vocab_size, rounds))
+            results[way] = pool.apply(measure_way, (way, samples, tokens, vocab_size, rounds))
     values = [result["perplexity"] for result in results.values()]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-4)  # both did the same work
     base = results["one at a time"]["tokens_per_second"]
@@ -121,12 +107,9 @@ def main(
     console = Console(width=100)
     console.print(table)
     ratio = results["batches"]["tokens_per_second"] / base
-    console.print(f"target {TARGET:g}: {'met' if ratio >= TARGET else 'missed'}")
-    if output is not None:
-        threads = torch.get_num_threads()
-        machine = {"threads": threads, "torch": torch.__version__, "vocab_size": vocab_size}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({**machine, "ways": results}, indent=2) + "\n")
+    console.print(f"target {_TARGET:g}: {'met' if ratio >= _TARGET else 'missed'}")
+    here = machine(default_device(), torch.float32)
+    write_json(output, {**here, "vocab_size": vocab_size, "ways": results})
 
 
 if __name__ == "__main__":

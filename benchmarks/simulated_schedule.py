@@ -1,13 +1,12 @@
 """Compare the scheduler with list scheduling on simulated clusters:
 `python -m benchmarks.simulated_schedule`.
 
-Random grids of the usual layers run on random clusters in virtual time, by the code that schedules
-a run on Ray. The measure is the makespan of textbook list scheduling by critical path (Graham
-1969), which knows every stage's true seconds, while the scheduler knows estimates with errors.
+Random grids of the usual stages run on random clusters in virtual time, scheduled by the code of
+real runs. The yardstick is the makespan of textbook list scheduling by critical path (Graham 1969),
+which knows every stage's true seconds; the scheduler knows estimates with errors.
 """
 
 import heapq
-import json
 import random
 import statistics
 from collections import defaultdict
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import write_json
 from cluster.graph import Graph, Resources, Stage, needed, readers
 from cluster.schedule import (
     START_SECONDS,
@@ -32,17 +32,16 @@ from cluster.schedule import (
     bundle,
 )
 
-TARGET = 1.10
-"""Of the makespan of list scheduling, on average over the grids."""
+MAKESPAN_TARGET = 1.10
+"""The longest makespan of any grid, in makespans of list scheduling."""
 
-
-WITH_MODEL = ("generate", "score", "describe", "prune", "evaluate")
-"""Stages that take a GPU where there are any."""
+_WITH_MODEL = ("generate", "score", "describe", "prune", "evaluate")
+"""Stages that take a GPU if the cluster has any."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A grid, what its stages really take, and a cluster."""
+    """A grid, its stages' true seconds, and a cluster."""
 
     graph: Graph
     seconds: Mapping[str, float]
@@ -51,7 +50,7 @@ class Case:
 
 @dataclass
 class Times:
-    """Of one stage, in seconds of virtual time."""
+    """When one stage was ready, started and ended, in seconds of virtual time."""
 
     ready: float
     started: float = -1.0
@@ -62,7 +61,7 @@ class Times:
 
 
 def random_case(draw: random.Random) -> Case:
-    """A random grid on a random cluster."""
+    """Draw a random grid and a random cluster."""
     graph: dict[str, Stage] = {}
     seconds: dict[str, float] = {}
     on_gpus = draw.random() < 0.3
@@ -73,8 +72,8 @@ def random_case(draw: random.Random) -> Case:
         key = f"{kind}-{len(graph)}"
         true = mean * scale * draw.uniform(0.8, 1.25)
         estimate = true * bias[kind] * draw.lognormvariate(0.0, 0.3)
-        joins = kind in ("generate", "score") and pool is None  # which needs no device
-        gpus = 1.0 if on_gpus and kind in WITH_MODEL and not joins else 0.0
+        joins = kind in ("generate", "score") and pool is None  # a join needs no device
+        gpus = 1.0 if on_gpus and kind in _WITH_MODEL and not joins else 0.0
         graph[key] = Stage(
             key=key, kind=kind, label=key, spec={}, payload="", inputs=inputs, pool=pool,
             seconds=estimate, resources=Resources(gpus=gpus),
@@ -126,7 +125,7 @@ def _random_nodes(draw: random.Random, on_gpus: bool) -> tuple[Bundle, ...]:
 
 
 def list_schedule(case: Case) -> float:
-    """Makespan of list scheduling: whenever something ends, whatever fits begins, the stage with
+    """Return the makespan of list scheduling: whenever a stage ends, all that fit begin, those with
     the longest remaining path by true seconds first."""
     follow: dict[str, list[str]] = {key: [] for key in case.graph}
     for stage in case.graph.values():
@@ -161,7 +160,7 @@ def list_schedule(case: Case) -> float:
 
 
 def lower_bound(case: Case) -> float:
-    """No schedule is shorter: the longest path, and the work over what the cluster has."""
+    """Return a bound that no schedule beats: the longest path, or the work over the resources."""
     longest: dict[str, float] = {}
     read_by = readers(case.graph)
     for key in reversed(needed(case.graph, case.graph, ())):
@@ -199,7 +198,7 @@ def _give(node: Bundle, asked: Bundle) -> None:
 
 @dataclass
 class _Waiting:
-    """A task, or an actor that is to start, as Ray queues it."""
+    """A task, or an actor to start, in Ray's queue."""
 
     stage: Stage
     actor: bool
@@ -208,19 +207,19 @@ class _Waiting:
 
 @dataclass
 class Simulation:
-    """A cluster in virtual time that does as Ray does: what is handed over begins where it fits,
-    the first that was handed over first."""
+    """A cluster in virtual time, working like Ray: stages begin where they fit, in the order in
+    which they were handed over."""
 
     case: Case
     start_seconds: float = 0.0
-    """What a new actor takes before its first stage."""
+    """Seconds of a new actor before its first stage."""
     workers: int | None = None
     times: dict[str, Times] = field(default_factory=dict)
     actors: int = 0
-    """That were started."""
+    """Actors started."""
 
     def run(self) -> float:
-        """Run the grid; returns the makespan."""
+        """Run the grid, and return the makespan."""
         graph = self.case.graph
         self.now = 0.0
         self.free = [dict(node) for node in self.case.nodes]
@@ -307,8 +306,8 @@ class Simulation:
 
 
 def overtaken(graph: Graph, times: Mapping[str, Times]) -> Iterator[tuple[str, str]]:
-    """Pairs of stages of which others wait for the first, and nobody for the second, which began
-    sooner though both were ready and ask for the same."""
+    """Yield pairs of ready stages with the same resources where the second began first although
+    other stages wait only for the first."""
     read = {name for stage in graph.values() for name in stage.inputs}
     for late in read:
         for early in graph.keys() - read:
@@ -322,7 +321,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file of what was measured.")] = None,
 ) -> None:
-    """Print the makespan over that of list scheduling, for actors that start at once and slowly."""
+    """Print the makespan over that of list scheduling, with quick and slow starts of actors."""
     draw = random.Random(seed)
     cases = [random_case(draw) for _ in range(grids)]
     measures = [list_schedule(case) for case in cases]
@@ -336,12 +335,10 @@ def main(
         mean, most = statistics.fmean(ratios), ratios[-1]
         high = ratios[int(0.99 * (len(ratios) - 1))]
         figures[f"{start:g}"] = {"mean": mean, "percentile_99": high, "most": most, "bound": over}
-        met = "" if start else "met" if most <= TARGET else "missed"
+        met = "" if start else "met" if most <= MAKESPAN_TARGET else "missed"
         table.add_row(f"{start:g} s", *(f"{each:.3f}" for each in (mean, high, most, over)), met)
-    Console(width=100).print(f"{grids} grids, target {TARGET:g}", table)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"grids": grids, "seed": seed, **figures}, indent=2) + "\n")
+    Console(width=100).print(f"{grids} grids, target {MAKESPAN_TARGET:g}", table)
+    write_json(output, {"grids": grids, "seed": seed, **figures})
 
 
 if __name__ == "__main__":

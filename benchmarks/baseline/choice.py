@@ -1,4 +1,4 @@
-"""What a baseline method leaves of one linear layer."""
+"""The result of a baseline method for one linear layer."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Choice:
-    """Which weights are zeroed, by which scores, and the rest where the method updates it."""
+    """The weights to zero, their scores, and the other weights if the method updates them."""
 
     mask: Tensor
-    """`[out_features, in_features]`, True where the weight is set to zero."""
+    """`[out_features, in_features]`, True for weights to set to zero."""
 
     scores: Tensor
-    """Of the same shape, as they were when the weights competed; the smallest are zeroed."""
+    """Of the same shape, at the time when the weights competed; the smallest are zeroed."""
 
     weight: Tensor | None = None
-    """Updated weights, the zeroed ones included; None keeps the old ones."""
+    """All weights after the update, of the same shape; None keeps the old ones."""

@@ -1,5 +1,5 @@
-"""DSnoT (arXiv 2310.08915, algorithm 1) on Wanda's masks, written plainly: whole rows are sorted,
-and pointers into the sorted rows say what is swapped next."""
+"""DSnoT (arXiv 2310.08915, algorithm 1) on Wanda's masks, written plainly: it sorts whole rows, and
+pointers into the sorted rows give the next swap."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,18 @@ from benchmarks.baseline import wanda
 from benchmarks.baseline.choice import Choice
 
 CYCLES = 50
-"""At most so many swaps in a row."""
+"""The most swaps in a row."""
 
 THRESHOLD = 0.1
-"""A row is left alone once its expected error, summed over a window's tokens, is no larger."""
+"""A row is done once its expected error, summed over a window's tokens, is at most this."""
 
 
 class Moments:
-    """Of a linear layer's input, each `[in_features]`: the mean over windows of sum_t X_tj^2 and
-    of sum_t X_tj, and the variance of X_tj within a window, on average over tokens."""
+    """Statistics of a linear layer's input, each `[in_features]`: the means over windows of
+    sum_t X_tj^2 and sum_t X_tj, and the variance of X_tj within a window, averaged over tokens."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.squared_norms = wanda.SquaredNorms(columns, device)
+        self.squared_norms = wanda.PlainSquaredNorms(columns, device)
         self.sums = torch.zeros(columns, device=device)
         self.deviations = torch.zeros(columns, device=device)
         self.tokens = 0
@@ -40,19 +40,19 @@ class Moments:
         return self.deviations / self.tokens
 
 
-def choose(
+def choose_by_dsnot(
     name: str,
     weight: Tensor,
     statistics: Moments,
     sparsity: float,
     pattern: tuple[int, int] | None,
 ) -> Choice:
-    """Wanda's mask, in the attention with weights swapped until each row's expected error is small.
+    """Choose Wanda's mask; in the attention, swap weights until each row's expected error is small.
 
-    A row's error is the sum over its zeroed weights of g_ij = W_ij m_j, with m the mean sum of a
-    window's inputs. `weight` is `[out_features, in_features]`.
+    A row's error is the sum over its zeroed weights of g_ij = W_ij m_j, where m is the mean over
+    windows of the sum of inputs. `weight` is `[out_features, in_features]`.
     """
-    initial = wanda.choose(name, weight, statistics.squared_norms, sparsity, pattern)
+    initial = wanda.choose_by_wanda(name, weight, statistics.squared_norms, sparsity, pattern)
     if not name.startswith("self_attn"):
         return initial
     contribution = weight.float() * statistics.sums
@@ -65,8 +65,8 @@ def choose(
 
 
 def _swap(initial: Choice, contribution: Tensor, ranking: Tensor) -> Tensor:
-    """Each cycle the zeroed weight whose return lowers the error most, by g_ij / variance, comes
-    back; the kept weight of smallest score whose loss lowers it goes."""
+    """Swap one pair in each cycle: bring back the zeroed weight that lowers the error most, by
+    g_ij / variance, and zero the kept weight of smallest score that lowers it."""
     mask = initial.mask.clone()
     error = (contribution * mask).sum(dim=1, keepdim=True)  # [rows, 1]
     order = torch.sort(ranking, dim=1).indices  # zeroed g < 0, kept, zeroed g > 0
@@ -92,7 +92,9 @@ def _swap(initial: Choice, contribution: Tensor, ranking: Tensor) -> Tensor:
         places = torch.where(
             over, negative.gather(1, next_negative), positive.gather(1, next_positive)
         )
-        active &= torch.where(over, gain > 0, gain < 0) & (places < kept)  # none is left to take
+        active &= torch.where(over, gain > 0, gain < 0) & (
+            places < kept
+        )  # a weight is left to zero
         lost = kept_order.gather(1, places.clamp(max=kept - 1))
         mask.scatter_(1, grown, mask.gather(1, grown) & ~active)
         mask.scatter_(1, lost, mask.gather(1, lost) | active)
@@ -106,8 +108,8 @@ def _swap(initial: Choice, contribution: Tensor, ranking: Tensor) -> Tensor:
 
 
 def _swap_in_groups(initial: Choice, contribution: Tensor, ranking: Tensor, group: int) -> Tensor:
-    """As above, but the kept weight of smallest score in the same group goes, whatever its sign,
-    and a row is left alone before its error changes its sign. What came back stays."""
+    """Swap as above, but zero the kept weight of smallest score in the same group, of either sign,
+    and stop before a row's error changes its sign. A weight that came back stays."""
     mask = initial.mask.clone()
     error = (contribution * mask).sum(dim=1, keepdim=True)  # [rows, 1]
     sign = error.sign()

@@ -3,18 +3,18 @@
 from torch import Tensor
 
 from benchmarks.baseline.choice import Choice
-from benchmarks.baseline.masks import smallest, smallest_in_groups, zeros_in
+from benchmarks.baseline.masks import mask_in_groups, mask_in_matrix, zero_count
 
 
-def choose(
+def choose_by_magnitude(
     name: str,
     weight: Tensor,
     statistics: None,
     sparsity: float,
     pattern: tuple[int, int] | None,
 ) -> Choice:
-    """The smallest |W| of the matrix `[out_features, in_features]`, or of each group of a row."""
+    """Choose the smallest |W| of the matrix `[out_features, in_features]`, or of each group."""
     scores = weight.float().abs()
     if pattern is not None:
-        return Choice(smallest_in_groups(scores, *pattern), scores)
-    return Choice(smallest(scores, zeros_in(sparsity, weight.numel())), scores)
+        return Choice(mask_in_groups(scores, *pattern), scores)
+    return Choice(mask_in_matrix(scores, zero_count(sparsity, weight.numel())), scores)

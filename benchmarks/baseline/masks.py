@@ -1,7 +1,7 @@
 """Masks by sorting everything, and by a loop over groups of columns.
 
-The counts are exact, floor(sparsity * n), and of equal scores the first are zeroed; published code
-zeroes whatever is not above the threshold, which is one weight more and all ties.
+The counts are exact, floor(sparsity * n), and the first of equal scores are zeroed. Published code
+zeroes all that is not above the threshold: one weight more, and all ties.
 """
 
 import math
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 
-def zeros_in(sparsity: float, count: int) -> int:
-    """floor(sparsity * count), the sparsity being the decimal that it is written as."""
+def zero_count(sparsity: float, count: int) -> int:
+    """Return floor(sparsity * count), with the sparsity as the decimal that it is written as."""
     return math.floor(Fraction(str(sparsity)) * count)
 
 
-def smallest(scores: Tensor, zeros: int) -> Tensor:
-    """The `zeros` smallest of a whole matrix."""
+def mask_in_matrix(scores: Tensor, zeros: int) -> Tensor:
+    """Mark the `zeros` smallest scores of a whole matrix."""
     if zeros == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.flatten()
@@ -29,15 +29,15 @@ def smallest(scores: Tensor, zeros: int) -> Tensor:
     return mask.view_as(scores)
 
 
-def smallest_in_rows(scores: Tensor, zeros: int) -> Tensor:
-    """The `zeros` smallest of each row."""
+def mask_in_rows(scores: Tensor, zeros: int) -> Tensor:
+    """Mark the `zeros` smallest scores of each row."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
     order = torch.sort(scores, dim=1, stable=True).indices
     return mask.scatter_(1, order[:, :zeros], True)
 
 
-def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
-    """All but the `kept` largest of every `group` adjacent scores of a row."""
+def mask_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
+    """Mark all but the `kept` largest of every `group` adjacent scores of a row."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for start in range(0, scores.shape[1], group):
         found = torch.topk(scores[:, start : start + group], group - kept, dim=1, largest=False)

@@ -1,7 +1,7 @@
-"""Generation with each token chosen over the whole vocabulary, by transformers' own warpers.
+"""Generation that chooses each token over the whole vocabulary, by transformers' own warpers.
 
-The draw is the inverse CDF over all entries in the order of the vocabulary, so calprune must draw
-the same tokens from the same uniform numbers.
+The draw is the inverse CDF over all entries in vocabulary order, so calprune must draw the same
+tokens from the same uniform numbers.
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ from transformers import (
 
 
 def penalise(input_ids: Tensor, scores: Tensor, penalty: float) -> Tensor:
-    """Divide the positive and multiply the negative logits `scores` [samples, vocabulary] of tokens
-    that stand in `input_ids` [samples, length] (arXiv 1909.05858, section 4.1)."""
+    """Divide positive and multiply negative logits `scores` [samples, vocabulary] of the tokens in
+    `input_ids` [samples, length] (arXiv 1909.05858, section 4.1)."""
     logits = scores.gather(1, input_ids)
     return scores.scatter(1, input_ids, torch.where(logits < 0, logits * penalty, logits / penalty))
 
 
-def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
-    """The token [samples, 1] at which the cumulative probability of softmax(`scores`)
+def draw_tokens(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the tokens [samples, 1] at which the cumulative probability of softmax(`scores`)
     [samples, vocabulary] passes `uniforms` [samples]."""
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
 
 
 @torch.inference_mode()
-def generate(
+def generate_plainly(
     model: Any,
     prefixes: Sequence[Sequence[int]],
     *,
@@ -44,7 +44,7 @@ def generate(
     seqlen: int,
     seed: int,
 ) -> list[list[int]]:
-    """What comes after each prefix, up to `seqlen` ids in all; samples are numbered from 0.
+    """Continue each prefix to `seqlen` ids, and return the new ids. Samples are numbered from 0.
 
     Args:
         prefixes: of one length.
@@ -64,7 +64,7 @@ def generate(
         scores = penalise(input_ids, scores, repetition_penalty)
         for warper in warpers:
             scores = warper(input_ids, scores)
-        drawn = draw(scores, uniforms[:, input_ids.shape[1] - length])
+        drawn = draw_tokens(scores, uniforms[:, input_ids.shape[1] - length])
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
     input_ids = torch.tensor(prefixes, device=model.device)

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline.choice import Choice
-from benchmarks.baseline.masks import smallest, zeros_in
+from benchmarks.baseline.masks import mask_in_matrix, zero_count
 
-DAMPING = 0.01
+_DAMPING = 0.01
 """Added to the Hessian's diagonal, as a share of its mean."""
 
 BLOCK = 128
-"""Columns in which a mask is chosen, and after which the later columns are updated."""
+"""Columns that share one choice of a mask and one update of the later columns."""
 
 
-class Hessian:
+class PlainHessian:
     """The running mean over windows of 2 X^T X, `[in_features, in_features]`."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -30,18 +30,18 @@ class Hessian:
         self.mean += scaled.T @ scaled
 
 
-def choose(
+def choose_by_sparsegpt(
     name: str,
     weight: Tensor,
-    statistics: Hessian,
+    statistics: PlainHessian,
     sparsity: float,
     pattern: tuple[int, int] | None,
 ) -> Choice:
-    """Block by block the smallest W_ij^2 / U_jj^2 over all rows of `[out_features, in_features]`,
-    or of each group of a row; each column's error is taken out of the later columns.
+    """Choose the smallest W_ij^2 / U_jj^2, block by block over all rows of `[out_features,
+    in_features]` or in each group of a row, and take each column's error out of the later columns.
 
-    A group of a pattern must not reach from one block into the next. floor(sparsity * n) of the n
-    weights up to the end of a block are zeroed, so that the matrix has the exact count.
+    A group of a pattern must not cross the end of a block. Of the n weights up to the end of a
+    block floor(sparsity * n) are zeroed, so that the matrix has the exact count.
     """
     rows, columns = weight.shape
     remaining = weight.float().clone()
@@ -49,7 +49,7 @@ def choose(
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     remaining[:, dead] = 0
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    hessian.diagonal().add_(_DAMPING * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
 
@@ -63,9 +63,9 @@ def choose(
         block_mask, block_scores = mask[:, start:end], scores[:, start:end]
         pruned, errors = torch.zeros_like(block), torch.zeros_like(block)
         if pattern is None:
-            zeros = zeros_in(sparsity, rows * end) - zeros_in(sparsity, rows * start)
+            zeros = zero_count(sparsity, rows * end) - zero_count(sparsity, rows * start)
             block_scores[:] = block.square() / scale
-            block_mask[:] = smallest(block_scores, zeros)
+            block_mask[:] = mask_in_matrix(block_scores, zeros)
         for column in range(end - start):
             if pattern is not None and column % pattern[1] == 0:
                 kept, group = pattern

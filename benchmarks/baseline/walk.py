@@ -1,7 +1,7 @@
-"""The walk that the published codebases share, for a Llama: one window at a time.
+"""The walk that published codebases share, for a Llama: one window at a time.
 
-Hooks on every `nn.Linear` of a decoder layer gather statistics for each apart while the windows
-pass; its weights are pruned; the windows pass again, and what comes out is the next layer's input.
+The windows pass a decoder layer, and hooks gather statistics for each `nn.Linear` on its own. Its
+weights are pruned. The windows pass again, and the outputs are the next layer's inputs.
 """
 
 from collections.abc import Callable
@@ -17,25 +17,25 @@ from benchmarks.baseline.choice import Choice
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method as the walk needs it."""
+    """What the walk calls of a pruning method."""
 
     statistics: Callable[[int, torch.device], Any] | None
-    """Makes what is gathered of a linear layer's input, by `update`; None takes no data."""
+    """Makes the statistics of a linear layer's input, which `update` fills; None takes no data."""
 
     choose: Callable[[str, Tensor, Any, float, tuple[int, int] | None], Choice]
-    """From the linear layer's name in its decoder layer, its weight, its statistics, the sparsity
-    and the pattern (kept, group) to what is zeroed."""
+    """Takes the linear layer's name in its decoder layer, its weight, its statistics, the sparsity
+    and the pattern (kept, group)."""
 
 
 @torch.no_grad()
-def prune(
+def prune_plainly(
     model: nn.Module,
     windows: Tensor,
     method: Method,
     sparsity: float,
     pattern: tuple[int, int] | None,
 ) -> None:
-    """Prune a Llama in place, by windows `[nsamples, seqlen]`."""
+    """Prune a Llama in place with windows `[nsamples, seqlen]`."""
     layers: Any = model.model.layers  # type: ignore[union-attr]
     if method.statistics is None:
         for layer in layers:
@@ -43,19 +43,19 @@ def prune(
         return
     states, keywords = first_states(model, windows)
     for layer in layers:
-        statistics = gather(layer, states, keywords, method)
+        statistics = gather_statistics(layer, states, keywords, method)
         prune_layer(layer, statistics, method, sparsity, pattern)
         states = forward(layer, states, keywords)
 
 
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
-    """A decoder layer's linear layers by name."""
+    """Return a decoder layer's linear layers by name."""
     return {name: part for name, part in layer.named_modules() if type(part) is nn.Linear}
 
 
 def first_states(model: Any, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What the first decoder layer is given: hidden states `[nsamples, seqlen, hidden]`, and all
-    else of the last window, which serves for every one."""
+    """Return the first decoder layer's inputs: hidden states `[nsamples, seqlen, hidden]`, and the
+    keyword arguments of the last window, which are the same for all."""
     layers = model.model.layers
     states = torch.zeros(*windows.shape, model.config.hidden_size)
     states = states.to(model.device, model.dtype)
@@ -75,17 +75,17 @@ class _Caught(Exception):
 
 
 class _Catcher(nn.Module):
-    """Stands in for the first decoder layer and keeps what it is given."""
+    """Takes the place of the first decoder layer and keeps its inputs."""
 
     def forward(self, states: Tensor, **keywords: Any) -> Tensor:
         self.states, self.keywords = states, keywords
         raise _Caught
 
 
-def gather(
+def gather_statistics(
     layer: nn.Module, states: Tensor, keywords: dict[str, Any], method: Method
 ) -> dict[str, Any]:
-    """The statistics of each linear layer's input."""
+    """Return the statistics of each linear layer's input."""
     assert method.statistics is not None
     statistics = {
         name: method.statistics(linear.in_features, states.device)
@@ -124,7 +124,7 @@ def prune_layer(
 
 
 def forward(layer: nn.Module, states: Tensor, keywords: dict[str, Any]) -> Tensor:
-    """What a decoder layer makes of every window, `[nsamples, seqlen, hidden]`."""
+    """Return a decoder layer's outputs for all windows, `[nsamples, seqlen, hidden]`."""
     outputs = torch.zeros_like(states)
     for number in range(len(states)):
         outputs[number] = layer(states[number][None], **keywords)[0]

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline.choice import Choice
-from benchmarks.baseline.masks import smallest_in_groups, smallest_in_rows, zeros_in
+from benchmarks.baseline.masks import mask_in_groups, mask_in_rows, zero_count
 
 
-class SquaredNorms:
+class PlainSquaredNorms:
     """The running mean over windows of sum_t X_tj^2, `[in_features]`."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -21,16 +21,16 @@ class SquaredNorms:
         self.mean += torch.linalg.vector_norm(inputs.float(), dim=0) ** 2 / self.windows
 
 
-def choose(
+def choose_by_wanda(
     name: str,
     weight: Tensor,
-    statistics: SquaredNorms,
+    statistics: PlainSquaredNorms,
     sparsity: float,
     pattern: tuple[int, int] | None,
 ) -> Choice:
-    """The smallest |W_ij| ||X_j|| of each row of `[out_features, in_features]`, or of each group
-    (equation 1)."""
+    """Choose the smallest |W_ij| ||X_j|| of each row of `[out_features, in_features]`, or of each
+    group (equation 1)."""
     scores = weight.float().abs() * statistics.mean.sqrt()
     if pattern is not None:
-        return Choice(smallest_in_groups(scores, *pattern), scores)
-    return Choice(smallest_in_rows(scores, zeros_in(sparsity, weight.shape[1])), scores)
+        return Choice(mask_in_groups(scores, *pattern), scores)
+    return Choice(mask_in_rows(scores, zero_count(sparsity, weight.shape[1])), scores)

@@ -1,4 +1,4 @@
-"""Prune one model with the same windows by llm-compressor and by calprune, a process each time."""
+"""Prune one model with the same windows by llm-compressor and calprune, each in a new process."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from benchmarks.targets import Target
 
-FASTER: dict[tuple[str, str | None], float] = {
+FASTER_THAN_LLM_COMPRESSOR: dict[tuple[str, str | None], float] = {
     ("wanda", None): 1.5,
     ("sparsegpt", None): 2.0,
     ("sparsegpt", "2:4"): 2.0,
 }
-"""By pruner and pattern, how many times less CPU time than llm-compressor's it should take."""
+"""Targets by pruner and pattern: llm-compressor's CPU time over ours."""
 
 THEIRS = Path(__file__).with_name("theirs.py")
 
 BATCH_SIZE = 1
-"""Windows of a forward pass: llm-compressor's default, with which it is no slower than with 8."""
+"""Windows in a forward pass: llm-compressor's default; with 8 it is no faster."""
 
 
-def compare(python: Path, model: Path, windows: Tensor, rounds: int) -> list[Target]:
-    """CPU seconds of llm-compressor over ours, by the medians of rounds in turns.
+def compare_cpu_seconds(python: Path, model: Path, windows: Tensor, rounds: int) -> list[Target]:
+    """Compare the CPU seconds of llm-compressor and calprune, by the medians of rounds in turns.
 
     Args:
         python: of an environment made from `requirements.txt` in this folder.
@@ -43,7 +43,7 @@ def compare(python: Path, model: Path, windows: Tensor, rounds: int) -> list[Tar
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder, "windows.npy")
         np.save(ids, windows.numpy())
-        for (pruner, pattern), wanted in FASTER.items():
+        for (pruner, pattern), wanted in FASTER_THAN_LLM_COMPRESSOR.items():
             options = ["--model", str(model), "--windows", str(ids), "--pruner", pruner]
             options += [] if pattern is None else ["--pattern", pattern]
             seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
@@ -62,7 +62,7 @@ def compare(python: Path, model: Path, windows: Tensor, rounds: int) -> list[Tar
 
 
 def _run(command: list[str]) -> float:
-    """The CPU seconds that a process reports of its pruning."""
+    """Run a process, and return the CPU seconds that it reports for pruning."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         process = subprocess.run(

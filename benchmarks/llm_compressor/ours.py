@@ -1,4 +1,4 @@
-"""Prune a model with calprune, and say what CPU time it took; the counterpart of `theirs.py`.
+"""Prune a model with calprune, and report the CPU time; the counterpart of `theirs.py`.
 
 Run it as `python -m benchmarks.llm_compressor.ours`.
 """
@@ -29,7 +29,7 @@ def main(
         None
     ),
 ) -> None:
-    """Prune half of the weights on one thread, and write the process's CPU seconds for it."""
+    """Prune half of the weights on one thread, and write the CPU seconds that it took."""
     keep_freed_memory()  # as every stage does
     torch.set_num_threads(1)
     loaded = load_model(LocalModel(path=str(model), dtype="float32"), {}, torch.device("cpu"))

@@ -1,7 +1,7 @@
-"""Prune a model with llm-compressor, and say what CPU time it took.
+"""Prune a model with llm-compressor, and report the CPU time; the counterpart of `ours.py`.
 
-Run it by its path with the Python of an environment made from `requirements.txt` beside it:
-nothing of calprune is imported. `ours.py` is the counterpart.
+Run it by its path with the Python of an environment made from `requirements.txt` beside it. It
+imports nothing of calprune.
 """
 
 import argparse
@@ -25,7 +25,7 @@ parser.add_argument("--model", required=True, help="folder of a checkpoint")
 parser.add_argument("--windows", required=True, help=".npy of token ids [nsamples, seqlen]")
 parser.add_argument("--pruner", choices=MODIFIERS, required=True)
 parser.add_argument("--pattern", help="such as 2:4; unset, half of the weights of each row")
-parser.add_argument("--batch-size", type=int, required=True, help="windows of a forward pass")
+parser.add_argument("--batch-size", type=int, required=True, help="windows in a forward pass")
 parser.add_argument("--output", type=Path, required=True, help="JSON file")
 arguments = parser.parse_args()
 
@@ -37,7 +37,7 @@ pattern = {} if arguments.pattern is None else {"mask_structure": arguments.patt
 recipe = MODIFIERS[arguments.pruner](
     sparsity=0.5,
     targets=["Linear"],
-    ignore=["re:.*lm_head"],  # the plain name `lm_head` would not match: it is pruned too
+    ignore=["re:.*lm_head"],  # the plain name `lm_head` would not match
     **pattern,
 )
 

@@ -19,7 +19,7 @@ DISCLOSURE = (
 PACKAGES = ("gguf", "mwparserfromhell", "unearth")
 """Packages that read the archives."""
 
-FOLDER = ".calprune-real"
+REAL_FOLDER = ".calprune-real"
 """Folder in which the demo's grid looks for it."""
 
 RECIPE = 1

@@ -1,5 +1,5 @@
-"""Two independent implementations of each pruner, ours and the plain one, on the same models; and
-the plain DSnoT, row by row, against its rules in float64."""
+"""The two implementations of each pruner, ours and the plain one, on the same models; and the plain
+DSnoT, row by row, against its rules in float64."""
 
 import math
 from typing import Any
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.agreement import compare
+from benchmarks.agreement import compare_masks
 from benchmarks.baseline import METHODS, dsnot, masks
 from benchmarks.baseline.choice import Choice
-from benchmarks.baseline.walk import linears, prune
+from benchmarks.baseline.walk import linears, prune_plainly
 from benchmarks.geometry import Geometry
 from benchmarks.measure import PRUNER_NAMES, pruner_spec
 from benchmarks.replay import replay
@@ -39,11 +39,11 @@ def pruned_by_pipeline(name: str, sparsity: float, pattern: Pattern | None) -> A
 
 @UNSTRUCTURED_OR_PATTERN
 @pytest.mark.parametrize("name", PRUNER_NAMES)
-def test_the_pipelines_masks_are_the_plain_ones_up_to_float32_ties(
+def test_the_pipelines_masks_equal_the_plain_ones_up_to_float32_ties(
     name: str, sparsity: float, pattern: Pattern | None
 ) -> None:
     pruned = pruned_by_pipeline(name, sparsity, pattern)
-    agreement = compare(name, model(), pruned, SMALL.windows(), sparsity, pattern)
+    agreement = compare_masks(name, model(), pruned, SMALL.windows(), sparsity, pattern)
     assert agreement.weights == sum(each.weight.numel() for each in linears(pruned.model).values())
     assert agreement.differing <= 1e-3 * agreement.weights
     assert agreement.largest_gap < 1e-4
@@ -55,7 +55,7 @@ def test_the_plain_walk_prunes_exactly_the_share_asked_for(
     name: str, sparsity: float, pattern: Pattern | None
 ) -> None:
     pruned = model()
-    prune(pruned, SMALL.windows(), METHODS[name], sparsity, pattern)
+    prune_plainly(pruned, SMALL.windows(), METHODS[name], sparsity, pattern)
     for linear in linears(pruned.model).values():
         zero = linear.weight == 0
         if pattern is not None:
@@ -66,17 +66,17 @@ def test_the_plain_walk_prunes_exactly_the_share_asked_for(
             assert int(zero.sum()) == math.floor(sparsity * zero.numel())
 
 
-def test_sparsegpts_update_is_the_plain_one() -> None:
+def test_sparsegpts_update_equals_the_plain_one() -> None:
     ours, plain = pruned_by_pipeline("sparsegpt", 0.6, None), model()
-    prune(plain, SMALL.windows(), METHODS["sparsegpt"], 0.6, None)
+    prune_plainly(plain, SMALL.windows(), METHODS["sparsegpt"], 0.6, None)
     for name, linear in linears(ours.model.layers[0]).items():
         expected = linears(plain.model.layers[0])[name].weight
         torch.testing.assert_close(linear.weight, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_comparison_finds_weights_that_differ_and_how_far_they_are_from_a_tie() -> None:
+def test_a_comparison_counts_differing_weights_and_their_distance_from_a_tie() -> None:
     other = pruned_by_pipeline("magnitude", 0.6, None)
-    agreement = compare("wanda", model(), other, SMALL.windows(), 0.6, None)
+    agreement = compare_masks("wanda", model(), other, SMALL.windows(), 0.6, None)
     assert agreement.differing > 100
     assert agreement.largest_gap > 0.01
 
@@ -110,19 +110,21 @@ def test_dsnots_moments_are_the_mean_sum_and_variance_of_a_window() -> None:
 
 
 @UNSTRUCTURED_OR_PATTERN
-def test_plain_dsnot_is_its_rules_row_by_row(sparsity: float, pattern: Pattern | None) -> None:
+def test_plain_dsnot_follows_its_rules_in_every_row(
+    sparsity: float, pattern: Pattern | None
+) -> None:
     weight, inputs = row_problem()
     moments = moments_of(inputs)
     initial = METHODS["wanda"].choose(
         "self_attn.q_proj", weight, moments.squared_norms, sparsity, pattern
     )
     choice = METHODS["dsnot"].choose("self_attn.q_proj", weight, moments, sparsity, pattern)
-    assert int((choice.mask != initial.mask).any(dim=1).sum()) > 30  # the rows really swap
+    assert int((choice.mask != initial.mask).any(dim=1).sum()) > 30  # rows do swap
     tokens = inputs.double().flatten(0, 1)
     scores = weight.double().abs() * tokens.square().sum(0).sqrt()
     contributions = weight.double() * tokens.sum(0) / len(inputs)
     variances = inputs.double().var(1, correction=0).mean(0).tolist()
-    zeros = masks.zeros_in(sparsity, weight.shape[1])
+    zeros = masks.zero_count(sparsity, weight.shape[1])
     for row, mask in enumerate(choice.mask):
         expected = replay(
             scores[row].tolist(), contributions[row].tolist(), variances, zeros, pattern
@@ -131,7 +133,7 @@ def test_plain_dsnot_is_its_rules_row_by_row(sparsity: float, pattern: Pattern |
         assert zeroed == expected.zeroed or expected.closest < 1e-5, row
 
 
-def test_dsnot_brings_the_expected_error_of_most_rows_down() -> None:
+def test_dsnot_lowers_the_expected_error_of_most_rows() -> None:
     weight, inputs = row_problem()
     moments = moments_of(inputs)
 
@@ -144,7 +146,7 @@ def test_dsnot_brings_the_expected_error_of_most_rows_down() -> None:
     assert float(error(after).median()) < 0.5 * float(error(before).median())
 
 
-def test_dsnot_leaves_the_mlp_to_wanda() -> None:
+def test_dsnot_keeps_wandas_mask_in_the_mlp() -> None:
     weight, inputs = row_problem()
     moments = moments_of(inputs)
     initial = METHODS["wanda"].choose("mlp.up_proj", weight, moments.squared_norms, 0.6, None)

@@ -1,4 +1,4 @@
-"""The script for a GPU, on a CPU: nothing may be found out only when a GPU is there."""
+"""The script for a GPU, run on a CPU, so that its faults show without a GPU."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import Part, Report
+from benchmarks.gpu import GpuReport, Part
 
 WITHOUT = """
 import sys
@@ -35,7 +35,7 @@ def test_a_whole_run_needs_neither_ray_nor_vllm_and_writes_every_part(tmp_path: 
     assert shown["generation: share of equal samples"] == 1.0
 
 
-def test_two_to_four_is_measured_on_weights_of_that_pattern(
+def test_two_to_four_products_are_measured_on_weights_with_that_pattern(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     packed: list[torch.Tensor] = []
@@ -53,14 +53,14 @@ def test_two_to_four_is_measured_on_weights_of_that_pattern(
     assert all(target.reached > 0 for target in found)
 
 
-def run(parts: list[Part]) -> tuple[Report, list[Any]]:
-    report, saved = Report({}), []
-    gpu.measure(parts, report, lambda: saved.append(list(report.seconds)))
+def run(parts: list[Part]) -> tuple[GpuReport, list[Any]]:
+    report, saved = GpuReport({}), []
+    gpu.run_parts(parts, report, lambda: saved.append(list(report.seconds)))
     return report, saved
 
 
-def test_a_part_that_fails_leaves_its_traceback_and_the_next_one_runs() -> None:
-    def fails(report: Report) -> None:
+def test_a_failed_part_leaves_its_traceback_and_the_next_part_runs() -> None:
+    def fails(report: GpuReport) -> None:
         raise RuntimeError("out of memory")
 
     report, saved = run([Part("one", 1.0, fails), Part("two", 1.0, lambda report: None)])
@@ -69,10 +69,10 @@ def test_a_part_that_fails_leaves_its_traceback_and_the_next_one_runs() -> None:
     assert saved == [["one"], ["one", "two"]]
 
 
-def test_a_part_that_would_end_after_the_budget_is_skipped_and_a_shorter_one_is_not(
+def test_a_part_that_would_overrun_the_budget_is_skipped_and_a_shorter_one_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu, "BUDGET_SECONDS", 50.0)
+    monkeypatch.setattr(gpu, "RUN_SECONDS", 50.0)
     ran: list[str] = []
     parts = [
         Part(name, seconds, lambda report, name=name: ran.append(name))

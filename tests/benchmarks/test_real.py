@@ -1,4 +1,4 @@
-"""The benchmarks of a real model, on a tiny one: that they measure what they say they do."""
+"""The benchmarks of a real model, run on a tiny one."""
 
 import sysconfig
 from io import StringIO
@@ -52,30 +52,30 @@ def by_name(found: list[Target]) -> dict[str, float]:
 # --------------------------------------------------------------------------------- the plain way
 
 
-def test_the_plain_draw_takes_the_token_at_which_the_distribution_passes_the_number() -> None:
+def test_the_plain_draw_inverts_the_cumulative_distribution() -> None:
     probabilities = torch.tensor([0.25, 0.0, 0.5, 0.25], dtype=torch.float64)
     uniforms = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 0.999], dtype=torch.float64)
-    drawn = plain.draw(probabilities.log().expand(6, 4), uniforms)
+    drawn = plain.draw_tokens(probabilities.log().expand(6, 4), uniforms)
     assert drawn.flatten().tolist() == [0, 0, 2, 2, 3, 3]
 
 
-def test_the_plain_penalty_makes_a_token_that_was_there_less_likely_once() -> None:
+def test_the_plain_penalty_applies_once_to_each_token_of_the_text() -> None:
     scores = torch.tensor([[2.0, -2.0, 1.0]])
     penalised = plain.penalise(torch.tensor([[0, 1, 0]]), scores, 2.0)
     assert penalised.tolist() == [[1.0, -4.0, 1.0]]
 
 
-def test_the_engine_draws_what_the_plain_way_draws(model: Any) -> None:
+def test_the_engine_draws_the_same_tokens_as_the_plain_way(model: Any) -> None:
     assert (
         by_name(measure_generation(model, PREFIXES, 12, 1))["generation: share of equal samples"]
         == 1.0
     )
 
 
-def test_another_choice_of_tokens_is_seen_in_the_samples(
+def test_a_different_choice_of_tokens_shows_in_the_share_of_equal_samples(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain, "draw", lambda scores, _: scores.argmin(dim=-1, keepdim=True))
+    monkeypatch.setattr(plain, "draw_tokens", lambda scores, _: scores.argmin(dim=-1, keepdim=True))
     assert (
         by_name(measure_generation(model, PREFIXES, 12, 1))["generation: share of equal samples"]
         == 0.0
@@ -85,7 +85,7 @@ def test_another_choice_of_tokens_is_seen_in_the_samples(
 # -------------------------------------------------------------------------------------- measuring
 
 
-def test_each_forward_pass_is_timed_until_no_longer_wanted(model: Any) -> None:
+def test_forward_passes_are_timed_inside_the_context_only(model: Any) -> None:
     ids = torch.tensor([[1, 2, 3]])
     with forward_seconds(model) as seconds:
         model(ids)
@@ -95,7 +95,7 @@ def test_each_forward_pass_is_timed_until_no_longer_wanted(model: Any) -> None:
     assert min(seconds) > 0
 
 
-def test_choosing_takes_a_share_of_a_step(model: Any) -> None:
+def test_choosing_a_token_takes_a_share_of_a_step(model: Any) -> None:
     found = by_name(measure_generation(model, PREFIXES, 12, 1))
     assert 0 < found["generation: share of choosing a token"] < 1
     assert found["generation: tokens/s"] > 0
@@ -107,7 +107,7 @@ def test_scoring_is_compared_with_the_forward_pass(model: Any, windows: torch.Te
     assert [target.at_most for target in found] == [False, True, True]
 
 
-def test_bfloat16_is_wanted_to_be_faster_on_a_cpu_with_amx_only(
+def test_bfloat16_has_a_target_only_on_a_cpu_with_amx(
     folder: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for amx, wanted in ((True, 1.8), (False, None)):
@@ -117,13 +117,15 @@ def test_bfloat16_is_wanted_to_be_faster_on_a_cpu_with_amx_only(
         assert ratio.reached > 0
 
 
-def test_windows_are_text_of_the_standard_library(folder: Path, windows: torch.Tensor) -> None:
+def test_windows_hold_text_of_the_standard_library(folder: Path, windows: torch.Tensor) -> None:
     first = min(Path(sysconfig.get_path("stdlib")).glob("*.py")).read_text(encoding="utf-8")
     expected = AutoTokenizer.from_pretrained(folder)(first)["input_ids"]
     assert windows.flatten().tolist() == expected[: 3 * 32]
 
 
-def test_a_folder_without_a_model_is_an_error_that_names_what_makes_one(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_an_error_that_names_the_command_to_make_one(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(typer.BadParameter, match="python -m jobs prepare"):
         real.main(model=tmp_path / "model")
 
@@ -131,7 +133,7 @@ def test_a_folder_without_a_model_is_an_error_that_names_what_makes_one(tmp_path
 # ----------------------------------------------------------------------------------- the verdicts
 
 
-def test_a_target_may_be_a_bound_from_above_or_none_at_all() -> None:
+def test_a_target_is_a_lower_bound_an_upper_bound_or_none() -> None:
     targets = [
         Target("least", 2.0, 2.0),
         Target("most", 1.4, 1.5, at_most=True),
@@ -162,7 +164,7 @@ def finish(store: Store, key: str, start: float, end: float) -> None:
     store.write(f"manifests/{key}.json", manifest.model_dump_json().encode())
 
 
-def test_a_run_without_gaps_has_a_makespan_of_one_and_waiting_adds_to_it(tmp_path: Path) -> None:
+def test_a_run_without_gaps_has_a_makespan_of_one_and_idle_cpus_add_to_it(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for key, start, end in (("a", 100, 110), ("b", 100, 104), ("c", 104, 110)):
         finish(store, key, start, end)
@@ -171,7 +173,7 @@ def test_a_run_without_gaps_has_a_makespan_of_one_and_waiting_adds_to_it(tmp_pat
     assert makespan_ratio(str(tmp_path), 2) == pytest.approx(20 / 15)
 
 
-def test_a_store_without_artifacts_has_no_makespan(tmp_path: Path) -> None:
+def test_the_makespan_of_an_empty_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no artifact"):
         makespan_ratio(str(tmp_path), 2)
 
@@ -180,8 +182,8 @@ def test_a_store_without_artifacts_has_no_makespan(tmp_path: Path) -> None:
 
 
 def other_python(path: Path, body: str) -> Path:
-    """What stands in for the Python of llm-compressor's environment: it gets `theirs.py` and its
-    options, of which the last is the file for its result."""
+    """Write a stand-in for the Python of llm-compressor's environment. Its arguments are
+    `theirs.py` and the options; the last one is the result's path, `$output`."""
     path.write_text(f"#!/bin/sh\nfor output; do :; done\n{body}\n")
     path.chmod(0o755)
     return path
@@ -190,28 +192,28 @@ def other_python(path: Path, body: str) -> Path:
 def test_both_prune_the_same_windows_and_their_cpu_seconds_are_compared(
     tmp_path: Path, folder: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "FASTER", {("sparsegpt", "2:4"): 2.0})
+    monkeypatch.setattr(compare, "FASTER_THAN_LLM_COMPRESSOR", {("sparsegpt", "2:4"): 2.0})
     result = '{"cpu_seconds": 1000, "sparsity": 0.5}'
     python = other_python(tmp_path / "python", f"echo '{result}' > $output")
-    ours, theirs, ratio = compare.compare(python, folder, windows, 1)
+    ours, theirs, ratio = compare.compare_cpu_seconds(python, folder, windows, 1)
     assert theirs.reached == 1000
     assert 0 < ours.reached < 60
     assert ratio == Target("sparsegpt 2:4: times llm-compressor", 2.0, 1000 / ours.reached)
 
 
-def test_pruning_another_share_than_half_is_no_comparison(
+def test_pruning_another_share_than_half_is_an_error(
     tmp_path: Path, folder: Path, windows: torch.Tensor
 ) -> None:
     result = '{"cpu_seconds": 1, "sparsity": 0.4}'
     python = other_python(tmp_path / "python", f"echo '{result}' > $output")
     with pytest.raises(RuntimeError, match=r"0\.4000 of the weights"):
-        compare.compare(python, folder, windows, 1)
+        compare.compare_cpu_seconds(python, folder, windows, 1)
 
 
-def test_a_process_that_fails_shows_what_it_said(
+def test_the_output_of_a_failed_process_is_printed(
     tmp_path: Path, folder: Path, windows: torch.Tensor, capfd: pytest.CaptureFixture[str]
 ) -> None:
     python = other_python(tmp_path / "python", "echo no module of that name; exit 3")
     with pytest.raises(Exception, match="exit status 3"):
-        compare.compare(python, folder, windows, 1)
+        compare.compare_cpu_seconds(python, folder, windows, 1)
     assert "no module of that name" in capfd.readouterr().err

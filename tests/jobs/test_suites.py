@@ -16,7 +16,7 @@ from jobs.gather import gather
 from jobs.grid import Grid
 from jobs.plan import make_plan
 from jobs.show import print_results
-from jobs.suites import FOLDER, Suite, load_suite
+from jobs.suites import SUITES_FOLDER, Suite, load_suite
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError
 from pipeline.evaluation.schemas import METRICS_SCHEMA, REQUESTS_SCHEMA
@@ -25,7 +25,7 @@ from pipeline.specs import EvaluateSpec
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
-SUITES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SUITES = sorted(path.stem for path in SUITES_FOLDER.glob("*.yaml"))
 
 
 def test_the_suites_are_there() -> None:
@@ -120,7 +120,7 @@ def test_a_task_that_the_installed_lm_eval_lacks_is_found_when_the_grid_is_plann
     content: Content, load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "old.yaml").write_text("tasks: [{name: boolq-of-old, metric: acc}]\n")
-    monkeypatch.setattr(jobs.suites, "FOLDER", tmp_path)
+    monkeypatch.setattr(jobs.suites, "SUITES_FOLDER", tmp_path)
     content["evaluate"] = {"suites": ["old"]}
     with pytest.raises(InputError, match=r"evaluate\.suites\.old: 'boolq-of-old'.*lm-eval 0"):
         check_plan(make_plan(load(content)))
@@ -148,7 +148,7 @@ def results(
         "task_folder: {kind: testbed-tasks}\n"
         "averages: {both: [testbed_facts, testbed_foreign]}\n"
     )
-    monkeypatch.setattr(jobs.suites, "FOLDER", suites)
+    monkeypatch.setattr(jobs.suites, "SUITES_FOLDER", suites)
     content["evaluate"] = {"suites": ["pair"]}
     content["cells"] |= {"pruner": "magnitude", "sparsity": 0.5}
     plan = make_plan(load(content))
