@@ -1,7 +1,7 @@
 """The stages as plain functions, for a notebook: no grid, no store, no Ray.
 
-Each function gives what the stage of that name gives in a grid with the same settings. Settings
-mean what the fields of the stage's spec do, and a wrong one raises an `InputError` that names it.
+Each function returns the same as the stage of that name in a grid with the same settings. Settings
+are fields of the stage's spec, and a wrong one raises an `InputError` that names it.
 """
 
 import contextlib
@@ -56,6 +56,7 @@ from pipeline.specs import (
     TaskSpec,
     TestbedCorpus,
     WindowsSpec,
+    data_taker,
 )
 
 Texts = str | Sequence[str] | FileCorpus | HubCorpus | TestbedCorpus
@@ -233,14 +234,15 @@ def prune(
     """Prune a model in place.
 
     Args:
-        windows: the calibration set, token ids [nsamples, seqlen]; None for magnitude.
+        windows: the calibration set, token ids [nsamples, seqlen]; leave it out for pruners
+            without data, such as magnitude.
         pruner: its name, or its name and options: `{"name": "sparsegpt", "damping": 0.02}`.
         sparsity: share of zeros, or a pattern such as `"2:4"`.
         allocation: `uniform`, `owl`, or a name and options.
 
     Raises:
-        InputError: if a setting is wrong, the calibration set is missing or does not suit the
-            model, or the model is of a form that cannot be pruned.
+        InputError: if a setting is wrong, the calibration set is missing, unused or does not suit
+            the model, or the model is of a form that cannot be pruned.
         NonFiniteError: if a weight or an activation is NaN or infinite.
     """
     chosen: Pruner = _named("pruner", TypeAdapter(Pruner), pruner)
@@ -250,10 +252,14 @@ def prune(
     except ValueError as error:
         raise InputError("sparsity", sparsity, str(error)) from error
     share = sparsity if pattern is None else pattern.sparsity
+    needs_data = data_taker(chosen, spread)
+    if needs_data is not None and windows is None:
+        raise InputError("windows", None, f"{needs_data} needs a calibration set")
+    if needs_data is None and windows is not None:
+        shape = list(windows.shape)
+        raise InputError("windows", shape, f"pruner {chosen.name} takes no data: leave windows out")
     ratios = None
-    if isinstance(spread, OWL):
-        if windows is None:
-            raise InputError("windows", None, "allocation owl needs a calibration set")
+    if isinstance(spread, OWL) and windows is not None:
         ratios = [each.ratio for each in count_outliers(model.model, windows, spread.threshold)]
     return prune_model(
         model.model,
@@ -277,11 +283,11 @@ def evaluate(
     """Measure a model: perplexity and bits per byte on texts, and lm-eval tasks.
 
     Args:
-        perplexity: texts under the names that the results give them.
+        perplexity: texts by their names in the results.
         tasks: names of lm-eval tasks, or `TaskSpec`s with examples and limits.
         seqlen: tokens of a window of a perplexity.
-        max_windows: at most so many windows of each; None takes all.
-        task_folder: where tasks beyond lm-eval's own are found.
+        max_windows: the most windows of each; None takes all.
+        task_folder: a folder of further tasks.
         dense: the model before pruning, loaded once more; each text then also has its KL divergence
             from the dense model and its changes of the most likely token.
 
@@ -339,7 +345,7 @@ def _checked(kind: type[AnySpec], **values: Any) -> AnySpec:
 
 
 def _named(field: str, kind: TypeAdapter[Any], value: object) -> Any:
-    """A choice by its name, or by its name and options."""
+    """Read a choice from its name, or from its name and options."""
     content = {"name": value} if isinstance(value, str) else value
     try:
         return kind.validate_python(content)
@@ -349,7 +355,7 @@ def _named(field: str, kind: TypeAdapter[Any], value: object) -> Any:
 
 @contextlib.contextmanager
 def _corpus(texts: Any, field: str) -> Iterator[Corpus]:
-    """The corpus that a user means; texts in memory stand in a temporary file meanwhile."""
+    """Yield the corpus that a user means; texts in memory go to a temporary file."""
     match texts:
         case FileCorpus() | HubCorpus() | TestbedCorpus():
             yield texts
@@ -371,7 +377,7 @@ def _corpus(texts: Any, field: str) -> Iterator[Corpus]:
 
 
 def _samples(source: Any) -> list[Sample]:
-    """The source as generated samples; none if it is real text."""
+    """Return the source if it is generated samples, or an empty list."""
     if isinstance(source, Sequence) and source and all(isinstance(x, Sample) for x in source):
         return list(source)
     return []

@@ -221,6 +221,14 @@ def test_tasks_are_asked_of_the_model_as_it_is(
         ),
         ("pruner.*did you mean 'wanda'", lambda m: pipeline.prune(m, None, "wnada")),
         ("windows: None: ", lambda m: pipeline.prune(m, None, "wanda")),
+        (
+            "windows: None: allocation owl needs",
+            lambda m: pipeline.prune(m, None, "magnitude", allocation="owl"),
+        ),
+        (
+            r"windows: \[2, 8\]: pruner magnitude takes no data",
+            lambda m: pipeline.prune(m, torch.zeros(2, 8, dtype=torch.long), "magnitude"),
+        ),
         ("sparsity: '4:2': ", lambda m: pipeline.prune(m, None, "magnitude", "4:2")),
         ("sparsity: 50", lambda m: pipeline.prune(m, None, "magnitude", 50)),
         ("scores: 1: ", lambda m: pipeline.filter([], [Score(1, 2.0)])),
