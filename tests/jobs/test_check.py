@@ -13,6 +13,7 @@ from jobs.grid import Grid
 from jobs.plan import make_plan
 from pipeline.errors import InputError
 from tests.pipeline.models.families import model_of
+from tests.pipeline.tiny_models import UNEVEN
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -22,21 +23,7 @@ Load = Callable[[Content], Grid]
 def uneven(tmp_path: Path) -> dict[str, str]:
     """A model of four layers with 9,728, 12,800, 9,728 and 12,800 weights."""
     folder = tmp_path / "uneven"
-    config = transformers.Gemma4TextConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        global_head_dim=16,
-        vocab_size_per_layer_input=96,
-        hidden_size_per_layer_input=8,
-        num_kv_shared_layers=0,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(UNEVEN).save_pretrained(folder)
     vocabulary = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="b")
     tokenizer.save_pretrained(folder)

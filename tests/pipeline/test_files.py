@@ -1,5 +1,6 @@
-"""Errors of file systems and of their clients, as one line each."""
+"""Fingerprints of files, and the errors of file systems and their clients, one line each."""
 
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -86,3 +87,53 @@ def test_a_client_that_is_not_installed_is_named_with_its_extra(
     environment.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
     assert "install calprune[gcs]" in refused("gs://bucket-f/notes.jsonl")
     assert "not installed: Install adlfs" in refused("abfs://c@a/notes.jsonl")
+
+
+def test_a_fingerprint_follows_names_and_contents_but_not_the_folder(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "elsewhere" / "two"
+    (one / "sub").mkdir(parents=True)
+    (one / "a.jsonl").write_text("abc")
+    (one / "sub" / "b.jsonl").write_text("def")
+    shutil.copytree(one, two)
+    before = fingerprint(str(one))
+    assert before == fingerprint(str(two)) == fingerprint(f"{one}/**")
+    (one / ".hidden").write_text("x")
+    (one / "__pycache__").mkdir()
+    (one / "__pycache__" / "x.pyc").write_text("x")
+    assert fingerprint(str(one)) == before
+    seen = {before}
+    for path, content in (("a.jsonl", "abd"), ("a.jsonl", "abcd"), ("c.jsonl", "")):
+        shutil.rmtree(two)
+        shutil.copytree(one, two)
+        (two / path).write_text(content)
+        seen.add(fingerprint(str(two)))
+    assert len(seen) == 4
+    with pytest.raises(InputError, match="no file"):
+        fingerprint(str(tmp_path / "nothing"))
+
+
+def test_bytes_cannot_move_between_files_unseen(tmp_path: Path) -> None:
+    for folder, first, second in (("one", "ab", "c"), ("two", "a", "bc")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1").write_text(first)
+        (tmp_path / folder / "2").write_text(second)
+    assert fingerprint(str(tmp_path / "one")) != fingerprint(str(tmp_path / "two"))
+
+
+def test_large_weights_are_read_in_64_places(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    size = 129 * 2**20
+    places = {"begin": 0, "between": 3 * 2**19, "looked at": 5 * 2**19, "end": size - 1}
+    found = {}
+    for name, place in places.items():
+        with path.open("wb") as file:
+            file.truncate(size)
+            file.seek(place)
+            file.write(b"x")
+        found[name] = fingerprint(str(path), whole_files=False)
+        if name == "between":
+            assert fingerprint(str(path)) != fingerprint(str(path), whole_files=False)
+    with path.open("wb") as file:
+        file.truncate(size)
+    zeros = fingerprint(str(path), whole_files=False)
+    assert [name for name in places if found[name] != zeros] == ["begin", "looked at", "end"]

@@ -2,7 +2,6 @@ import bz2
 import gzip
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +11,6 @@ import pytest
 from pipeline.data.corpora import check_corpus, read_documents
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError
-from pipeline.files import fingerprint
 from pipeline.hub import hub_answers
 from pipeline.specs import Corpus, FileCorpus, HubCorpus, TestbedCorpus
 
@@ -317,56 +315,6 @@ def test_a_hub_out_of_reach_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> Non
         hub_answers.cache_clear()
     assert warning is not None
     assert "nobody/nothing-of-this-name" in warning
-
-
-def test_a_fingerprint_follows_names_and_contents_but_not_the_folder(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "elsewhere" / "two"
-    (one / "sub").mkdir(parents=True)
-    (one / "a.jsonl").write_text("abc")
-    (one / "sub" / "b.jsonl").write_text("def")
-    shutil.copytree(one, two)
-    before = fingerprint(str(one))
-    assert before == fingerprint(str(two)) == fingerprint(f"{one}/**")
-    (one / ".hidden").write_text("x")
-    (one / "__pycache__").mkdir()
-    (one / "__pycache__" / "x.pyc").write_text("x")
-    assert fingerprint(str(one)) == before
-    seen = {before}
-    for path, content in (("a.jsonl", "abd"), ("a.jsonl", "abcd"), ("c.jsonl", "")):
-        shutil.rmtree(two)
-        shutil.copytree(one, two)
-        (two / path).write_text(content)
-        seen.add(fingerprint(str(two)))
-    assert len(seen) == 4
-    with pytest.raises(InputError, match="no file"):
-        fingerprint(str(tmp_path / "nothing"))
-
-
-def test_bytes_cannot_move_between_files_unseen(tmp_path: Path) -> None:
-    for folder, first, second in (("one", "ab", "c"), ("two", "a", "bc")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "1").write_text(first)
-        (tmp_path / folder / "2").write_text(second)
-    assert fingerprint(str(tmp_path / "one")) != fingerprint(str(tmp_path / "two"))
-
-
-def test_large_weights_are_read_in_64_places(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    size = 129 * 2**20
-    places = {"begin": 0, "between": 3 * 2**19, "looked at": 5 * 2**19, "end": size - 1}
-    found = {}
-    for name, place in places.items():
-        with path.open("wb") as file:
-            file.truncate(size)
-            file.seek(place)
-            file.write(b"x")
-        found[name] = fingerprint(str(path), whole_files=False)
-        if name == "between":
-            assert fingerprint(str(path)) != fingerprint(str(path), whole_files=False)
-    with path.open("wb") as file:
-        file.truncate(size)
-    zeros = fingerprint(str(path), whole_files=False)
-    assert [name for name in places if found[name] != zeros] == ["begin", "looked at", "end"]
 
 
 def test_named_files_are_read_as_the_split_train_in_every_preset() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.evaluation.evaluate import run
@@ -18,6 +18,7 @@ from pipeline.evaluation.tasks import task_manager
 from pipeline.specs import EvaluateSpec, FileCorpus, LocalModel, LocalTasks, TestbedTasksSpec
 from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.tokenizer import train_tokenizer
+from tests.pipeline.tiny_models import tiny_llama
 
 TASK = """\
 task: {name}
@@ -61,21 +62,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([question["question"] for question in QUESTIONS], 300)
     tokenizer.save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            max_position_embeddings=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    tiny_llama(len(tokenizer), 128, **ends).save_pretrained(folder)
     return LocalModel(path=str(folder), dtype="float32")
 
 

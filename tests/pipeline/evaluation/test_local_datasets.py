@@ -8,13 +8,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-import transformers
 
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate
 from pipeline.specs import EvaluateSpec, LocalDatasets, LocalModel
 from pipeline.testbed.tokenizer import train_tokenizer
+from tests.pipeline.tiny_models import tiny_llama
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "local_datasets.py"
 
@@ -53,21 +52,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([example().WORDS], 400)
     tokenizer.save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            max_position_embeddings=1024,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    tiny_llama(len(tokenizer), 1024, **ends).save_pretrained(folder)
     return LocalModel(path=str(folder), dtype="float32")
 
 

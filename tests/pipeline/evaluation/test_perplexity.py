@@ -13,8 +13,6 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import pipeline.evaluation.perplexity
@@ -34,29 +32,19 @@ from pipeline.evaluation.perplexity import (
 from pipeline.models.output_layer import OutputLayer
 from pipeline.specs import PerplexityProtocol
 from pipeline.testbed.tokenizer import train_tokenizer
+from tests.pipeline.tiny_models import TINY, tiny_llama
 
 WORDS = ["ship", "sails", "over", "seven", "seas", "déjà", "vu", "12", "stars", "日本"]
 DRAWS = np.random.default_rng(0)
 TEXTS = [" ".join(DRAWS.choice(WORDS, size=size)) for size in (9, 14, 5, 21, 1, 17, 12, 30)]
 TOKENIZER = train_tokenizer([text for text in TEXTS if "日" not in text], 290)
 VOCABULARY = len(TOKENIZER)
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-}
+SMALL: dict[str, Any] = {**TINY, "vocab_size": VOCABULARY, "max_position_embeddings": 512}
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    return tiny_llama(VOCABULARY, 512)
 
 
 def losses_in_float64(model: Any, ids: list[int], first: int) -> list[float]:

@@ -19,8 +19,6 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -53,6 +51,7 @@ from pipeline.models.loading import loaded
 from pipeline.models.vocabulary import end_ids
 from pipeline.scoring.score import score_samples
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, TestbedCorpus
+from tests.pipeline.tiny_models import seeded, tiny_llama
 
 BOS, EOS = 0, 1
 TEXTS = [
@@ -95,38 +94,22 @@ WITHOUT_BOS = make_tokenizer(with_bos=False)
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(WITH_BOS),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            max_position_embeddings=64,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-        return LlamaForCausalLM(config).eval()
+    return tiny_llama(len(WITH_BOS), bos_token_id=BOS, eos_token_id=EOS)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=len(WITH_BOS),
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            n_positions=64,
-            initializer_range=0.3,
-            bos_token_id=EOS,
-            eos_token_id=EOS,
-        )
-        return GPT2LMHeadModel(config).eval()
+    config = GPT2Config(
+        vocab_size=len(WITH_BOS),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+    )
+    return seeded(lambda: GPT2LMHeadModel(config))
 
 
 @pytest.fixture(scope="module")
@@ -321,11 +304,9 @@ def test_prefixes_of_other_lengths_do_not_change_a_sample_up_to_the_last_positio
     side of the length at which positions switch."""
     config = copy.deepcopy({**ABSOLUTE, **RECURRENT, **LONG_ROPE}[name])
     config.vocab_size, config.bos_token_id, config.eos_token_id = len(WITH_BOS), BOS, EOS
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        for parameter in model.parameters():
-            parameter.data.mul_(3)
+    model = seeded(lambda: transformers.AutoModelForCausalLM.from_config(config))
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
     together = generated(model, RAGGED, Sampling())
     alone = [generated(model, [ids], Sampling(), first=n)[0] for n, ids in enumerate(RAGGED)]
     assert together == alone

@@ -40,6 +40,7 @@ from pipeline.specs import (
     Wanda,
     WindowsSpec,
 )
+from tests.pipeline.tiny_models import UNEVEN
 
 
 def shares(allocated: Allocated) -> list[float]:
@@ -272,23 +273,6 @@ CONFIG = transformers.LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
-
-
-UNEVEN = transformers.Gemma4TextConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    global_head_dim=16,
-    vocab_size_per_layer_input=96,
-    hidden_size_per_layer_input=8,
-    num_kv_shared_layers=0,
-    layer_types=["sliding_attention", "full_attention"] * 2,
-)
-"""Its layers have 9,728, 12,800, 9,728 and 12,800 weights."""
 
 
 def small_model(layers: int = 4) -> Any:

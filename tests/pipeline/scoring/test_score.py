@@ -12,8 +12,6 @@ from tokenizers import Tokenizer, models
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -30,39 +28,23 @@ from pipeline.scoring.score import (
     score_samples,
 )
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, ScoreSpec
+from tests.pipeline.tiny_models import TINY, seeded, tiny_llama
 
 VOCABULARY = 96
 LENGTHS = [24, 7, 13, 2, 19, 7, 31, 5]
 PREFIXES = [3, 2, 1, 1, 4, 0, 3, 3]
 
 
-def small(**more: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "initializer_range": 0.3,
-        "max_position_embeddings": 64,
-        **more,
-    }
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**small())).eval()
+    return tiny_llama(VOCABULARY)
 
 
 @pytest.fixture(scope="module")
 def capped_model() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = Gemma2Config(**small(head_dim=16, final_logit_softcapping=2.0))
-        return Gemma2ForCausalLM(config).eval()
+    sizes = {**TINY, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+    config = Gemma2Config(**sizes, head_dim=16, final_logit_softcapping=2.0)
+    return seeded(lambda: Gemma2ForCausalLM(config))
 
 
 @pytest.fixture(scope="module")
