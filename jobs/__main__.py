@@ -26,7 +26,6 @@ from cluster.submission import (
     job_log,
     stop_job,
 )
-from jobs import store_commands
 from jobs.check import check_plan
 from jobs.console import console
 from jobs.cost import parameters
@@ -39,7 +38,8 @@ from jobs.plan import Plan, make_plan, print_plan
 from jobs.run import run_grid
 from jobs.sample import write_samples
 from jobs.show import print_results, print_state
-from jobs.stores import open_store
+from jobs.store_commands import store_app
+from jobs.stores import StoreUrl, open_store
 from jobs.submit import submit_grid
 from pipeline.errors import InputError
 from pipeline.hub import used
@@ -54,19 +54,12 @@ app = typer.Typer(
     help="Find out which calibration data prunes a language model best.",
 )
 
-app.add_typer(store_commands.app, name="store")
+app.add_typer(store_app, name="store")
 
 GridFile = Annotated[Path, typer.Argument(help="Grid file in YAML.", show_default=False)]
-StoreUrl = Annotated[
-    str,
-    typer.Option(
-        "--store", envvar="CALPRUNE_STORE", help="Folder or fsspec URL that keeps all artifacts."
-    ),
-]
-
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Stages at work at one time; default: as many as fit."),
+    typer.Option(min=1, help="The most stages at work at one time; default: as many as fit."),
 ]
 JobName = Annotated[str, typer.Argument(help="The job that `submit` named.", show_default=False)]
 JobServer = Annotated[
@@ -324,7 +317,7 @@ def _follow(client: Client, job: str) -> None:
 
 
 def _checked_plan(grid: Path, store: str) -> Plan:
-    """Return the plan of a grid after checking it; warn of what the check notes."""
+    """Return the plan of a grid after checking it, and log the check's warnings."""
     logger.info("reading and checking %s", grid)
     read, kept = load_grid(grid), open_store(store)
     with used(model_copies(read, kept) if kept.local else {}):

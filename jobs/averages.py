@@ -6,20 +6,20 @@ from typing import Any
 
 from jobs.suites import Suite, SuiteUse
 
-Row = dict[str, Any]
+_Row = dict[str, Any]
 
-SHARED = ("lm_eval", "dtype", "tokenizer", "chat_template")
+_SHARED = ("lm_eval", "dtype", "tokenizer", "chat_template")
 """Columns that are equal in all rows of an evaluation."""
 
 
-def average_rows(uses: Iterable[SuiteUse], measured: list[Row], dense: list[Row]) -> list[Row]:
+def average_rows(uses: Iterable[SuiteUse], measured: list[_Row], dense: list[_Row]) -> list[_Row]:
     """Return the suites' rows of one cell, with task `<suite>-<average>`.
 
     Args:
         measured: the cell's rows, one per task and metric.
         dense: those of the dense model; empty until it is evaluated.
     """
-    rows: list[Row] = []
+    rows: list[_Row] = []
     for use in uses:
         for name, members in use.suite.averages.items():
             own = _average(use.suite, members, measured)
@@ -34,7 +34,7 @@ def average_rows(uses: Iterable[SuiteUse], measured: list[Row], dense: list[Row]
     return rows
 
 
-def _average(suite: Suite, members: Iterable[str], measured: list[Row]) -> Row | None:
+def _average(suite: Suite, members: Iterable[str], measured: list[_Row]) -> _Row | None:
     """Return the unweighted mean of each task's metric, or None if one is missing.
 
     The standard error assumes that tasks' questions are independent. The limit is the smallest of
@@ -52,5 +52,5 @@ def _average(suite: Suite, members: Iterable[str], measured: list[Row]) -> Row |
         "stderr": None if None in errors else math.hypot(*errors) / len(rows),
         "samples": sum(row["samples"] or 0 for row in rows),
         "limit": min(limits, default=None),
-        **{column: rows[0][column] for column in SHARED},
+        **{column: rows[0][column] for column in _SHARED},
     }

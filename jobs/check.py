@@ -41,7 +41,7 @@ from pipeline.specs import (
 )
 from pipeline.testbed.world import check_mixture
 
-TOKENIZER_FIELDS = {"world", "mixture", "vocab_size", "seed"}
+_TOKENIZER_FIELDS = {"world", "mixture", "vocab_size", "seed"}
 """Fields of a testbed model that its tokenizer depends on."""
 
 
@@ -91,7 +91,7 @@ def check_plan(plan: Plan) -> list[str]:
             _check_pattern(name, configs[name], spec.pattern)
         if isinstance(spec, PruneSpec):
             name = names[_json(_dense(spec.model))]
-            if name not in sizes:  # refuses what cannot be pruned
+            if name not in sizes:  # fails for models that cannot be pruned
                 sizes[name] = _layer_sizes(name, configs[name], _dense(spec.model))
         if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
             _check_allocation(name, sizes[name], spec)
@@ -130,7 +130,7 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
     if isinstance(model, PretrainSpec):
         with _at(f"models.{name}"):
             check_mixture(model.mixture)
-        vocabularies[name] = model.model_dump(include=TOKENIZER_FIELDS)
+        vocabularies[name] = model.model_dump(include=_TOKENIZER_FIELDS)
         return model
     assert not isinstance(model, PruneSpec)
     from pipeline.models.inspection import inspect_model
@@ -164,8 +164,8 @@ def _check_vocabularies(
         return
     if isinstance(ours, dict) and isinstance(theirs, dict):
         if ours != theirs:
-            fields = ", ".join(sorted(TOKENIZER_FIELDS))
-            remedy = f"{reader} would read token ids of {writer}, whose tokenizer is another: "
+            fields = ", ".join(sorted(_TOKENIZER_FIELDS))
+            remedy = f"{reader} would read token ids of {writer}, which has another tokenizer: "
             raise InputError(field, name, f"{remedy}give both the same {fields}")
     elif not isinstance(ours, dict) and not isinstance(theirs, dict):
         from pipeline.models.vocabulary import check_shared
@@ -216,7 +216,7 @@ def _check_vllm(plan: Plan, stage: str, name: str, config: Any, engine: Vllm) ->
         raise InputError("backend.tensor_parallel_size", engine.tensor_parallel_size, remedy)
     layers = getattr(config, "num_layers", getattr(config, "num_hidden_layers", None))
     if layers is not None and engine.pipeline_parallel_size > layers:
-        remedy = f"model {name} has {layers} layers: take at most as many"
+        remedy = f"model {name} has {layers} layers: take at most that"
         raise InputError("backend.pipeline_parallel_size", engine.pipeline_parallel_size, remedy)
     asked = plan.grid.resources.get(stage, StageResources())
     if engine.gpus > 1 and asked.gpus != engine.gpus:
@@ -225,7 +225,7 @@ def _check_vllm(plan: Plan, stage: str, name: str, config: Any, engine: Vllm) ->
     if 0 < asked.gpus < engine.gpu_memory_utilization:
         remedy = (
             f"resources.{stage}.gpus gives an engine {asked.gpus:g} of a GPU: "
-            "lower it to that at most"
+            "lower it to at most that"
         )
         raise InputError("backend.gpu_memory_utilization", engine.gpu_memory_utilization, remedy)
 
@@ -281,7 +281,7 @@ def _layer_sizes(name: str, config: Any, model: Model) -> Sequence[int]:
 def _check_allocation(name: str, sizes: Sequence[int], spec: PruneSpec) -> None:
     if not sizes:
         return
-    alike = [0.0] * len(sizes)  # real ratios come later, and any will do here
+    alike = [0.0] * len(sizes)  # any ratios will do: the real ones come later
     try:
         target = LayerTarget.parse(spec.sparsity, spec.pattern)
         allocate(spec.allocation, target, sizes, alike)

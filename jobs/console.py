@@ -4,7 +4,7 @@ import sys
 
 from rich.console import Console
 
-LOG_COLUMNS = 160
+_LOG_COLUMNS = 160
 """Width of tables written to a file, a pipe or a job's log, in characters."""
 
-console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
+console = Console(width=None if sys.stdout.isatty() else _LOG_COLUMNS)

@@ -42,7 +42,7 @@ CORE_FLOPS = 5.0e10
 """FLOP per second of a CPU core with AVX2 or AVX-512, in matrix products."""
 
 GPU_FLOPS = 4.0e14
-"""The same of a GPU: half of what an H200 reaches in bfloat16."""
+"""FLOP per second of a GPU: half of what an H200 reaches in bfloat16."""
 
 LAYERS = 30
 """Layers of a typical decoder; with its parameters they give the inputs of its matrices."""
@@ -212,7 +212,7 @@ def _tokens(spec: StageSpec) -> float:
             )
             return texts + sum(_task_tokens(spec, task) for task in spec.tasks)
         case PruneSpec():
-            return 0.0  # takes no data
+            return 0.0  # it takes no data
         case _:
             raise TypeError(f"the tokens of a stage {spec.kind} are not known")
 

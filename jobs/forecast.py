@@ -1,5 +1,5 @@
-"""How long a run takes yet: the cost model's estimates, scaled by what was measured so far, laid
-out on the cluster's room."""
+"""Forecast the time left of a run: the cost model's estimates, scaled by the measurements so far,
+scheduled on the cluster's resources."""
 
 import heapq
 import math
@@ -10,34 +10,33 @@ from dataclasses import dataclass
 from cluster.board import Position
 from cluster.graph import Stage, descendants, readers
 
-PRIOR = 0.1
-"""Stages' worth of doubt that a kind differs from the others: between kinds the model's errors vary
-by about three times as much (in logarithms) as between stages of one kind."""
+PRIOR_STAGES = 0.1
+"""Weight of the prior in stages, before a kind's own measurements: the model's errors vary about
+three times as much between kinds (in logarithms) as between stages of one kind."""
 
 LEAST_SHARE = 0.05
-"""Of a stage's work must be done before its pace counts as measured."""
+"""Share of a stage's work to be done before its pace counts as measured."""
 
 OVERDUE_SHARE = 0.1
-"""Of what a stage is expected to take is still to come, once it has taken as long as that."""
-
+"""Time left of an overdue stage, as a share of its expected time."""
 
 MOST_PASSED = 8
-"""Stages without room that are passed over for smaller ones behind them."""
+"""The most stages that do not fit and let smaller ones behind them go first."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """Of a cluster, or of as much of it as a run may take."""
+    """The resources that a run may take of a cluster."""
 
     cpus: float
     gpus: float = 0.0
     workers: int | None = None
-    """At most so many stages at one time."""
+    """The most stages at one time."""
 
 
 @dataclass
 class _Sums:
-    """Seconds that stages took, and those that they were estimated to take."""
+    """Measured and estimated seconds of some stages."""
 
     measured: float = 0.0
     estimated: float = 0.0
@@ -46,24 +45,24 @@ class _Sums:
         self.measured += measured
         self.estimated += estimated
 
-    def scale(self, prior: float, doubt: float) -> float:
-        """Measured over estimated seconds, drawn to a prior, in logarithms, by so many estimated
-        seconds."""
+    def scale(self, prior: float, prior_seconds: float) -> float:
+        """Return measured over estimated seconds, shrunk in logarithms towards a prior with the
+        weight of so many estimated seconds."""
         if not self.measured:
             return prior
-        weight = self.estimated / (self.estimated + doubt)
+        weight = self.estimated / (self.estimated + prior_seconds)
         return float((self.measured / self.estimated) ** weight * prior ** (1 - weight))
 
 
 class Forecast:
-    """Time left of a run. Each kind's estimates are scaled by what its own stages took, and kinds
-    of which none has begun yet by what the others did.
+    """Time left of a run. Each kind's estimates are scaled by the measured seconds of its stages,
+    or of the other kinds if none of its stages has begun.
 
     Args:
-        stages: those that are to be made, each after its inputs.
-        kind: of a stage; all of a kind are scaled alike.
-        computes: whether a stage's time depends on the device's rate, as that of kinds with a
-            forward pass does.
+        stages: the stages to make, each after its inputs.
+        kind: returns a stage's kind; all stages of a kind are scaled alike.
+        computes: returns whether a stage's time depends on the device's rate, as with forward
+            passes.
     """
 
     def __init__(
@@ -84,22 +83,22 @@ class Forecast:
         self._read_by = readers(stages)
 
     def measured(self, stage: Stage, seconds: float) -> None:
-        """Take up what a stage took, in this run or an earlier one."""
+        """Record the seconds of a stage, in this run or an earlier one."""
         self._sums[self.kind(stage)].add(seconds, stage.seconds)
 
     def made(self, stage: Stage, seconds: float) -> None:
-        """Take up a stage that is made."""
+        """Record that a stage is made."""
         if self._left.pop(stage.key, False):
             self.measured(stage, seconds)
 
     def failed(self, key: str) -> None:
-        """Neither the stage nor what waits for it takes time any more."""
+        """Drop a failed stage and all that wait for it."""
         if key in self._left:  # an artifact that was damaged and made again is not
             for name in (key, *descendants(self._read_by, key)):
                 self._left.pop(name, None)
 
     def waiting(self, at_work: Collection[str]) -> tuple[Counter[str], Counter[str]]:
-        """By kind, how many stages could begin if there was room, and how many wait for others."""
+        """Count by kind the stages that wait for room, and those that wait for other stages."""
         ready: Counter[str] = Counter()
         lacking: Counter[str] = Counter()
         left = set(self._left)  # the run goes on meanwhile, in another thread
@@ -109,10 +108,10 @@ class Forecast:
         return ready, lacking
 
     def seconds_left(self, at_work: Mapping[str, Position], room: Room) -> float | None:
-        """None as long as nothing was measured.
+        """Return the seconds until the last stage ends; None before anything was measured.
 
         Args:
-            at_work: of stages on workers, how far they are.
+            at_work: positions of the stages on workers, by key.
         """
         left = list(self._left)  # the run goes on meanwhile, in another thread
         running = {key: at_work[key] for key in left if key in at_work}
@@ -127,7 +126,7 @@ class Forecast:
         return makespan(self.stages, expected, self._read_by, running, room)
 
     def _scales(self, running: Mapping[str, Position]) -> dict[str, float] | None:
-        """By kind, what estimates are to be multiplied with."""
+        """Return the factor for each kind's estimates; None before anything was measured."""
         sums = {
             name: _Sums(each.measured, each.estimated) for name, each in list(self._sums.items())
         }
@@ -142,7 +141,7 @@ class Forecast:
         scales: dict[str, float] = {}
         for name, mean in self._mean.items():
             prior = common if name in self._computing else 1.0
-            scales[name] = sums.get(name, _Sums()).scale(prior, PRIOR * mean)
+            scales[name] = sums.get(name, _Sums()).scale(prior, PRIOR_STAGES * mean)
         for key, position in running.items():  # a stage of a new kind may be long overdue
             name = self.kind(self.stages[key])
             if name not in sums:
@@ -150,28 +149,28 @@ class Forecast:
         return scales
 
     def _common(self, sums: Mapping[str, _Sums]) -> float:
-        """How far the device's rate is off: the geometric mean over kinds that depend on it, each
-        weighed by how much of it was measured."""
+        """Return the factor of the device's rate: the geometric mean over kinds that depend on it,
+        weighted by how much of each was measured."""
         logs = weights = 0.0
         for name in self._computing & sums.keys():
             measured, estimated = sums[name].measured, sums[name].estimated
             if measured > 0:
-                weight = estimated / (estimated + PRIOR * self._mean.get(name, estimated))
+                weight = estimated / (estimated + PRIOR_STAGES * self._mean.get(name, estimated))
                 logs += weight * math.log(measured / estimated)
                 weights += weight
         return math.exp(logs / weights) if weights else 1.0
 
 
 def remaining(position: Position, expected: float) -> float:
-    """Seconds that a stage at work takes yet.
+    """Return the seconds left of a stage at work.
 
-    By its own pace as far as it is done, and for the rest by what it was expected to take.
+    Its own pace weighs as much as the share that is done, the expected seconds as much as the rest.
     """
     by_estimate = max(expected - position.seconds, OVERDUE_SHARE * expected)
     if not position.share:
         return by_estimate
     own = position.phase_seconds * (1 - position.share) / position.share
-    if position.phase:  # a part of the stage: others may follow
+    if position.phase:  # only a part of the stage
         return max(own, by_estimate)
     return position.share * own + (1 - position.share) * max(0.0, expected * (1 - position.share))
 
@@ -183,13 +182,13 @@ def makespan(
     running: Collection[str],
     room: Room,
 ) -> float:
-    """When the last stage ends if those with the longest remaining paths begin first, and those
-    that nobody waits for last (list scheduling, Graham 1969).
+    """Return the seconds until the last stage ends, by list scheduling (Graham 1969): the longest
+    remaining paths begin first, and stages that nothing waits for last.
 
     Args:
         seconds: of every stage that is left, each after its inputs.
         read_by: keys of the stages that read each stage.
-        running: stages that are at work already.
+        running: stages already at work.
     """
     paths: dict[str, float] = {}
     lacking = {key: sum(name in seconds for name in set(stages[key].inputs)) for key in seconds}
@@ -214,7 +213,7 @@ def makespan(
             key = entry[-1]
             asked = stages[key].resources
             fits = asked.cpus <= free_cpus and asked.gpus <= free_gpus
-            if fits or key in running or not ends:  # what no room fits waits for a larger cluster
+            if fits or key in running or not ends:  # or nothing else could run
                 free_cpus, free_gpus = free_cpus - asked.cpus, free_gpus - asked.gpus
                 heapq.heappush(ends, (now + seconds[key], key))
             else:

@@ -1,4 +1,4 @@
-"""Gather what a grid's cells measured into one tidy table: a row a cell, task and metric."""
+"""Gather the results of a grid's cells in one tidy table: a row for each cell, task and metric."""
 
 import functools
 import hashlib
@@ -42,7 +42,7 @@ CELL_COLUMNS: dict[str, pa.DataType] = {
     "temperature": pa.float64(),
     "measured_sparsity": pa.float64(),
 }
-"""The cell, and how it ended. With the metrics they depend on the specs alone."""
+"""The cell and its status. These and the metrics depend on the specs alone."""
 
 RUN_COLUMNS: dict[str, pa.DataType] = {
     "traceback": pa.string(),
@@ -66,18 +66,18 @@ RUN_COLUMNS: dict[str, pa.DataType] = {
     "speed_2_4": pa.string(),
     "lineage": pa.string(),
 }
-"""How it was made; differs from run to run."""
+"""How the result was made; it differs from run to run."""
 
 METRIC_COLUMNS = dict(zip(METRICS_SCHEMA.names, METRICS_SCHEMA.types, strict=True))
 
-COLUMNS = {**CELL_COLUMNS, **METRIC_COLUMNS, **RUN_COLUMNS}
+RESULT_COLUMNS = {**CELL_COLUMNS, **METRIC_COLUMNS, **RUN_COLUMNS}
 
 
 def gather(plan: Plan, store: Store) -> pa.Table:
-    """The results table of a grid, as far as it has come.
+    """Return the results table of a grid, as far as the store has results.
 
-    Cells that failed are one row with `status = failed` and the error, and so are those with a
-    number that is NaN or infinite; cells that have not run are one row with `status = missing`.
+    A failed cell is one row with `status = failed` and the error. So is a cell with a NaN or
+    infinite number. A cell that has not run is one row with `status = missing`.
     """
     reasons = _reasons(plan, store)
     cells = {
@@ -94,7 +94,7 @@ def gather(plan: Plan, store: Store) -> pa.Table:
             rows.append({**cells[key][0], **dict.fromkeys(METRIC_COLUMNS), **further})
         if of_dense and key != reference and has_answers(own):
             rows += flip_rows(own, answered(key), answered(reference))
-    schema = pa.schema(list(COLUMNS.items()))
+    schema = pa.schema(list(RESULT_COLUMNS.items()))
     return pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -103,8 +103,8 @@ def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(table: pa.Table, grid: str, store: Store) -> str:
-    """Write `results/<grid>.parquet`, and beside it a CSV of all that the specs determine, which
-    two runs of one grid have in common to the byte.
+    """Write `results/<grid>.parquet`, and a CSV of the columns that the specs determine, which two
+    runs of one grid write with the same bytes.
 
     Returns:
         The Parquet file's path.
@@ -142,10 +142,10 @@ def _rows(
         return [{**row, "status": "failed", **cause}]
     row |= _run_fields(evaluation, None if pruned is None else store.manifest(pruned.key))
     row |= _calibration_fields(plan, store, key, pruned)
-    spoilt = next((metric for metric in metrics if not _is_finite(metric)), None)
-    if spoilt is not None:
-        value, stderr = spoilt["value"], spoilt.get("stderr")
-        reason = f"{spoilt['task']} {spoilt['metric']} is {value} ± {stderr}: no result"
+    broken = next((metric for metric in metrics if not _is_finite(metric)), None)
+    if broken is not None:
+        value, stderr = broken["value"], broken.get("stderr")
+        reason = f"{broken['task']} {broken['metric']} is {value} ± {stderr}: no result"
         return [{**row, "status": "failed", "error": reason}]
     return [{**row, **metric} for metric in metrics]
 
@@ -168,7 +168,7 @@ def _cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
 
 
 def _options(chosen: Pruner | Allocation | None) -> str:
-    """What is chosen besides a name and differs from the defaults, as JSON."""
+    """Return the options that differ from their defaults, as JSON."""
     options = {} if chosen is None else chosen.model_dump(exclude={"name"}, exclude_defaults=True)
     return json.dumps(options, sort_keys=True)
 
@@ -197,9 +197,9 @@ def _run_fields(evaluation: Manifest, pruning: Manifest | None) -> dict[str, Any
 def _calibration_fields(
     plan: Plan, store: Store, key: str, pruned: PruneSpec | None
 ) -> dict[str, Any]:
-    """What the calibration set took to make, and what it is like if the grid describes it.
+    """Return the cost of the calibration set, and its description if the grid asks for one.
 
-    The seconds are those of all shards together, on however many devices they were made.
+    The seconds are summed over all shards, on any number of devices.
     """
     calibration = None if pruned is None else pruned.calibration
     if calibration is None:
@@ -230,13 +230,13 @@ def _metrics(store: Store, key: str) -> list[dict[str, Any]]:
 
 
 def _is_finite(metric: dict[str, Any]) -> bool:
-    """Whether a number, and its standard error if it has one, are finite."""
+    """Return whether a number and its standard error, if any, are finite."""
     value, stderr = metric["value"], metric.get("stderr")
     return value is not None and math.isfinite(value) and (stderr is None or math.isfinite(stderr))
 
 
 def _reasons(plan: Plan, store: Store) -> dict[str, Failure]:
-    """Of the stages without an artifact, the first failure that keeps each from one."""
+    """Return the first failure that keeps each stage from its artifact, by key."""
     failed = (store.names("failures") & plan.graph.keys()) - store.keys()
     read_by = readers(plan.graph) if failed else {}
     reasons: dict[str, Failure] = {}

@@ -256,7 +256,7 @@ def _each_once(suites: list[tuple[str, _AnySpec]], own: dict[str, _AnySpec]) -> 
 
 
 class Description(Spec):
-    """A description of every calibration set: its scores stand in the results table."""
+    """Describe every calibration set: its scores go into the results table."""
 
     reference: str | None = None
     """Name of the grid's corpus to measure each set's divergence from."""
@@ -347,7 +347,7 @@ class Grid(Spec):
     """Names the results table."""
 
     note: str | None = None
-    """What readers of the results must know. It stands wherever the results do."""
+    """What readers of the results must know; it goes with the results everywhere."""
 
     models: dict[str, GridModel] = Field(min_length=1)
     corpora: dict[str, GridCorpus] = Field(default_factory=dict)
@@ -474,7 +474,7 @@ def refuse_credentials(field: str, text: str) -> None:
     """
     if _CREDENTIALS.search(text):
         shown = _CREDENTIALS.sub("://...@", text)
-        remedy = "has credentials in it, which would be stored: give them by the environment"
+        remedy = "holds credentials, which would be stored: give them by the environment"
         raise InputError(field, shown, remedy)
 
 

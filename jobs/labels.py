@@ -36,7 +36,7 @@ AS_REFERENCE = "as reference"
 """Windows that calibration sets are compared with."""
 
 MOST_NAMES = 3
-"""At most this many calibrations that share a stage are named; of more, the number is given."""
+"""The most calibrations that a label names; of more it gives the number."""
 
 Owners = dict[str, set[Any]]
 """Field of a cell to its values in the cells that a stage is made for."""
@@ -58,9 +58,10 @@ def labels(
         inputs: keys of each stage's inputs.
     """
     own: dict[str, Owners] = {}
-    """By key, of the cells that need the stage for themselves."""
+    """By key, values of the cells that need the stage for themselves."""
     aside: dict[str, tuple[str, Owners]] = {}
-    """By key, of the cells that need the stage only to generate or as a reference, and which."""
+    """By key, the use of a stage that only serves generating or a reference, and its cells'
+    values."""
     for key, cell in cells.items():
         for last in (key, descriptions.get(key)):
             if last is not None:
@@ -114,7 +115,7 @@ class _Words:
         for cell in cells:
             _add(whole, _fields(cell))
             _add(parts.setdefault(cell.calibration, {}), _fields(cell))
-        # The names of calibrations already tell apart what differs only between calibrations.
+        # A value that differs only between calibrations adds nothing to their names.
         self.varies = {name for name in ("calibration", "model") if len(whole.get(name, ())) > 1}
         self.varies |= {
             name for part in parts.values() for name in NUMBERS if len(part.get(name, ())) > 1

@@ -21,13 +21,13 @@ from pipeline.specs import GenerateSpec, ShardSpec
 LAST_ERRORS = 5
 
 MOST_SHOWN = 8
-"""At most this many stages at work are named; of more, the number is given."""
+"""The most stages at work to name; of more, the number is given."""
 
 MOST_RECALLED = 3
 """Artifacts of each kind whose seconds a resumed run reads."""
 
 LONGEST_PHASE = 60
-"""Characters of a phase that are shown at most: an evaluation's phase names all its tasks."""
+"""The most characters of a phase to show: an evaluation's phase names all its tasks."""
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Line:
     in_flight: int = 0
     """Handed to Ray: at work, or waiting for room on the cluster."""
     at_work: int = 0
-    """Begun on a worker, at the last look."""
+    """On a worker at the last look."""
     seconds: float = 0.0
-    """What the stages that are done took together."""
+    """Sum over the stages that are done."""
 
     @property
     def left(self) -> int:
@@ -73,7 +73,7 @@ class Progress:
         """
         Args:
             totals: stages to make, by line.
-            samples: to be generated.
+            samples: number to generate.
             stages: the stages to make, each after its inputs; needed for the time left.
         """
         self.lines = {name: Line(totals[name]) for name in LINES if totals.get(name)}
@@ -167,7 +167,7 @@ class Progress:
         return None if self._end is None else max(0.0, self._end - self.seconds)
 
     def summary(self, busy: Busy | None) -> Iterator[str]:
-        """Yield lines for a log: what is made, what every worker does, what waits."""
+        """Yield lines for a log: what is made, what workers do, what waits."""
         yield "; ".join(
             [
                 f"{self.ended}/{self.total} stages in {duration(self.seconds)}",

@@ -1,4 +1,4 @@
-"""Run a grid: make what its cells need and the store does not hold, then gather."""
+"""Run a grid: make the stages that its cells need and the store lacks."""
 
 import logging
 from importlib import metadata
@@ -20,19 +20,19 @@ from jobs.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-RECORDED = ("calprune", "torch", "transformers", "ray", "lm-eval", "datasets", "numpy", "pyarrow")
-"""Packages whose versions go with every artifact."""
+_RECORDED = ("calprune", "torch", "transformers", "ray", "lm-eval", "datasets", "numpy", "pyarrow")
+"""Packages whose versions every artifact records."""
 
 
 def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None) -> Outcome:
-    """Make every cell's last stage and what it needs; go on where an earlier run stopped.
+    """Make every cell's last stage and its inputs; continue where an earlier run stopped.
 
-    Damaged artifacts are found first, reported, and made again.
+    Damaged artifacts are reported first and made again.
     """
     leases.sweep(store, leases.Observer(store))
     store.sweep()
     present = store.keys() & plan.graph.keys()
-    logger.info("checking %d artifacts that the store has", len(present))
+    logger.info("checking %d artifacts of the store", len(present))
     for key, problem in store.damaged(present).items():
         logger.warning("artifact %s is damaged: %s; it is made again", key, problem)
         store.discard(key)
@@ -50,13 +50,13 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
         logger.info("models.%s: %s", name, chosen)
     if not missing:
         return Outcome()
-    versions = {name: metadata.version(name) for name in RECORDED}
+    versions = {name: metadata.version(name) for name in _RECORDED}
     graph, variables = with_copies(plan, store)
     progress = progress_of(plan, missing)
     recall(progress, plan, store, sorted(present - remade))
     logger.info("joining the cluster at %s", address) if address else logger.info("starting Ray")
     with session(address, (pipeline, cluster, jobs), variables):
-        logger.info("Ray is there; starting workers")
+        logger.info("Ray runs; starting workers")
         board = Board()
         with Watch(progress, plan.grid.name, board, workers) as watch:
             check_resources({plan.graph[key].kind: plan.graph[key].resources for key in missing})

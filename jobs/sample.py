@@ -1,4 +1,4 @@
-"""What a grid's models write: the dense one and the best pruned one of each pruner."""
+"""Let a grid's dense model, and the best pruned model of each pruner, continue a text."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -13,24 +13,24 @@ from jobs.plan import Plan
 from pipeline.errors import InputError
 from pipeline.specs import EvaluateSpec
 
-TOKENS = 32
-"""At most so many new tokens."""
+_NEW_TOKENS = 32
+"""The most new tokens."""
 
-METRICS = ("bits_per_byte", "perplexity")
-"""By which the best is chosen, on average over texts: the first of them that was measured."""
+_METRICS = ("bits_per_byte", "perplexity")
+"""The first of these that was measured chooses the best, by its mean over texts."""
 
 
 class Written(NamedTuple):
-    """A model and what it wrote."""
+    """A model and the text that it wrote."""
 
     name: str
-    """Pruner, target, calibration and seed, those that it has."""
+    """Pruner, target, calibration and seed, as far as the model has them."""
     text: str
     """The prompt and what follows."""
 
 
 def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
-    """Let each model go on from one prompt by `TOKENS`, with one seed and the paper's sampling.
+    """Let each model continue one prompt, with one seed and the paper's sampling.
 
     Raises:
         InputError: if no model of the grid was evaluated yet, or the prompt is empty.
@@ -47,7 +47,7 @@ def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
     from pipeline.models.loading import load_model, load_tokenizer
     from pipeline.models.vocabulary import end_ids
 
-    disable_progress_bar()  # of loading, which takes a second
+    disable_progress_bar()  # loading takes only a second
     for name, key in chosen.items():
         spec = plan.specs[key]
         assert isinstance(spec, EvaluateSpec)
@@ -58,17 +58,17 @@ def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
         while given and given[-1] in end_ids(engine.generation_config, tokenizer):
             given.pop()  # some tokenizers end every text
         if not given:
-            raise InputError("prompt", prompt, "is empty: give a word at least")
+            raise InputError("prompt", prompt, "is empty: give at least one word")
         (sample,) = generate_samples(
-            engine, tokenizer, [given], [0], sampling=Sampling(), seqlen=len(given) + TOKENS
+            engine, tokenizer, [given], [0], sampling=Sampling(), seqlen=len(given) + _NEW_TOKENS
         )
         yield Written(name, sample.text)
 
 
 def best_cells(table: pa.Table) -> dict[str, str]:
-    """Name and `evaluate_key` of each model's dense cell and of the best cell of each pruner."""
-    rows = table.filter(pc.is_in(table["metric"], pa.array(METRICS))).to_pylist()
-    first = next((name for name in METRICS if any(row["metric"] == name for row in rows)), None)
+    """Return name and `evaluate_key` of each model's dense cell and each pruner's best cell."""
+    rows = table.filter(pc.is_in(table["metric"], pa.array(_METRICS))).to_pylist()
+    first = next((name for name in _METRICS if any(row["metric"] == name for row in rows)), None)
     levels: dict[str, list[float]] = {}
     cells = {}
     for row in rows:
@@ -85,7 +85,7 @@ def best_cells(table: pa.Table) -> dict[str, str]:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Numbers that are not finite count as the worst."""
+    """Return the mean, or infinity if a value is not finite."""
     held = list(values)
     return math.fsum(held) / len(held) if all(map(math.isfinite, held)) else math.inf
 

@@ -1,4 +1,4 @@
-"""Print where a grid stands, and its results, for people."""
+"""Print the state of a grid and its results."""
 
 import math
 
@@ -11,8 +11,8 @@ from cluster.store import Store
 from jobs.plan import Plan
 from jobs.stages import LINES, line_of
 
-CELL = ["model", "pruner", "target", "calibration", "seed"]
-VARIED = [
+_CELL = ["model", "pruner", "target", "calibration", "seed"]
+_FIELDS_IF_VARIED = [
     "allocation",
     "allocation_options",
     "nsamples",
@@ -24,13 +24,13 @@ VARIED = [
     "pruner_options",
 ]
 
-EVEN_OVERLAP = math.exp(-1)
-"""Share of tokens that windows have in common, on average, where they are cut at random from a text
-as long as all of them. More means that there was less text."""
+_EVEN_OVERLAP = math.exp(-1)
+"""Mean share of tokens that windows have in common if they are cut at random from a text as long as
+all of them. A larger share means that there was less text."""
 
 
 def print_state(plan: Plan, store: Store, console: Console) -> None:
-    """What there is of each stage, from the store alone: so on any machine, and while it runs."""
+    """Print the state of each kind of stage, from the store alone, so on any machine."""
     done = store.keys() & plan.graph.keys()
     under_way = (store.names("leases") & plan.graph.keys()) - done
     failed = (store.names("failures") & plan.graph.keys()) - done - under_way
@@ -49,17 +49,17 @@ def print_state(plan: Plan, store: Store, console: Console) -> None:
 
 
 def print_results(results: pa.Table, console: Console) -> None:
-    """One row a cell, one column a metric; below it, why cells have no result."""
+    """Print a row for each cell and a column for each metric, then why cells have no result."""
     frame = results.to_pandas()
     frame["target"] = [
         pattern if isinstance(pattern, str) and ":" in pattern else f"{sparsity:.0%}"
         for pattern, sparsity in zip(frame["pattern"], frame["sparsity"], strict=True)
     ]
-    varied = [column for column in VARIED if frame[column].nunique(dropna=True) > 1]
+    varied = [column for column in _FIELDS_IF_VARIED if frame[column].nunique(dropna=True) > 1]
     measured = frame[frame["metric"].notna()]
     columns = list(dict.fromkeys(zip(measured["task"], measured["metric"], strict=True)))
     table = Table(title=f"{frame['grid'].iloc[0]}: {frame['cell'].nunique()} cells")
-    for heading in [*CELL, *varied]:
+    for heading in [*_CELL, *varied]:
         table.add_column(heading)
     limits = measured.groupby("task")["limit"].min().dropna()
     for task, metric in columns:
@@ -71,16 +71,16 @@ def print_results(results: pa.Table, console: Console) -> None:
             (row.task, row.metric): f"{row.value:.4g}" for row in rows.itertuples() if row.metric
         }
         shown = [values.get(column, first["status"]) for column in columns]
-        table.add_row(*(_text(first[field]) for field in [*CELL, *varied]), *shown)
+        table.add_row(*(_text(first[field]) for field in [*_CELL, *varied]), *shown)
     console.print(table)
     if len(limits):
-        console.print("first N: only so many questions of a task were asked; no paper's number")
+        console.print("first N: only the first N questions of a task were asked; papers ask all")
     for _, row in frame[frame["status"] == "failed"].iterrows():
-        cell = " ".join(_text(row[field]) for field in CELL)
+        cell = " ".join(_text(row[field]) for field in _CELL)
         console.print(f"failed: {cell}: {row['error']}", markup=False, soft_wrap=True)
     for note in frame["note"].dropna().unique():
         console.print(f"note: {note}", markup=False, highlight=False)
-    overlapping = frame[frame["calibration_overlap"] > EVEN_OVERLAP]
+    overlapping = frame[frame["calibration_overlap"] > _EVEN_OVERLAP]
     for name, rows in overlapping.groupby("calibration"):
         tokens, share = rows["calibration_tokens"].min(), rows["calibration_overlap"].max()
         overlap = f"windows overlap by up to {share:.0%}: as few as {tokens:.0f} distinct tokens"

@@ -1,4 +1,4 @@
-"""The number of a checkpoint's parameters, from its files: without loading or downloading."""
+"""Count a checkpoint's parameters from its files, without loading or downloading it."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.hub import local_folder
 from pipeline.specs import HubModel, LocalModel
 
-BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_WEIGHT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a weight by the dtype in a configuration."""
 
 
@@ -59,7 +59,7 @@ def _in_pickles(folder: Path) -> float | None:
     if not files or config is None:
         return None
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return sum(file.stat().st_size for file in files) / BYTES.get(dtype, 4)
+    return sum(file.stat().st_size for file in files) / _WEIGHT_BYTES.get(dtype, 4)
 
 
 def _config(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""`python -m jobs store ls|verify|du|gc`: what a store holds, whether it is whole, what may go."""
+"""`python -m jobs store ls|verify|du|gc`: list, check and tidy a store."""
 
 import logging
 import time
@@ -17,21 +17,14 @@ from jobs.fetch import copied_items
 from jobs.grid import load_grid
 from jobs.plan import make_plan
 from jobs.stages import LINES
-from jobs.stores import open_store
+from jobs.stores import StoreUrl, open_store
 
 logger = logging.getLogger(__name__)
 
-app = typer.Typer(no_args_is_help=True, help="Look at a store and tidy it.")
-
-StoreUrl = Annotated[
-    str,
-    typer.Option(
-        "--store", envvar="CALPRUNE_STORE", help="Folder or fsspec URL that keeps all artifacts."
-    ),
-]
+store_app = typer.Typer(no_args_is_help=True, help="Look at a store and tidy it.")
 
 
-@app.command(name="ls")
+@store_app.command(name="ls")
 def list_artifacts(store: StoreUrl = ".calprune") -> None:
     """List all artifacts: key, size, when it was made and where."""
     table = Table()
@@ -44,9 +37,9 @@ def list_artifacts(store: StoreUrl = ".calprune") -> None:
     console.print(table)
 
 
-@app.command()
+@store_app.command()
 def verify(store: StoreUrl = ".calprune") -> None:
-    """Read every file of every artifact and compare its checksum; exit with 1 if one differs."""
+    """Compare the checksum of every file of every artifact; exit with 1 if one differs."""
     kept = open_store(store)
     keys = kept.keys()
     damaged = kept.damaged(keys, whole=True)
@@ -60,7 +53,7 @@ def verify(store: StoreUrl = ".calprune") -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@store_app.command()
 def du(store: StoreUrl = ".calprune") -> None:
     """Print how much each kind of stage holds."""
     kept = open_store(store)
@@ -74,7 +67,7 @@ def du(store: StoreUrl = ".calprune") -> None:
     total = decimal(sum(manifest.bytes for manifest in everything))
     table.add_column("size", footer=total, justify="right")
     known = [kind for kind in LINES if kind in artifacts]
-    for kind in [*known, *sorted(artifacts.keys() - known)]:  # copies from the hub are no stage's
+    for kind in [*known, *sorted(artifacts.keys() - known)]:  # copies from the hub come last
         manifests = artifacts[kind]
         size = decimal(sum(manifest.bytes for manifest in manifests))
         table.add_row(kind, str(len(manifests)), size)
@@ -83,17 +76,19 @@ def du(store: StoreUrl = ".calprune") -> None:
     console.print(f"kept of stages that are not done: {decimal(unfinished)}")
 
 
-@app.command()
+@store_app.command()
 def gc(
     grids: Annotated[
         list[Path], typer.Argument(help="Grid files whose artifacts stay.", show_default=False)
     ],
     store: StoreUrl = ".calprune",
-    delete: Annotated[bool, typer.Option("--delete", help="Remove it; else only say so.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove it; by default, only list it.")
+    ] = False,
 ) -> None:
-    """Remove what no given grid reaches and no run that is under way uses.
+    """Remove what no given grid reaches and no present run uses.
 
-    Results tables stay, and copies from the hub of what the given grids read.
+    Results tables stay, and so do copies from the hub that the given grids read.
     """
     kept = open_store(store)
     plans = [make_plan(load_grid(path)) for path in grids]
@@ -114,7 +109,7 @@ def gc(
 
 
 def _manifests(store: Store) -> list[Manifest]:
-    """Of all artifacts, by key; one that cannot be read is reported."""
+    """Return the manifests of all artifacts by key; log those that cannot be read."""
     found = []
     for key in sorted(store.keys()):
         try:

@@ -1,4 +1,4 @@
-"""Send a grid to a cluster as a job: its code, the grid file and the files that it names."""
+"""Send a grid to a cluster as a job, with its code and the files that it names."""
 
 import glob
 import os
@@ -23,7 +23,7 @@ from jobs.plan import make_plan
 from pipeline.errors import InputError
 
 GRID_FILE = "grid.yaml"
-"""What the grid file is called in the job's working directory."""
+"""Name of the grid file in the job's working directory."""
 
 PACKAGE = "calprune"
 
@@ -37,15 +37,15 @@ def submit_grid(
     extras: Sequence[str] = (),
     variables: Sequence[str] = (),
 ) -> str:
-    """Start a grid on a cluster; returns the job's name.
+    """Start a grid on a cluster, and return the job's name.
 
     Args:
-        extras: calprune's extras to install for the job, in the versions that are installed here.
-        variables: names of environment variables whose values the job is to have.
+        extras: calprune's extras to install for the job, in the versions installed here.
+        variables: names of environment variables to pass to the job.
 
     Raises:
-        InputError: if the grid has a mistake that can be seen from here, a file, a variable or an
-            extra is not there, or a model's dtype would depend on which CPU reads the grid.
+        InputError: if this machine finds a mistake in the grid, a file, a variable or an extra is
+            missing, or a model's dtype would depend on the CPU that reads the grid.
         JobServerError: if the server refuses it.
     """
     grid = read_grid(path)
@@ -67,16 +67,17 @@ def submit_grid(
 
 
 def pack(grid: Grid, path: Path, folder: Path) -> None:
-    """Fill a job's working directory: code, grid file, and files named by a relative path.
+    """Fill a job's working directory with the code, the grid file and all files named by relative
+    paths.
 
     Raises:
-        InputError: if there is no such file, or it is not below the present folder.
+        InputError: if a file is missing, or not below the current folder.
     """
     for module in (pipeline, cluster, jobs):
         source = Path(str(module.__file__)).parent
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(source, folder / module.__name__, ignore=ignored)
-    # Nodes that have only what calprune needs, and not calprune, learn its version from this.
+    # On nodes without calprune itself this states its version.
     installed = metadata.distribution(PACKAGE)
     about = folder / f"{PACKAGE}-{installed.version}.dist-info"
     about.mkdir()
@@ -89,7 +90,7 @@ def pack(grid: Grid, path: Path, folder: Path) -> None:
 
 
 def pinned_extra(extra: str) -> list[str]:
-    """The packages of an extra of calprune, in the versions that are installed here.
+    """Return the packages of an extra of calprune, in the versions installed here.
 
     Raises:
         InputError: if there is no such extra, or it is not installed.
@@ -118,27 +119,27 @@ def pinned_extra(extra: str) -> list[str]:
 
 def _value(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        # It may be a secret: not shown.
-        raise InputError("env", "...", "give the name of a variable alone; its value is read here")
+        # Not shown: it may be a secret.
+        raise InputError("env", "...", "give only the name of a variable; its value is read here")
     if name not in os.environ:
         raise InputError("env", name, "is not set here; set it, or leave it out")
     return os.environ[name]
 
 
 def _refuse_dtypes_of_this_cpu(grid: Grid) -> None:
-    """The job would settle `auto` by the CPU of the node that it starts on, and `show` here by
-    this one: two dtypes are two sets of keys."""
+    """Check that no model has `dtype: auto` without GPUs: the job would choose by its node's CPU
+    and `show` by this one, and two dtypes are two sets of keys."""
     for name, chosen in grid.auto_dtypes.items():
         if not chosen.on_gpus:
             remedy = (
-                "depends on the CPU that reads the grid, and the cluster's may be another: write "
+                "depends on the CPU that reads the grid, and the cluster's may differ: write "
                 "bfloat16 or float32, or give the stages their GPUs in resources"
             )
             raise InputError(f"models.{name}.dtype", "auto", remedy)
 
 
 def _pack_files(taken: Outside, folder: Path) -> None:
-    """Copy what has a relative path; all nodes must reach an absolute one or a URL."""
+    """Copy files with a relative path; nodes reach absolute paths and URLs themselves."""
     for pattern in taken.paths:
         if "://" in pattern or Path(pattern).is_absolute():
             continue
@@ -147,7 +148,7 @@ def _pack_files(taken: Outside, folder: Path) -> None:
             raise InputError(
                 taken.field,
                 pattern,
-                "is not here; give a path below this folder, which goes along with the "
+                "does not exist here; give a path below this folder, whose files go with the "
                 "job, or an absolute path or URL that every node reaches",
             )
         for match in matches:

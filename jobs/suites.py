@@ -1,4 +1,4 @@
-"""Suites of tasks and perplexities, as `jobs/suites/*.yaml` names them."""
+"""Suites of tasks and perplexities, from `jobs/suites/*.yaml`."""
 
 import functools
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ SUITES_FOLDER = Path(__file__).parent / "suites"
 
 
 def _from_protocol(value: object) -> object:
-    """`{protocol: NAME, field: value}` as the fields that it stands for."""
+    """Return the fields that `{protocol: NAME, field: value}` stands for."""
     if not isinstance(value, Mapping) or "protocol" not in value:
         return value
     name = value["protocol"]
@@ -28,7 +28,7 @@ def _from_protocol(value: object) -> object:
 
 
 class CorpusPerplexity(PerplexityProtocol):
-    """A perplexity on a corpus of the grid, or on a preset, under that name."""
+    """A perplexity on one of the grid's corpora or a preset."""
 
     corpus: str
 
@@ -37,30 +37,26 @@ GridPerplexity = Annotated[CorpusPerplexity, BeforeValidator(_from_protocol)]
 
 
 class SuiteTask(TaskSpec):
-    """A task, and which of its metrics the suite is about."""
+    """A task, and the metric that the suite takes of it."""
 
     metric: str
-    """As the results call it."""
-
-    def task(self) -> TaskSpec:
-        """The task alone."""
-        return TaskSpec(name=self.name, num_fewshot=self.num_fewshot, limit=self.limit)
+    """Its name in the results."""
 
 
 class Suite(Spec):
-    """What belongs together in a table."""
+    """Tasks and perplexities that are measured together."""
 
     tasks: tuple[SuiteTask, ...] = ()
     perplexity: tuple[GridPerplexity, ...] = ()
 
     task_folder: Annotated[TestbedTasksSpec | LocalTasks, Field(discriminator="kind")] | None = None
-    """Where tasks beyond lm-eval's own are found."""
+    """Folder of tasks besides lm-eval's own."""
 
     averages: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Name to the tasks whose metrics are averaged, each with the same weight."""
+    """Name of an average to its tasks, all of the same weight."""
 
     retention: bool = False
-    """Whether averages are given as shares of the dense model's, too."""
+    """Also give averages as shares of the dense model's."""
 
     @model_validator(mode="after")
     def _averages_are_of_its_tasks(self) -> "Suite":
@@ -72,16 +68,16 @@ class Suite(Spec):
         return self
 
     def metric(self, task: str) -> str:
-        """The metric of a task of the suite."""
+        """Return the metric of a task of the suite."""
         return next(entry.metric for entry in self.tasks if entry.name == task)
 
 
 @functools.cache
 def load_suite(name: str) -> Suite:
-    """A suite by its name.
+    """Read a suite by its name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none of this name.
     """
     path = SUITES_FOLDER / f"{name}.yaml"
     if not path.is_file():
@@ -98,10 +94,10 @@ class SuiteUse(Spec):
     """One of `jobs/suites/`."""
 
     limit: int | None = Field(default=None, ge=1)
-    """At most so many questions per task; every table says so."""
+    """The most questions of a task; every table states it."""
 
     seqlen: int | None = Field(default=None, ge=8)
-    """Tokens of the perplexities' windows, where the model takes no more; it moves the numbers."""
+    """Tokens of the perplexities' windows, for models that take no more; it changes the numbers."""
 
     @model_validator(mode="after")
     def _is_known(self) -> "SuiteUse":
@@ -110,15 +106,19 @@ class SuiteUse(Spec):
 
     @property
     def suite(self) -> Suite:
-        """What it names."""
+        """The suite of this name."""
         return load_suite(self.name)
 
     def tasks(self) -> list[TaskSpec]:
-        """Its tasks."""
-        limit = {} if self.limit is None else {"limit": self.limit}
-        return [entry.task().model_copy(update=limit) for entry in self.suite.tasks]
+        """Return the suite's tasks."""
+        return [
+            TaskSpec(
+                name=entry.name, num_fewshot=entry.num_fewshot, limit=self.limit or entry.limit
+            )
+            for entry in self.suite.tasks
+        ]
 
     def perplexities(self) -> list[CorpusPerplexity]:
-        """Its perplexities."""
+        """Return the suite's perplexities."""
         seqlen = {} if self.seqlen is None else {"seqlen": self.seqlen}
         return [entry.model_copy(update=seqlen) for entry in self.suite.perplexity]

@@ -1,4 +1,4 @@
-"""Report how a run goes: to a terminal, to a job's log, and to Ray's metrics."""
+"""Report a run to a terminal, to a job's log, and to Ray's metrics."""
 
 import logging
 import sys
@@ -44,12 +44,12 @@ class Watch(Watcher):
     ) -> None:
         """
         Args:
-            board: where workers write what they do.
-            workers: at most this many stages at one time.
+            board: where workers write their positions.
+            workers: the most stages at one time.
         """
         super().__init__(board)
         self.progress = progress
-        self.metrics = Metrics(progress, grid)
+        self.metrics = RunMetrics(progress, grid)
         self.workers = workers
         self.busy: Busy | None = None
         self._logged: set[str] = set()
@@ -63,7 +63,7 @@ class Watch(Watcher):
     def __enter__(self) -> "Watch":
         if self._live is not None:
             self._live.start()
-            _log_to_stderr()  # which is above the view now
+            _log_to_stderr()  # its lines now appear above the view
         self._thread.start()
         return self
 
@@ -142,7 +142,7 @@ class Watch(Watcher):
         return self.progress.view(self.busy)
 
 
-class Metrics:
+class RunMetrics:
     """The same figures as Ray's metrics, for its dashboard and Prometheus."""
 
     def __init__(self, progress: Progress, grid: str) -> None:
@@ -170,7 +170,7 @@ class Metrics:
         self.in_flight = gauge("stages_in_flight", "Stages handed to Ray.", "stage")
         self.at_work = gauge("stages_at_work", "Stages on workers.", "stage")
         self.share = gauge(
-            "share_done", "Mean share that is done of what stages at work do at present.", "stage"
+            "share_done", "Mean share done of the present phase of stages at work.", "stage"
         )
         self.left = gauge("stages_left", "Stages that have not ended.", "stage")
         self.replicas = gauge("replicas", "Actors that make stages.", "stage")
@@ -194,7 +194,7 @@ class Metrics:
                     metric.inc(made)
 
     def set(self) -> None:
-        """Set what goes up and down."""
+        """Set the gauges, and count the work since the last look."""
         for name, line in list(self.progress.lines.items()):
             self.in_flight.set(line.in_flight, {"stage": name})
             self.at_work.set(line.at_work, {"stage": name})
@@ -226,7 +226,7 @@ class Metrics:
 
 
 def _log_to_stderr() -> None:
-    """Let the log's lines go to what is standard error now."""
+    """Send the log's lines to the present standard error."""
     for handler in logging.getLogger().handlers:
-        if type(handler) is logging.StreamHandler:  # and none of its kinds that write elsewhere
+        if type(handler) is logging.StreamHandler:  # its subclasses write elsewhere
             handler.setStream(sys.stderr)
