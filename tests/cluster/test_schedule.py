@@ -68,7 +68,7 @@ def steps(of: Schedule, now: float = 0.0) -> list[str]:
 CASES = [random_case(random.Random(seed)) for seed in range(200)]
 
 
-def test_random_grids_take_hardly_longer_than_list_scheduling_with_known_times() -> None:
+def test_random_grids_take_at_most_a_tenth_longer_than_list_scheduling() -> None:
     ratios = [Simulation(case).run() / list_schedule(case) for case in CASES]
     assert max(ratios) <= MAKESPAN_TARGET
     assert sum(ratios) / len(ratios) <= 1.02

@@ -47,7 +47,7 @@ def generations(plan: Plan) -> list[GenerateSpec]:
     return [spec for spec in plan.specs.values() if isinstance(spec, GenerateSpec)]
 
 
-def test_auto_is_what_is_installed_where_the_grid_is_read(
+def test_auto_is_the_engine_installed_where_the_grid_is_read(
     content: Content, load: Load, installed: Callable[[bool], None]
 ) -> None:
     assert own(content, load) == "transformers"
@@ -117,7 +117,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_vllm_is_refused_where_it_has_other_positions_than_transformers(rope: str) -> None:
+def test_vllm_is_refused_if_its_positions_differ_from_transformers(rope: str) -> None:
     longest = 256
     config = LlamaConfig(
         hidden_size=32,
@@ -133,7 +133,7 @@ def test_vllm_is_refused_where_it_has_other_positions_than_transformers(rope: st
     _check_vllm_positions("phi", LlamaConfig(max_position_embeddings=longest), None)
 
 
-def test_a_temperature_that_vllm_does_not_take_is_named_with_its_calibration(
+def test_a_temperature_that_vllm_refuses_is_an_error_that_names_its_calibration(
     content: Content, load: Load
 ) -> None:
     content["calibrations"]["own"] |= {"backend": "vllm", "temperature": 0.001}
@@ -166,7 +166,7 @@ def test_an_engine_that_does_not_fit_its_model_or_resources_is_refused(
         check_plan(make_plan(load(content)))
 
 
-def test_an_engine_that_fits_is_taken_only_where_it_is_installed(
+def test_an_engine_that_fits_passes_only_where_it_is_installed(
     content: Content, load: Load, installed: Callable[[bool], None]
 ) -> None:
     content["calibrations"]["own"]["backend"] = {"name": "vllm", "tensor_parallel_size": 2}

@@ -24,7 +24,7 @@ Content = dict[str, Any]
 Load = Callable[[Content], Grid]
 
 
-def test_lists_are_multiplied_and_the_dense_model_comes_first(content: Content, load: Load) -> None:
+def test_axes_are_multiplied_and_the_dense_model_comes_first(content: Content, load: Load) -> None:
     cells = expand(load(content))
     assert cells[0] == Cell(model="testbed")
     wanda = [cell for cell in cells if isinstance(cell.pruner, Wanda)]
@@ -32,7 +32,7 @@ def test_lists_are_multiplied_and_the_dense_model_comes_first(content: Content, 
     assert len({cell.model_dump_json() for cell in cells}) == len(cells)
 
 
-def test_cells_of_a_pruner_without_data_are_one_for_all_calibrations_and_seeds(
+def test_a_pruner_without_data_has_one_cell_for_all_calibrations_and_seeds(
     content: Content, load: Load
 ) -> None:
     cells = [cell for cell in expand(load(content)) if isinstance(cell.pruner, Magnitude)]
@@ -46,7 +46,7 @@ ALLOCATIONS = ["uniform", {"name": "owl", "spread": 0.1}, "owl"]
 PROGRESSION = {"name": "arithmetic-progression", "difference": 0.02}
 
 
-def test_allocations_are_an_axis_beside_the_pruners(content: Content, load: Load) -> None:
+def test_allocations_are_an_axis_of_their_own(content: Content, load: Load) -> None:
     content["cells"] |= {
         "pruner": "wanda",
         "sparsity": 0.5,
@@ -62,9 +62,7 @@ def test_allocations_are_an_axis_beside_the_pruners(content: Content, load: Load
     }
 
 
-def test_magnitude_needs_a_calibration_where_its_allocation_does(
-    content: Content, load: Load
-) -> None:
+def test_magnitude_needs_a_calibration_if_its_allocation_does(content: Content, load: Load) -> None:
     content["cells"] |= {
         "pruner": "magnitude",
         "sparsity": 0.5,
@@ -111,9 +109,7 @@ def test_axes_of_generation_mean_nothing_to_real_corpora(content: Content, load:
     ]
 
 
-def test_a_generated_cell_tells_the_values_that_its_calibration_gives(
-    content: Content, load: Load
-) -> None:
+def test_a_generated_cell_has_the_values_of_its_calibration(content: Content, load: Load) -> None:
     cells = [cell for cell in expand(load(content)) if cell.calibration == "own"]
     assert {
         (cell.prefix_tokens, cell.drop_fraction, cell.num_samples, cell.temperature)
@@ -121,7 +117,7 @@ def test_a_generated_cell_tells_the_values_that_its_calibration_gives(
     } == {(2, 0.2, 80, 0.6)}
 
 
-def test_include_adds_cells_and_exclude_takes_them_away(content: Content, load: Load) -> None:
+def test_include_adds_cells_and_exclude_removes_them(content: Content, load: Load) -> None:
     content["include"] = [{"sparsity": 0.7, "pruner": {"name": "sparsegpt", "damping": 0.1}}]
     content["exclude"] = [{"calibration": "own", "sparsity": ["2:4", 0.7]}]
     cells = expand(load(content))
@@ -135,7 +131,7 @@ def test_include_adds_cells_and_exclude_takes_them_away(content: Content, load: 
     ]
 
 
-def test_a_generated_cell_comes_down_to_the_papers_recipe(content: Content, load: Load) -> None:
+def test_a_generated_cell_becomes_the_papers_recipe(content: Content, load: Load) -> None:
     grid = load(content)
     cell = next(cell for cell in expand(grid) if cell.calibration == "own" and cell.seed == 1)
     pruned = prune_spec(grid, cell)
@@ -224,7 +220,7 @@ def test_one_generation_seed_shares_the_texts_between_seeds(content: Content, lo
     assert len({spec.source.key for spec in windows if isinstance(spec.source, FilterSpec)}) == 1
 
 
-def test_a_model_is_evaluated_alike_dense_and_pruned(content: Content, load: Load) -> None:
+def test_dense_and_pruned_models_have_the_same_evaluation(content: Content, load: Load) -> None:
     grid = load(content)
     specs = [evaluate_spec(grid, cell) for cell in expand(grid)]
     assert len({spec.model_copy(update={"model": specs[0].model}).key for spec in specs}) == 1
@@ -277,7 +273,7 @@ def test_a_grid_that_excludes_all_its_cells_is_refused(content: Content, load: L
         expand(load(content))
 
 
-def test_a_pruned_version_of_the_model_can_write(content: Content, load: Load) -> None:
+def test_a_pruned_version_of_the_model_can_generate(content: Content, load: Load) -> None:
     content["calibrations"]["sparse"] = {
         "prefixes": "other",
         "num_samples": 80,
@@ -321,7 +317,7 @@ def test_a_pruned_version_of_the_model_can_write(content: Content, load: Load) -
         ({"pruner": "wanda", "sparsity": 0.5, "calibration": "own"}, "needs itself, by own"),
     ],
 )
-def test_a_pruned_generator_that_cannot_be_made_is_refused(
+def test_an_impossible_pruned_generator_is_refused(
     generator: Content, message: str, content: Content, load: Load
 ) -> None:
     content["calibrations"]["own"]["generator"] = generator
@@ -329,7 +325,7 @@ def test_a_pruned_generator_that_cannot_be_made_is_refused(
         expand(load(content))
 
 
-def test_every_calibration_set_is_described_where_the_grid_says_so(
+def test_every_calibration_set_is_described_if_the_grid_asks_for_it(
     content: Content, load: Load
 ) -> None:
     plain, described = load(content), load({**content, "describe": {"reference": "notes"}})

@@ -65,7 +65,7 @@ def test_an_allocation_that_does_not_fit_the_model_is_found_before_anything_runs
         checked(content, load, allocation, sparsity)
 
 
-def test_layers_count_by_the_sizes_that_a_models_configuration_gives(
+def test_layers_are_weighted_by_their_sizes_in_the_configuration(
     content: Content, load: Load, uneven: dict[str, str]
 ) -> None:
     content["models"]["testbed"] = uneven
@@ -127,7 +127,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., dict[str, str]]:
 
 
 @pytest.mark.parametrize("field", ["generator", "scorer"])
-def test_models_that_meet_must_share_their_vocabulary(
+def test_models_that_exchange_token_ids_must_share_a_vocabulary(
     content: Content, load: Load, checkpoint: Callable[..., dict[str, str]], field: str
 ) -> None:
     content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
@@ -140,7 +140,7 @@ def test_models_that_meet_must_share_their_vocabulary(
         check_plan(make_plan(load(content)))
 
 
-def test_a_reader_must_have_rows_for_all_that_the_writer_may_draw(
+def test_a_reader_must_have_an_embedding_for_every_id_that_the_writer_may_draw(
     content: Content, load: Load, checkpoint: Callable[..., dict[str, str]]
 ) -> None:
     content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
@@ -154,7 +154,7 @@ def test_a_reader_must_have_rows_for_all_that_the_writer_may_draw(
         check_plan(make_plan(load(content)))
 
 
-def test_testbed_models_meet_where_their_tokenizers_are_trained_alike(
+def test_testbed_models_with_equal_tokenizer_fields_may_exchange_token_ids(
     content: Content, load: Load
 ) -> None:
     content["cells"] |= {"calibration": "own", "pruner": "wanda", "sparsity": 0.5}
@@ -166,7 +166,7 @@ def test_testbed_models_meet_where_their_tokenizers_are_trained_alike(
         check_plan(make_plan(load(content)))
 
 
-def test_tensors_without_use_are_a_note(
+def test_unused_tensors_are_a_note(
     content: Content, load: Load, checkpoint: Callable[..., dict[str, str]]
 ) -> None:
     content["models"]["testbed"] = checkpoint("pruned", "abcdef")
@@ -181,7 +181,7 @@ def test_tensors_without_use_are_a_note(
     assert note == "models.testbed: the model has no use for some tensors: vision.patch"
 
 
-def test_every_part_of_a_mixture_must_have_texts_for_its_share(
+def test_every_part_of_a_mixture_must_have_enough_texts_for_its_share(
     content: Content, load: Load
 ) -> None:
     """The file has 90 texts."""
@@ -196,7 +196,7 @@ def test_every_part_of_a_mixture_must_have_texts_for_its_share(
     assert check_plan(make_plan(load(content))) == []
 
 
-def test_a_list_without_words_is_found_before_anything_runs(
+def test_an_empty_word_list_is_refused_before_anything_runs(
     content: Content, load: Load, tmp_path: Path
 ) -> None:
     path = tmp_path / "words.txt"

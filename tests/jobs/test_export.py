@@ -83,7 +83,7 @@ def test_an_exported_model_is_the_pruned_one_with_its_tokenizer(
     assert len(transformers.AutoTokenizer.from_pretrained(folder)) == 2
 
 
-def test_the_command_line_says_where_the_checkpoint_is(store: Store, tmp_path: Path) -> None:
+def test_the_command_line_prints_the_folder_of_the_checkpoint(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     done = CliRunner().invoke(app, ["export", WHOLE.key, str(folder), "--store", store.url])
     assert done.exit_code == 0, done.output
@@ -91,7 +91,9 @@ def test_the_command_line_says_where_the_checkpoint_is(store: Store, tmp_path: P
     assert (folder / "config.json").is_file()
 
 
-def test_a_key_that_is_no_pruned_models_is_refused(store: Store, tmp_path: Path) -> None:
+def test_a_key_of_something_else_than_a_pruned_model_is_refused(
+    store: Store, tmp_path: Path
+) -> None:
     for key in (DENSE.key, "prune-0123"):
         with pytest.raises(InputError, match=f"key: '{key}'.*prune_key"):
             export(store, key, tmp_path / "out")
@@ -104,7 +106,7 @@ def test_a_folder_in_use_is_left_alone(store: Store, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_masks_without_their_model_say_what_is_missing(tmp_path: Path) -> None:
+def test_masks_without_their_dense_model_are_an_error_that_names_it(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     put(store, DENSE)
     put(store, PRUNED)

@@ -70,7 +70,7 @@ def grid(content: Content, load: Load) -> Grid:
     return load(content)
 
 
-def test_all_that_a_grid_reads_from_the_hub_is_known(grid: Grid) -> None:
+def test_all_hub_items_of_a_grid_are_listed(grid: Grid) -> None:
     items = hub_items(make_plan(grid))
     assert sorted((item.kind, item.name, item.files) for item in items) == [
         ("dataset", "Salesforce/wikitext", ("wikitext-2-raw-v1/*", "*/wikitext-2-raw-v1/*")),
@@ -103,7 +103,7 @@ def test_a_grid_runs_from_its_copies_with_the_hub_switched_off(
     assert {row["samples"] for row in rows if row["task"] != "wikitext"} == {12}
 
 
-def test_what_the_hub_does_not_have_is_named_and_nothing_half_done_is_left(
+def test_a_missing_hub_item_is_named_and_leaves_nothing_unfinished(
     grid: Grid, hub: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(hub / "acme")
@@ -120,7 +120,7 @@ def call(*words: str | Path, store: Store) -> str:
 
 
 @pytest.mark.usefixtures("hub")
-def test_tidying_keeps_copies_that_a_given_grid_or_a_live_run_reads(
+def test_gc_keeps_copies_that_a_given_grid_or_a_live_run_reads(
     grid: Grid, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "PULSE_SECONDS", 0.2)
@@ -153,7 +153,7 @@ def test_tidying_keeps_copies_that_a_given_grid_or_a_live_run_reads(
 
 
 @pytest.mark.usefixtures("hub")
-def test_tidying_removes_nothing_for_a_grid_whose_files_are_gone(
+def test_gc_removes_nothing_if_a_grids_files_are_missing(
     grid: Grid, content: Content, load: Load, tmp_path: Path
 ) -> None:
     store = Store(str(tmp_path / "store"))
@@ -171,7 +171,7 @@ def test_tidying_removes_nothing_for_a_grid_whose_files_are_gone(
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_copy_under_way_is_no_garbage(
+def test_gc_keeps_a_copy_under_way(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, found = Store(str(tmp_path / "store")), []

@@ -26,7 +26,7 @@ def answers(folder: Path, name: str, right: dict[str, list[int]], asked: str = "
     return read_answers(folder / name)
 
 
-def test_flips_count_changes_both_ways_where_accuracy_sees_none(tmp_path: Path) -> None:
+def test_flips_count_changes_in_both_directions_that_cancel_in_the_accuracy(tmp_path: Path) -> None:
     dense = answers(tmp_path, "dense", {"facts": [1, 1, 0, 0, 1], "other": [1, 0]})
     own = answers(tmp_path, "own", {"facts": [0, 1, 1, 0, 1], "other": [1, 0]})
     measured = [

@@ -113,7 +113,7 @@ GRIDS = [Path("jobs/grids/demo-testbed.yaml"), Path("analysis/studies/predictor.
 @pytest.mark.parametrize("cpus", [2, 16])
 @pytest.mark.parametrize("off", [1 / 3, 1.0, 3.0])
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_from_a_tenth_of_the_run_on_the_time_left_is_within_a_factor_of_one_and_a_half(
+def test_after_a_tenth_of_a_run_the_time_left_is_right_within_a_factor_of_one_and_a_half(
     path: Path, off: float, cpus: int
 ) -> None:
     """The device is three times as fast or slow as the cost model says; kinds are off from that by
@@ -135,7 +135,7 @@ def test_from_a_tenth_of_the_run_on_the_time_left_is_within_a_factor_of_one_and_
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_kinds_that_are_three_times_off_are_right_once_some_of_each_were_measured(
+def test_kinds_that_are_three_times_off_are_corrected_by_their_first_measurements(
     path: Path,
 ) -> None:
     """That is, three stages of each kind with a twentieth of the work. Before that nobody can know:
@@ -162,7 +162,7 @@ def test_kinds_that_are_three_times_off_are_right_once_some_of_each_were_measure
         assert min(found) > 1 / WITHIN, (seed, found)
 
 
-def test_the_makespan_is_that_of_list_scheduling() -> None:
+def test_the_makespan_equals_that_of_list_scheduling() -> None:
     """Against a simulator written apart, over random graphs."""
     for seed in range(30):
         draw = random.Random(seed)
@@ -185,7 +185,7 @@ def test_the_makespan_keeps_to_resources_and_workers() -> None:
     assert makespan(two, seconds, readers(two), [], Room(1)) == 20.0  # a larger node may come
 
 
-def test_what_waits_for_a_failed_stage_takes_no_time() -> None:
+def test_stages_that_wait_for_a_failed_one_take_no_time() -> None:
     stages = graph(stage("a", 10.0), stage("b", 99.0, "a"), stage("c", 10.0), stage("d", 10.0))
     forecast = Forecast(stages, line_name)
     assert forecast.seconds_left({}, Room(1)) is None
@@ -195,7 +195,7 @@ def test_what_waits_for_a_failed_stage_takes_no_time() -> None:
     assert left == pytest.approx(10.0 * (20.0 + 0.1 * 32.25 * 2.0) / (10.0 + 0.1 * 32.25))
 
 
-def test_a_stage_at_work_is_judged_by_its_pace_the_more_of_it_is_done() -> None:
+def test_the_pace_of_a_stage_at_work_counts_more_as_it_proceeds() -> None:
     """Expected to take 100 s; after 30 s a half is done."""
     assert remaining(Position(30.0, "", 30.0, 15, 30, "layers"), 100.0) == 0.5 * 30 + 0.5 * 50
     assert remaining(Position(30.0), 100.0) == 70.0
@@ -204,7 +204,7 @@ def test_a_stage_at_work_is_judged_by_its_pace_the_more_of_it_is_done() -> None:
     assert remaining(Position(90.0, "tasks", 60.0, 3, 4, "requests"), 100.0) == 20.0
 
 
-def test_an_evaluation_that_is_overdue_tells_of_those_that_have_not_begun() -> None:
+def test_an_overdue_evaluation_raises_the_forecast_of_later_ones() -> None:
     stages = graph(
         stage("p", 10.0),
         *(stage(f"e{number}", 10.0, "p", kind="evaluate") for number in range(3)),

@@ -20,7 +20,7 @@ Content = dict[str, Any]
 Load = Callable[[Content], Grid]
 
 
-def test_a_row_tells_the_allocation_and_what_differs_from_its_defaults(
+def test_a_row_has_the_allocation_and_its_options_that_differ_from_defaults(
     content: Content, load: Load, tmp_path: Path
 ) -> None:
     content["cells"] |= {
@@ -92,7 +92,7 @@ def test_a_standard_error_may_be_absent_but_not_infinite(
         assert row["status"] == ("failed" if name == "infinite" else "ok")
 
 
-def test_a_row_tells_its_calibration_sets_description_and_what_generating_it_took(
+def test_a_row_has_the_description_and_the_cost_of_its_calibration_set(
     content: Content, load: Load, tmp_path: Path
 ) -> None:
     content["cells"] |= {"pruner": "wanda", "sparsity": 0.5, "seed": 0}

@@ -23,7 +23,7 @@ def test_every_grid_of_the_project_is_valid_under_its_files_name(path: Path) -> 
     assert read_grid(path).name == path.stem  # the demo's files are not there before it is prepared
 
 
-def test_the_demo_says_what_makes_its_files(
+def test_missing_files_of_the_demo_are_an_error_that_names_the_command_to_make_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demo = Path("jobs/grids/demo.yaml").resolve()
@@ -32,7 +32,9 @@ def test_the_demo_says_what_makes_its_files(
         load_grid(demo)
 
 
-def test_presets_stand_for_specs_and_fields_beside_them_win(content: Content, load: Load) -> None:
+def test_a_preset_expands_to_its_spec_and_fields_beside_it_override_it(
+    content: Content, load: Load
+) -> None:
     content["corpora"] |= {"c4": "c4", "web": {"preset": "c4", "data_files": "mine.json"}}
     corpora = load(content).corpora
     assert isinstance(corpora["other"], TestbedCorpus)
@@ -125,7 +127,7 @@ def test_other_banned_words_under_the_same_path_are_another_calibration(
         ("", "must be a mapping"),
     ],
 )
-def test_what_is_no_grid_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_grid_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
@@ -134,7 +136,7 @@ def test_what_is_no_grid_is_refused(tmp_path: Path, text: str, message: str) -> 
         load_grid(tmp_path / "other.yaml")
 
 
-def test_a_grid_is_read_as_windows_saves_it_and_no_other_encoding_passes(
+def test_a_grid_saved_by_windows_is_read_and_other_encodings_are_refused(
     content: Content, tmp_path: Path
 ) -> None:
     path = tmp_path / "grid.yaml"
@@ -214,7 +216,7 @@ def with_hub_model(content: Content, dtype: str) -> Content:
         ("older", 0.5, "bfloat16", "resources ask for GPUs"),
     ],
 )
-def test_dtype_auto_is_what_the_stages_hardware_multiplies_and_keys_hold_it(
+def test_dtype_auto_depends_on_the_stages_hardware_and_keys_hold_the_dtype(
     content: Content,
     load: Load,
     cpu: Callable[[str], None],
@@ -240,9 +242,7 @@ def test_dtype_auto_is_what_the_stages_hardware_multiplies_and_keys_hold_it(
     assert set(make_plan(grid).specs) == set(make_plan(named).specs)
 
 
-def test_a_model_without_a_dtype_or_with_a_wrong_one_is_not_settled(
-    content: Content, load: Load
-) -> None:
+def test_dtype_auto_is_decided_only_for_models_that_have_it(content: Content, load: Load) -> None:
     with pytest.raises(InputError, match=r"models\.m\..*dtype: 'automatic'"):
         load(with_hub_model(content, "automatic"))
     content["models"] = {"testbed": {"preset": "testbed-tiny", "dtype": "auto"}}

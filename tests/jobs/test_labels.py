@@ -48,12 +48,14 @@ def test_labels_name_what_varies_the_calibration_first(content: Content, load: L
     )
 
 
-def test_what_does_not_vary_is_not_named(content: Content, load: Load) -> None:
+def test_a_label_leaves_out_what_does_not_vary(content: Content, load: Load) -> None:
     content["cells"] |= {"pruner": "wanda", "sparsity": 0.5, "seed": 0, "calibration": "own"}
     assert {"windows", "prune wanda 50%", "generate shard 2 of 2"} <= set(labels_of(load(content)))
 
 
-def test_a_stage_is_named_by_what_its_cells_have_in_common(content: Content, load: Load) -> None:
+def test_the_label_of_a_shared_stage_has_what_its_cells_have_in_common(
+    content: Content, load: Load
+) -> None:
     """Both calibrations read the same samples, and both seeds."""
     content["calibrations"]["own"]["generation_seed"] = 0
     content["calibrations"]["strict"] = content["calibrations"]["own"] | {"drop_fraction": 0.5}
@@ -76,7 +78,7 @@ def test_models_and_allocations_are_named_where_they_vary(content: Content, load
     assert "prune true testbed wanda 2:4 owl" in labels
 
 
-def test_axes_that_change_samples_are_named_from_the_stage_on_that_they_change(
+def test_an_axis_is_in_the_labels_of_the_stages_that_it_changes(
     content: Content, load: Load
 ) -> None:
     content["cells"] |= {
@@ -95,7 +97,7 @@ def test_axes_that_change_samples_are_named_from_the_stage_on_that_they_change(
     } <= set(labels_of(load(content)))
 
 
-def test_what_is_pruned_to_generate_only_says_so(content: Content, load: Load) -> None:
+def test_the_label_of_a_pruning_for_a_generator_says_so(content: Content, load: Load) -> None:
     content["calibrations"]["pruned"] = {
         "prefixes": "other",
         "num_samples": 8,
@@ -109,6 +111,6 @@ def test_what_is_pruned_to_generate_only_says_so(content: Content, load: Load) -
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_no_two_stages_of_a_grid_have_one_label(path: Path) -> None:
+def test_all_stages_of_a_grid_have_different_labels(path: Path) -> None:
     repeated = [label for label, times in Counter(labels_of(read_grid(path))).items() if times > 1]
     assert repeated == []

@@ -143,7 +143,7 @@ def _in_a_folder_with_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("notes.txt").write_text("a line of text\n" * 90)
 
 
-def test_the_grid_without_a_mistake_is_planned() -> None:
+def test_a_grid_without_a_mistake_is_planned() -> None:
     Path("grid.yaml").write_text(GRID)
     assert make_plan(load_grid(Path("grid.yaml"))).cells
 

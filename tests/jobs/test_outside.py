@@ -47,7 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_stage_takes_what_it_reads_itself_and_not_what_the_stages_before_it_read() -> None:
+def test_a_stage_lists_only_its_own_reads_and_not_those_of_earlier_stages() -> None:
     samples = GenerateSpec(
         model=MODEL,
         prefixes=mixture(FileCorpus(path="notes.jsonl"), HubCorpus(path="acme/texts", name="en")),
@@ -68,7 +68,7 @@ def test_a_stage_takes_what_it_reads_itself_and_not_what_the_stages_before_it_re
     assert [item.name for item in hub_reads(measured)] == ["acme/model", "allenai/ai2_arc"]
 
 
-def test_data_sets_that_stand_in_a_local_folder_are_not_read_from_the_hub(here: Path) -> None:
+def test_data_sets_in_a_local_folder_are_not_read_from_the_hub(here: Path) -> None:
     (here / "sets" / "allenai" / "ai2_arc").mkdir(parents=True)
     measured = EvaluateSpec(
         model=LocalModel(path="model"),
@@ -90,20 +90,20 @@ def test_data_sets_that_stand_in_a_local_folder_are_not_read_from_the_hub(here: 
         (HubCorpus(path="folder", data_files="train.jsonl"), ("folder",)),
     ],
 )
-def test_builders_and_folders_are_files_here(corpus: HubCorpus, files: tuple[str, ...]) -> None:
+def test_builders_and_folders_are_local_files(corpus: HubCorpus, files: tuple[str, ...]) -> None:
     (taken,) = outside(corpus)
     assert (taken.paths, taken.item) == (files, None)
 
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ["allenai/c4", "imdb", "none/folder"])
-def test_all_else_is_a_data_set_of_the_hub(name: str) -> None:
+def test_any_other_path_is_a_data_set_on_the_hub(name: str) -> None:
     (taken,) = outside(HubCorpus(path=name, data_files="a.jsonl"))
     assert taken.item is not None
     assert (taken.item.name, taken.paths) == (name, ())
 
 
-def test_a_builders_files_and_a_folder_are_named_by_what_they_hold(here: Path) -> None:
+def test_a_builders_files_and_a_folder_have_fingerprints_of_their_content(here: Path) -> None:
     builder = HubCorpus(path="json", data_files="*.jsonl")
     folder = HubCorpus(path="folder")
     before = with_fingerprints((builder, folder))
@@ -123,7 +123,7 @@ def test_a_builders_files_and_a_folder_are_named_by_what_they_hold(here: Path) -
 
 
 @pytest.mark.usefixtures("here")
-def test_files_are_named_wherever_they_stand_and_what_the_hub_holds_is_not() -> None:
+def test_files_have_fingerprints_everywhere_and_hub_items_have_none() -> None:
     hub = HubCorpus(path="acme/texts")
     mixed = with_fingerprints(mixture(FileCorpus(path="notes.jsonl"), hub))
     assert mixed.parts["0"].corpus.fingerprint == fingerprint("notes.jsonl")

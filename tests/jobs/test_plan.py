@@ -91,7 +91,9 @@ def test_outliers_are_counted_once_for_all_pruners_and_sparsities(
     assert lines["outliers"].device_hours > 0
 
 
-def test_labels_tell_prunings_with_an_allocation_apart(content: Content, load: Load) -> None:
+def test_prunings_with_different_allocations_have_different_labels(
+    content: Content, load: Load
+) -> None:
     content["cells"] |= {
         "pruner": "wanda",
         "sparsity": 0.5,
@@ -110,7 +112,7 @@ def test_every_stage_comes_after_its_inputs(content: Content, load: Load) -> Non
         seen.add(key)
 
 
-def test_budgets_go_with_every_pruning_and_change_no_key(content: Content, load: Load) -> None:
+def test_memory_budgets_reach_every_pruning_and_change_no_key(content: Content, load: Load) -> None:
     before = make_plan(load(content))
     content["resources"] = {"prune": {"device_hidden_bytes": 0, "host_hidden_bytes": 7}}
     plan = make_plan(load(content))
@@ -132,7 +134,7 @@ def test_every_spec_of_a_stage_has_a_row() -> None:
     assert set(LINES) >= set(STAGES)
 
 
-def test_a_stage_without_a_row_fails_and_does_not_vanish_from_the_plan(
+def test_a_stage_without_a_row_is_an_error_and_not_left_out_of_the_plan(
     content: Content, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = load(content)
@@ -168,7 +170,7 @@ def test_models_do_not_share_a_pool(content: Content, load: Load) -> None:
 
 
 @pytest.mark.parametrize("path", PAPER_GRIDS, ids=lambda path: path.stem)
-def test_the_papers_grids_are_planned_with_hours_and_bytes(path: Path, tmp_path: Path) -> None:
+def test_the_plan_of_the_papers_grids_estimates_hours_and_bytes(path: Path, tmp_path: Path) -> None:
     plan = make_plan(load_grid(path))
     counts = {line.stage: line for line in count_stages(plan, set())}
     assert counts["prune"].unique < len(plan.cells) == counts["evaluate"].unique
@@ -185,7 +187,7 @@ def test_the_papers_grids_are_planned_with_hours_and_bytes(path: Path, tmp_path:
     assert "not in the estimate" not in console.export_text()
 
 
-def test_the_paper_grids_are_there() -> None:
+def test_the_papers_grids_exist() -> None:
     assert {path.stem for path in PAPER_GRIDS} == {
         f"paper-{name}" for name in ("main", "sparsity", "amount", "prefix", "filter")
     }
@@ -202,9 +204,7 @@ def test_one_grid_has_every_pruner_with_every_allocation_and_pattern() -> None:
     assert "by-hand" in {spec.allocation.name for spec in prunings}
 
 
-def test_checkpoints_are_asked_for_where_masks_would_be_stored(
-    content: Content, load: Load
-) -> None:
+def test_checkpoints_true_stores_checkpoints_instead_of_masks(content: Content, load: Load) -> None:
     content["cells"]["pruner"] = ["wanda", "sparsegpt"]
     content["checkpoints"] = True
     prunings = [s for s in make_plan(load(content)).specs.values() if isinstance(s, PruneSpec)]
@@ -215,7 +215,9 @@ def test_checkpoints_are_asked_for_where_masks_would_be_stored(
     assert not any(spec.stores_masks for spec in prunings)
 
 
-def test_whoever_reads_masks_reads_their_model_too(content: Content, load: Load) -> None:
+def test_a_stage_that_reads_masks_also_reads_their_dense_model(
+    content: Content, load: Load
+) -> None:
     content["cells"]["pruner"] = ["wanda", "sparsegpt"]
     plan = make_plan(load(content))
     for key, spec in plan.specs.items():
@@ -225,7 +227,7 @@ def test_whoever_reads_masks_reads_their_model_too(content: Content, load: Load)
             assert kinds == {"prune", "testbed-tasks", *(["pretrain"] if masks else [])}
 
 
-def test_what_the_store_holds_is_not_counted_as_work(content: Content, load: Load) -> None:
+def test_stored_artifacts_are_not_counted_as_work(content: Content, load: Load) -> None:
     plan = make_plan(load(content))
     everything = count_stages(plan, set(plan.graph))
     assert all(line.to_make == 0 and line.device_hours == 0 for line in everything)
@@ -236,7 +238,7 @@ def test_what_the_store_holds_is_not_counted_as_work(content: Content, load: Loa
     assert lines["pretrain"].to_make == 1  # the dense evaluation reads it
 
 
-def test_a_model_of_unknown_size_is_said_to_be_missing_from_the_estimate(
+def test_the_plan_states_that_its_estimate_lacks_a_model_of_unknown_size(
     content: Content, load: Load, tmp_path: Path
 ) -> None:
     content["models"]["llama"] = {"kind": "hub-model", "name": "meta-llama/Llama-2-7b-hf"}
@@ -330,7 +332,7 @@ def test_questions_in_a_tasks_folder_are_counted(tmp_path: Path) -> None:
     assert tokens[2] == pytest.approx(2 * 600)
 
 
-def test_every_stage_is_expected_to_take_a_moment_and_longer_with_more_work(
+def test_the_expected_time_of_a_stage_is_positive_and_grows_with_its_work(
     content: Content, load: Load
 ) -> None:
     content["models"]["llama"] = {"kind": "hub-model", "name": "meta-llama/Llama-2-7b-hf"}
@@ -346,7 +348,7 @@ def test_every_stage_is_expected_to_take_a_moment_and_longer_with_more_work(
     assert max(of_pruner["wanda"]) < min(of_pruner["sparsegpt"])
 
 
-def test_a_model_of_unknown_size_is_expected_to_take_what_one_of_the_stated_size_does() -> None:
+def test_a_model_of_unknown_size_is_expected_to_take_as_long_as_the_default_size() -> None:
     model = HubModel(name="m")
     windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=128, seqlen=2048)
     pruned = PruneSpec(model=model, pruner=Wanda(), sparsity=0.5, calibration=windows)
@@ -366,7 +368,7 @@ def test_the_testbeds_size_is_counted_from_its_spec() -> None:
     assert parameters(spec, {}) == query + key_value + output + 3 * 64 * 96 + 512 * 64
 
 
-def test_planning_lists_the_shards_of_a_stage_as_often_for_many_as_for_few(
+def test_planning_lists_a_stages_shards_equally_often_for_few_and_many_shards(
     content: Content, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that it takes time in proportion to their number."""

@@ -53,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_the_log_tells_samples_and_tokens_a_second_since_generation_began(
+def test_the_log_has_samples_and_tokens_a_second_since_generation_began(
     caplog: pytest.LogCaptureFixture, clock: list[float], local_ray: None
 ) -> None:
     totals = {"pretrain": 1, "generate shard": 2, "generate": 1}
@@ -76,7 +76,7 @@ def test_the_log_tells_samples_and_tokens_a_second_since_generation_began(
     ]
 
 
-def test_time_left_is_the_estimates_scaled_by_what_was_measured(clock: list[float]) -> None:
+def test_time_left_is_the_estimates_scaled_by_the_measurements(clock: list[float]) -> None:
     """Estimated at 10 s each and taking 20; at the last look, a second ago, four were left."""
     stages = {str(number): stage("prune", "pool", key=str(number)) for number in range(6)}
     stages = {key: replace(each, seconds=10.0) for key, each in stages.items()}
@@ -92,7 +92,7 @@ def test_time_left_is_the_estimates_scaled_by_what_was_measured(clock: list[floa
     assert progress.seconds_left() == pytest.approx(2 * 20.0 - 1.0, rel=0.05)
 
 
-def test_a_stage_that_is_tried_again_is_in_flight_once(clock: list[float]) -> None:
+def test_a_repeated_stage_is_in_flight_only_once(clock: list[float]) -> None:
     progress = Progress({"prune": 2})
     for _ in range(2):
         progress.start(stage("prune", "pool", key="a"))
@@ -154,7 +154,7 @@ def test_a_summary_and_a_view_have_all_figures(clock: list[float]) -> None:
         assert line in screen.getvalue()
 
 
-def test_of_hundreds_at_work_the_oldest_eight_are_named(clock: list[float]) -> None:
+def test_only_the_eight_oldest_of_many_stages_at_work_are_named(clock: list[float]) -> None:
     stages = {str(number): stage("prune", "pool", key=str(number)) for number in range(128)}
     progress = Progress({"prune": 128}, stages=stages)
     for each in stages.values():
@@ -166,7 +166,7 @@ def test_of_hundreds_at_work_the_oldest_eight_are_named(clock: list[float]) -> N
     ]
 
 
-def test_the_log_says_what_began_and_every_half_minute_what_every_worker_does(
+def test_the_log_names_begun_stages_and_every_half_minute_what_workers_do(
     local_ray: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.watch.LOOK_SECONDS", 0.2)
@@ -196,7 +196,9 @@ def test_the_log_says_what_began_and_every_half_minute_what_every_worker_does(
     ]
 
 
-def test_the_figures_stay_as_small_for_many_stages(clock: list[float]) -> None:
+def test_the_size_of_the_figures_does_not_grow_with_the_number_of_stages(
+    clock: list[float],
+) -> None:
     progress = Progress({"prune": 10_000})
     for number in range(10_000):
         each = stage("prune", "pool", key=str(number))
@@ -221,7 +223,7 @@ def test_samples_to_make_are_those_of_the_missing_shards(
     assert progress.lines["generate"].total == 2
 
 
-def test_a_run_that_goes_on_knows_how_long_stages_took_before(
+def test_a_resumed_run_knows_the_seconds_of_earlier_stages(
     tmp_path: Path, content: dict[str, Any], load: Callable[[dict[str, Any]], Grid]
 ) -> None:
     store, plan = Store(str(tmp_path / "store")), make_plan(load(content))
@@ -240,11 +242,11 @@ def test_a_run_that_goes_on_knows_how_long_stages_took_before(
     ("seconds", "words"),
     [(4.4, "4 s"), (720, "12 min"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
 )
-def test_durations_are_told_in_the_units_that_fit(seconds: float, words: str) -> None:
+def test_durations_are_printed_in_suitable_units(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_the_store_alone_tells_what_is_done_under_way_failed_and_missing(
+def test_the_state_of_stages_is_read_from_the_store_alone(
     tmp_path: Path, content: dict[str, Any], load: Callable[[dict[str, Any]], Grid]
 ) -> None:
     store, plan = Store(str(tmp_path / "store")), make_plan(load(content))

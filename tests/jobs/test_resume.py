@@ -111,7 +111,7 @@ def prune(
         return attempt.commit(report=report, **FACTS)
 
 
-def test_budgets_reach_the_pruning_and_change_no_byte(
+def test_memory_budgets_reach_the_pruning_and_change_no_byte(
     dense: LocalModel, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = pruning(dense, Wanda())
@@ -160,7 +160,7 @@ with Store(url).attempt(spec.key) as attempt:
 
 
 @pytest.mark.parametrize("pruner", [Magnitude(), SparseGPT()], ids=lambda pruner: pruner.name)
-def test_a_killed_pruning_goes_on_and_leaves_the_bytes_of_an_undisturbed_one(
+def test_a_killed_pruning_continues_with_the_bytes_of_an_undisturbed_one(
     dense: LocalModel,
     calibration: Path,
     tmp_path: Path,
@@ -233,7 +233,7 @@ def break_off(spec: PruneSpec, calibration: Path, store: Store) -> None:
 
 
 @pytest.mark.parametrize("pruner", [Wanda(), SparseGPT()], ids=lambda pruner: pruner.name)
-def test_a_remote_store_keeps_layers_as_well(
+def test_a_remote_store_keeps_finished_layers_too(
     dense: LocalModel, calibration: Path, tmp_path: Path, pruner: Pruner
 ) -> None:
     spec = pruning(dense, pruner)
@@ -245,7 +245,7 @@ def test_a_remote_store_keeps_layers_as_well(
     assert again.files == whole.files
 
 
-def test_another_pruning_takes_nothing_of_what_was_kept(
+def test_kept_layers_are_not_used_by_another_pruning(
     dense: LocalModel, calibration: Path, tmp_path: Path
 ) -> None:
     store = Store(str(tmp_path / "store"))

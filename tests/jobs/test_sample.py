@@ -41,12 +41,12 @@ def test_the_dense_model_and_the_best_of_each_pruner_are_named() -> None:
     }
 
 
-def test_models_are_named_where_there_are_several() -> None:
+def test_the_model_is_named_if_there_are_several() -> None:
     rows = [row("a", "dense", 1.0), row("b", "dense", 2.0, model="large")]
     assert best_cells(pa.Table.from_pylist(rows)) == {"small dense": "a", "large dense": "b"}
 
 
-def test_without_bits_per_byte_perplexity_decides() -> None:
+def test_perplexity_decides_if_there_are_no_bits_per_byte() -> None:
     rows = [
         row("w1", "wanda", 9.0, metric="perplexity"),
         row("w2", "wanda", 8.0, metric="perplexity", calibration="code"),

@@ -61,12 +61,14 @@ def test_pickles_are_counted_by_their_bytes_and_dtype(
     assert found == bytes_ / 2  # bfloat16
 
 
-def test_a_configuration_alone_tells(model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_a_configuration_alone_gives_the_number_of_parameters(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
     model.config.save_pretrained(tmp_path)
     assert checkpoint_parameters(LocalModel(path=str(tmp_path))) == size(model)
 
 
-def test_shards_that_are_not_all_there_leave_it_to_the_configuration(
+def test_with_missing_shards_the_configuration_gives_the_number(
     model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     model.save_pretrained(tmp_path, max_shard_size="10KB")
@@ -93,7 +95,7 @@ def test_hub_models_are_found_in_the_hubs_cache_and_among_copies(
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"weight_map": {"a": "gone.safetensors"}}'])
-def test_where_nothing_can_be_known_that_is_said(tmp_path: Path, content: str) -> None:
+def test_the_number_is_none_without_any_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     (tmp_path / "config.json").write_text("{}")
     assert checkpoint_parameters(LocalModel(path=str(tmp_path))) is None

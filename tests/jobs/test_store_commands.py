@@ -62,7 +62,7 @@ def test_ls_names_every_artifact_with_its_size_and_du_sums_them(store: Store) ->
     assert f"{len(keys)}.0 kB" in summed.stdout
 
 
-def test_verify_reads_everything_and_names_what_is_damaged(store: Store) -> None:
+def test_verify_reads_every_file_and_names_damaged_artifacts(store: Store) -> None:
     whole = call("verify", store=store)
     assert whole.exit_code == 0
     assert f"{len(store.keys())} artifacts, 0 damaged" in whole.stdout
@@ -74,7 +74,7 @@ def test_verify_reads_everything_and_names_what_is_damaged(store: Store) -> None
     assert "old: the checksum of file is not the one recorded" in broken.stdout
 
 
-def test_gc_shows_first_and_removes_only_what_no_given_grid_reaches(
+def test_gc_lists_first_and_removes_only_artifacts_that_no_given_grid_reaches(
     store: Store, grid: Path, content: Content, tmp_path: Path
 ) -> None:
     store.record_failure(Failure(key="older", kind="prune", error="", traceback="", finished=0.0))

@@ -41,7 +41,7 @@ def core_seconds(spec: StageSpec) -> float:
             return 0.3
 
 
-def test_there_is_a_grid_for_each_study_and_nothing_in_it_is_wrong(plans: dict[str, Plan]) -> None:
+def test_every_study_has_a_grid_without_mistakes(plans: dict[str, Plan]) -> None:
     assert set(plans) == set(STUDIES)
     for name, plan in plans.items():
         assert plan.grid.name == name
@@ -67,7 +67,7 @@ def test_studies_share_model_and_calibration_sets(plans: dict[str, Plan]) -> Non
     assert together < 0.95 * alone
 
 
-def test_every_comparison_has_seeds_enough_for_an_interval(plans: dict[str, Plan]) -> None:
+def test_every_comparison_has_enough_seeds_for_an_interval(plans: dict[str, Plan]) -> None:
     for name, plan in plans.items():
         seeds = {cell.seed for cell in plan.cells.values() if cell.seed is not None}
         assert len(seeds) >= (2 if name == "predictor" else 4)  # there sources are the unit

@@ -36,7 +36,7 @@ def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packed:
     return pack_content
 
 
-def test_a_jobs_folder_has_all_that_a_run_needs_and_knows_its_version(
+def test_a_jobs_folder_has_everything_that_a_run_needs_and_its_version(
     packed: Packed, content: Content
 ) -> None:
     folder = packed(content)
@@ -51,9 +51,7 @@ def test_a_jobs_folder_has_all_that_a_run_needs_and_knows_its_version(
     assert run.stdout.split() == ["small", metadata.version("calprune"), "True"], run.stderr
 
 
-def test_files_that_a_grid_names_by_a_relative_path_go_along(
-    packed: Packed, content: Content
-) -> None:
+def test_files_with_relative_paths_are_packed(packed: Packed, content: Content) -> None:
     Path("texts").mkdir()
     for name in ("a.txt", "b.txt"):
         Path("texts", name).write_text(name)
@@ -66,7 +64,7 @@ def test_files_that_a_grid_names_by_a_relative_path_go_along(
     assert not (folder / "en").exists()
 
 
-def test_everything_that_a_grid_reads_by_a_relative_path_goes_along(
+def test_every_kind_of_file_with_a_relative_path_is_packed(
     packed: Packed, content: Content
 ) -> None:
     """Also what only a calibration, a mixture or the evaluation names."""
@@ -101,7 +99,7 @@ def test_everything_that_a_grid_reads_by_a_relative_path_goes_along(
 
 
 @pytest.mark.parametrize("name", ["built/none.jsonl", "../outside.jsonl"])
-def test_files_of_a_builder_that_cannot_go_along_are_refused(
+def test_a_builders_files_that_cannot_be_packed_are_refused(
     packed: Packed, content: Content, name: str
 ) -> None:
     Path("../outside.jsonl").write_text("{}")
@@ -113,7 +111,7 @@ def test_files_of_a_builder_that_cannot_go_along_are_refused(
 @pytest.mark.parametrize(
     ("path", "remedy"), [("no-such.txt", "is not here"), ("../*.yaml", "leads out of this folder")]
 )
-def test_a_relative_path_that_cannot_go_along_is_refused(
+def test_a_relative_path_that_cannot_be_packed_is_refused(
     packed: Packed, content: Content, path: str, remedy: str
 ) -> None:
     content["corpora"]["notes"] = {"kind": "file-corpus", "path": path}
@@ -121,7 +119,7 @@ def test_a_relative_path_that_cannot_go_along_is_refused(
         packed(content)
 
 
-def test_a_file_that_only_the_nodes_see_is_no_mistake(packed: Packed, content: Content) -> None:
+def test_a_file_that_exists_only_on_the_nodes_is_accepted(packed: Packed, content: Content) -> None:
     content["corpora"]["notes"] = {"kind": "file-corpus", "path": "/on/the/nodes/*.jsonl"}
     assert (packed(content) / GRID_FILE).is_file()
 
@@ -132,7 +130,7 @@ def test_an_extra_is_pinned_to_the_versions_that_are_installed_here() -> None:
         pinned_extra("s4")
 
 
-def test_a_variable_that_is_not_set_is_named_before_anything_is_sent(
+def test_an_unset_variable_is_an_error_before_anything_is_sent(
     tmp_path: Path, content: Content
 ) -> None:
     path = tmp_path / "grid.yaml"
@@ -141,7 +139,7 @@ def test_a_variable_that_is_not_set_is_named_before_anything_is_sent(
         submit_grid(None, path, "s3://b/s", variables=["NOT_SET_HERE"])
 
 
-def test_a_dtype_that_depends_on_this_machines_cpu_is_not_sent(
+def test_a_dtype_that_depends_on_this_machines_cpu_is_refused(
     tmp_path: Path, content: Content
 ) -> None:
     """With GPUs it depends on the grid alone, and the next mistake is found."""
@@ -155,7 +153,7 @@ def test_a_dtype_that_depends_on_this_machines_cpu_is_not_sent(
         submit_grid(None, path, "s3://b/s", variables=["NOT_SET_HERE"])
 
 
-def test_credentials_come_with_the_code_and_only_its_owner_may_read_them(
+def test_credentials_are_packed_with_the_code_and_readable_by_its_owner_only(
     packed: Packed, content: Content
 ) -> None:
     folder = packed(content)

@@ -28,12 +28,12 @@ Load = Callable[[Content], Grid]
 SUITES = sorted(path.stem for path in SUITES_FOLDER.glob("*.yaml"))
 
 
-def test_the_suites_are_there() -> None:
+def test_the_suites_exist() -> None:
     assert SUITES == ["capabilities", "multilingual", "paper", "testbed"]
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_all_that_a_suite_names_is_to_be_had(name: str) -> None:
+def test_everything_that_a_suite_names_exists(name: str) -> None:
     suite = load_suite(name)
     assert missing_tasks([entry.name for entry in suite.tasks], suite.task_folder) == []
     assert {entry.corpus for entry in suite.perplexity} <= set(CORPUS_PRESETS)
@@ -63,7 +63,7 @@ def evaluation(content: Content, load: Load, **fields: Any) -> EvaluateSpec:
     return spec
 
 
-def test_a_suite_stands_for_its_tasks_and_perplexities(content: Content, load: Load) -> None:
+def test_a_suite_expands_to_its_tasks_and_perplexities(content: Content, load: Load) -> None:
     spec = evaluation(content, load, suites=["paper"])
     assert {task.name: task.num_fewshot for task in spec.tasks} == {
         "boolq": 0,
@@ -81,7 +81,7 @@ def test_a_suite_stands_for_its_tasks_and_perplexities(content: Content, load: L
     assert {entry.seqlen for entry in spec.perplexity} == {2048}
 
 
-def test_what_the_grid_names_itself_is_measured_as_it_says(content: Content, load: Load) -> None:
+def test_the_grids_own_entries_replace_those_of_a_suite(content: Content, load: Load) -> None:
     content["corpora"]["wikitext2"] = content["corpora"]["notes"]
     spec = evaluation(
         content,
@@ -188,7 +188,7 @@ def results(
     return gather(plan, store)
 
 
-def test_a_suites_average_is_the_plain_mean_of_the_metrics_that_it_names(
+def test_a_suites_average_is_the_plain_mean_of_its_metrics(
     results: pa.Table,
 ) -> None:
     rows = {(row["pruner"], row["task"], row["metric"]): row for row in results.to_pylist()}

@@ -104,7 +104,7 @@ def files(store: Store) -> dict[str, Any]:
 
 @pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed; see the Makefile")
 @pytest.mark.usefixtures("local_ray", "as_before")
-def test_a_replica_that_is_killed_in_the_middle_of_a_shard_costs_that_shard_and_no_byte(
+def test_a_replica_killed_within_a_shard_costs_only_that_shard_and_changes_no_byte(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_flask: Any
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -65,7 +65,7 @@ def test_waiting_ends_for_a_server_that_is_missing_or_silent(
         assert "does not answer" in refused("s3://bucket-e/notes.jsonl")
 
 
-def test_a_bucket_that_is_not_there_is_named_and_one_that_is_can_be_read(
+def test_a_missing_bucket_is_named_and_an_existing_one_is_read(
     environment: pytest.MonkeyPatch,
 ) -> None:
     with s3_server() as server:
@@ -112,7 +112,7 @@ def test_a_fingerprint_follows_names_and_contents_but_not_the_folder(tmp_path: P
         fingerprint(str(tmp_path / "nothing"))
 
 
-def test_bytes_cannot_move_between_files_unseen(tmp_path: Path) -> None:
+def test_moving_bytes_between_files_changes_the_fingerprint(tmp_path: Path) -> None:
     for folder, first, second in (("one", "ab", "c"), ("two", "a", "bc")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1").write_text(first)
@@ -120,7 +120,7 @@ def test_bytes_cannot_move_between_files_unseen(tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path / "one")) != fingerprint(str(tmp_path / "two"))
 
 
-def test_large_weights_are_read_in_64_places(tmp_path: Path) -> None:
+def test_a_large_weight_file_is_fingerprinted_by_64_pieces(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     size = 129 * 2**20
     places = {"begin": 0, "between": 3 * 2**19, "looked at": 5 * 2**19, "end": size - 1}

@@ -84,7 +84,7 @@ def ids(rows: Sequence[Sample]) -> list[list[int]]:
     return [row.token_ids for row in rows]
 
 
-def test_a_calibration_set_that_a_model_wrote_is_the_grids(
+def test_a_generated_calibration_set_equals_the_grids(
     model: pipeline.LanguageModel, folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "words.txt").write_text("zzzz\n")
@@ -125,7 +125,7 @@ def test_a_calibration_set_that_a_model_wrote_is_the_grids(
 
 
 @pytest.mark.parametrize("packing", ["sample", "concat"])
-def test_windows_of_real_text_are_the_grids(
+def test_windows_of_real_text_equal_the_grids(
     model: pipeline.LanguageModel, folder: Path, text_file: Path, tmp_path: Path, packing: str
 ) -> None:
     spec = WindowsSpec(
@@ -144,7 +144,7 @@ def test_windows_of_real_text_are_the_grids(
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "owl"])
-def test_pruning_and_its_evaluation_are_the_grids(
+def test_pruning_and_its_evaluation_equal_the_grids(
     folder: Path, text_file: Path, tmp_path: Path, allocation: str
 ) -> None:
     spec = LocalModel(path=str(folder), dtype="float32")
@@ -178,7 +178,7 @@ def test_pruning_and_its_evaluation_are_the_grids(
     )
 
 
-def test_a_pattern_is_met_in_every_group(folder: Path, text_file: Path) -> None:
+def test_a_pattern_holds_in_every_group(folder: Path, text_file: Path) -> None:
     model = pipeline.load(folder, dtype="float32")
     windows = pipeline.windows(model, str(text_file), nsamples=3, seqlen=16)
     pipeline.prune(model, windows, {"name": "sparsegpt", "damping": 0.02}, "2:4")
@@ -186,9 +186,7 @@ def test_a_pattern_is_met_in_every_group(folder: Path, text_file: Path) -> None:
     assert ((weight.view(len(weight), -1, 4) == 0).sum(dim=2) >= 2).all()
 
 
-def test_tasks_are_asked_of_the_model_as_it_is(
-    model: pipeline.LanguageModel, tmp_path: Path
-) -> None:
+def test_tasks_measure_the_model_in_memory(model: pipeline.LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "capital.jsonl").write_text(
         '{"question": "Where?", "choices": ["Rome", "Oslo"], "answer": 0}\n' * 4
     )

@@ -12,7 +12,7 @@ from pipeline.pruning.walk import Memory, walk
 from pipeline.scoring.score import score_samples
 
 
-def test_a_stage_reports_its_phase_and_how_far_it_is() -> None:
+def test_a_stage_reports_its_phase_and_position() -> None:
     heard: list[tuple[str, float, float, str]] = []
     with reporting(lambda *call: heard.append(call)):
         with phase("loading the model"):
@@ -26,7 +26,7 @@ def test_a_stage_reports_its_phase_and_how_far_it_is() -> None:
     ]
 
 
-def test_nobody_hears_what_is_reported_outside() -> None:
+def test_reports_outside_the_block_reach_nobody() -> None:
     heard: list[object] = []
     with reporting(lambda *call: heard.append(call)):
         pass
@@ -125,7 +125,7 @@ def test_scoring_reports_the_tokens_of_every_batch() -> None:
     assert heard[-1][1] == 9
 
 
-def test_a_vllm_engine_reports_a_token_a_step_for_each_text_that_goes_on() -> None:
+def test_a_vllm_engine_reports_a_token_a_step_for_each_unfinished_text() -> None:
     left = [3, 3, 2, 0]
 
     class Core:

@@ -97,7 +97,7 @@ def test_a_seed_orders_all_rows_of_all_files_once_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_the_json_builder_gives_what_the_file_gives(tmp_path: Path, streaming: bool) -> None:
+def test_the_json_builder_gives_the_same_texts_as_the_file(tmp_path: Path, streaming: bool) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text(json_lines(TEXTS))
     hub = HubCorpus(path="json", data_files=(str(path),), streaming=streaming)
@@ -133,7 +133,7 @@ def broken(folder: Path, name: str, content: str) -> FileCorpus:
     return FileCorpus(path=str(folder / name))
 
 
-def test_the_error_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+def test_the_error_for_a_broken_file_gives_the_reason(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.parquet"
     pq.write_table(pa.table({"text": [1], "body": ["a"]}), numbers)
     cases: list[tuple[FileCorpus, list[str]]] = [
@@ -168,7 +168,7 @@ def test_the_error_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".txt.gz", ".jsonl.bz2", ".jsonl.zst", ".parquet"])
-def test_a_file_that_was_cut_short_anywhere_is_named(tmp_path: Path, ending: str) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path, ending: str) -> None:
     files = write_every_format(tmp_path)
     files[".txt.gz"] = tmp_path / "corpus.txt.gz"
     files[".txt.gz"].write_bytes(gzip.compress(files[".txt"].read_bytes()))

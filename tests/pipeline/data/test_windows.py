@@ -291,7 +291,7 @@ def test_joined_samples_lose_their_begin_and_end_tokens_and_keep_their_order(
         assert row["token_ids"] == joined[start : start + 48]
 
 
-def test_joined_samples_lose_every_end_that_the_generators_checkpoint_names(
+def test_joined_samples_lose_every_end_id_of_the_generators_checkpoint(
     model: LocalModel, tokenizer: Any, tmp_path: Path
 ) -> None:
     """Its generation settings list a second end, as those of chat models do."""

@@ -295,7 +295,7 @@ def test_tasks_can_be_asked_in_the_tokenizers_chat_template(
     assert values["plain scores"] != values["asked scores"]
 
 
-def test_what_cannot_be_measured_is_refused(
+def test_an_impossible_evaluation_is_refused(
     model: LocalModel,
     tasks: LocalTasks,
     corpus: FileCorpus,

@@ -162,7 +162,7 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("kind", CANNOT)
-def test_what_lm_eval_cannot_score_is_named_with_task_and_document(kind: str) -> None:
+def test_an_answer_that_lm_eval_cannot_score_is_named_with_task_and_document(kind: str) -> None:
     pair, reason = CANNOT[kind]
     model = made(llama())
     tokenizer = copy.deepcopy(TOKENIZER)
@@ -256,7 +256,9 @@ def tokens_read(model: Any, read: Callable[[], object]) -> int:
     return sum(counts)
 
 
-def test_what_a_documents_requests_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shared_beginning_of_a_documents_requests_is_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pipeline.evaluation.shared_beginnings, "WORTHWHILE_TOKENS", 16)
     model = made(llama())
     contexts = [text(30) for _ in range(8)]
@@ -312,7 +314,7 @@ class Folder:
 MANY = asked(iter([[(text(12), f" {text(2)}"), (text(12), f" {text(2)}")] for _ in range(1200)]))
 
 
-def test_what_a_killed_evaluation_had_answered_is_not_asked_again(tmp_path: Path) -> None:
+def test_answers_of_a_killed_evaluation_are_not_asked_again(tmp_path: Path) -> None:
     model, kept = made(llama()), Folder(tmp_path / "kept")
     whole, rows = answered(ours(model, None, 256))
     assert sum(rows) == len(MANY)

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_a_task_does_not_import_at_once_is_not_missed(folder: Path) -> None:
+def test_a_package_that_a_task_imports_later_is_not_reported(folder: Path) -> None:
     check_needs(["one", "all", "few", "unknown"], task_files(folder))
 
 

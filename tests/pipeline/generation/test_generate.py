@@ -159,7 +159,7 @@ def generated(
 # --------------------------------------------------------------------------------------- prefixes
 
 
-def test_bos_comes_first_and_once_if_the_tokenizer_adds_it_and_else_not_at_all() -> None:
+def test_bos_comes_first_once_and_only_if_the_tokenizer_adds_it() -> None:
     long = [text for text in TEXTS if len(text) > 1]
     assert adds_bos(WITH_BOS)
     assert not adds_bos(WITHOUT_BOS)
@@ -171,7 +171,7 @@ def test_bos_comes_first_and_once_if_the_tokenizer_adds_it_and_else_not_at_all()
     assert all(BOS not in ids for ids in text_prefixes(long, WITHOUT_BOS, 3))
 
 
-def test_texts_with_too_few_tokens_are_passed_over() -> None:
+def test_texts_with_too_few_tokens_are_skipped() -> None:
     assert len(WITHOUT_BOS("a")["input_ids"]) == 1
     assert len(list(text_prefixes(["a", TEXTS[0], "a"], WITHOUT_BOS, 1))) == 3
     assert len(list(text_prefixes(["a", TEXTS[0], "a"], WITHOUT_BOS, 2))) == 1
@@ -410,7 +410,7 @@ def test_a_sample_that_eos_ends_at_once_has_no_generated_token(model: Any) -> No
     assert all(score.tokens == 0 and score.perplexity is None for score in scores)
 
 
-def test_no_sample_ends_before_its_least_length(model: Any) -> None:
+def test_no_sample_ends_before_its_minimum_length(model: Any) -> None:
     ending = copy.deepcopy(model)
     ending.generation_config.eos_token_id = list(range(2, 200))
     free = generated(ending, RAGGED, GREEDY)
@@ -509,7 +509,7 @@ def test_the_temperature_goes_to_its_end_in_a_straight_line(tokens: int | None) 
         assert found.numpy() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_falling_temperature_is_that_of_each_draw(model: Any) -> None:
+def test_every_draw_starts_the_temperature_schedule_again(model: Any) -> None:
     same = Sampling(1.0, temperature_end=1.0)
     assert generated(model, RAGGED, same) == generated(model, RAGGED, Sampling(1.0))
     cold = Sampling(3.0, 0, 1.0, 1.0, temperature_end=1e-3, temperature_tokens=1)

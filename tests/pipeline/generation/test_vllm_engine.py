@@ -196,9 +196,7 @@ def test_first_tokens_are_drawn_as_often_as_their_probability_says(
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "coarse"])
 @pytest.mark.parametrize("top_k", [1, 50, 290, 10_000])
 @pytest.mark.parametrize("top_p", [0.1, 0.95, 0.999])
-def test_the_logits_that_are_kept_are_those_that_vllm_keeps(
-    kind: str, top_k: int, top_p: float
-) -> None:
+def test_the_kept_logits_equal_those_that_vllm_keeps(kind: str, top_k: int, top_p: float) -> None:
     """Equal bits, so that the same tokens are drawn; coarse logits tie at both limits."""
     operations = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
     keep_top_k_top_p = importlib.import_module("pipeline.generation.vllm_sampling").keep_top_k_top_p
@@ -247,7 +245,7 @@ def test_the_penalty_falls_on_prefix_and_text_so_far(
 
 
 @needs_vllm
-def test_what_is_drawn_for_a_sample_does_not_depend_on_its_batch(
+def test_a_samples_draws_do_not_depend_on_its_batch(
     engine: VllmEngine, tokenizer: Any, prefixes: list[list[int]]
 ) -> None:
     together = generated(engine, tokenizer, prefixes, Sampling())

@@ -181,7 +181,7 @@ def _is_gpt_oss_expert(model: Any, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_half_of_every_row_of_every_matrix_is_zero_and_all_else_is_as_it_was(name: str) -> None:
+def test_half_of_every_row_of_every_matrix_is_zero_and_all_else_is_unchanged(name: str) -> None:
     pruned = pruned_by_wanda(name)
     weights = to_be_pruned(pruned)
     assert len(weights) >= 3 * 4

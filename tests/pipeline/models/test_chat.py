@@ -53,7 +53,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_in_generation_and_i
         ({"tool_use": "{{ messages }}"}, "multiple chat templates with no default"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_an_error_that_says_why(
+def test_an_unusable_template_is_an_error_with_the_reason(
     dated: Any, template: Any, message: str
 ) -> None:
     check_chat_template(dated, "prompt", "chat")

@@ -74,7 +74,7 @@ def pruned(family: str) -> tuple[Any, PruneReport]:
     return model, prune(model)
 
 
-def test_every_type_of_causal_language_model_is_tried_or_listed_as_not_tried() -> None:
+def test_every_type_of_causal_language_model_is_tested_or_listed_as_not_tested() -> None:
     assert set(FAMILIES) | set(NOT_BUILT) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert set(REFUSED) < set(FAMILIES)
 

@@ -101,7 +101,7 @@ def test_a_weight_that_two_modules_share_is_found_once() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_routers_and_gates_are_left_alone_wherever_they_stand(transposed: bool) -> None:
+def test_routers_and_gates_stay_dense_in_every_place(transposed: bool) -> None:
     nested = nn.Module()
     nested.add_module("layer", nn.Linear(8, 3))
     layer = Mixture(
@@ -190,7 +190,7 @@ def test_a_router_of_several_layers_is_left_alone_by_its_class() -> None:
 # --------------------------------------------------------------------------------------- refusals
 
 
-def test_experts_that_do_not_tell_their_layout_are_refused_by_name() -> None:
+def test_experts_of_unknown_layout_are_refused_by_name() -> None:
     layer = Mixture(Experts(3, 8, 5, False), gate=nn.Linear(8, 3))
     del layer.experts.is_transposed
     with pytest.raises(InputError, match=r"layer\.experts\.gate_up_proj.*layout"):
@@ -226,7 +226,7 @@ def test_a_layer_without_linear_layers_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_are_finite_also_where_their_sum_is_not(dtype: torch.dtype) -> None:
+def test_finite_values_with_an_infinite_sum_count_as_finite(dtype: torch.dtype) -> None:
     largest = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
     assert is_finite(largest)
     assert is_finite(torch.zeros(0, 4, dtype=dtype))

@@ -78,11 +78,11 @@ def test_an_embedding_is_named_where_the_text_holds_its_token(sound: Any) -> Non
     assert first_nonfinite(model, [each for each in IDS if each != IDS[3]]) is None
 
 
-def test_a_model_in_which_all_is_finite_has_no_such_place(sound: Any) -> None:
+def test_a_finite_model_has_no_nonfinite_module(sound: Any) -> None:
     assert first_nonfinite(sound, IDS) is None
 
 
-def test_what_overflows_in_half_precision_is_found_too(sound: Any) -> None:
+def test_overflow_in_half_precision_is_found_too(sound: Any) -> None:
     model = copy.deepcopy(sound).half()
     for weight in model.model.layers[1].mlp.parameters():
         weight.data.mul_(3e3)
@@ -97,7 +97,7 @@ def test_a_score_is_refused_with_its_sample_and_layer(sound: Any, parameter: str
         score_samples(model, [IDS], [1], name=lambda place: f"sample {place + 5}")
 
 
-def test_the_sample_is_the_one_that_spoils_it(sound: Any) -> None:
+def test_the_error_names_the_sample_with_the_broken_value(sound: Any) -> None:
     model = copy.deepcopy(sound)
     model.get_input_embeddings().weight.data[IDS[3]] = math.nan
     clean = [each for each in IDS if each != IDS[3]]

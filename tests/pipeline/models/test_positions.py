@@ -134,11 +134,11 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_says_where_positions_change(name: str) -> None:
+def test_a_configuration_gives_the_lengths_where_positions_change(name: str) -> None:
     assert length_dependence(CONFIGS[name]()) == DEPENDENCES[name]
 
 
-def test_older_checkpoints_say_it_in_other_words() -> None:
+def test_configurations_of_older_checkpoints_are_read_too() -> None:
     config = transformers.PretrainedConfig()
     config.max_position_embeddings = 128
     assert length_dependence(config) == LengthDependence()

@@ -65,7 +65,7 @@ def streamed(folder: Path, scratch: Path) -> Any:
 
 
 @pytest.mark.parametrize("pruner", [Wanda(), SparseGPT()], ids=lambda pruner: pruner.name)
-def test_what_is_streamed_is_what_is_pruned_in_memory(
+def test_streamed_pruning_gives_the_same_bytes_as_in_memory(
     dense: Dense, tmp_path: Path, pruner: Pruner
 ) -> None:
     direct = in_memory(dense.folder)

@@ -290,12 +290,12 @@ def test_a_checkpoint_that_cannot_be_pruned_is_refused_in_one_line(
         assert "\n" not in found
 
 
-def test_a_pointer_that_nothing_reads_is_let_be(folder: Path) -> None:
+def test_an_unread_pointer_file_is_accepted(folder: Path) -> None:
     for name in ("pytorch_model.bin", "model-Q4_K_M.gguf", "consolidated.safetensors"):
         (folder / name).write_bytes(POINTER)
     assert inspect_model(LocalModel(path=str(folder))) is not None
 
 
-def test_a_file_in_the_place_of_a_folder_is_refused(folder: Path) -> None:
+def test_a_file_instead_of_a_folder_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="is a file: give the folder that it is in"):
         inspect_model(LocalModel(path=str(folder / "model.safetensors")))

@@ -73,7 +73,7 @@ def test_the_first_layers_have_the_target_and_the_others_nothing() -> None:
     assert by_hand.pruned_layers == 2
 
 
-def test_owl_makes_the_layer_with_most_outliers_two_lambda_denser_than_that_with_fewest() -> None:
+def test_owls_layers_with_most_and_fewest_outliers_are_two_lambda_apart() -> None:
     """Densities r = 0, 0.16, 0.04 above 1 - S, less their mean."""
     allocated = allocate(OWL(spread=0.08), LayerTarget(0.7), alike(3), [0.01, 0.05, 0.02])
     middle = (0 + 0.16 + 0.04) / 3
@@ -81,7 +81,7 @@ def test_owl_makes_the_layer_with_most_outliers_two_lambda_denser_than_that_with
     assert allocated.clamped == []
 
 
-def test_owl_is_uniform_where_all_layers_have_as_many_outliers() -> None:
+def test_owl_is_uniform_if_all_layers_have_equally_many_outliers() -> None:
     assert shares(allocate(OWL(), LayerTarget(0.6), [5, 7, 9], [0.02] * 3)) == [0.6] * 3
 
 
@@ -107,7 +107,7 @@ def test_the_largest_difference_is_that_of_the_paper(sparsity: float) -> None:
         allocate(beyond, LayerTarget(sparsity), alike(32))
 
 
-def test_sparsities_by_hand_are_taken_as_they_are() -> None:
+def test_sparsities_by_hand_are_used_unchanged() -> None:
     hand = ByHand(sparsities=(0.2, 0.6, 0.7))
     assert shares(allocate(hand, LayerTarget(0.5), alike(3))) == [0.2, 0.6, 0.7]
     weighted = (0.2 * 4 + 0.6 + 0.7) / 6
@@ -167,7 +167,7 @@ def test_owl_keeps_the_mean_the_order_and_the_spread(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(layer, min_size=2, max_size=12), st.floats(0.01, 0.05))
-def test_a_layer_beyond_a_bound_is_held_there_and_the_others_share_what_it_leaves(
+def test_a_layer_beyond_a_bound_is_set_to_it_and_the_others_keep_the_mean(
     layers: list[tuple[float, int]], sparsity: float
 ) -> None:
     ratios, sizes = [ratio for ratio, _ in layers], [size for _, size in layers]
@@ -220,7 +220,7 @@ def test_every_group_keeps_one_weight_and_loses_one() -> None:
     assert allocated.clamped == [0, 1]
 
 
-def test_a_pattern_that_prunes_nothing_has_nothing_to_spread() -> None:
+def test_a_pattern_that_prunes_nothing_is_the_same_in_every_layer() -> None:
     with pytest.raises(InputError, match=r"'4:4'.*take uniform"):
         allocate(OWL(), LayerTarget(0.0, Pattern(4, 4)), alike(2), [0.0, 0.1])
 
@@ -232,7 +232,7 @@ def test_a_pattern_that_prunes_nothing_has_nothing_to_spread() -> None:
     st.floats(0.01, 0.5),
     st.booleans(),
 )
-def test_patterns_have_the_mean_of_the_model_as_near_as_whole_weights_can(
+def test_patterns_have_the_models_mean_up_to_rounding_to_whole_weights(
     layers: list[tuple[float, int]], pattern: Pattern, spread: float, same_size: bool
 ) -> None:
     kept, group = pattern
@@ -452,7 +452,7 @@ def test_every_layer_of_a_model_has_its_own_pattern(allocation: Allocation, prun
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS[:3], ids=lambda allocation: allocation.name)
-def test_a_model_of_unlike_layers_is_as_sparse_as_it_was_asked_to_be(
+def test_a_model_with_layers_of_different_sizes_has_the_requested_sparsity(
     allocation: Allocation,
 ) -> None:
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ def close(found: Tensor, expected: NDArray[np.float64]) -> None:
 @given(
     st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99)
 )
-def test_every_statistic_is_its_definition_however_the_windows_are_batched(
+def test_every_statistic_equals_its_definition_in_batches_of_any_size(
     name: str, count: int, seqlen: int, columns: int, batch: int, seed: int
 ) -> None:
     inputs = windows(count, seqlen, columns, seed)
@@ -65,7 +65,7 @@ def test_every_statistic_is_its_definition_however_the_windows_are_batched(
 @pytest.mark.parametrize("name", STATISTICS)
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 12), st.integers(1, 11), st.integers(0, 99))
-def test_parts_of_the_windows_merge_to_what_all_of_them_say(
+def test_statistics_of_parts_of_the_windows_merge_to_those_of_all(
     name: str, count: int, cut: int, seed: int
 ) -> None:
     inputs = windows(count, 5, 4, seed)
@@ -121,7 +121,7 @@ def test_the_inputs_stay_as_they_were(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["squared_norms", "window_sums", "hessian"])
-def test_a_sum_stays_in_its_place(name: str) -> None:
+def test_sums_are_updated_in_place(name: str) -> None:
     statistic = STATISTICS[name](5, 2, CPU)
     place = statistic.value.data_ptr()
     for part in windows(2, 9, 5, seed=2):

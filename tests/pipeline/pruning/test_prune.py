@@ -349,7 +349,7 @@ def test_a_model_in_training_mode_is_an_error_even_if_only_a_part_of_it_is() -> 
         prune_model(model, windows(), Wanda(), LayerTarget(0.5), Uniform())
 
 
-def test_other_numbers_that_cannot_be_are_errors() -> None:
+def test_impossible_numbers_are_errors() -> None:
     model = model_of("llama")
     with pytest.raises(InputError, match="batch_size: 0: take at least one window"):
         prune_model(

@@ -391,7 +391,7 @@ def look(number: int, found: list[Matrix]) -> None:
     """Visit without doing anything."""
 
 
-def test_a_model_that_is_none_of_transformers_own_is_walked_too() -> None:
+def test_a_model_with_code_of_its_own_is_walked_too() -> None:
     totals: list[Tensor] = []
     model, data = Decoder().eval(), windows()
     walk(model, data, ("hessian",), lambda _, found: totals.append(found[0].statistics["hessian"]))
@@ -456,7 +456,7 @@ def test_layers_that_are_called_again_after_the_last_are_refused() -> None:
         walk(model, windows(), ("hessian",), look)
 
 
-def test_a_matrix_that_the_model_never_uses_is_refused_by_name() -> None:
+def test_an_unused_matrix_is_refused_by_name() -> None:
     model = model_of(CONFIGS["llama"])
     model.model.layers[1].spare = nn.Linear(32, 32)
     model.eval()

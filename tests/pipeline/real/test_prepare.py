@@ -30,7 +30,7 @@ def tokenizer(real_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(real_folder / "model")
 
 
-def test_nothing_is_done_when_all_is_there(real_folder: Path) -> None:
+def test_nothing_is_done_if_all_files_exist(real_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in real_folder.rglob("*")}
     assert not prepare_real_folder(real_folder)
     assert {path: path.stat().st_mtime_ns for path in real_folder.rglob("*")} == before

@@ -19,7 +19,7 @@ def texts(count: int = 40) -> list[Document]:
     return [Document(str(n), "".join(sentences[3 * n : 3 * n + 3])) for n in range(count)]
 
 
-def test_a_question_goes_on_as_its_text_does() -> None:
+def test_the_right_choice_is_the_texts_own_continuation() -> None:
     whole = {document.text for document in texts()}
     for question in last_word_questions(texts(), np.random.default_rng(1), 20):
         passage, answer = question["question"], question["choices"][question["answer"]]
@@ -27,14 +27,14 @@ def test_a_question_goes_on_as_its_text_does() -> None:
         assert any(f" {passage} {answer}." in text for text in whole)
 
 
-def test_choices_differ_and_every_place_is_right_as_often() -> None:
+def test_choices_differ_and_the_right_one_is_equally_often_at_each_place() -> None:
     questions = last_word_questions(texts(), np.random.default_rng(1), 40)
     assert all(len(set(question["choices"])) == CHOICES for question in questions)
     assert Counter(question["answer"] for question in questions) == dict.fromkeys(range(4), 10)
     assert len({question["question"] for question in questions}) == 40
 
 
-def test_the_same_seed_asks_the_same() -> None:
+def test_the_same_seed_gives_the_same_questions() -> None:
     first, second = (last_word_questions(texts(), np.random.default_rng(7), 20) for _ in range(2))
     assert first == second
 

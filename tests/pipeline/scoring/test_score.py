@@ -206,7 +206,7 @@ def test_log_p_and_z_of_any_logits_are_those_in_float64(kind: str) -> None:
     )
 
 
-def test_logits_that_are_nan_spoil_their_own_position_only() -> None:
+def test_nan_logits_affect_only_their_own_position() -> None:
     logits = KINDS["random"].clone()
     logits[3, 17] = math.nan
     logits[4, :] = -math.inf
@@ -265,7 +265,7 @@ def test_a_model_that_is_certain_and_wrong_gives_finite_scores(
     assert all(one.perplexity > 1e6 for one in found)
 
 
-def test_a_token_that_the_model_rules_out_does_not_spoil_the_score(
+def test_a_token_with_probability_zero_leaves_the_score_finite(
     model: Any, token_ids: list[list[int]]
 ) -> None:
     ruling = copy.deepcopy(model)

@@ -281,7 +281,7 @@ def test_data_for_a_pruner_that_takes_none_is_refused() -> None:
         PruneSpec(model=model, pruner=Magnitude(), sparsity=0.5, calibration=windows)
 
 
-def test_a_checkpoint_that_is_there_anyway_is_not_asked_for() -> None:
+def test_asking_for_a_checkpoint_that_is_stored_anyway_is_refused() -> None:
     model = HubModel(name="m")
     windows = WindowsSpec(source=HubCorpus(path="c"), model=model)
     with pytest.raises(ValidationError, match="leave checkpoint out"):

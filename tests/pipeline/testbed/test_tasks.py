@@ -57,7 +57,7 @@ def test_every_question_has_four_different_choices_and_right_ones_at_every_place
         assert set(Counter(row["answer"] for row in asked).values()) == {100}
 
 
-def test_neither_length_nor_order_of_the_choices_tells_the_answer(folder: Path) -> None:
+def test_neither_length_nor_order_of_the_choices_reveals_the_answer(folder: Path) -> None:
     features = {
         "length": lambda choices: [len(choice) for choice in choices],
         "order": lambda choices: [
@@ -79,7 +79,7 @@ def test_neither_length_nor_order_of_the_choices_tells_the_answer(folder: Path) 
                 assert abs(hits - expected) < 4 * math.sqrt(0.25 * 0.75 * len(asked))
 
 
-def test_facts_are_asked_as_the_text_tells_them(folder: Path) -> None:
+def test_facts_are_asked_in_the_words_of_the_text(folder: Path) -> None:
     world = build_world(SPEC.world)
     truth = {
         f"{person.name} {wording}": (attribute, person.facts[attribute])
@@ -101,7 +101,7 @@ def test_sums_are_right_and_all_choices_have_two_digits(folder: Path) -> None:
         assert all(10 <= int(choice) <= 99 for choice in row["choices"])
 
 
-def test_agreement_is_asked_of_pairs_that_no_text_holds(folder: Path) -> None:
+def test_agreement_is_asked_for_pairs_that_occur_in_no_text(folder: Path) -> None:
     language = build_world(SPEC.world).language
     for row in rows(folder, "testbed_foreign"):
         noun = language.nouns.index(row["question"])

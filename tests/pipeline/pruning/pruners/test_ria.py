@@ -129,7 +129,7 @@ def test_the_better_end_of_both_starts_is_taken(
         assert better == {True, False}
 
 
-def test_columns_that_are_strong_side_by_side_are_parted() -> None:
+def test_strong_neighbouring_columns_get_into_different_groups() -> None:
     """Groups of four strong and four weak columns: two strong ones of each should be kept."""
     scores = torch.ones(3, 8)
     scores[:, 4:] = 0.01
