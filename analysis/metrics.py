@@ -29,6 +29,11 @@ class MetricKind(NamedTuple):
         """Return values on the scale on which they are compared."""
         return np.log(values) if self.is_perplexity else values
 
+    def unscaled(self, score: Number) -> Number:
+        """Return the value that `scaled` made a score of."""
+        value: Number = np.exp(score) if self.is_perplexity else score
+        return value
+
     def effect(self, difference: Number) -> Number:
         """Return a difference of scaled values in `unit`."""
         if self.is_perplexity:
@@ -36,6 +41,12 @@ class MetricKind(NamedTuple):
                 ratio: Number = 100 * np.expm1(difference)
             return ratio
         return 100 * difference if self.is_share else difference
+
+    def difference(self, effect: float) -> float:
+        """Return the difference of scaled values that `effect` shows in `unit`."""
+        if self.is_perplexity:
+            return math.log1p(effect / 100)
+        return effect / 100 if self.is_share else effect
 
 
 def metric_named(name: str) -> MetricKind:

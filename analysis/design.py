@@ -1,0 +1,117 @@
+"""The design that a grid declares: `results/<grid>.design.json`, which `run` writes first."""
+
+import json
+import posixpath
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from analysis.load import file_system
+
+
+class Contrast(NamedTuple):
+    """One side of a comparison against the other."""
+
+    name: str
+    metric: str
+    tasks: tuple[str, ...]
+    """Empty: all that have the metric."""
+    smallest: float
+    """Smallest effect of interest, in the metric's unit."""
+    family: str
+    """Contrasts of one family have simultaneous intervals."""
+    pairs: tuple[tuple[str, str, int], ...]
+    """Cells of the first side and the second, and the number of the setting that they share."""
+
+
+class Choice(NamedTuple):
+    """A comparison of several candidates with the best of them."""
+
+    name: str
+    metric: str
+    tasks: tuple[str, ...]
+    candidates: tuple[str, ...]
+    blocks: tuple[tuple[int, tuple[str, ...]], ...]
+    """The number of a setting, and one cell for each candidate."""
+
+
+class Floor(NamedTuple):
+    """Levels beyond which a model is of no use."""
+
+    times_dense: float | None = None
+    """This many times the dense model's value, for metrics of which lower is better."""
+    levels: dict[str, float] = {}  # noqa: RUF012 - never changed
+    """By task."""
+
+
+class Design(NamedTuple):
+    """What was declared of a grid, and when."""
+
+    contrasts: dict[str, Contrast]
+    choices: dict[str, Choice]
+    floor: Floor
+    history: str
+    """Whether it was declared before the results, as a sentence."""
+
+
+def read_design(location: str | Path, grid: str) -> Design | None:
+    """Return the declared design of a grid; None if the store has none.
+
+    Args:
+        location: a store's folder or fsspec URL, or one Parquet file in it.
+        grid: the grid's name.
+    """
+    files, root = file_system(location)
+    folder = posixpath.dirname(root) if root.endswith(".parquet") else f"{root}/results"
+    path = posixpath.join(folder, f"{grid}.design.json")
+    return parse_design(json.loads(files.cat_file(path))) if files.exists(path) else None
+
+
+def parse_design(document: dict[str, Any]) -> Design:
+    """Return the design that a document of `results/` holds."""
+    declared = document["history"][-1]["design"]
+    floor = declared["floor"] or {}
+    return Design(
+        contrasts={
+            name: Contrast(
+                name=name,
+                metric=fields["metric"],
+                tasks=tuple(fields["tasks"]),
+                smallest=fields["smallest"],
+                family=fields["family"],
+                pairs=tuple((first, second, at) for first, second, at in document["pairs"][name]),
+            )
+            for name, fields in declared["contrasts"].items()
+        },
+        choices={
+            name: Choice(
+                name=name,
+                metric=fields["metric"],
+                tasks=tuple(fields["tasks"]),
+                candidates=tuple(document["candidates"][name]),
+                blocks=tuple((at, tuple(cells)) for at, cells in document["blocks"][name]),
+            )
+            for name, fields in declared["choices"].items()
+        },
+        floor=Floor(floor.get("times_dense"), floor.get("levels", {})),
+        history=_history(document["history"]),
+    )
+
+
+def _history(versions: list[dict[str, Any]]) -> str:
+    """Say when the design was declared, and how often it was changed after results existed."""
+    first, *later = versions
+    if first["measured"] == 0:
+        text = "The design was declared before there was a result."
+    else:
+        text = (
+            f"The design was declared when {first['measured']} of {first['cells']} cells had "
+            "results."
+        )
+    late = [version for version in later if version["measured"] > 0]
+    if late:
+        last = late[-1]
+        text += (
+            f" It was changed after results existed: {len(late)} time{'s'[: len(late) > 1]}, last "
+            f"when {last['measured']} of {last['cells']} cells had results."
+        )
+    return text
