@@ -8,7 +8,7 @@ comparisons of a candidate with all others are held together by Bonferroni.
 
 import math
 from collections.abc import Mapping
-from itertools import permutations
+from itertools import combinations
 from typing import NamedTuple
 
 import pandas as pd
@@ -70,14 +70,16 @@ def compare_with_best(
     sign = 1 if kind.lower_is_better else -1
     units = {name: sign * each.units for name, each in scores.items()}
     tail = (1 - confidence) / (len(scores) - 1)
-    half = {
-        (one, other): scores[one].minus(scores[other]).uncertainty().half_width(1 - 2 * tail)
-        if len(units[one]) > 1
-        else math.nan
-        for one, other in permutations(scores, 2)
-    }
+    half: dict[tuple[str, str], float] = {}
+    for one, other in combinations(scores, 2):
+        width = math.nan
+        if len(units[one]) > 1:
+            uncertainty = scores[one].minus(scores[other]).uncertainty()
+            width = uncertainty.half_width(1 - 2 * tail)
+        half[one, other] = half[other, one] = width
     loss = {pair: float((units[pair[0]] - units[pair[1]]).mean()) for pair in half}
     others = {name: [other for other in scores if other != name] for name in scores}
+    known = not any(math.isnan(each) for each in half.values())
     low = {
         name: min(0.0, max(loss[name, other] - half[name, other] for other in others[name]))
         for name in scores
@@ -87,7 +89,6 @@ def compare_with_best(
         name: max([0.0, *(loss[name, o] + half[name, o] for o in best if o != name)])
         for name in scores
     }
-    known = not any(math.isnan(each) for each in half.values())
     found = [
         Candidate(
             name=name,

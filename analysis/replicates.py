@@ -190,20 +190,19 @@ class Numbers:
     def _by_window(self, requests: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
         """Return `[cells, windows]` of each task; empty if a task lacks them.
 
-        The results hold a window's loss in nats a token, whatever the metric is of. It is scaled so
-        that the mean over windows is the cell's number.
+        Of a metric that is a window's loss on another scale, the results hold the loss in nats a
+        token; it is scaled so that the mean over windows is the cell's number.
         """
+        from_loss = self.kind.is_perplexity or metric == "bits_per_byte"
         found: dict[str, pd.DataFrame] = {}
         for task in self.tasks:
-            rows = requests[requests["task"] == task]
-            own = rows[rows["metric"] == metric]
-            is_loss = own.empty
-            own = rows[rows["metric"] == "loss"] if is_loss else own
-            by: Any = own.pivot_table(index="cell", columns="doc_id", values="value")
+            name = "loss" if from_loss else metric
+            rows = requests[(requests["task"] == task) & (requests["metric"] == name)]
+            by: Any = rows.pivot_table(index="cell", columns="doc_id", values="value")
             by = by.dropna(axis=1)
-            if is_loss and len(by):
-                by = by.mul(self._scaled[task].reindex(by.index) / by.mean(axis=1), axis=0)
             if by.shape[1] < 2:
                 return {}
+            if from_loss:
+                by = by.mul(self._scaled[task].reindex(by.index) / by.mean(axis=1), axis=0)
             found[task] = by
         return found

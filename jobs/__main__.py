@@ -29,6 +29,7 @@ from cluster.submission import (
 from jobs.check import check_plan
 from jobs.console import console
 from jobs.cost import parameters
+from jobs.declared import print_design, record_design
 from jobs.export import export
 from jobs.export_calibration import export_calibration
 from jobs.fetch import copies, fetch, hub_items, model_copies
@@ -76,7 +77,9 @@ NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the job
 @app.command()
 def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Print cells, unique stages, what the store holds and the estimated time; run nothing."""
-    print_plan(_checked_plan(grid, store), open_store(store), console)
+    planned = _checked_plan(grid, store)
+    print_plan(planned, open_store(store), console)
+    print_design(planned, console)
 
 
 @app.command(name="prepare")
@@ -125,6 +128,7 @@ def run(
     """
     planned = _checked_plan(grid, store)
     kept = _writable_store(store)
+    record_design(planned, kept)
     outcome = run_grid(planned, kept, address, workers)
     _show(planned, kept)
     if prompt is not None:
@@ -141,6 +145,7 @@ def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Write the table of a grid's results so far."""
     kept = open_store(store)
     planned = make_plan(load_grid(grid))
+    record_design(planned, kept)
     console.print(write_table(gather(planned, kept), planned.grid.name, kept))
 
 

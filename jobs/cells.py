@@ -1,6 +1,7 @@
 """The cells of a grid, and the specs of each."""
 
 import contextlib
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -94,6 +95,11 @@ _WITHOUT_PRUNING = {"pruner": None, "allocation": None, "sparsity": 0.0, "patter
 """Changes that make two cells of one calibration set equal."""
 
 
+def cell_name(cell: Cell) -> str:
+    """Return the cell's name in the results: a hash of its fields."""
+    return hashlib.sha256(cell.model_dump_json().encode()).hexdigest()[:12]
+
+
 def expand(grid: Grid) -> list[Cell]:
     """Return the grid's cells in the order of its axes, those of dense models first.
 
@@ -110,6 +116,8 @@ def expand(grid: Grid) -> list[Cell]:
     if not kept:
         raise InputError("exclude", f"all {len(points)} cells", "leaves no cell: exclude less")
     cells = [_normal(grid, _cell(where, point)) for where, point in kept]
+    if grid.design is not None and grid.design.seeds == "nested":
+        cells = _with_own_seeds(grid, cells)
     _check_exclusions(grid, [point for _, point in points])
     dense = [Cell(model=model) for model in dict.fromkeys(cell.model for cell in cells)]
     return list(dict.fromkeys([*dense, *cells]))
@@ -284,6 +292,18 @@ def _product(where: str, block: dict[str, Any]) -> list[dict[str, Any]]:
         if not values:
             raise InputError(f"{where}.{field}", [], "is an axis without values: give at least one")
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def _with_own_seeds(grid: Grid, cells: Sequence[Cell]) -> list[Cell]:
+    """Give each model seeds of its own: those of the first model, shifted."""
+    count = 1 + max((cell.seed for cell in cells if cell.seed is not None), default=0)
+    shift = {model: place * count for place, model in enumerate(grid.models)}
+    return [
+        cell
+        if cell.seed is None
+        else cell.model_copy(update={"seed": cell.seed + shift[cell.model]})
+        for cell in cells
+    ]
 
 
 def _check_exclusions(grid: Grid, points: Sequence[dict[str, Any]]) -> None:

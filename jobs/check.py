@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
+from jobs.declared import resolve
 from jobs.grid import StageResources
 from jobs.plan import Plan
 from pipeline.data.corpora import check_corpus
@@ -55,6 +56,7 @@ def check_plan(plan: Plan) -> list[str]:
         InputError: at the first mistake, naming field, value and remedy.
     """
     check_environment()
+    resolve(plan.grid, plan.cells.values())
     notes: dict[str, None] = {}
     vocabularies: dict[str, Any] = {}
     configs = {

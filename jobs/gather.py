@@ -1,7 +1,6 @@
 """Gather the results of a grid's cells in one tidy table: a row for each cell, task and metric."""
 
 import functools
-import hashlib
 import io
 import json
 import math
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from cluster.graph import descendants, readers
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store
 from jobs.averages import average_rows
-from jobs.cells import Cell
+from jobs.cells import Cell, cell_name
 from jobs.flips import flip_rows, has_answers, read_answers
 from jobs.plan import Plan
 from pipeline.evaluation.schemas import METRICS_SCHEMA
@@ -157,7 +156,7 @@ def _cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
     return {
         **fields,
         "grid": grid,
-        "cell": hashlib.sha256(cell.model_dump_json().encode()).hexdigest()[:12],
+        "cell": cell_name(cell),
         "status": "ok",
         "pruner": "dense" if pruner is None else pruner.name,
         "pruner_options": _options(pruner),

@@ -21,10 +21,12 @@ from pydantic import (
 )
 
 from cluster.graph import Resources
+from jobs.design import Design
 from jobs.dtypes import AutoDtype, with_dtypes
 from jobs.outside import with_fingerprints
 from jobs.stages import STAGES
 from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
+from jobs.trainings import with_trainings
 from jobs.yaml_file import line_number, read_yaml
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError, did_you_mean
@@ -367,6 +369,9 @@ class Grid(Spec):
     describe: Description | None = None
     """Score every calibration set; None scores none."""
 
+    design: Design | None = None
+    """Contrasts that are declared before results exist."""
+
     checkpoints: bool = False
     """Store every pruned model as an ordinary checkpoint even if masks suffice: sixteen times the
     bytes in half precision. `export` makes one for a single model."""
@@ -381,11 +386,14 @@ class Grid(Spec):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _choose_dtypes(cls, content: Any, validate: ModelWrapValidatorHandler["Grid"]) -> "Grid":
-        """Replace `dtype: auto` of models, so that specs and keys hold the dtype."""
+    def _with_models_written_out(
+        cls, content: Any, validate: ModelWrapValidatorHandler["Grid"]
+    ) -> "Grid":
+        """Write out models of several trainings, and replace `dtype: auto`, so that specs and keys
+        hold the dtype."""
         if not isinstance(content, Mapping):
             return validate(content)
-        content, chosen = with_dtypes(content)
+        content, chosen = with_dtypes(with_trainings(content))
         grid = validate(content)
         grid._auto_dtypes.update(chosen)
         return grid
