@@ -8,9 +8,11 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.design import Design, read_design
 from analysis.figures import png_bytes, svg_bytes
 from analysis.load import TableError, load_results
 from analysis.report import status_counts
+from analysis.requests import load_requests
 
 
 class Answer(NamedTuple):
@@ -45,6 +47,17 @@ class Answer(NamedTuple):
         return textwrap.fill(self.finding, 110, break_long_words=False, break_on_hyphens=False)
 
 
+class Results(NamedTuple):
+    """What a grid has measured, and what it declared before."""
+
+    table: pd.DataFrame
+    """As `load_results` returns it."""
+
+    design: Design | None = None
+    requests: pd.DataFrame | None = None
+    """Results of single windows and questions of the compared cells, if the store has them."""
+
+
 class Study(NamedTuple):
     """One question.
 
@@ -57,10 +70,8 @@ class Study(NamedTuple):
     contrast: str
     """The main comparison, chosen before any number was seen; others are secondary."""
 
-    answer: Callable[[pd.DataFrame], Answer]
-    """Function of the grid's results table, as `load_results` returns it.
-
-    Raises `TableError` if results are missing."""
+    answer: Callable[[Results], Answer]
+    """Raises `TableError` if results are missing."""
 
     @property
     def grid_file(self) -> Path:
@@ -82,13 +93,30 @@ def run_study(study: Study, location: str, grid: str | None = None) -> Answer:
     """
     remedy = f"make its results with `python -m jobs run {study.grid_file} --store {location}`"
     try:
-        table = load_results(location, grid or study.name)
-        answer = study.answer(table)
+        results = read_results(location, grid or study.name)
+        answer = study.answer(results)
     except FileNotFoundError as error:
         raise TableError(f"study {study.name}: {location} has no results: {remedy}") from error
     except TableError as error:
         raise TableError(f"study {study.name}: {error}: {remedy}") from error
-    return answer._replace(caveat=" ".join([answer.caveat, _left_out(table)]).strip())
+    return answer._replace(caveat=" ".join([answer.caveat, _left_out(results.table)]).strip())
+
+
+def read_results(location: str, grid: str) -> Results:
+    """Read a grid's table and design, and the single windows of the cells that it compares.
+
+    Args:
+        location: a store's folder or fsspec URL, or one Parquet file.
+        grid: the grid's name.
+    """
+    table = load_results(location, grid)
+    design = read_design(location, grid)
+    if design is None or location.endswith(".parquet"):
+        return Results(table, design)
+    try:
+        return Results(table, design, load_requests(location, table))
+    except TableError:  # a store may hold results alone; every interval says what it leaves out
+        return Results(table, design)
 
 
 def _left_out(table: pd.DataFrame) -> str:

@@ -29,7 +29,7 @@ from analysis.figures import svg_bytes
 from analysis.labels import in_order
 from analysis.report import status_counts
 from analysis.studies.mixing import STUDY
-from analysis.study import run_study
+from analysis.study import Results, run_study
 
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
@@ -69,7 +69,7 @@ above.assign(worst=above.max(axis=1)).sort_values("worst").round(1)
 
 # %%
 for measure in in_order(table.loc[table["metric"] == "perplexity", "task"]):
-    without = STUDY.answer(table[table["task"] != measure])
+    without = STUDY.answer(Results(table[table["task"] != measure]))
     print(f"without {measure}:", without.what, without.size)
 
 # %% [markdown]

@@ -30,7 +30,7 @@ from analysis.figures import svg_bytes
 from analysis.labels import in_order
 from analysis.report import status_counts
 from analysis.studies.prefix_length import STUDY
-from analysis.study import run_study
+from analysis.study import Results, run_study
 
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
@@ -67,7 +67,7 @@ levels.pivot_table(index="source", columns="model", values="mean", observed=True
 
 # %%
 for model in in_order(rows["model"]):
-    print(STUDY.answer(table[table["model"] == model]).size)
+    print(STUDY.answer(Results(table[table["model"] == model])).size)
 
 # %% [markdown]
 # ## Any two lengths

@@ -30,7 +30,7 @@ from analysis.figures import svg_bytes
 from analysis.labels import in_order
 from analysis.report import status_counts
 from analysis.studies.sparsity import STUDY
-from analysis.study import run_study
+from analysis.study import Results, run_study
 
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
@@ -68,8 +68,10 @@ levels.pivot_table(index=["method", "target"], columns="source", values="mean", 
 
 # %%
 for pruner in in_order(calibrated(rows)["pruner"]):
-    print(f"{pruner}:", STUDY.answer(table[table["pruner"] == pruner]).what)
-print("half of the seeds:", STUDY.answer(table[table["seed"] < table["seed"].median()]).what)
+    print(f"{pruner}:", STUDY.answer(Results(table[table["pruner"] == pruner])).what)
+print(
+    "half of the seeds:", STUDY.answer(Results(table[table["seed"] < table["seed"].median()])).what
+)
 
 # %% [markdown]
 # ## What is left to gain

@@ -16,7 +16,7 @@ from analysis.evidence import (
 )
 from analysis.labels import in_order
 from analysis.load import TableError
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 USUAL = 64
 """Windows in the testbed's other studies."""
@@ -25,9 +25,9 @@ NEGLIGIBLE = 1.0
 """Effects within this many percent of perplexity, or points, are negligible."""
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Compare each number of windows with the most, and each length with the longest."""
-    rows = calibrated(scored(table))
+    rows = calibrated(scored(results.table))
     longest = int(rows["seqlen"].max())
     whole = rows[rows["seqlen"] == longest]
     counts = sorted({int(count) for count in whole["nsamples"]})

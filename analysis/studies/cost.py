@@ -15,15 +15,15 @@ from analysis.evidence import (
     scored,
 )
 from analysis.labels import in_order
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 CORPUS, GENERATED = "mismatched", "self-generated"
 SECONDS = ["seconds_generate", "seconds_score", "seconds_prune"]
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Compare gain and device-seconds of generated sets of several sizes with the corpus."""
-    rows = calibrated(scored(table))
+    rows = calibrated(scored(results.table))
     seconds = rows[SECONDS]
     rows = rows.assign(extra=seconds.iloc[:, :2].sum(axis=1), total=seconds.sum(axis=1))
     corpus, generated = of_calibration(rows, CORPUS), of_calibration(rows, GENERATED)

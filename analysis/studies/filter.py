@@ -18,15 +18,15 @@ from analysis.evidence import (
 from analysis.labels import in_order
 from analysis.load import TableError
 from analysis.metrics import metric_named
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 PAPER = 0.2
 """The share that the paper drops."""
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Compare each rate with no filter, by pruner, and measure what it does to the set."""
-    rows = calibrated(scored(table))
+    rows = calibrated(scored(results.table))
     rates = sorted({float(rate) for rate in rows["drop_fraction"].dropna()})
     if 0.0 not in rates or PAPER not in rates:
         raise TableError(f"drop fractions {rates}: 0 and {PAPER} are needed")

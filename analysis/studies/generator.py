@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-import pandas as pd
-
 from analysis.charts import interval_figure
 from analysis.evidence import (
     SOURCE,
@@ -18,14 +16,14 @@ from analysis.evidence import (
 )
 from analysis.labels import in_order
 from analysis.load import TableError
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 TREND = "by 10 points of the generator's sparsity"
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Compare each pruned generator with the dense one, and all of them together."""
-    rows = calibrated(scored(table))
+    rows = calibrated(scored(results.table))
     rows = rows.assign(generator_sparsity=[generator_sparsity(each) for each in rows["lineage"]])
     dense = rows[rows["generator_sparsity"] == 0]
     pruned = rows[rows["generator_sparsity"] > 0]

@@ -12,13 +12,14 @@ from analysis.evidence import (
     scored,
 )
 from analysis.load import TableError
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 BOTH, GENERATED, HELD_OUT = "both", "self-generated-", "-heldout"
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Compare calibration in a language, in the other, in both, and self-generated."""
+    table = results.table
     both = languages(table)
     rows = calibrated(
         pd.concat(

@@ -16,13 +16,14 @@ from analysis.evidence import (
 )
 from analysis.labels import in_order
 from analysis.load import TableError
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 MIXED, HELD_OUT = "mixed", "-heldout"
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Compare mixed data with single sources, over all capabilities and for each."""
+    table = results.table
     measures = in_order(table.loc[table["metric"] == "perplexity", "task"])
     if len(measures) < 2:
         raise TableError(

@@ -17,7 +17,7 @@ from analysis.charts import interval_figure
 from analysis.evidence import EffectEstimate, bootstrap, calibrated, listed, scored
 from analysis.load import TableError
 from analysis.metrics import MetricKind, Values, effect_text, metric_named
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 SCORES = {
     "min_k_plus_plus": "Min-K%++",
@@ -69,9 +69,9 @@ class Prediction(NamedTuple):
     settings, in the metric's unit."""
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Return every score's rank correlation, out-of-source error and effect."""
-    sources = gathered(table)
+    sources = gathered(results.table)
     predictions = {name: predict(sources, name) for name in sources.scores}
     main = predictions[MAIN]
     ranked = sorted(predictions, key=lambda name: -predictions[name].explained.effect)

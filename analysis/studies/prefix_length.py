@@ -21,7 +21,7 @@ from analysis.evidence import (
 from analysis.labels import in_order
 from analysis.load import TableError
 from analysis.metrics import Values, metric_named, p_text
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 PAPER = 2
 """Tokens of the paper's prefixes, the reference of all effects."""
@@ -30,9 +30,9 @@ SHORT, LONG = (1, 4), 16
 """The range that the paper found best, and the shortest long prefix."""
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Compare lengths with the paper's, and short with long, and test the model's influence."""
-    rows = calibrated(scored(table))
+    rows = calibrated(scored(results.table))
     lengths = sorted({int(length) for length in rows["prefix_tokens"].dropna()})
     if PAPER not in lengths or len(lengths) < 3:
         raise TableError(f"prefix lengths {lengths}: {PAPER} and two others are needed")

@@ -1,7 +1,5 @@
 """The paper's central claim: calibration data nearer to the pretraining data prunes better."""
 
-import pandas as pd
-
 from analysis.charts import Curve, line_figure
 from analysis.evidence import (
     calibrated,
@@ -15,12 +13,12 @@ from analysis.evidence import (
 )
 from analysis.labels import in_order, targets_in_order
 from analysis.load import TableError
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Estimate the trend over the share of unseen text, and compare each share with none."""
-    rows = calibrated(scored(table))
+    rows = calibrated(scored(results.table))
     rows = rows.assign(share=[trailing_number(name) for name in rows["calibration"]])
     shares = sorted(set(rows["share"]))
     if len(shares) < 3 or shares[0] != 0:

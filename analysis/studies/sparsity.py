@@ -15,14 +15,14 @@ from analysis.evidence import (
     scored,
 )
 from analysis.labels import in_order, targets_in_order
-from analysis.study import Answer, Study
+from analysis.study import Answer, Results, Study
 
 CORPUS, GENERATED, TRUE = "mismatched", "self-generated", "pretraining"
 
 
-def answer(table: pd.DataFrame) -> Answer:
+def answer(results: Results) -> Answer:
     """Compare self-generated data with the corpus at each target."""
-    rows = calibrated(scored(table))
+    rows = calibrated(scored(results.table))
     corpus, generated = of_calibration(rows, CORPUS), of_calibration(rows, GENERATED)
     targets = targets_in_order(rows)
     unstructured = [target for target in targets if ":" not in target]

@@ -15,7 +15,7 @@ from analysis.evidence import bootstrap, paired, scored, slope
 from analysis.load import TableError
 from analysis.studies import STUDIES, predictor
 from analysis.studies.language import languages
-from analysis.study import Answer
+from analysis.study import Answer, Results
 from tests.analysis.conftest import MakeTable, Row
 from tests.analysis.planted import CASES, Effect, cells, language, planted, similarity
 
@@ -23,7 +23,7 @@ from tests.analysis.planted import CASES, Effect, cells, language, planted, simi
 @pytest.fixture
 def answered(make_table: MakeTable) -> Callable[[str, Effect], Answer]:
     def answer(name: str, effect: Effect) -> Answer:
-        return STUDIES[name].answer(make_table(planted(CASES[name][0](), effect)))
+        return STUDIES[name].answer(Results(make_table(planted(CASES[name][0](), effect))))
 
     return answer
 
