@@ -1,7 +1,9 @@
 """Which cheap score of a calibration set predicts how well it prunes.
 
 A source's scores and its results after pruning are averaged over seeds. The source is the unit,
-since a score predicts pruning only through the differences between sources.
+since a score predicts pruning only through the differences between sources. Many sources are
+mixtures of the same domains, so a prediction is tested on domains that its fit has not seen: each
+fold leaves out all sources that hold one domain. Text that a model wrote is a domain too.
 """
 
 import json
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
+from numpy.typing import NDArray
 from scipy import stats
 
 from analysis.charts import interval_figure
@@ -33,6 +36,9 @@ SCORES = {
 MAIN = "min_k_plus_plus"
 SETTING = ["model", "method", "target"]
 LEAST_SOURCES = 5
+LEAST_FITTED = 3
+
+Flags = NDArray[np.bool_]
 
 PLAIN = MetricKind(lower_is_better=False, is_perplexity=False, is_share=False)
 """The kind of numbers without a unit."""
@@ -50,6 +56,9 @@ class Sources(NamedTuple):
 
     kind: MetricKind
 
+    holds: Flags
+    """`[sources, domains]`: whether a source holds a domain."""
+
 
 class Prediction(NamedTuple):
     """How well a score predicts the harm by pruning."""
@@ -58,15 +67,15 @@ class Prediction(NamedTuple):
     """Spearman's correlation with the harm, averaged over settings; interval over sources."""
 
     explained: EffectEstimate
-    """Share of the differences in harm explained in sources left out of the fit, in percent; below
-    0 the score is worse than no score."""
+    """Share of the differences in harm explained in domains left out of the fit, in percent; below
+    0 the score is worse than no score. Each resample of sources is fitted again."""
 
     effect: EffectEstimate
     """Harm per standard deviation of the score, by the mixed model."""
 
     regret: float
-    """Loss of the source chosen by leave-one-out predictions against the best one, on average over
-    settings, in the metric's unit."""
+    """Loss of the source with the best prediction from other domains against the best one, on
+    average over settings, in the metric's unit."""
 
 
 def answer(results: Results) -> Answer:
@@ -93,21 +102,23 @@ def answer(results: Results) -> Answer:
     ]
     named = [f"{SCORES[name]} {text}" for name, text in zip(ranked, explained, strict=True)]
     size = (
-        "Of the differences between sources that the fit has not seen, the scores explain: "
-        f"{'; '.join(named)}. One standard deviation of Min-K%++ goes with "
+        "Of the differences between sources of domains that the fit has not seen, the scores "
+        f"explain: {'; '.join(named)}. One standard deviation of Min-K%++ goes with "
         + effect_text(*main.effect[:3], sources.kind.unit)
         + " harm (mixed model, with sources, pruners and sparsities as random effects)."
     )
-    if good:
-        best = good[0]
-        certainty = (
-            f"Better than no score (intervals not corrected for {len(ranked)} scores): "
-            f"{listed([SCORES[name] for name in good])}. Choosing the source by {SCORES[best]} "
-            f"loses {predictions[best].regret:.1f} {sources.kind.unit} against the best one, on "
-            f"average over settings; a random choice {_random_regret(sources):.1f}."
-        )
-    else:
-        certainty = "No score is shown to predict unseen sources better than their mean does."
+    losses = [f"{SCORES[name]} {predictions[name].regret:.1f}" for name in ranked]
+    losses.append(f"a random choice {_random_regret(sources):.1f}")
+    certainty = (
+        f"Better than no score (intervals not corrected for {len(ranked)} scores): "
+        f"{listed([SCORES[name] for name in good])}."
+        if good
+        else "No score is shown to predict sources of unseen domains better than their mean does."
+    )
+    certainty += (
+        f" The source chosen by a score loses against the best one, in {sources.kind.unit} and on "
+        f"average over settings: {'; '.join(losses)}."
+    )
     caveat = (
         f"All estimates rest on {len(sources.names)} sources, the intervals on resampling them. "
         "Other sources can change order and size, real corpora above all, since they differ less."
@@ -118,7 +129,7 @@ def answer(results: Results) -> Answer:
         "How well cheap scores of a calibration set predict its pruning",
         {
             "rank correlation with harm": {SCORES[n]: p.rank for n, p in predictions.items()},
-            "explained in unseen sources (share)": {
+            "explained in unseen domains (share)": {
                 SCORES[name]: prediction.explained._replace(
                     effect=prediction.explained.effect / 100,
                     low=prediction.explained.low / 100,
@@ -127,12 +138,13 @@ def answer(results: Results) -> Answer:
                 for name, prediction in predictions.items()
             },
         },
-        "1 is perfect",
+        "",
         "Bars: 95 % intervals over sources. Filled: zero lies outside; hollow: inside.",
         directed=False,
     )
-    for axes in figure.axes:
+    for axes, label in zip(figure.axes, ("−1 or 1 is perfect", "1 is perfect"), strict=True):
         axes.set_xlim(-1.1, 1.1)
+        axes.set_xlabel(label)
     return Answer(what, size, certainty, caveat, figure, _numbers(predictions))
 
 
@@ -153,6 +165,8 @@ def gathered(table: pd.DataFrame) -> Sources:
     reports = pd.DataFrame([json.loads(report) for report in rows["calibration_report"]])
     reports = reports.assign(source=rows["source"].to_numpy())
     means = reports.groupby("source").mean(numeric_only=True).loc[harm.index]
+    lineages = rows.drop_duplicates("source").set_index("source")["lineage"].loc[harm.index]
+    domains = [domains_of(json.loads(lineage)) for lineage in lineages]
     sign = 1 if kind.lower_is_better else -1
     values = sign * harm.to_numpy(dtype=np.float64)
     return Sources(
@@ -160,23 +174,43 @@ def gathered(table: pd.DataFrame) -> Sources:
         scores={name: means[name].to_numpy(dtype=float) for name in SCORES if name in means},
         harm=values - values.mean(axis=0),
         kind=kind,
+        holds=np.array([[name in own for name in sorted(set.union(*domains))] for own in domains]),
     )
+
+
+def domains_of(lineage: dict[str, Any]) -> set[str]:
+    """Return the domains of a cell's calibration text, from its evaluation's spec.
+
+    They are the domains of a testbed's corpus, else the corpora themselves; for generated text
+    those of its prefixes, and the fact that a model wrote it.
+    """
+    source = lineage["model"]["calibration"]["source"]
+    if source["kind"] == "filter":
+        return {"model-written"} | _domains(source["scores"]["samples"]["prefixes"])
+    return _domains(source)
+
+
+def _domains(corpus: dict[str, Any]) -> set[str]:
+    if "parts" in corpus:
+        return set.union(*(_domains(part["corpus"]) for part in corpus["parts"].values()))
+    return set(corpus.get("mixture", [json.dumps(corpus, sort_keys=True)]))
 
 
 def predict(sources: Sources, name: str) -> Prediction:
     """Return how well one score predicts the harm."""
-    x, harm = sources.scores[name], sources.harm
-    count = len(x)
-    errors, baseline, predicted = left_out(x, harm)
+    x, harm, holds = sources.scores[name], sources.harm, sources.holds
 
     def rank(chosen: Any) -> float:
         return rank_correlation(x[chosen], harm[chosen])
 
     def explained(chosen: Any) -> float:
-        return 100 * (1 - float(errors[chosen].sum() / baseline[chosen].sum()))
+        left, without, _ = left_out(x[chosen], harm[chosen], holds[chosen])
+        return 100 * (1 - left / without) if without > 0 else np.nan
 
-    everyone = np.arange(count)
-    regret = harm[predicted.argmin(axis=0), range(harm.shape[1])] - harm.min(axis=0)
+    predicted = left_out(x, harm, holds)[2]
+    best = np.where(np.isnan(predicted), np.inf, predicted).argmin(axis=0)
+    regret = harm[best, range(harm.shape[1])] - harm.min(axis=0)
+    everyone = np.arange(len(x))
     return Prediction(
         rank=_resampled(rank, everyone),
         explained=_resampled(explained, everyone),
@@ -198,31 +232,40 @@ def rank_correlation(x: Values, harm: Values) -> float:
     return float(np.mean(each))
 
 
-def left_out(x: Values, harm: Values) -> tuple[Values, Values, Values]:
-    """Predict each source by a line through the others, and by their mean alone.
+def left_out(x: Values, harm: Values, holds: Flags) -> tuple[float, float, Values]:
+    """Predict the sources of each domain by a line through those without it, and by their mean.
 
-    Each setting is divided by its spread, so that settings have equal weight.
+    Each setting is divided by its spread, so that settings have equal weight, and so have domains.
+    A domain that leaves fewer than three different scores to fit is no fold.
 
     Args:
         x: the score, `[sources]`.
         harm: `[sources, settings]`.
+        holds: `[sources, domains]`.
 
     Returns:
-        Squared errors of the line and of the mean, each `[sources]`, summed over settings; and the
-        line's predictions, `[sources, settings]`.
+        Mean squared errors of the line and of the mean, NaN without a fold; and the line's
+        predictions, `[sources, settings]`, averaged over folds, NaN for a source in none.
     """
     spread = harm.std(axis=0)
     scaled = harm / np.where(spread > 0, spread, 1.0)
-    predicted = np.empty_like(scaled)
-    means = np.empty_like(scaled)
-    for place in range(len(x)):
-        others = np.delete(np.arange(len(x)), place)
-        centred = x[others] - x[others].mean()
-        means[place] = scaled[others].mean(axis=0)
-        slopes = centred @ (scaled[others] - means[place]) / max(centred @ centred, 1e-300)
-        predicted[place] = means[place] + slopes * (x[place] - x[others].mean())
-    errors = ((scaled - predicted) ** 2).sum(axis=1)
-    return errors, ((scaled - means) ** 2).sum(axis=1), predicted
+    total, folds = np.zeros_like(scaled), np.zeros(len(x))
+    errors: list[tuple[float, float]] = []
+    for inside in holds.T:
+        fitted = x[~inside]
+        if not inside.any() or len(np.unique(fitted)) < LEAST_FITTED:
+            continue
+        centred, mean = fitted - fitted.mean(), scaled[~inside].mean(axis=0)
+        slopes = centred @ (scaled[~inside] - mean) / (centred @ centred)
+        line = mean + slopes * (x[inside] - fitted.mean())[:, None]
+        total[inside] += line
+        folds[inside] += 1
+        true = scaled[inside]
+        errors.append((float(((true - line) ** 2).mean()), float(((true - mean) ** 2).mean())))
+    with np.errstate(invalid="ignore"):
+        predicted = total / folds[:, None]
+    left, without = np.mean(errors, axis=0) if errors else (np.nan, np.nan)
+    return float(left), float(without), predicted
 
 
 def mixed_effect(sources: Sources, name: str) -> EffectEstimate:

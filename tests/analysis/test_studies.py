@@ -96,17 +96,51 @@ def test_a_bootstrap_interval_is_near_that_of_a_normal_mean() -> None:
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error + 0.02)
 
 
-def test_leaving_out_is_what_refitting_without_a_source_gives() -> None:
+def test_leaving_a_domain_out_is_what_refitting_without_its_sources_gives() -> None:
     draws = np.random.default_rng(1)
     x, harm = draws.normal(size=9), draws.normal(size=(9, 1))
-    errors, baseline, predicted = predictor.left_out(x, harm)
+    holds = draws.random((9, 4)) < 0.4
+    left, without, predicted = predictor.left_out(x, harm, holds)
     scaled = harm[:, 0] / harm.std()
+    expected: dict[int, list[float]] = {}
+    errors, plain = [], []
+    for inside in holds.T:
+        fitted = np.polyfit(x[~inside], scaled[~inside], 1)
+        for place in np.flatnonzero(inside):
+            expected.setdefault(int(place), []).append(float(np.polyval(fitted, x[place])))
+        errors.append(np.mean((scaled[inside] - np.polyval(fitted, x[inside])) ** 2))
+        plain.append(np.mean((scaled[inside] - scaled[~inside].mean()) ** 2))
+    assert (left, without) == pytest.approx((np.mean(errors), np.mean(plain)))
     for place in range(9):
-        others = np.delete(np.arange(9), place)
-        fitted = np.polyfit(x[others], scaled[others], 1)
-        assert predicted[place, 0] == pytest.approx(np.polyval(fitted, x[place]))
-        assert errors[place] == pytest.approx((scaled[place] - predicted[place, 0]) ** 2)
-        assert baseline[place] == pytest.approx((scaled[place] - scaled[others].mean()) ** 2)
+        assert predicted[place, 0] == pytest.approx(
+            np.mean(expected.get(place, [np.nan])), nan_ok=True
+        )
+
+
+def test_a_score_that_only_names_the_domain_predicts_no_unseen_one() -> None:
+    """Leaving one mixture out leaks: its domains are in the fit."""
+    draws = np.random.default_rng(4)
+    domains = np.repeat(np.arange(5), 4)
+    level, score = draws.normal(size=5), draws.normal(size=5)
+    x = score[domains] + draws.normal(0, 0.01, 20)
+    harm = (level[domains] + draws.normal(0, 0.01, 20))[:, None]
+    by_source, by_domain = np.eye(20, dtype=bool), np.eye(5, dtype=bool)[domains]
+    leaking = predictor.left_out(x, harm, by_source)
+    honest = predictor.left_out(x, harm, by_domain)
+    assert honest[0] / honest[1] > 1.2 * leaking[0] / leaking[1]
+
+
+def test_domains_are_those_of_the_corpus_or_of_the_prefixes_and_the_writing_model() -> None:
+    def cell(source: Row) -> Row:
+        return {"model": {"calibration": {"source": source}}}
+
+    facts = {"kind": "testbed-corpus", "mixture": {"facts": 1, "code": 2}}
+    wiki = {"kind": "file-corpus", "path": "wiki.txt"}
+    both = {"kind": "corpus-mixture", "parts": {"a": {"corpus": facts}, "b": {"corpus": wiki}}}
+    written = {"kind": "filter", "scores": {"samples": {"prefixes": facts}}}
+    assert predictor.domains_of(cell(facts)) == {"facts", "code"}
+    assert predictor.domains_of(cell(written)) == {"facts", "code", "model-written"}
+    assert len(predictor.domains_of(cell(both))) == 3
 
 
 def test_missing_results_are_named_with_the_command_that_makes_them(
