@@ -203,7 +203,7 @@ def print_cost(grid: Grid, corpus: FileCorpus, stored: Collection[str], console:
     """Print what the pilot costs at most, beside the grid's own prunings."""
     tried = candidates(grid)
     table = Table(title=f"pilot of {grid.name}: at most")
-    for heading in ("round", "layers", "windows", "candidates", "device hours"):
+    for heading in ("layers", "windows", "candidates", "device hours"):
         table.add_column(heading, justify="right")
     made = set(stored)
     total = 0.0
@@ -223,13 +223,7 @@ def print_cost(grid: Grid, corpus: FileCorpus, stored: Collection[str], console:
         hours = sum(line.device_hours for line in count_stages(plan, made))
         made |= plan.specs.keys()
         total += hours
-        table.add_row(
-            str(place + 1),
-            f"{share.layers:.0%}",
-            f"{share.windows:.1%}",
-            str(count),
-            f"{hours:.2f}",
-        )
+        table.add_row(f"{share.layers:.0%}", f"{share.windows:.1%}", str(count), f"{hours:.2f}")
     console.print(table)
     whole = make_plan(grid)
     lines = count_stages(whole, set(stored))
@@ -277,7 +271,12 @@ def run_pilot(
         if not all_cells:
             continue
         plan = round_plan(grid, corpus, all_cells, share)
-        logger.info("round %d of %d: %d prunings", place + 1, len(ROUNDS), len(all_cells))
+        logger.info(
+            "pilot: %.0f %% of the layers, %.1f %% of the windows: %d prunings",
+            100 * share.layers,
+            100 * share.windows,
+            len(all_cells),
+        )
         run(plan)
         failures = _failures(plan, store)
         keys = {cell: key for key, cell in plan.cells.items()}
