@@ -279,15 +279,14 @@ def run_pilot(
         )
         run(plan)
         failures = _failures(plan, store)
-        keys = {cell: key for key, cell in plan.cells.items()}
         for model, names in cells.items():
             pilot = pilots[model]
             measured: dict[str, list[Values]] = {}
             for name, own in names.items():
-                made = {cell: keys[_pilot_cell(cell, share)] for cell in own}
+                made = keys_of(plan, own, share)
                 reason = next((failures[key] for key in made.values() if key in failures), None)
                 if reason is None:
-                    measured[name] = _divergences(store, made)
+                    measured[name] = divergences(store, made)
                 else:
                     pilot.failed[name] = reason
             if not measured:
@@ -308,7 +307,13 @@ def _failures(plan: Plan, store: Store) -> dict[str, str]:
     }
 
 
-def _divergences(store: Store, made: Mapping[Cell, str]) -> list[Values]:
+def keys_of(plan: Plan, cells: Sequence[Cell], share: Round) -> dict[Cell, str]:
+    """Return the keys of the evaluations of a round's cells, by the grid's cell."""
+    keys = {cell: key for key, cell in plan.cells.items()}
+    return {cell: keys[_pilot_cell(cell, share)] for cell in cells}
+
+
+def divergences(store: Store, made: Mapping[Cell, str]) -> list[Values]:
     """Return a candidate's KL on each window of the probe: for each setting [seeds, windows].
 
     Args:
