@@ -55,7 +55,7 @@ def calprune_inside(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> Callable[..., Finished]:
-    """Run `python -m jobs` within this process, for what starts no Ray: an import costs seconds."""
+    """Run `python -m jobs` within this process, as an import costs seconds."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*words: str | Path) -> Finished:
@@ -204,6 +204,10 @@ def _takes_jobs_soon(process: subprocess.Popen[bytes], head: Head) -> bool:
 
 
 def _takes_jobs(address: str) -> bool:
+    host, port = address.removeprefix("http://").split(":")
+    with socket.socket() as probe:
+        if probe.connect_ex((host, int(port))):  # cheaper than a command that waits in vain
+            return False
     words = [RAY, "job", "submit", "--address", address, "--", "true"]
     return subprocess.run(words, env=environment(), capture_output=True).returncode == 0
 

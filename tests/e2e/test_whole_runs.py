@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import Finished, Head, begin, calprune, command, environment
+from tests.e2e.conftest import RAY, Finished, Head, begin, command, environment
 
 Finish = tuple[Path, Finished]
 
@@ -98,13 +97,14 @@ def workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.usefixtures("ray_of_its_own")
 def test_a_killed_driver_loses_no_finished_artifact(
-    finished: Finish, tmp_path: Path, grid: Path
+    finished: Finish, tmp_path: Path, grid: Path, calprune_inside: Callable[..., Finished]
 ) -> None:
     calibrated = ("shard", "generate", "score", "filter", "windows")
     begun = begin(finished[0], tmp_path / "begun", *calibrated)
     driver = subprocess.Popen(
-        command("run", grid, "--store", begun),
+        command("run", grid, "--workers", "1", "--store", begun),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -121,7 +121,7 @@ def test_a_killed_driver_loses_no_finished_artifact(
     _, alive = psutil.wait_procs(workers, timeout=60)  # they notice that their driver is gone
     assert alive == []
     before = manifests(begun)
-    run = calprune("run", grid, "--store", begun)
+    run = calprune_inside("run", grid, "--workers", "1", "--store", begun)
     assert run.returncode == 0, run.stderr
     after = manifests(begun)
     assert len(before) < len(after)
@@ -129,8 +129,9 @@ def test_a_killed_driver_loses_no_finished_artifact(
     assert table_bytes(begun) == table_bytes(finished[0])
 
 
+@pytest.mark.usefixtures("ray_of_its_own")
 def test_a_flipped_byte_is_reported_and_made_again(
-    finished: Finish, grid: Path, tmp_path: Path
+    finished: Finish, grid: Path, tmp_path: Path, calprune_inside: Callable[..., Finished]
 ) -> None:
     shutil.copytree(finished[0], tmp_path / "store")
     store = tmp_path / "store"
@@ -142,7 +143,7 @@ def test_a_flipped_byte_is_reported_and_made_again(
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     before = manifests(store)
-    run = calprune("run", grid, "--store", store)
+    run = calprune_inside("run", grid, "--workers", "1", "--store", store)
     assert run.returncode == 0, run.stderr
     report = run.stderr.replace("\n", " ")
     for key in (windows, evaluation):
@@ -154,6 +155,7 @@ def test_a_flipped_byte_is_reported_and_made_again(
     assert table_bytes(store) == table_bytes(finished[0])
 
 
+@pytest.mark.usefixtures("ray_of_its_own")
 def test_a_cell_that_fails_is_a_row_and_is_tried_again(
     finished: Finish,
     edited: Callable[[str, str], Path],
@@ -169,7 +171,7 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(
     calibration = "  notes: {corpus: notes}"
     grid = edited("calibrations:\n", f"{corpus}\ncalibrations:\n{calibration}\n")
     grid.write_text(grid.read_text().replace("[pretraining, self", "[notes, pretraining, self"))
-    run = calprune("run", grid, "--store", store)
+    run = calprune_inside("run", grid, "--store", store)
     assert run.returncode == 1
     rows = pq.read_table(store / "results/tiny.parquet").to_pylist()
     failed = [row for row in rows if row["status"] == "failed"]
@@ -214,9 +216,11 @@ def test_a_mistake_in_a_grid_ends_before_any_work(
     assert not (tmp_path / "store/manifests").exists()
 
 
-def test_a_store_that_cannot_be_written_is_refused(grid: Path, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_refused(
+    grid: Path, tmp_path: Path, calprune_inside: Callable[..., Finished]
+) -> None:
     (tmp_path / "file").write_text("")
-    run = calprune("run", grid, "--store", tmp_path / "file")
+    run = calprune_inside("run", grid, "--store", tmp_path / "file")
     assert run.returncode == 2
     assert "store:" in run.stderr
     assert "Traceback" not in run.stderr
@@ -225,14 +229,15 @@ def test_a_store_that_cannot_be_written_is_refused(grid: Path, tmp_path: Path) -
 def test_a_submitted_job_of_one_worker_leaves_the_same_bytes_as_many(
     finished: Finish, begun: Path, grid: Path, ray_head: Head
 ) -> None:
+    """Before that the job tries a store that would be lost with it, which is refused."""
     project = Path(__file__).parents[2]
-    words = ["run", str(grid), "--workers", "1", "--store"]
-    submit = [Path(sys.executable).with_name("ray"), "job", "submit", "--address", ray_head.address]
-    submit += ["--working-dir", str(project), "--", "python", "-m", "jobs", *words]
-    job = subprocess.run([*submit, str(begun)], env=environment(), capture_output=True, text=True)
-    assert job.returncode == 0, job.stdout + job.stderr
+    run = f"python -m jobs run {grid} --workers 1 --store"
+    submit: list[str | Path] = [RAY, "job", "submit", "--address", ray_head.address]
+    submit += ["--working-dir", project, "--"]
+    submit += ["sh", "-c", f"{run} store; test $? = 2 && {run} {begun}"]
+    job = subprocess.run(submit, env=environment(), capture_output=True, text=True)
+    log = job.stdout + job.stderr
+    assert job.returncode == 0, log
+    assert "give an absolute path or a URL" in " ".join(log.split())
     assert checksums(begun) == checksums(finished[0])
     assert table_bytes(begun) == table_bytes(finished[0])
-    lost = subprocess.run([*submit, "store"], env=environment(), capture_output=True, text=True)
-    assert lost.returncode != 0
-    assert "give an absolute path or a URL" in " ".join((lost.stdout + lost.stderr).split())
