@@ -15,6 +15,7 @@ from tests.e2e.conftest import (
     RAY,
     Finished,
     Head,
+    begin,
     calprune,
     command,
     environment,
@@ -69,7 +70,7 @@ def test_a_log_goes_on_where_a_lost_connection_left_it_and_ends_with_the_jobs_ex
     program = tmp_path / "count.py"
     program.write_text(
         "import time\n"
-        "for n in range(300): print('line', n, flush=True); time.sleep(0.04)\n"
+        "for n in range(150): print('line', n, flush=True); time.sleep(0.04)\n"
         "raise SystemExit(3)"
     )
     submit = [RAY, "job", "submit", "--address", ray_head.address, "--no-wait"]
@@ -88,7 +89,7 @@ def test_a_log_goes_on_where_a_lost_connection_left_it_and_ends_with_the_jobs_ex
     first = [next(text for text in seen if text == "line 20\n")]
     line.cut(seconds=2)
     rest = [*first, *follower.stdout.readlines()]
-    assert rest == [f"line {number}\n" for number in range(20, 300)]
+    assert rest == [f"line {number}\n" for number in range(20, 150)]
     assert follower.wait(timeout=60) == 3
     assert follower.stderr is not None
     assert "connection to the cluster was lost" in follower.stderr.read()
@@ -169,7 +170,7 @@ def _kill(node: subprocess.Popen[bytes]) -> None:
 
 def test_a_submitted_grid_outlives_a_node_and_leaves_its_table_in_a_throttled_s3_and_no_secret(
     finished: tuple[Path, Finished],
-    begun: Path,
+    tmp_path: Path,
     grid: Path,
     ray_head: Head,
     throttled: tuple[S3Server, dict[str, str]],
@@ -177,6 +178,8 @@ def test_a_submitted_grid_outlives_a_node_and_leaves_its_table_in_a_throttled_s3
     server, variables = throttled
     url = "s3://bucket/store"
     s3 = _client(variables)
+    calibrated = ("shard", "generate", "score", "filter", "windows")
+    begun = begin(finished[0], tmp_path / "begun", *calibrated)
     for path in begun.rglob("*"):
         if path.is_file():
             s3.upload_file(str(path), "bucket", f"store/{path.relative_to(begun)}")
