@@ -2,7 +2,6 @@
 
 import math
 
-import pandas as pd
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
@@ -91,6 +90,6 @@ def print_results(results: pa.Table, console: Console) -> None:
 
 
 def _text(value: object) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and pd.isna(value)):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value)
