@@ -29,23 +29,30 @@ WHOLE_RUNS = {
     "e2e",
     "soak",
     "test_faults.py",
+    "test_hidden_inputs.py",
     "test_how_to.py",
     "test_namespaces.py",
     "test_notebooks.py",
+    "test_resume.py",
 }
-"""Folders and files of tests that start processes of their own: clusters, jobs, kernels."""
+"""Folders and files of tests that start processes of their own: clusters, jobs, kernels. A test of
+another file that starts one is marked where it stands."""
 
-STARTS = {"local_ray", "ray_of_its_own", "without_flask", "real_folder"}
+STARTS = {"local_ray", "ray_of_its_own", "ray_started", "without_flask", "real_folder"}
 """Fixtures of tests that start Ray or vLLM, or read the real model."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark whole runs, which `make test-quick` leaves out. The longest files come first, so that no
-    process is left with one when the other is done."""
-    items.sort(key=lambda item: item.path.parent.name not in ("e2e", "soak"))
+    """Mark whole runs, which `make test-quick` leaves out. Their files come first, and the longest
+    before all, so that no process is left with one when the others are done."""
+    long = set()
     for item in items:
         if WHOLE_RUNS & set(item.path.parts) or STARTS & set(getattr(item, "fixturenames", ())):
             item.add_marker("whole_run")
+            long.add(item.path)
+    items.sort(
+        key=lambda item: (item.path.parent.name not in ("e2e", "soak"), item.path not in long)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ typer.run(main)
 """
 
 
+@pytest.mark.whole_run
 def test_a_whole_run_needs_neither_ray_nor_vllm_and_writes_every_part(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--small", "--output", str(output)]

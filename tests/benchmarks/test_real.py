@@ -189,6 +189,7 @@ def other_python(path: Path, body: str) -> Path:
     return path
 
 
+@pytest.mark.whole_run
 def test_both_prune_the_same_windows_and_their_cpu_seconds_are_compared(
     tmp_path: Path, folder: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

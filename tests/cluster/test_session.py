@@ -36,7 +36,7 @@ print(json.dumps({"variables": variables, "listening": listening}))
 
 
 @pytest.fixture(scope="module")
-def started() -> dict[str, Any]:
+def ray_started() -> dict[str, Any]:
     """What a process finds that starts a local Ray, and what its actor does."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     kept.pop("HF_HUB_OFFLINE", None)
@@ -51,8 +51,8 @@ def started() -> dict[str, Any]:
     return found
 
 
-def test_a_local_ray_listens_on_the_loopback_only(started: dict[str, Any]) -> None:
-    found = started["listening"]
+def test_a_local_ray_listens_on_the_loopback_only(ray_started: dict[str, Any]) -> None:
+    found = ray_started["listening"]
     assert {name for name, _ in found} >= {"gcs_server", "raylet"}
     assert [(name, ip) for name, ip in found if not _is_loopback(ip)] == []
 
@@ -64,13 +64,13 @@ def _is_loopback(ip: str) -> bool:
 
 
 def test_a_replica_that_asks_for_no_gpu_sees_the_devices_of_its_node(
-    started: dict[str, Any],
+    ray_started: dict[str, Any],
 ) -> None:
-    assert started["variables"]["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert ray_started["variables"]["CUDA_VISIBLE_DEVICES"] == "3,5"
 
 
-def test_workers_get_the_requested_variables(started: dict[str, Any]) -> None:
-    assert started["variables"]["HF_HUB_OFFLINE"] == "1"
+def test_workers_get_the_requested_variables(ray_started: dict[str, Any]) -> None:
+    assert ray_started["variables"]["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.fixture

@@ -112,6 +112,7 @@ def test_the_card_holds_the_whole_lineage_and_names_engine_versions_and_licence(
     assert counts in card
 
 
+@pytest.mark.whole_run
 def test_the_example_makes_batches_of_an_exported_set(
     store: Store, tmp_path: Path, tiny_model_folder: Path
 ) -> None:

@@ -252,6 +252,7 @@ print(peak(small, folders[0], folders[1] / "small"), peak(large, folders[0], fol
 """
 
 
+@pytest.mark.whole_run
 def test_a_model_is_pruned_in_much_less_memory_than_its_weights_take(tmp_path: Path) -> None:
     """Against the peak for a model of one layer, that of the interpreter and all libraries."""
     specs = []
