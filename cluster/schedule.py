@@ -74,6 +74,8 @@ class _Lane:
 
     pool: str | None
     resources: Resources
+    fits: bool
+    """Whether any node is large enough for its bundle."""
     ready: list[Rank] = field(default_factory=list)
     """Most urgent first."""
     handed_over: int = 0
@@ -83,8 +85,6 @@ class _Lane:
     joining: int = 0
     """Actors that have not started yet."""
     idle_since: float = 0.0
-    fits: bool = False
-    """Whether any node is large enough for its bundle."""
 
     def __post_init__(self) -> None:
         self.bundle = bundle(self.resources)
@@ -244,10 +244,10 @@ class Schedule:
 
     def _lane(self, key: str) -> _Lane:
         stage = self.graph[key]
-        name = stage.pool or tuple(bundle(stage.resources).items())
+        asked = bundle(stage.resources)
+        name = stage.pool or tuple(asked.items())
         if name not in self._lanes:
-            lane = self._lanes[name] = _Lane(stage.pool, stage.resources)
-            lane.fits = self._fits_a_node(lane.bundle)
+            self._lanes[name] = _Lane(stage.pool, stage.resources, self._fits_a_node(asked))
         return self._lanes[name]
 
     def _fits_a_node(self, asked: Bundle) -> bool:

@@ -205,6 +205,12 @@ def test_a_stage_fits_if_one_node_of_several_is_large_enough() -> None:
     assert steps(made) == ["s-0", "s-1"]
 
 
+def test_a_node_that_names_no_gpu_has_none() -> None:
+    made = schedule(*(stage(f"s-{number}", 1.0, gpus=1) for number in range(3)), cpus=0.0)
+    made.resize([{"CPU": 8.0}])
+    assert steps(made) == ["s-0"]  # so that an autoscaler sees what waits
+
+
 def test_an_actor_without_work_is_kept_for_a_while_or_until_its_place_is_needed() -> None:
     late = stage("late", 1.0, "wait")
     made = schedule(stage("p", 1.0, pool="p"), stage("wait", 1.0, "p"), late, cpus=1.0)
