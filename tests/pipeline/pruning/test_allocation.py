@@ -213,6 +213,19 @@ def test_of_equal_remainders_the_first_layers_get_the_zeros() -> None:
     assert [str(target.pattern) for target in allocated.layers] == ["2:4", "1:4", "3:4", "2:4"]
 
 
+def test_a_layer_whose_share_is_a_whole_number_of_weights_keeps_it() -> None:
+    hand = ByHand(sparsities=(2.1 / 4, 2 / 4, 1 / 4))
+    allocated = allocate(hand, LayerTarget(0.5, Pattern(2, 4)), [100, 10, 10])
+    assert [str(target.pattern) for target in allocated.layers] == ["2:4", "2:4", "3:4"]
+
+
+def test_of_two_means_equally_near_the_one_with_fewer_zeros_is_taken() -> None:
+    """2 or 3 zeros in the larger layer: the mean is 5/3 or 7/3 zeros, and should be 2."""
+    hand = ByHand(sparsities=(2.5 / 4, 1 / 4))
+    allocated = allocate(hand, LayerTarget(0.5, Pattern(2, 4)), [100, 50])
+    assert [str(target.pattern) for target in allocated.layers] == ["2:4", "3:4"]
+
+
 def test_every_group_keeps_one_weight_and_loses_one() -> None:
     hand = ByHand(sparsities=(0.0, 0.9, 0.5, 0.6))
     allocated = allocate(hand, LayerTarget(0.5, Pattern(2, 4)), alike(4))

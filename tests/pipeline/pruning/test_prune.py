@@ -166,6 +166,13 @@ def test_a_pattern_that_does_not_fit_names_the_matrix() -> None:
         )
 
 
+def test_a_pattern_must_fit_the_inputs_of_a_matrix_and_not_its_outputs() -> None:
+    config = transformers.LlamaConfig(**{**GATED, "intermediate_size": 60})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj has 60 inputs, no multiple"):
+        prune_model(model, None, Magnitude(), LayerTarget(0.5, Pattern(4, 8)), Uniform())
+
+
 def test_windows_that_are_too_long_for_the_model_are_refused() -> None:
     with pytest.raises(InputError, match="seqlen: 65: the model takes at most 64 tokens"):
         prune_model(model_of("llama"), windows(1, 65), Wanda(), LayerTarget(0.5), Uniform())
