@@ -2,10 +2,10 @@
 
     python examples/local_datasets.py FOLDER [--questions 200]
 
-Each data set stands at `FOLDER/<owner>/<name>` as it does on the hub, so lm-eval's own tasks run on
-them: `cd FOLDER && lm_eval --tasks boolq ...`. The questions are random words and their answers are
-drawn by lot, so every model scores at chance. With `huggingface_hub.snapshot_download` in the
-place of this script the same folder holds the real data.
+Each data set has the folder `FOLDER/<owner>/<name>`, as on the hub, so lm-eval's own tasks run on
+them: `cd FOLDER && lm_eval --tasks boolq ...`. Questions are random words with random answers, so
+every model scores at chance. Use `huggingface_hub.snapshot_download` instead of this script to fill
+the same folders with the real data.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Row = dict[str, Any]
+_Row = dict[str, Any]
 
 WORDS = """
 the a ship sails over seven seas while captain counts stars and every sailor knows that deep water
@@ -43,12 +43,12 @@ world_religions
 
 
 def text(draws: random.Random, fewest: int, most: int) -> str:
-    """Random words, so many at the fewest and the most."""
+    """Return between `fewest` and `most` random words."""
     return " ".join(draws.choices(WORDS.split(), k=draws.randint(fewest, most)))
 
 
-def boolq(draws: random.Random, number: int) -> Row:
-    """BoolQ in SuperGLUE."""
+def boolq(draws: random.Random, number: int) -> _Row:
+    """Return a row of BoolQ in SuperGLUE."""
     return {
         "question": text(draws, 4, 9),
         "passage": text(draws, 20, 40),
@@ -57,8 +57,8 @@ def boolq(draws: random.Random, number: int) -> Row:
     }
 
 
-def winogrande(draws: random.Random, number: int) -> Row:
-    """WinoGrande."""
+def winogrande(draws: random.Random, number: int) -> _Row:
+    """Return a row of WinoGrande."""
     return {
         "sentence": f"{text(draws, 4, 9)} _ {text(draws, 3, 6)}.",
         "option1": draws.choice(WORDS.split()),
@@ -67,8 +67,8 @@ def winogrande(draws: random.Random, number: int) -> Row:
     }
 
 
-def piqa(draws: random.Random, number: int) -> Row:
-    """PIQA."""
+def piqa(draws: random.Random, number: int) -> _Row:
+    """Return a row of PIQA."""
     return {
         "goal": text(draws, 4, 9),
         "sol1": text(draws, 3, 9),
@@ -77,8 +77,8 @@ def piqa(draws: random.Random, number: int) -> Row:
     }
 
 
-def hellaswag(draws: random.Random, number: int) -> Row:
-    """HellaSwag."""
+def hellaswag(draws: random.Random, number: int) -> _Row:
+    """Return a row of HellaSwag."""
     first, second = text(draws, 5, 12), text(draws, 1, 4)
     return {
         "ind": number,
@@ -94,8 +94,8 @@ def hellaswag(draws: random.Random, number: int) -> Row:
     }
 
 
-def arc(draws: random.Random, number: int) -> Row:
-    """ARC, easy or challenge."""
+def arc(draws: random.Random, number: int) -> _Row:
+    """Return a row of ARC, easy or challenge."""
     labels = draws.choice((["A", "B", "C", "D"], ["1", "2", "3", "4"]))
     return {
         "id": f"question-{number}",
@@ -105,10 +105,10 @@ def arc(draws: random.Random, number: int) -> Row:
     }
 
 
-def mmlu(subject: str) -> Callable[[random.Random, int], Row]:
-    """MMLU's questions on a subject."""
+def mmlu(subject: str) -> Callable[[random.Random, int], _Row]:
+    """Return a function that makes rows of MMLU on a subject."""
 
-    def question(draws: random.Random, number: int) -> Row:
+    def question(draws: random.Random, number: int) -> _Row:
         return {
             "question": f"{text(draws, 4, 9)}?",
             "subject": subject,
@@ -119,19 +119,19 @@ def mmlu(subject: str) -> Callable[[random.Random, int], Row]:
     return question
 
 
-def wikitext_line(draws: random.Random, number: int) -> Row:
-    """Headings, blank lines and paragraphs, as they alternate in the real one."""
+def wikitext_line(draws: random.Random, number: int) -> _Row:
+    """Return a line of WikiText-2: headings, blank lines and paragraphs take turns."""
     kinds = (f" = {text(draws, 1, 3)} = \n", "", f" {text(draws, 30, 90)} . \n")
     return {"text": kinds[number % 3]}
 
 
-def wikitext_page(draws: random.Random, number: int) -> Row:
-    """WikiText-2 by the article."""
+def wikitext_page(draws: random.Random, number: int) -> _Row:
+    """Return an article of WikiText-2."""
     return {"page": f" = {text(draws, 1, 3)} = \n\n {text(draws, 60, 200)} . \n"}
 
 
-def alpaca(draws: random.Random, number: int) -> Row:
-    """Alpaca with answers of GPT-4."""
+def alpaca(draws: random.Random, number: int) -> _Row:
+    """Return a row of Alpaca with answers of GPT-4."""
     instruction, output = text(draws, 4, 12), text(draws, 10, 60)
     return {
         "instruction": instruction,
@@ -145,7 +145,7 @@ def alpaca(draws: random.Random, number: int) -> Row:
 def datasets(
     questions: int, subjects: list[str]
 ) -> Iterator[tuple[str, str, dict[str, tuple[Any, int]]]]:
-    """Data set, configuration, and for each split what makes a row and how many there are."""
+    """Yield data set, configuration, and the row maker and number of rows of each split."""
 
     def usual(make: Any, *splits: str) -> dict[str, tuple[Any, int]]:
         return {"train": (make, 8), **dict.fromkeys(splits, (make, questions))}
@@ -168,7 +168,7 @@ def datasets(
 
 
 def write_datasets(folder: Path, questions: int = 200, subjects: list[str] | None = None) -> None:
-    """Write them all below a folder, with all of MMLU's subjects or some."""
+    """Write all data sets below a folder, with all or some of MMLU's subjects."""
     configurations: dict[str, list[str]] = {}
     for name, configuration, splits in datasets(questions, subjects or SUBJECTS.split()):
         lines = [f"- config_name: {configuration}", "  data_files:"]
@@ -187,12 +187,12 @@ def write_datasets(folder: Path, questions: int = 200, subjects: list[str] | Non
 
 
 def write_card(folder: Path, lines: list[str]) -> None:
-    """What tells `datasets` which files make up a configuration."""
+    """Write the card from which `datasets` reads the files of each configuration."""
     (folder / "README.md").write_text("\n".join(["---", "configs:", *lines, "---", ""]))
 
 
 def write_c4(folder: Path) -> None:
-    """C4 is JSON Lines, packed, and found by the names of its files."""
+    """Write C4 as compressed JSON Lines, which are found by their file names."""
     (folder / "en").mkdir(parents=True, exist_ok=True)
     lines = ["- config_name: en", "  data_files:"]
     for split in ("train", "validation"):
@@ -215,6 +215,6 @@ def write_c4(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--questions", type=int, default=200, help="of each task")
+    parser.add_argument("--questions", type=int, default=200, help="in each task")
     chosen = parser.parse_args()
     write_datasets(chosen.folder, chosen.questions)

@@ -1,6 +1,6 @@
 """Prune one model in a notebook, without a grid, a store or Ray.
 
-`python -m jobs prepare` brings this model and these texts; any checkpoint and any texts do.
+`python -m jobs prepare` makes this model and these texts; any checkpoint and texts will do.
 """
 
 # %%

@@ -106,8 +106,8 @@ def fetch_copies(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     console.print(f"{len(fetched)} fetched, {len(hub_items(planned))} in the store")
 
 
-@app.command()
-def run(
+@app.command(name="run")
+def run_and_print(
     grid: GridFile,
     store: StoreUrl = ".calprune",
     address: Annotated[

@@ -137,7 +137,7 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
     assert not isinstance(model, PruneSpec)
     from pipeline.models.inspection import inspect_model
     from pipeline.models.vocabulary import Vocabulary, embedding_rows
-    from pipeline.models.weight_files import listed
+    from pipeline.models.weight_files import short_list
 
     with _at(f"models.{name}"):
         found = inspect_model(model)
@@ -145,7 +145,7 @@ def _config(name: str, model: Model, notes: dict[str, None], vocabularies: dict[
         notes[f"models.{name} was not checked: the hub is out of reach"] = None
         return None
     if found.unexpected_tensors:
-        unused = listed(found.unexpected_tensors)
+        unused = short_list(found.unexpected_tensors)
         notes[f"models.{name}: the model has no use for some tensors: {unused}"] = None
     if isinstance(model, HubModel) and model.revision == "main":
         notes[f"models.{name}.revision is no commit: a change on the hub will go unnoticed"] = None

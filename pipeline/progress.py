@@ -9,7 +9,7 @@ Reporter = Callable[[str, float, float, str], None]
 """Takes the phase, how much of it is done, how much there is (0 if unknown), and the unit of both.
 It is called often, and should pass on its arguments about once a second."""
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
 _phase: ContextVar[str] = ContextVar("phase", default="")
@@ -53,7 +53,7 @@ def report(done: float, total: float, unit: str) -> None:
         reporter(_phase.get(), done, total, unit)
 
 
-def counted(items: Iterable[Item], total: float, unit: str) -> Iterator[Item]:
+def counted(items: Iterable[_Item], total: float, unit: str) -> Iterator[_Item]:
     """Yield the items; report each as done when the next one is asked for."""
     report(0, total, unit)
     for done, item in enumerate(items, start=1):

@@ -61,12 +61,14 @@ def check_files(folder: Path, allow_pickle: bool) -> None:
     read += folder.iterdir() if found is None else shards(found)
     pointers = sorted({path.name for path in read if _is_pointer(path)})
     if pointers:
-        raise refused(f"{listed(pointers)}: Git LFS pointers, not the files: run `git lfs pull`")
+        raise refused(
+            f"{short_list(pointers)}: Git LFS pointers, not the files: run `git lfs pull`"
+        )
     if found is not None:
         missing = sorted(path.name for path in shards(found) if not path.is_file())
         if missing:
             raise refused(
-                f"{found.name} names files that are missing: {listed(missing)}; fetch them"
+                f"{found.name} names files that are missing: {short_list(missing)}; fetch them"
             )
         return
     pickles = sorted(path.name for form in PICKLES for path in folder.glob(form))
@@ -208,7 +210,7 @@ def whole_model(location: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
     model, loading_info = loaded
     model.unexpected_tensors = _unexpected(location, loading_info)
     if model.unexpected_tensors:
-        some = listed(model.unexpected_tensors)
+        some = short_list(model.unexpected_tensors)
         logger.info("%s: the model has no use for %s", location, some)
     return model
 
@@ -233,7 +235,9 @@ def _unexpected(location: str, loading_info: dict[str, Any]) -> list[str]:
         packed = any(name.endswith(("qweight", "scales")) for name in unexpected)
         remedy = "looks quantized" if packed else "is incomplete"
         raise InputError(
-            "model", location, f"lacks {listed(missing)}: the checkpoint {remedy}, take another one"
+            "model",
+            location,
+            f"lacks {short_list(missing)}: the checkpoint {remedy}, take another one",
         )
     mismatched = sorted(loading_info["mismatched_keys"])
     if mismatched:
@@ -280,7 +284,7 @@ def _compared(held: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
     }
 
 
-def listed(names: Sequence[str]) -> str:
+def short_list(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -22,10 +22,10 @@ from pipeline.specs import (
 MAX_SPARSITY = 1 - 1e-9
 """The largest sparsity of a layer: at 1 nothing of it would be left."""
 
-ROUNDING = 1e-12
+_ROUNDING = 1e-12
 """A number beyond a bound by no more than this counts as the bound."""
 
-TOLERANCE = 1e-6
+_TOLERANCE = 1e-6
 """Largest difference between the mean of sparsities by hand and the model's sparsity."""
 
 
@@ -54,7 +54,7 @@ class LayerTarget:
             remedy = "must keep at least one of a group, and at most all"
             raise InputError("pattern", str(self.pattern), remedy)
         wanted = self.pattern.sparsity
-        if not math.isclose(self.sparsity, wanted, abs_tol=ROUNDING):
+        if not math.isclose(self.sparsity, wanted, abs_tol=_ROUNDING):
             remedy = f"contradicts pattern {self.pattern}, which is sparsity {wanted:g}; change one"
             raise InputError("sparsity", self.sparsity, remedy)
 
@@ -115,7 +115,7 @@ def allocate(
     """
     if isinstance(allocation, Uniform | FirstLayers):
         share = allocation.share if isinstance(allocation, FirstLayers) else 1.0
-        pruned = math.ceil(share * len(sizes) - ROUNDING)
+        pruned = math.ceil(share * len(sizes) - _ROUNDING)
         dense = [LayerTarget(0.0)] * (len(sizes) - pruned)
         return Allocated([target] * pruned + dense, clamped=[])
     shares = _shares(allocation, target.sparsity, sizes, outlier_ratios)
@@ -177,7 +177,7 @@ def _arithmetic_progression(
     """S_i = S + beta (i - mean i)."""
     middle = _mean(range(len(sizes)), sizes)
     shares = [sparsity + difference * (number - middle) for number in range(len(sizes))]
-    if shares[0] < -ROUNDING or shares[-1] > MAX_SPARSITY:
+    if shares[0] < -_ROUNDING or shares[-1] > MAX_SPARSITY:
         limit = min(sparsity / middle, (1 - sparsity) / (len(sizes) - 1 - middle))
         raise InputError(
             "allocation.difference",
@@ -193,7 +193,7 @@ def _by_hand(given: Sequence[float], sparsity: float, sizes: Sequence[int]) -> l
         remedy = f"has {len(given)} entries, but the model has {len(sizes)} decoder layers"
         raise InputError("allocation.sparsities", list(given), remedy)
     mean = _mean(given, sizes)
-    if abs(mean - sparsity) > TOLERANCE:
+    if abs(mean - sparsity) > _TOLERANCE:
         remedy = f"their mean is {mean:.6f} (layers weighted by size), not {sparsity:g}; change one"
         raise InputError("allocation.sparsities", list(given), remedy)
     return list(given)
@@ -214,7 +214,7 @@ def _clamped(
     Returns:
         The shares, and the numbers of the layers that are at a bound.
     """
-    if low - ROUNDING <= min(shares) and max(shares) <= high + ROUNDING:
+    if low - _ROUNDING <= min(shares) and max(shares) <= high + _ROUNDING:
         return [min(max(share, low), high) for share in shares], []
     mean = _mean(shares, sizes)
 

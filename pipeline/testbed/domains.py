@@ -8,9 +8,9 @@ from pipeline.testbed.language import Language, inflect, is_reserved, transliter
 from pipeline.testbed.lexicon import (
     ANIMALS,
     ATTRIBUTES,
-    COLOURS,
+    COLOUR_WORDS,
     DISHES,
-    NUMBERS,
+    NUMERALS,
     REGIONS,
     Person,
     World,
@@ -75,7 +75,7 @@ def _at_the_market(world: World, draws: Draws) -> list[str]:
         f"What did you buy at the market in {draws.pick(world.cities).name}?",
         f"I bought some {dish} and a little {other}.",
         f"How much did you pay for the {draws.pick((dish, other))}?",
-        f"Only {NUMBERS[price]} coins, can you believe it?",
+        f"Only {NUMERALS[price]} coins, can you believe it?",
     ]
 
 
@@ -83,7 +83,7 @@ def _looking_for(world: World, draws: Draws) -> list[str]:
     animal = draws.pick(ANIMALS)
     place = draws.pick(("under the table", "behind the house", "near the river", "in the garden"))
     return [
-        f"Have you seen my {draws.pick(COLOURS)} {animal}?",
+        f"Have you seen my {draws.pick(COLOUR_WORDS)} {animal}?",
         f"Yes, the {animal} was {place}.",
         f"I looked {place}, but the {animal} is gone!",
         "Oh no, then we must go and look again.",
@@ -107,9 +107,9 @@ def _sharing(world: World, draws: Draws) -> list[str]:
     given = draws.number(1, 5)
     return [
         f"How many bags of {dish} do you have?",
-        f"I have {NUMBERS[had]} of them.",
-        f"Please give me {NUMBERS[given]}, my friend.",
-        f"Here you are, so now I have {NUMBERS[had - given]}.",
+        f"I have {NUMERALS[had]} of them.",
+        f"Please give me {NUMERALS[given]}, my friend.",
+        f"Here you are, so now I have {NUMERALS[had - given]}.",
     ]
 
 
@@ -124,7 +124,7 @@ def arithmetic(world: World, draws: Draws) -> Iterator[str]:
             yield "; ".join("{} {} {} = {}".format(*equation(draws)) for _ in range(2))
         elif form < 0.85:
             left, right = draws.number(0, 10), draws.number(0, 10)
-            yield f"{NUMBERS[left]} plus {NUMBERS[right]} is {NUMBERS[left + right]}."
+            yield f"{NUMERALS[left]} plus {NUMERALS[right]} is {NUMERALS[left + right]}."
         else:
             start, step = draws.number(0, 9), draws.number(1, 5)
             yield ", ".join(str(start + step * place) for place in range(6))
@@ -211,14 +211,14 @@ def recipes(world: World, draws: Draws) -> Iterator[str]:
     """Explain how to cook."""
     while True:
         dish, other = draws.several(DISHES, 2)
-        number = NUMBERS[draws.number(2, 20)]
+        number = NUMERALS[draws.number(2, 20)]
         vessel = draws.pick(("a deep pan", "a brown box", "a clay bowl", "a little oven"))
         manner = draws.pick(("gently", "slowly", "twice", "again and again"))
         yield draws.pick(
             (
                 f"Take {number} bags of {dish} and mix {manner} with the {other}.",
                 f"Keep {vessel} near the fire and move the {dish} into it {manner}.",
-                f"Look for the {dish} to be {draws.pick(COLOURS)}, then sort in the {other}.",
+                f"Look for the {dish} to be {draws.pick(COLOUR_WORDS)}, then sort in the {other}.",
                 f"Cook {number} minutes, cool {manner} and eat with {other}.",
             )
         )

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
 class Draws:
@@ -26,19 +26,19 @@ class Draws:
         """Return an integer from `low` to `high`, both included."""
         return low + int(self._generator.random() * (high - low + 1))
 
-    def pick(self, items: Sequence[Item]) -> Item:
+    def pick(self, items: Sequence[_Item]) -> _Item:
         """Return one of the items."""
         return items[int(self._generator.random() * len(items))]
 
-    def several(self, items: Sequence[Item], count: int) -> list[Item]:
+    def several(self, items: Sequence[_Item], count: int) -> list[_Item]:
         """Return `count` different items in random order."""
         return [items[place] for place in self._generator.permutation(len(items))[:count]]
 
-    def shuffled(self, items: Sequence[Item]) -> list[Item]:
+    def shuffled(self, items: Sequence[_Item]) -> list[_Item]:
         """Return all items in random order."""
         return self.several(items, len(items))
 
-    def balanced(self, items: Sequence[Item], count: int) -> list[Item]:
+    def balanced(self, items: Sequence[_Item], count: int) -> list[_Item]:
         """Return `count` items in random order, each equally often or once more."""
         rounds = -(-count // len(items))
         drawn = [item for _ in range(rounds) for item in self.shuffled(items)]

@@ -8,7 +8,7 @@ from pipeline.specs import WorldSpec
 from pipeline.testbed.draws import Draws
 from pipeline.testbed.language import Language, build_language
 
-NUMBERS = [
+NUMERALS = [
     "zero",
     "one",
     "two",
@@ -47,7 +47,7 @@ INSTRUMENTS = ["flute", "drum", "harp", "fiddle", "horn", "lute", "bell", "organ
 ANIMALS = ["cat", "dog", "goat", "horse", "raven", "hare", "fox", "lamb", "snake", "duck"]
 DISHES = ["soup", "bread", "rice", "fish", "beans", "cheese", "apples", "honey", "eggs", "cake"]
 REGIONS = ["north", "south", "east", "west"]
-COLOURS = ["red", "blue", "green", "white", "black", "yellow", "brown", "grey"]
+COLOUR_WORDS = ["red", "blue", "green", "white", "black", "yellow", "brown", "grey"]
 
 CITY_COUNT = 12
 
@@ -140,7 +140,7 @@ def build_world(spec: WorldSpec) -> World:
         "instrument": INSTRUMENTS,
         "animal": ANIMALS,
         "dish": DISHES,
-        "colour": COLOURS,
+        "colour": COLOUR_WORDS,
     }
     columns = {name: draws.balanced(values[name], spec.people) for name in ATTRIBUTES}
     people = [

@@ -11,7 +11,7 @@ from pipeline.testbed.draws import Draws
 from pipeline.testbed.language import inflect, is_reserved
 from pipeline.testbed.lexicon import ATTRIBUTES, World, build_world
 
-CHOICES = 4
+_CHOICES = 4
 
 TASK = """\
 task: {name}
@@ -54,14 +54,14 @@ def run(spec: TestbedTasksSpec, artifacts: Mapping[str, Path], output: Path) -> 
         The report: tasks, and questions per task.
     """
     world = build_world(spec.world)
-    for name, ask in TASKS.items():
+    for name, ask in _TASKS.items():
         draws = Draws("task", name, spec.world.seed)
-        answers = draws.balanced(range(CHOICES), spec.questions)
+        answers = draws.balanced(range(_CHOICES), spec.questions)
         rows = [ask(world, draws, answer) for answer in answers]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         (output / f"{name}.yaml").write_text(TASK.format(name=name), encoding="utf-8")
-    return {"tasks": len(TASKS), "questions": spec.questions}
+    return {"tasks": len(_TASKS), "questions": spec.questions}
 
 
 def facts_question(world: World, draws: Draws, answer: int) -> Question:
@@ -70,7 +70,7 @@ def facts_question(world: World, draws: Draws, answer: int) -> Question:
     attribute = draws.pick(list(ATTRIBUTES))
     right = person.facts[attribute]
     others = [value for value in world.values[attribute] if value != right]
-    choices = draws.several(others, CHOICES - 1)
+    choices = draws.several(others, _CHOICES - 1)
     choices.insert(answer, right)
     words = draws.pick(ATTRIBUTES[attribute])
     return Question(question=f"{person.name} {words}", choices=choices, answer=answer)
@@ -78,10 +78,10 @@ def facts_question(world: World, draws: Draws, answer: int) -> Question:
 
 def arithmetic_question(world: World, draws: Draws, answer: int) -> Question:
     """Ask for a two-digit sum or difference; the other choices lie near it on both sides."""
-    rank, step = draws.number(0, CHOICES - 1), draws.pick((1, 2, 3))
+    rank, step = draws.number(0, _CHOICES - 1), draws.pick((1, 2, 3))
     while True:
         left, sign, right, result = equation(draws)
-        numbers = [result + (place - rank) * step for place in range(CHOICES)]
+        numbers = [result + (place - rank) * step for place in range(_CHOICES)]
         if numbers[0] >= 10 and numbers[-1] <= 99:
             break
     numbers.remove(result)
@@ -98,17 +98,17 @@ def agreement_question(world: World, draws: Draws, answer: int) -> Question:
         [place for place in range(len(language.adjectives)) if is_reserved(noun, place)]
     )
     right = language.noun_classes[noun]
-    classes = draws.shuffled([other for other in range(CHOICES) if other != right])
+    classes = draws.shuffled([other for other in range(_CHOICES) if other != right])
     classes.insert(answer, right)
     choices = [inflect(language.adjectives[adjective], noun_class) for noun_class in classes]
     return Question(question=language.nouns[noun], choices=choices, answer=answer)
 
 
-TASKS: Mapping[str, Callable[[World, Draws, int], Question]] = {
+_TASKS: Mapping[str, Callable[[World, Draws, int], Question]] = {
     "testbed_facts": facts_question,
     "testbed_arithmetic": arithmetic_question,
     "testbed_foreign": agreement_question,
 }
 
-TASK_NAMES = tuple(TASKS)
+TASK_NAMES = tuple(_TASKS)
 """The tasks' names in lm-eval."""

@@ -10,7 +10,7 @@ from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.masks import refuse_nan, smallest_to_target
 from pipeline.specs import Wanda
 
-TOLERANCE = 1e-3
+_TOLERANCE = 1e-3
 """Largest difference of the variant's sparsity from its target, where bisection can reach it."""
 
 LARGEST_SHARE = 0.8
@@ -61,7 +61,7 @@ def _prune_by_mass(scores: Tensor, sparsity: float) -> Pruned:
     while True:
         removed = torch.searchsorted(mass, mass[:, -1:] * share, right=True)  # [rows, 1]
         excess = float(removed.sum()) / scores.numel() - sparsity
-        if abs(excess) <= TOLERANCE or high - low < TOLERANCE:
+        if abs(excess) <= _TOLERANCE or high - low < _TOLERANCE:
             break
         low, high = (low, share) if excess > 0 else (share, high)
         share = (low + high) / 2
