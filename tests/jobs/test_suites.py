@@ -208,4 +208,4 @@ def test_a_limited_task_is_marked_in_the_printed_table(results: pa.Table) -> Non
     printed = io.StringIO()
     print_results(results, Console(file=printed, width=200))
     assert printed.getvalue().count("first 5") == 4  # two metrics of the task, and what it is in
-    assert "only so many questions of a task were asked" in printed.getvalue()
+    assert "only the first N questions of a task were asked" in printed.getvalue()
