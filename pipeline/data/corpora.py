@@ -23,12 +23,12 @@ SHUFFLE_BUFFER = 10_000
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 
-TESTBED_SAMPLE = 1000
-"""Documents of the endless testbed that a check reads."""
+TESTBED_TEXTS = 1000
+"""Texts of the endless testbed that are tried for each that is needed."""
 
 
 class Document(NamedTuple):
-    """A text; `id` says where it stands in its corpus."""
+    """A text; `id` is its place in its corpus."""
 
     id: str
     text: str
@@ -65,6 +65,20 @@ def read_documents(
     yield from kept
 
 
+def documents_for(corpus: Corpus, count: int, seed: int | None) -> Iterator[Document]:
+    """Yield the documents in which `count` suitable texts are looked for.
+
+    They are all of the corpus, in the order of the seed, but of the endless testbed only
+    `TESTBED_TEXTS` for each text needed.
+
+    Raises:
+        InputError: if the corpus cannot be read as described, or all its texts are blank.
+    """
+    rows = read_documents(corpus, seed)
+    endless = isinstance(corpus, TestbedCorpus)
+    return itertools.islice(rows, TESTBED_TEXTS * count) if endless else rows
+
+
 def check_corpus(
     corpus: Corpus, nsamples: int = 1, seqlen: int = 1, *, joined: bool = False
 ) -> str | None:
@@ -89,9 +103,7 @@ def check_corpus(
             return note
         # Stream it, since it is not prepared yet; parts of a split cannot be streamed.
         corpus = corpus.model_copy(update={"streaming": "[" not in corpus.split})
-    rows = read_documents(corpus)
-    if isinstance(corpus, TestbedCorpus):
-        rows = itertools.islice(rows, TESTBED_SAMPLE)
+    rows = documents_for(corpus, 1, None)
     tokens = np.array([len(row.text.encode()) + 2 for row in rows])
     source = _source(corpus)
     if joined:

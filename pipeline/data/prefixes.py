@@ -7,13 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from pipeline.data.corpora import read_documents
+from pipeline.data.corpora import documents_for
 from pipeline.errors import InputError
 from pipeline.models.chat import chat_ids, check_chat_template
-from pipeline.specs import Corpus, CorpusMixture, GenerateSpec, TestbedCorpus
-
-TESTBED_TEXTS_PER_PREFIX = 1000
-"""Texts of the endless testbed that are tried for each prefix."""
+from pipeline.specs import Corpus, CorpusMixture, GenerateSpec
 
 PIECE_CHARACTERS = 32
 """Characters of a text that are tokenised first, for each token needed."""
@@ -51,10 +48,7 @@ def read_prefixes(spec: GenerateSpec, tokenizer: Any) -> list[list[int]]:
 def _corpus_prefixes(
     corpus: Corpus, count: int, spec: GenerateSpec, tokenizer: Any
 ) -> list[list[int]]:
-    rows = read_documents(corpus, spec.seed)
-    if isinstance(corpus, TestbedCorpus):
-        rows = itertools.islice(rows, TESTBED_TEXTS_PER_PREFIX * count)
-    texts = (row.text for row in rows)
+    texts = (row.text for row in documents_for(corpus, count, spec.seed))
     make = text_prefixes if spec.prompt == "raw" else chat_prompts
     found = list(itertools.islice(make(texts, tokenizer, spec.prefix_tokens), count))
     if len(found) < count:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.data.corpora import Document, read_documents
+from pipeline.data.corpora import Document, documents_for
 from pipeline.data.prefixes import parts_in_turn
 from pipeline.errors import InputError
 from pipeline.models.loading import check_shared_vocabulary, load_configs, load_tokenizer
@@ -22,23 +22,16 @@ from pipeline.specs import (
     CorpusMixture,
     FilterSpec,
     GenerateSpec,
-    TestbedCorpus,
     WindowsSpec,
     generator_of,
 )
 from pipeline.stage import Artifacts
-
-Tokenize = Callable[[list[str]], list[list[int]]]
-"""Takes texts and returns the ids of each."""
 
 BATCH = 32
 """Texts tokenised at once; at most this many are read in excess."""
 
 JOINED_SURPLUS = 4
 """Times the tokens of all windows, up to which a corpus is joined."""
-
-TESTBED_TEXTS_PER_WINDOW = 1000
-"""Texts of the endless testbed that are tried for each window."""
 
 WINDOWS_SCHEMA = pa.schema(
     {
@@ -143,10 +136,8 @@ def cut_corpus(corpus: Corpus, tokenizer: Any, how: Cutting) -> CutWindows:
         InputError: if the corpus cannot be read, or has too few texts or too short ones.
     """
     joined = how.packing == "concat"
-    rows = read_documents(corpus, how.seed)
-    if isinstance(corpus, TestbedCorpus):
-        rows = itertools.islice(rows, TESTBED_TEXTS_PER_WINDOW * how.nsamples)
-    texts = tokenized(rows, tokenize_with(tokenizer, special_tokens=not joined))
+    rows = documents_for(corpus, how.nsamples, how.seed)
+    texts = tokenized(rows, tokenizer, special_tokens=not joined)
     if joined:
         texts = take_tokens(texts, JOINED_SURPLUS * how.nsamples * how.seqlen)
     return _cut(texts, how)
@@ -234,22 +225,15 @@ def concat_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: in
     return CutWindows(windows, len(held), 0, total, distinct)
 
 
-def tokenize_with(tokenizer: Any, *, special_tokens: bool) -> Tokenize:
-    """Return a function that tokenises texts, whole and without padding."""
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        encoded = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
-
-    return tokenize
-
-
-def tokenized(rows: Iterable[Document], tokenize: Tokenize) -> Iterator[Tokens]:
-    """Yield the ids of each document in order, reading at most a batch in excess."""
+def tokenized(
+    rows: Iterable[Document], tokenizer: Any, *, special_tokens: bool
+) -> Iterator[Tokens]:
+    """Yield the ids of each whole document in order, reading at most a batch in excess."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, BATCH)):
-        for row, ids in zip(batch, tokenize([row.text for row in batch]), strict=True):
+        texts = [row.text for row in batch]
+        encoded = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)
+        for row, ids in zip(batch, encoded["input_ids"], strict=True):
             yield Tokens(row.id, np.array(ids, dtype=np.int32))
 
 

@@ -21,7 +21,6 @@ from pipeline.data.windows import (
     run,
     sample_windows,
     strip_ends,
-    tokenize_with,
     tokenized,
 )
 from pipeline.errors import InputError
@@ -187,7 +186,7 @@ def test_too_little_text_is_refused_with_counts_and_remedy(
 def test_the_endless_testbed_ends_when_its_texts_are_too_short(
     rows: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.windows.TESTBED_TEXTS_PER_WINDOW", 40)
+    monkeypatch.setattr("pipeline.data.corpora.TESTBED_TEXTS", 40)
     with pytest.raises(InputError, match="of 80 texts only 0"):
         rows(TestbedCorpus(mixture={"facts": 1.0}), nsamples=2, seqlen=100_000)
 
@@ -200,7 +199,7 @@ def test_at_most_a_batch_is_read_in_excess(tokenizer: Any) -> None:
             read.append(number)
             yield Document(str(number), text(number, 20))
 
-    texts = tokenized(endless(), tokenize_with(tokenizer, special_tokens=True))
+    texts = tokenized(endless(), tokenizer, special_tokens=True)
     sample_windows(texts, 40, 8, seed=0)
     assert len(read) <= 40 + BATCH
 

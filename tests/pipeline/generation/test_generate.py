@@ -222,7 +222,7 @@ def test_too_few_texts_are_refused_with_both_counts(spec: GenerateSpec) -> None:
 def test_the_endless_testbed_ends_when_its_texts_are_too_short(
     spec: GenerateSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.prefixes.TESTBED_TEXTS_PER_PREFIX", 3)
+    monkeypatch.setattr("pipeline.data.corpora.TESTBED_TEXTS", 3)
     corpus = TestbedCorpus(mixture={"facts": 1.0})
     endless = changed(spec, prefixes=corpus, prefix_tokens=100_000)
     with pytest.raises(InputError, match="0 were found"):
