@@ -18,6 +18,7 @@ import yaml
 from cluster.graph import Resources
 from jobs.grid import Cost
 from jobs.stages import STAGES, stage_name
+from pipeline.generation.shards import shard_samples
 from pipeline.specs import (
     DescribeSpec,
     EvaluateSpec,
@@ -197,8 +198,7 @@ def _tokens(spec: StageSpec) -> float:
             return spec.steps * spec.batch_size * spec.seqlen
         case ShardSpec():
             samples = spec.of if isinstance(spec.of, GenerateSpec) else spec.of.samples
-            rest = samples.num_samples - spec.index * samples.shard_size
-            return min(rest, samples.shard_size) * samples.seqlen
+            return len(shard_samples(samples, spec.index)) * samples.seqlen
         case (
             PruneSpec(calibration=WindowsSpec() as windows)
             | OutliersSpec(calibration=windows)

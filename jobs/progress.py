@@ -16,6 +16,7 @@ from cluster.store import Failure, Manifest, Store
 from jobs.forecast import Forecast, Room
 from jobs.plan import Plan
 from jobs.stages import LINES, STAGES
+from pipeline.generation.shards import shard_samples
 from pipeline.specs import GenerateSpec, ShardSpec
 
 LAST_ERRORS = 5
@@ -258,7 +259,7 @@ def progress_of(plan: Plan, missing: Collection[str]) -> Progress:
     for key in missing:
         match plan.specs[key]:
             case ShardSpec(of=GenerateSpec() as spec, index=index):
-                samples += min(spec.shard_size, spec.num_samples - index * spec.shard_size)
+                samples += len(shard_samples(spec, index))
     wanted = set(missing)
     stages = {key: stage for key, stage in plan.graph.items() if key in wanted}
     return Progress(totals, samples, stages)
