@@ -215,8 +215,6 @@ class Simulation:
     """Seconds of a new actor before its first stage."""
     workers: int | None = None
     times: dict[str, Times] = field(default_factory=dict)
-    actors: int = 0
-    """Actors started."""
 
     def run(self) -> float:
         """Run the grid, and return the makespan."""
@@ -274,7 +272,6 @@ class Simulation:
                     self.queue.append(_Waiting(stage, actor=False))
                 case StartActor(stage):
                     self.queue.append(_Waiting(stage, actor=True))
-                    self.actors += 1
                 case EndActor(pool):
                     self._leave(self.idle[pool].pop())
             self._place()

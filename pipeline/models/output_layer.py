@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.models.positions import forget_longer_texts, length_dependence
 
 MOST_NATS = math.log(np.finfo(np.float64).max)
-"""Loss whose perplexity exceeds float64. A model that has collapsed has about 10 to 20."""
+"""Largest loss with a perplexity in float64. A model that has collapsed has about 10 to 20."""
 
 PROBE_TOKENS = 16
 """Number of tokens, with ids from 0, that a model is probed with."""
@@ -26,10 +26,12 @@ MOVED = 0.05
 """Mean change of logits, as a share of their standard deviation, that no rounding explains."""
 
 LAYER_LOGITS = 2**23
-"""Logits per call of the output layer on a CPU: with fewer its matrix product is slower."""
+"""Logits per call of the output layer on a CPU: with a quarter a call takes 1.3 times as long."""
 
 PART_LOGITS = 2**19
-"""Logits per part on a CPU: 2 MiB in float32, which stay in its cache."""
+"""Logits per part on a CPU: 2 MiB in float32, which stay in its cache. In parts of `LAYER_LOGITS`
+scores took 1.14 times the CPU time in float32 and 1.6 times in bfloat16, losses 1.0 and 1.13 times
+(hidden size 576, 49,152 entries, one thread with AVX-512)."""
 
 ACCELERATOR_LOGITS = 2**25
 """Logits per call and per part on a GPU, which fewer do not keep busy."""
@@ -72,7 +74,7 @@ def head_is_linear(model: Any) -> bool:
 
 
 class OutputLayer:
-    """A model's forward pass, and its logits at the positions that are asked for.
+    """A model's forward pass, and its logits at chosen positions.
 
     Args:
         model: a causal language model.

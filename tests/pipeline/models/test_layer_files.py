@@ -51,7 +51,6 @@ CONFIG = transformers.LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
-Run = tuple[PruneSpec, dict[str, Path]]
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,6 @@ def label(value: object) -> str | None:
     return "-".join([value.name, *(f"{name}={choice}" for name, choice in options.items())])
 
 
-UNSTRUCTURED = pytest.mark.parametrize(
-    "options", [each for each in VARIANTS if takes(each, None)], ids=label
-)
 EXACT = pytest.mark.parametrize(
     "options",
     [each for each in VARIANTS if takes(each, None) and pruner_for(each).counted_per],
