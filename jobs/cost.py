@@ -78,7 +78,8 @@ UNKNOWN_PARAMETERS = 1.0e9
 TOKEN_BYTES = 8
 """Bytes of an id and its share of the text."""
 
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+WEIGHT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a weight by dtype."""
 
 MASK_BYTES = 1 / 8
 """Bytes of a weight of a model that is stored as masks."""
@@ -245,7 +246,7 @@ def _bytes(spec: StageSpec, size: float) -> float:
         case PretrainSpec():
             return size * WEIGHT_BYTES["float32"]
         case PruneSpec():
-            return size * (MASK_BYTES if spec.stores_masks else WEIGHT_BYTES[_dtype(spec)])
+            return size * (MASK_BYTES if spec.stores_masks else WEIGHT_BYTES[spec.dtype])
         case ShardSpec(of=GenerateSpec()):
             return _tokens(spec) * TOKEN_BYTES
         case GenerateSpec():
@@ -258,13 +259,3 @@ def _bytes(spec: StageSpec, size: float) -> float:
             return spec.samples.num_samples * 12 * TOKEN_BYTES
         case _:
             return 0.0
-
-
-def _dtype(model: Model) -> str:
-    match model:
-        case PruneSpec():
-            return _dtype(model.model)
-        case PretrainSpec():
-            return "float32"
-        case _:
-            return model.dtype

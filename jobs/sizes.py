@@ -8,11 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from jobs.cost import WEIGHT_BYTES
 from pipeline.hub import local_folder
 from pipeline.specs import HubModel, LocalModel
-
-_WEIGHT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of a weight by the dtype in a configuration."""
 
 
 def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
@@ -59,7 +57,7 @@ def _in_pickles(folder: Path) -> float | None:
     if not files or config is None:
         return None
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return sum(file.stat().st_size for file in files) / _WEIGHT_BYTES.get(dtype, 4)
+    return sum(file.stat().st_size for file in files) / WEIGHT_BYTES.get(dtype, 4)
 
 
 def _config(folder: Path) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ from pipeline.evaluation.schemas import (
 from pipeline.evaluation.task_metrics import task_metrics
 from pipeline.evaluation.tasks import existing_folder
 from pipeline.generation.vllm_engine import vllm_version
-from pipeline.models.loading import load_model, load_tokenizer, model_dtype
+from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.nonfinite import nonfinite_error
 from pipeline.models.output_layer import OutputLayer, check_causal
 from pipeline.models.weight_files import unexpected_tensors
@@ -77,7 +77,7 @@ def run(
     check_causal(model)
     tokenizer = load_tokenizer(spec.model, artifacts)
     same = {
-        "dtype": model_dtype(spec.model),
+        "dtype": spec.model.dtype,
         "tokenizer": _tokenizer_hash(tokenizer),  # before lm-eval gives it a padding token
         "chat_template": _template_hash(tokenizer) if spec.chat_template else "none",
     }

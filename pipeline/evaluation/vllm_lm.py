@@ -25,7 +25,7 @@ from pipeline.generation.vllm_engine import (
     vllm_version,
 )
 from pipeline.models.chat import TEMPLATE_ARGUMENTS
-from pipeline.models.loading import load_configs, model_dtype
+from pipeline.models.loading import load_configs
 from pipeline.progress import phase, report
 from pipeline.specs import EvaluateSpec, Vllm
 from pipeline.stage import Artifacts
@@ -60,7 +60,7 @@ def vllm_language_model(spec: EvaluateSpec, artifacts: Artifacts) -> Iterator[An
         with phase(STARTING):
             language_model = checked(
                 pretrained=folder,
-                dtype=model_dtype(spec.model),
+                dtype=spec.model.dtype,
                 batch_size="auto",
                 chat_template_args=dict(TEMPLATE_ARGUMENTS),
                 **options,

@@ -31,7 +31,7 @@ from pipeline.models.inspection import (
     checkpoint_location,
     trusts_code,
 )
-from pipeline.models.loading import load_configs, model_dtype
+from pipeline.models.loading import load_configs
 from pipeline.models.vocabulary import embedding_rows
 from pipeline.progress import phase, report
 from pipeline.specs import GenerateSpec, Model, PruneSpec, Vllm
@@ -89,7 +89,7 @@ class VllmEngine:
                     **options,
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # none: every request has all settings
-                    dtype=model_dtype(spec.model),
+                    dtype=spec.model.dtype,
                     max_model_len=spec.seqlen,
                     max_num_seqs=spec.shard_size,
                     **engine_arguments(spec.backend),
@@ -208,7 +208,7 @@ def cpu_cache_bytes(model: Model, config: Any, texts: int, longest: int) -> int:
     """Return the bytes of key-value cache that `texts` texts of `longest` tokens need."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype: torch.dtype = getattr(torch, model_dtype(model))
+    dtype: torch.dtype = getattr(torch, model.dtype)
     layers: int = config.num_hidden_layers
     blocks = texts * math.ceil(longest / CPU_BLOCK_TOKENS)
     token_bytes = 2 * layers * int(heads * width) * dtype.itemsize

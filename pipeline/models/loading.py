@@ -18,7 +18,7 @@ from pipeline.models.streaming import load_streamed
 from pipeline.models.vocabulary import Vocabulary, check_shared, embedding_rows
 from pipeline.models.weight_files import whole_model
 from pipeline.progress import phase
-from pipeline.specs import Model, PretrainSpec, PruneSpec, StageSpec, canonical_json
+from pipeline.specs import Model, PruneSpec, StageSpec, canonical_json
 from pipeline.stage import Artifacts, Latest
 
 _models: Latest[tuple[Any, Any]] = Latest()
@@ -27,17 +27,6 @@ _models: Latest[tuple[Any, Any]] = Latest()
 def default_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def model_dtype(spec: Model) -> str:
-    """Return the type of a model's weights; a pruned model keeps its dense model's."""
-    match spec:
-        case PruneSpec():
-            return model_dtype(spec.model)
-        case PretrainSpec():
-            return "float32"
-        case _:
-            return spec.dtype
 
 
 @phase("loading the model")
@@ -60,7 +49,7 @@ def load_model(spec: Model, artifacts: Artifacts, device: torch.device | None = 
         check_checkpoint(spec, artifacts)
         loaded = AutoModelForCausalLM.from_pretrained(
             location,
-            dtype=getattr(torch, model_dtype(spec)),
+            dtype=getattr(torch, spec.dtype),
             use_safetensors=not allows_pickle(spec) or None,
             ignore_mismatched_sizes=True,  # `whole_model` refuses them by name
             output_loading_info=True,
@@ -109,7 +98,7 @@ def stream_model(
         apply_masks(model, artifacts[spec.key] / "masks")
         return model
     location, options = checkpoint_location(spec, artifacts)
-    dtype = getattr(torch, model_dtype(spec))
+    dtype = getattr(torch, spec.dtype)
     options["use_safetensors"] = not allows_pickle(spec) or None
     with loading_errors(location):
         check_checkpoint(spec, artifacts)

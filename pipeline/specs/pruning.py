@@ -206,6 +206,11 @@ class PruneSpec(StageSpec):
         return self
 
     @property
+    def dtype(self) -> str:
+        """Type of the weights: that of the dense model."""
+        return self.model.dtype
+
+    @property
     def outliers(self) -> OutliersSpec | None:
         """The stage whose outlier ratios the allocation needs; all prunings of a model that have
         calibration set and threshold in common share it."""

@@ -212,6 +212,9 @@ class PretrainSpec(StageSpec):
     seed: int = Field(default=0, ge=0)
     """Draws the initial weights and the order of the text."""
 
+    dtype: ClassVar[str] = "float32"
+    """Type of the weights."""
+
     @model_validator(mode="after")
     def _heads_fit(self) -> "PretrainSpec":
         if self.hidden_size % self.head_dim:
