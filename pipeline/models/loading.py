@@ -71,8 +71,7 @@ def loaded(model: Model, artifacts: Artifacts) -> tuple[Any, Any]:
 
 
 def model_identity(spec: Model, artifacts: Artifacts) -> tuple[bytes, Path | None]:
-    """Return what tells a model from any other that a worker may hold: its spec, and its folder if
-    a stage makes it."""
+    """Return what identifies a model on a worker: its spec, and its folder if a stage makes it."""
     folder = artifacts.get(spec.key) if isinstance(spec, StageSpec) else None
     return canonical_json(spec.model_dump(mode="json")), folder
 

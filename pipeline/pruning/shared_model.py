@@ -1,4 +1,4 @@
-"""A model that is loaded once for all prunings of it that follow each other on a worker."""
+"""A model that consecutive prunings on a worker share."""
 
 import tempfile
 from pathlib import Path
@@ -12,7 +12,7 @@ from pipeline.stage import Artifacts, Latest
 
 
 class _StreamedModel:
-    """A model whose layers are in files, and the folder that some of these are in."""
+    """A model with layers in files, and the folder of some of these."""
 
     def __init__(self, model: Model, artifacts: Artifacts) -> None:
         self.scratch = tempfile.TemporaryDirectory(prefix="calprune-layers-")
@@ -23,10 +23,10 @@ _latest: Latest[_StreamedModel] = Latest(release=lambda held: held.scratch.clean
 
 
 def shared_model(spec: Model, artifacts: Artifacts) -> Any:
-    """Return the model, loaded once for all prunings that follow each other on this worker.
+    """Return the model, loaded once for all consecutive prunings of it on this worker.
 
-    Its decoder layers are read again for each of them. A model whose layers are in memory would
-    stay pruned, so it is loaded again.
+    Its decoder layers are read again for each pruning. A model with layers in memory would stay
+    pruned, so it is loaded again.
     """
     held = _latest.get(model_identity(spec, artifacts), lambda: _StreamedModel(spec, artifacts))
     if not all(is_stored(layer) for layer in decoder_layers(held.model)[1]):

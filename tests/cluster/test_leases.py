@@ -57,7 +57,8 @@ def note(
 
 
 def elsewhere(store: Store, name: str) -> None:
-    """Record a run of another machine whose pulse stands still and that holds the lease of `a`."""
+    """Record a run of another machine that no longer writes its pulse and holds the lease of
+    `a`."""
     record = leases.RunRecord(run=name, host="far", machine="other", process=1, started="1")
     store.write(f"runs/{name}.json", record.model_dump_json().encode())
     store.write(f"uses/{name}.json", b'["of-the-dead"]')

@@ -97,7 +97,7 @@ def test_a_stage_that_hangs_is_ended_and_tried_again_and_then_fails(
 def test_lack_of_memory_is_a_failure_with_a_remedy_and_the_pool_goes_on(
     tmp_path: Path, word: str, message: str
 ) -> None:
-    """It is not tried again in this run: it would need as much memory again."""
+    """The stage is not repeated in this run: it would need as much memory again."""
     store = Store(str(tmp_path / "store"))
     tries = tmp_path / "tries"
     graph = {

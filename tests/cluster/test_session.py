@@ -37,7 +37,7 @@ print(json.dumps({"variables": variables, "listening": listening}))
 
 @pytest.fixture(scope="module")
 def ray_started() -> dict[str, Any]:
-    """What a process finds that starts a local Ray, and what its actor does."""
+    """Return the environment of a process with a local Ray, and the work of its actor."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     kept.pop("HF_HUB_OFFLINE", None)
     run = subprocess.run(

@@ -14,7 +14,7 @@ from cluster.submission import JobServerError, follow_job
 
 
 class Server:
-    """Each turn is one connection: an error, or how much of the log it gives before it is cut."""
+    """Each entry is one connection: an error, or how much of the log it sends before it breaks."""
 
     def __init__(self, turns: list[Any], log: str) -> None:
         self.turns = iter(turns)

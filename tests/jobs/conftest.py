@@ -1,4 +1,4 @@
-"""A small grid, as a mapping that tests bend."""
+"""A small grid as a mapping, which tests change."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The engine that a grid names: as it is written, as it is planned, and what is refused."""
+"""The engine that a grid names: defaults, plan and refusals."""
 
 import importlib.util
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Load = Callable[[Content], Grid]
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Make vLLM seem to be there, or not."""
+    """Pretend that vLLM is installed, or is not."""
     find = importlib.util.find_spec
 
     def install(there: bool) -> None:

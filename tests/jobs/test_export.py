@@ -1,4 +1,4 @@
-"""Pruned models of a store as checkpoints for others."""
+"""Pruned models of a store, exported as checkpoints."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Generated calibration sets of a store as data sets for others."""
+"""Generated calibration sets of a store, exported as data sets."""
 
 import json
 import os
@@ -49,7 +49,7 @@ MAGNITUDE = PruneSpec(model=TINY, pruner=Magnitude(), sparsity=0.5)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Store:
-    """Samples that were really generated, scored and filtered; of the prunings just manifests."""
+    """Generated, scored and filtered samples; the prunings have only manifests."""
     store = Store(str(tmp_path_factory.mktemp("store")))
     artifacts = {TINY.key: tiny_model_folder}
 

@@ -1,4 +1,4 @@
-"""Copies of what the hub holds. The hub itself is stood in for by a folder laid out like it."""
+"""Copies from the hub. A folder with the same layout takes the place of the hub."""
 
 import importlib.util
 import os

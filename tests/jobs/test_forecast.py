@@ -17,12 +17,12 @@ from jobs.plan import make_plan
 from jobs.progress import computes, line_name
 
 WITHIN = 1.5
-"""How many times too large or too small the time left may be,"""
+"""The largest factor between the forecast and the true time left,"""
 FROM = 0.1
-"""from this share of the run on."""
+"""after this share of the run."""
 
 REPORTING = {"generate shard", "score shard", "prune", "outliers", "describe", "pretrain"}
-"""Lines whose stages say how much of all their work is done; an evaluation does so by parts."""
+"""Lines whose stages report the share of all their work; an evaluation reports by parts."""
 
 
 def stage(key: str, seconds: float, *inputs: str, kind: str = "prune", cpus: int = 1) -> Stage:
@@ -54,8 +54,8 @@ class Replay:
 
 
 def replay(stages: Graph, true: Mapping[str, float], cpus: int) -> Replay:
-    """A run on so many CPUs that begins the longest estimated path first, and what nobody waits for
-    last; written apart from `makespan`, to compare with it."""
+    """Simulate a run on CPUs that begins the longest estimated path first, and stages that nothing
+    waits for last. It is independent of `makespan`, to compare with it."""
     read_by = readers(stages)
     paths: dict[str, float] = {}
     for key in reversed(list(stages)):
@@ -78,7 +78,7 @@ def replay(stages: Graph, true: Mapping[str, float], cpus: int) -> Replay:
 
 
 def ratios(stages: Graph, run: Replay, times: list[float], cpus: int) -> list[float]:
-    """Forecast over truth at each of these times."""
+    """Return forecast over true time left at each of these times."""
     found = []
     for now in times:
         forecast = Forecast(stages, line_name, computes)
@@ -103,7 +103,7 @@ def ratios(stages: Graph, run: Replay, times: list[float], cpus: int) -> list[fl
 
 
 def up_to(factor: float, draw: random.Random) -> float:
-    """Too large or too small by up to this factor."""
+    """Draw a number between 1 / factor and factor, uniform in its logarithm."""
     return float(factor ** draw.uniform(-1, 1))
 
 
@@ -116,9 +116,9 @@ GRIDS = [Path("jobs/grids/demo-testbed.yaml"), Path("analysis/studies/predictor.
 def test_after_a_tenth_of_a_run_the_time_left_is_right_within_a_factor_of_one_and_a_half(
     path: Path, off: float, cpus: int
 ) -> None:
-    """The device is three times as fast or slow as the cost model says; kinds are off from that by
-    up to 1.2 (a kind that comes last from one that came first by up to 1.44), and stages of a kind
-    by up to 1.25. The last 5 % of the run are left out: there one stage is waited for."""
+    """The device is three times as fast or slow as the cost model assumes. Kinds differ from that
+    by up to 1.2 (from first to last kind by up to 1.44), and stages of a kind by up to 1.25. The
+    last 5 % of the run are left out, since only one stage is left."""
     stages = make_plan(load_grid(path)).graph
     for seed in range(3):
         draw = random.Random(seed)
@@ -138,7 +138,7 @@ def test_after_a_tenth_of_a_run_the_time_left_is_right_within_a_factor_of_one_an
 def test_kinds_that_are_three_times_off_are_corrected_by_their_first_measurements(
     path: Path,
 ) -> None:
-    """That is, three stages of each kind with a twentieth of the work. Before that nobody can know:
+    """Three stages of each kind are a twentieth of the work. Before that the forecast cannot know:
     evaluations come last."""
     stages = make_plan(load_grid(path)).graph
     for seed in range(3):
@@ -163,7 +163,7 @@ def test_kinds_that_are_three_times_off_are_corrected_by_their_first_measurement
 
 
 def test_the_makespan_equals_that_of_list_scheduling() -> None:
-    """Against a simulator written apart, over random graphs."""
+    """Compare with an independent simulator over random graphs."""
     for seed in range(30):
         draw = random.Random(seed)
         stages: dict[str, Stage] = {}
@@ -196,7 +196,7 @@ def test_stages_that_wait_for_a_failed_one_take_no_time() -> None:
 
 
 def test_the_pace_of_a_stage_at_work_counts_more_as_it_proceeds() -> None:
-    """Expected to take 100 s; after 30 s a half is done."""
+    """The stage is expected to take 100 s; after 30 s half of it is done."""
     assert remaining(Position(30.0, "", 30.0, 15, 30, "layers"), 100.0) == 0.5 * 30 + 0.5 * 50
     assert remaining(Position(30.0), 100.0) == 70.0
     assert remaining(Position(300.0), 100.0) == 10.0

@@ -46,7 +46,7 @@ def test_a_row_has_the_allocation_and_its_options_that_differ_from_defaults(
 
 
 def _with_dense_metrics(store: Store, plan: Plan, metrics: Content) -> None:
-    """A store that holds the dense model's evaluation alone."""
+    """A store with only the dense model's evaluation."""
     key = next(key for key, cell in plan.cells.items() if cell.pruner is None)
     with store.attempt(key) as attempt:
         pq.write_table(pa.table(metrics), attempt.folder / "metrics.parquet")

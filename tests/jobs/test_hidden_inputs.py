@@ -1,5 +1,5 @@
-"""No stage has an input that its key lacks: made twice under all that a machine may have otherwise,
-the bytes are equal."""
+"""No stage has an input that its key lacks: made twice in different environments, its bytes are
+equal."""
 
 import json
 import os
@@ -60,7 +60,7 @@ TEMPLATE = (
     "{{ strftime_now('%d %B %Y %H:%M') }} {{ bos_token }}"
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 )
-"""As Llama-3.1's and others begin: with the date of today."""
+"""A template that begins with today's date, as Llama 3.1's does."""
 
 PLACES: list[tuple[str, dict[str, str]]] = [
     (
@@ -102,7 +102,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> 
 
 @pytest.fixture(scope="module")
 def made(grids: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What came of every stage, in each place."""
+    """The files and reports of every stage, in each environment."""
     runs = []
     for date, variables in PLACES:
         here = tmp_path_factory.mktemp("place")

@@ -1,4 +1,4 @@
-"""Mistakes that people make in grid files, made as they make them: in the text."""
+"""Mistakes in the text of grid files, as people make them."""
 
 from pathlib import Path
 

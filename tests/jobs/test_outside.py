@@ -1,4 +1,4 @@
-"""The one list of what is taken from outside, and the digests that are made of it."""
+"""The list of everything that a grid takes from outside, and the fingerprints from it."""
 
 from pathlib import Path
 

@@ -293,7 +293,7 @@ def test_estimates_are_flop_over_rate() -> None:
 
 
 def test_sparsegpts_columns_cost_the_same_for_few_tokens_as_for_many() -> None:
-    """That of LLaMA-2-7B's shape, with 4,096 inputs, is within a factor of two."""
+    """The estimate for LLaMA-2-7B's shape, with 4,096 inputs, is within a factor of two."""
     model = HubModel(name="m")
     cost, seconds = Cost(flops_per_second=1e12), []
     for nsamples in (0, 1, 2):
@@ -371,7 +371,7 @@ def test_the_testbeds_size_is_counted_from_its_spec() -> None:
 def test_planning_lists_a_stages_shards_equally_often_for_few_and_many_shards(
     content: Content, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that it takes time in proportion to their number."""
+    """Planning must take time in proportion to the number of shards."""
     listed: list[str] = []
     for kind in (GenerateSpec, ScoreSpec):
         whole = kind.shards

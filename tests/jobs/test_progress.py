@@ -77,7 +77,8 @@ def test_the_log_has_samples_and_tokens_a_second_since_generation_began(
 
 
 def test_time_left_is_the_estimates_scaled_by_the_measurements(clock: list[float]) -> None:
-    """Estimated at 10 s each and taking 20; at the last look, a second ago, four were left."""
+    """Stages are estimated at 10 s each and take 20; at the last look, a second ago, four were
+    left."""
     stages = {str(number): stage("prune", "pool", key=str(number)) for number in range(6)}
     stages = {key: replace(each, seconds=10.0) for key, each in stages.items()}
     progress = Progress({"prune": 6}, stages=stages)
@@ -212,7 +213,7 @@ def test_the_size_of_the_figures_does_not_grow_with_the_number_of_stages(
 def test_samples_to_make_are_those_of_the_missing_shards(
     content: dict[str, Any], load: Callable[[dict[str, Any]], Grid]
 ) -> None:
-    """Two seeds of 80 samples in shards of 64: of the one with 16 nothing is missing."""
+    """Two seeds of 80 samples in shards of 64; one shard of 16 exists already."""
     plan = make_plan(load(content))
     last = next(
         key for key, each in plan.graph.items() if each.label == "generate own seed 1 shard 2 of 2"

@@ -1,4 +1,4 @@
-"""A pruning that is killed goes on with the first decoder layer that is not done."""
+"""A killed pruning continues with the first unfinished decoder layer."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ from pipeline.specs import (
 
 LAYERS = 4
 LAST_KEPT = 1
-"""The layer after which the process is killed: 0 and 1 are done then."""
+"""The layer after which the process is killed; 0 and 1 are finished by then."""
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=96,
@@ -61,7 +61,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def torch_as_it_was() -> Iterator[None]:
-    """A stage sets threads and determinism for its whole process."""
+    """Restore threads and determinism, which a stage sets for its whole process."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
@@ -103,7 +103,7 @@ def prune(
     store: Store,
     settings: Mapping[str, int] = MappingProxyType({}),
 ) -> Manifest:
-    """The stage as a worker makes it."""
+    """Make the stage as a worker does."""
     artifacts = {} if spec.calibration is None else {spec.calibration.key: calibration}
     with store.attempt(spec.key) as attempt:
         payload = StageWork(spec=spec, settings=dict(settings)).model_dump_json()
@@ -132,7 +132,7 @@ def test_memory_budgets_reach_the_pruning_and_change_no_byte(
 
 
 def die_after(number: int, partial: Partial, die: Any) -> None:
-    """Let the process end as soon as that layer is kept."""
+    """End the process as soon as that layer is kept."""
     keep = partial.keep
 
     def keep_and_die(path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_kept_layer_that_is_damaged_is_pruned_again(
 
 
 def break_off(spec: PruneSpec, calibration: Path, store: Store) -> None:
-    """An attempt that fails after some layers."""
+    """Run an attempt that fails after some layers."""
     artifacts = {} if spec.calibration is None else {spec.calibration.key: calibration}
 
     def fail() -> None:

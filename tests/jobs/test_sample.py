@@ -1,4 +1,4 @@
-"""Which models a grid lets go on from a prompt."""
+"""The models of a grid that continue a prompt."""
 
 import math
 from typing import Any

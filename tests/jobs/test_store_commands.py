@@ -27,7 +27,7 @@ def grid(plan: Plan, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(plan: Plan, tmp_path: Path) -> Store:
-    """All stages of the grid, and one that no grid speaks of; the content of none matters."""
+    """A store with all stages of the grid and one of no grid; their content does not matter."""
     store = Store(str(tmp_path / "store"))
     for key, kind in [*((key, stage.kind) for key, stage in plan.graph.items()), ("old", "prune")]:
         with store.attempt(key) as attempt:

@@ -1,4 +1,4 @@
-"""The studies' grid files: that they plan, and how long all of them take on the testbed."""
+"""The studies' grid files: their plans, and the time of all of them on the testbed."""
 
 from pathlib import Path
 
@@ -23,8 +23,8 @@ def plans() -> dict[str, Plan]:
 
 
 def core_seconds(spec: StageSpec) -> float:
-    """What a stage takes of a core of an idle machine, rounded up from the record of a run: a model
-    of a million weights spends most of it on what does not grow with the data."""
+    """Seconds of a stage on one idle core, rounded up from a recorded run: with a million weights
+    most of it does not grow with the data."""
     match spec:
         case PretrainSpec():
             return 200 if spec.steps * spec.batch_size > 5000 else 60

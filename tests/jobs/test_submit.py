@@ -20,7 +20,7 @@ Packed = Callable[[Content], Path]
 
 @pytest.fixture
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packed:
-    """Packs a grid that lies outside of the folder from which it is submitted."""
+    """Pack a grid from outside the folder in which it is submitted."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -67,7 +67,7 @@ def test_files_with_relative_paths_are_packed(packed: Packed, content: Content) 
 def test_every_kind_of_file_with_a_relative_path_is_packed(
     packed: Packed, content: Content
 ) -> None:
-    """Also what only a calibration, a mixture or the evaluation names."""
+    """Files that only a calibration, a mixture or the evaluation names are packed too."""
     for name in ("words.txt", "part.txt", "built/a.jsonl", "built/b.jsonl", "set/x.parquet"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(name)
@@ -142,7 +142,7 @@ def test_an_unset_variable_is_an_error_before_anything_is_sent(
 def test_a_dtype_that_depends_on_this_machines_cpu_is_refused(
     tmp_path: Path, content: Content
 ) -> None:
-    """With GPUs it depends on the grid alone, and the next mistake is found."""
+    """With GPUs the dtype depends on the grid alone, and the check goes on to the next mistake."""
     content["models"] = {"testbed": {"kind": "hub-model", "name": "a/b", "dtype": "auto"}}
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(content))

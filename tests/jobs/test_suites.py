@@ -44,7 +44,7 @@ def test_everything_that_a_suite_names_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SUITES if name != "testbed"])
 def test_lm_eval_has_the_metrics_that_a_suite_names(name: str) -> None:
-    """Else an average would silently be missing."""
+    """Otherwise an average would silently be missing."""
     index = lm_eval_tasks().task_index
     for entry in load_suite(name).tasks:
         settings = index[entry.name].cfg
@@ -138,7 +138,8 @@ def test_an_average_is_of_tasks_of_its_suite() -> None:
 def results(
     content: Content, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> pa.Table:
-    """Of a suite with two tasks, one of them limited, for the dense model and a pruned one."""
+    """Results of a suite with two tasks, one of them limited, for the dense model and a pruned
+    one."""
     suites = tmp_path / "suites"
     suites.mkdir()
     (suites / "pair.yaml").write_text(

@@ -1,4 +1,4 @@
-"""The functions of the library give what the stages of a grid give."""
+"""The functions of the library return the same as the stages of a grid."""
 
 import math
 import subprocess
@@ -41,7 +41,7 @@ TEXTS = [f"{name} lives in {place}. " * 12 for name in ("Anna", "Bo") for place 
 
 
 class Stages:
-    """The artifacts of stages that are run one after the other."""
+    """The artifacts of stages that are run one after another."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -71,18 +71,18 @@ def tiny_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-Told = tuple[str, float, float, str]
+Report = tuple[str, float, float, str]
 
 
-def heard_of(work: Callable[[], object]) -> list[Told]:
-    heard: list[Told] = []
+def heard_of(work: Callable[[], object]) -> list[Report]:
+    heard: list[Report] = []
     with reporting(lambda *call: heard.append(call)):
         work()
     return heard
 
 
-def check_counts(heard: list[Told], unit: str, total: float) -> None:
-    """They rise, each within the total."""
+def check_counts(heard: list[Report], unit: str, total: float) -> None:
+    """Check that the counts rise and stay within the total."""
     counts = [done for _, done, _, its_unit in heard if its_unit == unit]
     assert len(counts) > 2
     assert counts == sorted(counts)

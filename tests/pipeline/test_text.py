@@ -1,4 +1,4 @@
-"""Text as people save it: what is read, and what is said of the rest."""
+"""Reading text files as people save them, and the errors for others."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def test_lines_end_at_line_ends_alone_and_byte_order_marks_are_no_text(
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("good\nb\u00e9\n".encode() + "caf\u00e9".encode("latin-1"), "a.txt, line 3, byte 4.*xe9"),
         (b"good\n\xed\xa0\xbd\n", "a.txt, line 2, byte 1.*not UTF-8"),  # a surrogate's three bytes
@@ -45,9 +45,9 @@ def test_lines_end_at_line_ends_alone_and_byte_order_marks_are_no_text(
     ],
 )
 def test_text_that_is_not_utf8_is_refused_with_file_line_and_byte(
-    content: bytes, said: str
+    content: bytes, message: str
 ) -> None:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         lines_of(content)
 
 
@@ -59,8 +59,8 @@ def test_half_of_a_surrogate_pair_is_named_and_a_whole_character_passes() -> Non
 
 def test_a_file_that_cannot_be_read_is_an_error_that_names_field_and_path(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    for wrong, said in ((path, "there is no such file"), (tmp_path, "is a folder")):
-        with pytest.raises(InputError, match=f"^grid: '{wrong}': .*{said}"):
+    for wrong, message in ((path, "there is no such file"), (tmp_path, "is a folder")):
+        with pytest.raises(InputError, match=f"^grid: '{wrong}': .*{message}"):
             read_text(str(wrong), "grid")
     path.write_bytes(b"\xef\xbb\xbfname: a\r\nnote: b\r\n")
     assert read_text(str(path), "grid") == "name: a\nnote: b\n"

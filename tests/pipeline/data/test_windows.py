@@ -79,7 +79,7 @@ def named(folder: Path, tokenizer: Any, rows: int = 320, **settings: Any) -> Loc
 def rows(
     model: LocalModel, corpus: FileCorpus, tmp_path: Path
 ) -> Callable[..., list[dict[str, Any]]]:
-    """What a run writes, as rows."""
+    """Return the rows that a run writes."""
 
     def cut(source: Any = corpus, **fields: Any) -> list[dict[str, Any]]:
         spec = WindowsSpec(source=source, model=model, **fields)
@@ -247,7 +247,7 @@ def test_a_concatenated_corpus_is_the_join_of_its_texts_in_the_seeds_order(
 
 
 def generated(folder: Path, model: LocalModel) -> tuple[GenerateSpec, dict[int, list[int]]]:
-    """Samples whose decoded text a tokenizer would turn into other ids."""
+    """Samples with ids that a tokenizer would not give for their decoded text."""
     draws = np.random.default_rng(0)
     samples = {
         number: [0, *draws.integers(3, 300, size=20 + number).tolist(), 1] for number in range(12)
@@ -293,7 +293,7 @@ def test_joined_samples_lose_their_begin_and_end_tokens_and_keep_their_order(
 def test_joined_samples_lose_every_end_id_of_the_generators_checkpoint(
     model: LocalModel, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Its generation settings list a second end, as those of chat models do."""
+    """The generator's settings list a second end, as those of chat models do."""
     _, samples = generated(tmp_path, model)
     inner = {edge for ids in samples.values() for edge in (ids[1], ids[-2])}
     second = min(set(range(3, 200)) - inner)

@@ -130,7 +130,7 @@ def group(model: LocalModel, tasks: LocalTasks, tmp_path_factory: pytest.TempPat
 
 
 def right_answers(model: LocalModel, by_length: bool) -> list[bool]:
-    """For each question, whether the right choice has the highest log-likelihood of all."""
+    """Return for each question whether the right choice has the highest log-likelihood."""
     network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float64)
     tokenizer = train_tokenizer([question["question"] for question in QUESTIONS], 300)
     right = []

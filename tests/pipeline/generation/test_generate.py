@@ -300,8 +300,8 @@ LONG_ROPE: dict[str, Any] = {
 def test_prefixes_of_other_lengths_do_not_change_a_sample_up_to_the_last_position(
     name: str,
 ) -> None:
-    """Padding would use positions that do not exist, enter the state, or move a text to the other
-    side of the length at which positions switch."""
+    """Padding would use positions that do not exist, enter the state, or move a text across the
+    length at which positions switch."""
     config = copy.deepcopy({**ABSOLUTE, **RECURRENT, **LONG_ROPE}[name])
     config.vocab_size, config.bos_token_id, config.eos_token_id = len(WITH_BOS), BOS, EOS
     model = seeded(lambda: transformers.AutoModelForCausalLM.from_config(config))
@@ -607,7 +607,7 @@ def test_a_prefix_that_fills_the_whole_length_is_refused(model: Any) -> None:
 
 
 def all_logits(model: Any, ids: list[int]) -> npt.NDArray[np.float64]:
-    """The logits after each id, [ids, vocabulary]."""
+    """Return the logits after each id, [ids, vocabulary]."""
     with torch.no_grad():
         return np.asarray(model(torch.tensor([ids])).logits[0].double())
 
@@ -624,7 +624,7 @@ def penalised(
 def next_probabilities(
     logits: npt.NDArray[np.float64], ids: list[int], sampling: Sampling
 ) -> npt.NDArray[np.float64]:
-    """Probabilities after penalty, temperature, top-k and then top-p, by their definitions."""
+    """Return the probabilities after penalty, temperature, top-k and then top-p, by definition."""
     scores = penalised(logits, ids, sampling.repetition_penalty) / sampling.temperature
     order = np.argsort(-scores)[: sampling.top_k or None]
     chances = np.exp(scores[order] - scores[order[0]])

@@ -37,7 +37,7 @@ def wide_draw(
 def made(
     sampling: Sampling, uniforms: torch.Tensor, vocabulary: int, ends: Sequence[int] = ()
 ) -> Any:
-    """Our processors, of a tokenizer without holes."""
+    """Return our processors for a tokenizer without gaps in its ids."""
     return logits_processors(
         sampling,
         uniforms,
@@ -51,7 +51,7 @@ def made(
 def narrow_draw(
     scores: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor, step: int = 0
 ) -> list[int]:
-    """What `generate` takes after our processors, at a step for which `uniforms` [rows] are."""
+    """Return what `generate` takes after our processors, at the step of `uniforms` [rows]."""
     every = torch.rand(len(scores), STEPS, dtype=torch.float64)
     every[:, step] = uniforms
     processors = made(sampling, every, scores.shape[1])
@@ -128,7 +128,7 @@ def test_all_that_tie_with_the_last_of_the_k_likeliest_are_kept(tied: int) -> No
 
 
 def test_where_top_p_splits_equal_values_the_same_ones_are_kept() -> None:
-    """The sort of transformers' warper is not stable, so its own choice is the expected one."""
+    """The sort of transformers' warper is not stable, so its own choice is expected."""
     generator = torch.Generator().manual_seed(3)
     scores = torch.randint(0, 4, (ROWS, 5000), generator=generator).float()
     scores[:, torch.randperm(5000, generator=generator)[:40]] = 9.0
@@ -157,7 +157,7 @@ def test_the_same_tokens_are_drawn_while_the_temperature_changes(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_id_that_the_tokenizer_lacks_is_never_drawn(temperature: float) -> None:
-    """The likeliest of 40 ids are 20 rows that pad the matrix and a hole in the vocabulary."""
+    """The likeliest of 40 ids are 20 rows of padding and a gap in the vocabulary."""
     scores = torch.zeros(ROWS, 40)
     scores[:, 20:] = 30.0
     scores[:, 7] = 30.0

@@ -197,7 +197,8 @@ def test_first_tokens_are_drawn_as_often_as_their_probability_says(
 @pytest.mark.parametrize("top_k", [1, 50, 290, 10_000])
 @pytest.mark.parametrize("top_p", [0.1, 0.95, 0.999])
 def test_the_kept_logits_equal_those_that_vllm_keeps(kind: str, top_k: int, top_p: float) -> None:
-    """Equal bits, so that the same tokens are drawn; coarse logits tie at both limits."""
+    """The kept logits have equal bits, so the same tokens are drawn; coarse logits tie at both
+    limits."""
     operations = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
     keep_top_k_top_p = importlib.import_module("pipeline.generation.vllm_sampling").keep_top_k_top_p
     generator = torch.Generator().manual_seed(0)
@@ -321,15 +322,15 @@ def written_shards(
 
 
 class SecondEngine(NamedTuple):
-    """An engine of a model stored as masks, which replaced the first, and what came before it."""
+    """An engine of a model stored as masks that replaced the first, and the state before it."""
 
     engine: VllmEngine
     pruned: PruneSpec
     artifacts: dict[str, Path]
     phases: list[str]
-    """Reported while the engine started."""
+    """Phases reported while the engine started."""
     first_shards: dict[int, tuple[bytes, dict[str, Any]]]
-    """What the first engine wrote."""
+    """Texts of the first engine."""
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +340,7 @@ def second_engine(
     without_flask: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> SecondEngine:
-    """For the last tests: the first engine is closed."""
+    """Close the first engine; the last tests use this one."""
     shards = written_shards(spec, (0, 1), tmp_path_factory.mktemp("first"))
     pruned = PruneSpec(model=spec.model, pruner=Magnitude(), sparsity=0.6)
     folder = tmp_path_factory.mktemp("pruned")

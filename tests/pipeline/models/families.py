@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = {
     "mamba_d_ssm": 64,
     "mamba_head_dim": 16,
 }
-"""By the field's name; a type takes those that it has."""
+"""Sizes by field name; each type takes the fields that it has."""
 
 ATTENTION_BETWEEN = ["linear_attention", "full_attention", "linear_attention"]
 CONVOLUTIONS = ["conv", "full_attention", "conv"]
@@ -143,7 +143,7 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "n_mamba_heads": 4},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
-"""By model type, what it needs besides, or instead; None where it must not have a field."""
+"""By model type, further or other fields; None removes a field."""
 for each in ("granitemoehybrid", "kimi_linear", "minimax", "olmo_hybrid", "qwen3_next"):
     OWN.setdefault(each, {})["layer_types"] = ATTENTION_BETWEEN
 for each in ("qwen3_5_text", "qwen3_5_moe_text"):
@@ -161,13 +161,14 @@ NOT_BUILT = {
     "musicgen_melody": "speaks in codes of sound",
     "phi4_multimodal": "towers for images and sound cannot be made small",
 }
-"""By model type, why no small model of it is tried."""
+"""By model type, the reason why no small model is tested."""
 
 FAMILIES = [each for each in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if each not in NOT_BUILT]
 
 
 def config_of(family: str) -> Any:
-    """A configuration with a few thousand weights; of a model with towers, that of its text."""
+    """Return a configuration with a few thousand weights; for a model with towers, that of its text
+    model."""
     kind = CONFIG_MAPPING[family]
     own = OWN.get(family, {})
     text = kind.sub_configs.get("text_config")
@@ -189,7 +190,8 @@ def config_of(family: str) -> Any:
 
 @functools.cache
 def dense_model(family: str) -> Any:
-    """A randomly initialised model of the type, in float32 and evaluation mode; never changed."""
+    """Return a randomly initialised model of the type, in float32 and evaluation mode; it must not
+    be changed."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_of(family)).float().eval()
     with torch.no_grad():
@@ -200,11 +202,11 @@ def dense_model(family: str) -> Any:
 
 
 def model_of(family: str) -> Any:
-    """A copy of `dense_model` that a test may change."""
+    """Return a copy of `dense_model`, which a test may change."""
     return copy.deepcopy(dense_model(family))
 
 
 def windows(count: int = 5, seqlen: int = 24) -> Tensor:
-    """Token ids `[count, seqlen]`, the same at every call."""
+    """Return token ids `[count, seqlen]`, the same on every call."""
     generator = torch.Generator().manual_seed(3)
     return torch.randint(3, 96, (count, seqlen), generator=generator)

@@ -130,7 +130,7 @@ LEFT = (
     "shared_expert_gate.weight",
     "_bias",
 )
-"""How names end of parameters with more than one dimension that must not be pruned."""
+"""Endings of the names of parameters with several dimensions that must stay dense."""
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def windows(count: int = 10, seqlen: int = 24) -> Tensor:
 
 
 def to_be_pruned(model: Any) -> dict[str, Tensor]:
-    """Name to matrices `[..., out_features, in_features]`, by names alone."""
+    """Return matrices `[..., out_features, in_features]` by name, found by names alone."""
     root, _ = decoder_layers(model)
     transposed = model.config.model_type == "gpt2"
     return {
@@ -234,12 +234,9 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def inputs_of(model: Any, prefix: str, data: Tensor, activation: Activation) -> dict[str, Tensor]:
-    """What each matrix of a layer is given, `[tokens, in_features]` in float64, one window at a
-    time through the whole model.
-
-    Linear layers have hooks. Of experts only the routing is seen, as it is handed to their module;
-    what each is given follows from it by hand.
-    """
+    """Return the inputs of each matrix of a layer, `[tokens, in_features]` in float64, one window
+    at a time through the whole model. Linear layers have hooks. For experts only the routing is
+    seen, as their module gets it; their inputs are computed from it."""
     seen: dict[str, list[Tensor]] = {}
     routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -278,8 +275,8 @@ def inputs_of(model: Any, prefix: str, data: Tensor, activation: Activation) -> 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_walk_sees_what_a_full_forward_pass_of_the_pruned_model_sees(name: str) -> None:
-    """Each layer's inputs are those of the model with all layers below pruned and itself still
-    dense. Batches of 4, 4 and 2 windows against one window at a time."""
+    """Each layer's inputs are those of the model with all earlier layers pruned and this one still
+    dense. Batches of 4, 4 and 2 windows are compared with one window at a time."""
     model, data = model_of(name), windows()
     root, _ = decoder_layers(model)
     visited: list[int] = []
@@ -325,7 +322,7 @@ def test_the_experts_implementation_is_the_models_own_again_afterwards(name: str
 
 
 def starve(model: Any, layer: int, expert: int) -> None:
-    """Route nothing to an expert: its logit is far below the others'."""
+    """Route no token to an expert: its logit is far below the others'."""
     router = model.model.layers[layer].mlp.router
     router.bias.data[expert] = -1e4
 
@@ -364,7 +361,7 @@ def layer_one(model: Any) -> list[Matrix]:
 
 @pytest.mark.parametrize("tokens", [STARVED_TOKENS - 1, STARVED_TOKENS])
 def test_an_expert_is_starved_below_the_stated_number_of_tokens(tokens: int) -> None:
-    """With all experts but one shut out, and one token too few or just enough."""
+    """All experts but one are excluded, and it gets one token too few or just enough."""
     model = model_of("gpt-oss")
     model.model.layers[0].mlp.router.top_k = 1
     for expert in (1, 2, 3):

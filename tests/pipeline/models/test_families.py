@@ -1,4 +1,4 @@
-"""Every type of causal language model in transformers: pruned as brute force has it, or refused."""
+"""Every type of causal language model in transformers: pruned as by brute force, or refused."""
 
 import functools
 import inspect
@@ -50,7 +50,7 @@ REFUSED = {
     "hrm_text": "does not call its decoder layers one after another, once each",
     "xlnet": "belongs to no linear layer",
 }
-"""By model type, why it cannot be pruned."""
+"""By model type, the reason why it cannot be pruned."""
 
 PRUNED = [family for family in FAMILIES if family not in REFUSED]
 
@@ -104,8 +104,8 @@ def test_a_type_that_cannot_be_pruned_is_refused_with_the_reason(family: str) ->
 
 
 class Inputs:
-    """What each matrix of a decoder layer is given, `[tokens, in_features]` in float64, seen by
-    hooks on modules while windows go through the whole model one at a time."""
+    """The inputs of each matrix of a decoder layer, `[tokens, in_features]` in float64, seen by
+    hooks while windows go through the whole model one at a time."""
 
     def __init__(self, model: Any, prefix: str) -> None:
         self.seen: dict[str, list[Tensor]] = {}
@@ -120,7 +120,7 @@ class Inputs:
             handle.remove()
 
     def of(self, matrix: str) -> Tensor | None:
-        """None if it was given nothing."""
+        """Return a matrix's inputs; None if it had none."""
         return torch.cat(self.seen[matrix]) if matrix in self.seen else None
 
     def _add(self, matrix: str, inputs: Tensor) -> None:
@@ -137,7 +137,7 @@ class Inputs:
             self._add(name, values[0])
 
     def experts(self, name: str, module: Any, given: list[Any], output: Any) -> None:
-        """Tokens and the experts that were chosen for each: what an expert is given follows."""
+        """The tokens and the chosen experts of each give an expert's inputs."""
         states, chosen = given[0].flatten(0, -2), given[1]
         first = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
         for expert in range(len(module.down_proj)):
@@ -157,7 +157,8 @@ class Inputs:
             self._add(f"{name}.down_proj.{expert}", inner)
 
     def llama4(self, name: str, module: Any, given: list[Any], output: Any) -> None:
-        """All tokens for each expert, times its score, which is zero where it was not chosen."""
+        """Every expert gets all tokens times its score, which is zero for those that did not choose
+        it."""
         for expert, states in enumerate(given[0].view(module.num_experts, -1, module.hidden_size)):
             mine = states[states.abs().sum(dim=-1) > 0]
             gate, up = (mine @ module.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -190,8 +191,8 @@ class Inputs:
             self._add(f"{name}.weight.{group}", given[0][..., group, :])
 
     def mamba(self, name: str, module: Any, given: list[Any], output: Any) -> None:
-        """Its `dt_proj` is no module that is called: it multiplies the first outputs of `x_proj`,
-        normed in some classes."""
+        """`dt_proj` is not called as a module: it multiplies the first outputs of `x_proj`, normed
+        in some classes."""
         outputs = self.seen[f"{name}.x_proj"][-1] @ module.x_proj.weight.double().T
         steps = outputs[:, : module.dt_proj.in_features]
         if hasattr(module, "dt_layernorm"):
@@ -219,8 +220,8 @@ BY_CLASS: dict[str, Callable[[Inputs, str, Any, list[Any], Any], None]] = {
 def test_masks_are_those_of_hooks_on_the_whole_model_with_all_layers_below_pruned(
     family: str,
 ) -> None:
-    """Of each row the half with the smallest |W| ||X|| is zero, up to the rounding of scores that
-    are all but equal; experts that saw few tokens go by |W|. All else is as it was."""
+    """The half of each row with the smallest |W| ||X|| is zero, up to rounding of almost equal
+    scores; experts that saw few tokens go by |W|. All else is unchanged."""
     after, report = pruned(family)
     before = model_of(family)
     root, layers = decoder_layers(before)

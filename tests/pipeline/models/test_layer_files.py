@@ -1,4 +1,4 @@
-"""What a pruned model is stored as, and that it comes back bit for bit."""
+"""The files of a pruned model, from which it is restored bit for bit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class Dense:
         return folder
 
     def run(self, spec: PruneSpec, before: Mapping[str, Path], output: Path) -> dict[str, Path]:
-        """The artifacts that stages after this one read."""
+        """Return the artifacts that later stages read."""
         artifacts = dict(before)
         if spec.calibration is not None:
             artifacts[spec.calibration.key] = self.write_windows(output / "windows")
@@ -107,7 +107,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter as integers: -0.0 is not 0.0 here."""
+    """Return every parameter as integers, in which -0.0 differs from 0.0."""
     integer = {4: torch.int32, 2: torch.int16}
     return {
         name: parameter.detach().view(integer[parameter.element_size()])
@@ -246,7 +246,7 @@ def test_the_order_in_which_a_pattern_holds_is_stored_with_the_masks(
 
 
 class InPlace:
-    """Takes the files that are there for those that an earlier attempt has kept."""
+    """Restores the files that exist, as if an earlier attempt had kept them."""
 
     def keep(self, path: Path) -> None:
         raise AssertionError(f"{path.name} is kept again")

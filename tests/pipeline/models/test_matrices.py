@@ -1,4 +1,4 @@
-"""What is found in a decoder layer, by form alone."""
+"""The matrices of a decoder layer, found by form alone."""
 
 from typing import Any
 
@@ -177,7 +177,7 @@ def test_embeddings_convolutions_norms_and_states_are_left_alone_and_listed() ->
 
 def test_a_router_of_several_layers_is_left_alone_by_its_class() -> None:
     class SkippingRouter(nn.Sequential):
-        """The last layer has one more output than there are experts."""
+        """The last layer has one output more than there are experts."""
 
     router = SkippingRouter(nn.Linear(8, 6), nn.Linear(6, 4))
     layer = Mixture(Experts(3, 8, 5, False), gate=router, shared_expert=MLP(8, 6))

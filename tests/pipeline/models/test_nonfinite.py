@@ -1,4 +1,4 @@
-"""Nothing that is NaN or infinite is a result, and the error says where it began."""
+"""NaN and infinity are never a result, and the error names where they begin."""
 
 import copy
 import math
@@ -51,7 +51,7 @@ def sound() -> Any:
 
 
 def spoilt(sound: Any, name: str, value: float = math.nan) -> Any:
-    """The model with a value that is not finite in one parameter."""
+    """Return the model with a non-finite value in one parameter."""
     model = copy.deepcopy(sound)
     model.get_parameter(name).data.flatten()[0] = value
     return model

@@ -1,4 +1,5 @@
-"""Models whose positions depend on the length of the text: all is as if each text were alone."""
+"""Models whose positions depend on the length of the text give each text the numbers that it has
+alone."""
 
 import copy
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def alone(model: Any, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities `[tokens - 1]` of a text by a model that has read no other."""
+    """Return log-probabilities `[tokens - 1]` of a text by a model that has read no other."""
     fresh = copy.deepcopy(model)
     forget_longer_texts(fresh)
     with torch.no_grad():
@@ -161,7 +162,7 @@ def test_texts_are_of_one_group_if_they_have_the_same_positions() -> None:
 
 
 def test_positions_do_depend_on_the_length_of_a_batch(model: Any) -> None:
-    """The models would not show the mistake if they did not."""
+    """If they did not, the other tests could not fail."""
     short, long = TEXTS[1], TEXTS[8]
     padded = torch.tensor([long, short + [0] * (len(long) - len(short))])
     with torch.no_grad():
@@ -188,7 +189,7 @@ def test_a_window_is_measured_as_if_it_were_alone(model: Any) -> None:
 
 
 def requests() -> list[Instance]:
-    """Documents of either side of the switch, and choices that end on the other side."""
+    """Documents on either side of the switch, and choices that end on the other side."""
     examples = text(8)
     asked = []
     for number, words in enumerate([3, 6, 9, 9, 20, 28, 34, 40]):

@@ -168,7 +168,7 @@ def test_only_the_layer_at_work_is_in_memory(dense: Dense, tmp_path: Path) -> No
 def test_generation_settings_that_contradict_each_other_are_copied_unchanged(
     tmp_path: Path,
 ) -> None:
-    """As Vicuna has them: transformers reads and does not write them."""
+    """Vicuna's settings: transformers reads them but does not write them."""
     folder = tmp_path / "dense"
     transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(folder)
     save_tokenizer(folder)
@@ -254,7 +254,8 @@ print(peak(small, folders[0], folders[1] / "small"), peak(large, folders[0], fol
 
 @pytest.mark.whole_run
 def test_a_model_is_pruned_in_much_less_memory_than_its_weights_take(tmp_path: Path) -> None:
-    """Against the peak for a model of one layer, that of the interpreter and all libraries."""
+    """Compare with the peak for a model of one layer, which is that of the interpreter and all
+    libraries."""
     specs = []
     for name, layers in (("small", 1), ("large", LAYERS)):
         config = transformers.LlamaConfig(

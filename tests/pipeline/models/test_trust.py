@@ -1,4 +1,4 @@
-"""What comes with a checkpoint runs nothing, unless the grid says so for that model."""
+"""Code and pickles of a checkpoint do not run unless the grid allows it for that model."""
 
 import json
 import pickle

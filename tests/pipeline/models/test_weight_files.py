@@ -1,4 +1,4 @@
-"""Checkpoints that are not what they should be, found by their files and when they are loaded."""
+"""Faulty checkpoints, found by their files and when they are loaded."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ Damage = Callable[[Path], None]
 
 @pytest.fixture
 def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
-    """A checkpoint of the testbed's, to be damaged."""
+    """A checkpoint of the testbed, which tests damage."""
     copy = tmp_path / "checkpoint"
     shutil.copytree(tiny_model_folder / "model", copy)
     return copy
@@ -57,7 +57,7 @@ def in_shards(folder: Path) -> None:
 
 
 def refusals(folder: Path, scratch: Path, **fields: Any) -> list[str]:
-    """What planning, loading and streaming say of a checkpoint."""
+    """Return the errors of planning, loading and streaming a checkpoint."""
     spec = LocalModel(path=str(folder), dtype="float32", **fields)
     messages = []
     for look in (
@@ -240,7 +240,7 @@ def in_float8(folder: Path) -> None:
 
 
 def packed(folder: Path) -> None:
-    """As GPTQ wrote them before it had an entry in config.json."""
+    """GPTQ's form before it had an entry in config.json."""
 
     def pack(tensors: dict[str, Tensor]) -> None:
         weight = tensors.pop("model.layers.0.mlp.up_proj.weight")

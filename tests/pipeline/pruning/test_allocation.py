@@ -495,7 +495,7 @@ def dense(tmp_path: Path) -> LocalModel:
 
 
 def run_stages(spec: PruneSpec, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Count the outliers, prune with no other input than the spec names, and read the report and
+    """Count the outliers, prune with only the inputs that the spec names, and return the report and
     the table of sparsities."""
     assert spec.calibration is not None
     assert spec.outliers is not None

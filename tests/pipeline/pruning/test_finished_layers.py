@@ -1,4 +1,4 @@
-"""A pruning goes on from the decoder layers that an earlier attempt had finished."""
+"""A pruning continues after the decoder layers that an earlier attempt finished."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 class Kept:
-    """Files in memory. The attempt ends when so many of them are kept."""
+    """Keeps files in memory. The attempt ends once this many are kept."""
 
     def __init__(self, most: int) -> None:
         self.most = most

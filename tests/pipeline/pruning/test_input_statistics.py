@@ -103,8 +103,8 @@ def test_parts_that_saw_no_token_change_nothing(name: str) -> None:
 def test_routed_tokens_count_as_tokens_and_only_the_windows_of_the_whole_set_as_windows(
     name: str,
 ) -> None:
-    """An expert sees 7 tokens of 3 windows: the same statistics as with all others zero, but for
-    variances, which are those of its own tokens."""
+    """An expert sees 7 tokens of 3 windows. Its statistics are those with all other tokens at zero,
+    but its variances are those of its own tokens."""
     tokens = windows(1, 7, 4, seed=2)[0]
     expected = exact("variances" if "variances" in name else name, tokens[None])
     if name == "window_sums":
@@ -132,8 +132,7 @@ def test_sums_are_updated_in_place(name: str) -> None:
 @pytest.mark.parametrize("name", ["variances", "pooled_variances"])
 @pytest.mark.parametrize("offset", [1e4, -3e5])
 def test_a_small_variance_around_a_large_mean_is_exact(name: str, offset: float) -> None:
-    """Of the mean's square float32 would keep no digit of the variance, and of the mean itself
-    too few."""
+    """In float32 the mean's square would lose all digits of the variance, and the mean too many."""
     inputs = windows(16, 64, 6, seed=3) * 0.5 + offset
     expected = exact(name, inputs)
     assert float(expected.max()) < 5

@@ -1,4 +1,4 @@
-"""Statistics that are gathered without computing what they do not need."""
+"""Statistics are gathered without unneeded computation."""
 
 import functools
 
@@ -11,7 +11,7 @@ from pipeline.pruning.observed_inputs import observe_inputs
 
 
 class Twice(nn.Module):
-    """Its first matrix is used once more after its last one."""
+    """Uses its first matrix again after its last one."""
 
     def __init__(self, again: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def test_statistics_are_of_every_product_though_later_batches_end_at_the_last(ag
 
 @torch.no_grad()
 def test_a_matrix_on_the_left_of_its_product_reads_the_columns_of_the_right() -> None:
-    """Mamba multiplies so."""
+    """Mamba multiplies like this."""
     torch.manual_seed(0)
     matrix, states = Matrix("in_proj", torch.randn(4, 6)), torch.randn(6, 5)
     with observe_inputs([matrix], ("squared_norms",), 1) as observe:
@@ -62,7 +62,7 @@ def test_a_matrix_on_the_left_of_its_product_reads_the_columns_of_the_right() ->
 
 @torch.no_grad()
 def test_only_rows_of_zeros_are_no_tokens_of_an_expert() -> None:
-    """Experts that are multiplied together get as many rows each. A token may have zeros in it."""
+    """Experts in one product get equally many rows. A token may hold zeros."""
     torch.manual_seed(0)
     stacked, states = torch.randn(2, 6, 4), torch.randn(2, 50, 6)
     states[:, :, 1:4] *= torch.rand(2, 50, 3) < 0.5

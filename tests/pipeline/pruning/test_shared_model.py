@@ -1,4 +1,4 @@
-"""Prunings that follow each other in one process, against each in a process of its own."""
+"""Several prunings in one process, against each in its own process."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -178,8 +178,8 @@ def test_the_outputs_error_is_smaller_than_sparsegpts(
 
 
 def test_with_inputs_of_no_correlation_little_more_is_lost_than_the_smallest_scores() -> None:
-    """Nothing can make up for anything: the least that can be lost are the smallest |W| * ||X||,
-    and the weights that stay are the dense ones."""
+    """No weight can make up for another: the least loss is that of the smallest |W| * ||X||, and
+    the kept weights stay as they are."""
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(12, 20, generator=generator)

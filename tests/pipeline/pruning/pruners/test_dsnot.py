@@ -1,4 +1,4 @@
-"""DSnoT against a slow version of it that looks at one row and one swap at a time, in float64."""
+"""DSnoT against a slow version that handles one row and one swap at a time, in float64."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +58,7 @@ def prune(
 
 @dataclass
 class Moments:
-    """What the formulas need, from the inputs themselves in float64."""
+    """The terms of the formulas, from the inputs themselves in float64."""
 
     inputs: Floats
     wanda: Floats = field(init=False)
@@ -97,7 +97,7 @@ def slow_row(
     zeros: int,
     group: int | None,
 ) -> list[bool]:
-    """Section by section as the method's description has it, for one output."""
+    """Run DSnoT on one output, section by section of its description."""
     width = group or len(row)
     pruned = set()
     for start in range(0, len(row), width):
@@ -240,7 +240,7 @@ def test_no_rows_error_grows_and_most_errors_shrink(
 
 
 def test_the_threshold_is_on_the_scale_of_a_windows_sum() -> None:
-    """Twice the tokens in each window are twice the error; twice the windows are no more."""
+    """Twice the tokens in each window double the error; twice the windows do not change it."""
     weight, inputs = example(40, 64, seed=1)
     options = DSnoT(update_threshold=3.0)
     once = prune(options, weight, inputs).facts["rows_unsettled"]
@@ -277,7 +277,7 @@ def test_weights_that_contribute_nothing_are_never_moved() -> None:
 
 
 def test_a_row_without_a_weight_to_let_go_stays_as_it_was() -> None:
-    """All contributions are positive: what could go would have to be negative."""
+    """All contributions are positive, but a weight to zero would need a negative one."""
     weight, inputs = torch.rand(4, 8) + 0.5, torch.rand(3, 5, 8)
     pruned = prune(DSnoT(keep="all"), weight, inputs)
     assert torch.equal(pruned.mask, prune(DSnoT(max_cycles=0), weight, inputs).mask)

@@ -1,4 +1,4 @@
-"""What pruners need of a model beyond its matrices: names, windows, reports."""
+"""Pruners in whole models: names, windows, reports."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def windows(count: int = 10, seqlen: int = 24) -> Tensor:
 def pruned(
     name: str, pruner: Pruner, sparsity: float = 0.5, pattern: Pattern | None = None
 ) -> tuple[dict[str, Tensor], PruneReport]:
-    """The pruned weights by name, and the report."""
+    """Return the pruned weights by name, and the report."""
     model = model_of(name)
     report = prune_model(
         model,

@@ -27,7 +27,7 @@ def scores(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def brute_force(row: list[float], zeros: int) -> list[bool]:
-    """Take away the smallest, of equal ones the first, one at a time."""
+    """Zero the smallest one at a time, the first of equal ones."""
     gone = [False] * len(row)
     for _ in range(zeros):
         left = [(value, place) for place, value in enumerate(row) if not gone[place]]
@@ -103,7 +103,7 @@ def test_columns_that_a_pattern_does_not_fit_are_refused() -> None:
 def test_groups_of_any_size_lose_the_same_as_rows_of_that_size(
     rows: int, groups: int, group: int, seed: int, data: st.DataObject
 ) -> None:
-    """Short rows are ranked in another way than long ones."""
+    """Short rows are ranked by another method than long ones."""
     kept = data.draw(st.integers(1, group))
     values = scores(rows, groups * group, seed)
     expected = smallest_in_rows(values.view(-1, group), group - kept).view(values.shape)
@@ -115,7 +115,7 @@ def test_groups_of_any_size_lose_the_same_as_rows_of_that_size(
 def test_columns_lose_the_same_as_rows_whether_in_an_array_or_a_tensor(
     few: int, columns: int, seed: int, data: st.DataObject
 ) -> None:
-    """Few rows of an array are ranked in another way than many, and than a tensor's."""
+    """Arrays with few rows are ranked by another method than those with many, and than tensors."""
     zeros = data.draw(st.integers(0, few))
     values = scores(few, columns, seed)
     values[:, seed % columns] = float("inf")

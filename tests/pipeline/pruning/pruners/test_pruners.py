@@ -195,7 +195,7 @@ def test_what_is_given_stays_as_it_was_and_the_same_comes_out_again(options: Any
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_of_equal_scores_the_first_go(kind: Any) -> None:
-    """All scores are equal, so the choice is by position in the group that is compared."""
+    """All scores are equal, so the choice is by position within the compared group."""
     options = kind()
     weight, inputs = torch.ones(4, 8), torch.eye(8).repeat(4, 1)
     mask = prune(options, weight, inputs, 0.5).mask
@@ -302,7 +302,7 @@ def conditional_variances(hessian: np.ndarray) -> np.ndarray:
 
 
 def remove(weight: np.ndarray, hessian: np.ndarray, j: int, rows: np.ndarray) -> None:
-    """Zero column j in some rows, and let the later columns make up for it as well as they can."""
+    """Zero column j in some rows, and let the later columns minimise the error."""
     inverse = np.linalg.inv(hessian[j:, j:])
     weight[rows, j:] -= np.outer(weight[rows, j], inverse[0] / inverse[0, 0])
     weight[rows, j] = 0.0
@@ -315,8 +315,8 @@ def obs_by_inversion(
     pattern: Pattern | None,
     block_size: int = 128,
 ) -> np.ndarray:
-    """SparseGPT's choice and update in float64, without Cholesky factors or held-back updates: for
-    each column the Hessian of that column and the later ones is inverted again."""
+    """SparseGPT's choice and update in float64, without Cholesky factors or delayed updates: the
+    Hessian of each column and the later ones is inverted again."""
     weight = weight.astype(np.float64).copy()
     rows, columns = weight.shape
     scale = conditional_variances(hessian)
@@ -389,7 +389,7 @@ def test_with_sparsegpts_own_mask_the_weights_are_the_exact_surgeons(
 
 
 def test_with_one_column_pruned_the_surgeons_update_is_the_least_squares_one() -> None:
-    """Zeroing the first column alone, the rest must be what ridge regression gives."""
+    """If only the first column is zeroed, the rest must equal ridge regression."""
     inputs = correlated(300, 6, seed=7)
     weight = weights(3, 6, seed=7)
     weight[:, 0] = 1e-6  # the smallest score by far
@@ -404,8 +404,8 @@ def test_with_one_column_pruned_the_surgeons_update_is_the_least_squares_one() -
 
 
 def test_later_blocks_make_up_for_earlier_ones() -> None:
-    """Blocks change when masks are chosen, not that errors are carried on: with a fixed pattern
-    in which every group is a block of its own, the result does not depend on the block size."""
+    """Blocks change when masks are chosen, not how errors are passed on: with a fixed pattern in
+    which every group is a block, the result does not depend on the block size."""
     weight, inputs = weights(8, 32, seed=8), correlated(200, 32, seed=8)
     whole = prune(SparseGPT(block_size=128), weight, inputs, 0.5, Pattern(2, 4))
     small = prune(SparseGPT(block_size=4), weight, inputs, 0.5, Pattern(2, 4))

@@ -1,4 +1,4 @@
-"""RIA against its formula, and the permutation against all others that there are."""
+"""RIA against its formula, and the permutation against all others."""
 
 import itertools
 
@@ -96,8 +96,8 @@ def test_a_permutation_is_near_the_best_of_all() -> None:
 
 
 def by_trying_all(scores: Tensor, start: Tensor, kept: int, group: int) -> float:
-    """Where one round of the search ends: place by place, each way to deal out the columns there
-    is tried."""
+    """Return where one round of the search ends: at each place it tries every way to deal the
+    columns."""
     groups = start.view(-1, group)
     for place in range(group):
         ways = []
