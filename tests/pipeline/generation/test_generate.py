@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,6 +50,7 @@ from pipeline.models.loading import loaded
 from pipeline.models.vocabulary import end_ids
 from pipeline.scoring.score import score_samples
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, TestbedCorpus
+from tests.pipeline.generation.oracle import all_logits, next_probabilities, penalised
 from tests.pipeline.tiny_models import seeded, tiny_llama
 
 BOS, EOS = 0, 1
@@ -604,35 +604,6 @@ def test_a_prefix_that_fills_the_whole_length_is_refused(model: Any) -> None:
 
 
 # --------------------------------------------------------------------------------------- sampling
-
-
-def all_logits(model: Any, ids: list[int]) -> npt.NDArray[np.float64]:
-    """Return the logits after each id, [ids, vocabulary]."""
-    with torch.no_grad():
-        return np.asarray(model(torch.tensor([ids])).logits[0].double())
-
-
-def penalised(
-    logits: npt.NDArray[np.float64], ids: list[int], penalty: float
-) -> npt.NDArray[np.float64]:
-    scores = logits.copy()
-    for token in set(ids):
-        scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
-    return scores
-
-
-def next_probabilities(
-    logits: npt.NDArray[np.float64], ids: list[int], sampling: Sampling
-) -> npt.NDArray[np.float64]:
-    """Return the probabilities after penalty, temperature, top-k and then top-p, by definition."""
-    scores = penalised(logits, ids, sampling.repetition_penalty) / sampling.temperature
-    order = np.argsort(-scores)[: sampling.top_k or None]
-    chances = np.exp(scores[order] - scores[order[0]])
-    chances /= chances.sum()
-    held = np.cumsum(chances) - chances < sampling.top_p
-    probabilities = np.zeros_like(scores)
-    probabilities[order[held]] = chances[held] / chances[held].sum()
-    return probabilities
 
 
 @pytest.mark.parametrize(

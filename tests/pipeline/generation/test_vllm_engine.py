@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import scipy.stats
@@ -41,6 +40,7 @@ from pipeline.specs import (
     TestbedCorpus,
     Vllm,
 )
+from tests.pipeline.generation.oracle import all_logits, next_probabilities
 
 needs_vllm = pytest.mark.skipif(
     vllm_version() is None,
@@ -104,30 +104,6 @@ def generated(
     )
 
 
-def processed(
-    logits: npt.NDArray[np.float64], ids: list[int], sampling: Sampling
-) -> npt.NDArray[np.float64]:
-    """Probabilities after penalty, temperature, top-k and then top-p, by their definitions."""
-    scores = logits.copy()
-    for token in set(ids):
-        factor = 1 / sampling.repetition_penalty
-        scores[token] *= factor if scores[token] > 0 else 1 / factor
-    scores /= sampling.temperature
-    order = np.argsort(-scores)[: sampling.top_k or None]
-    chances = np.exp(scores[order] - scores[order[0]])
-    chances /= chances.sum()
-    held = np.cumsum(chances) - chances < sampling.top_p
-    probabilities = np.zeros_like(scores)
-    probabilities[order[held]] = chances[held] / chances[held].sum()
-    return probabilities
-
-
-def all_logits(model: Any, ids: list[int]) -> npt.NDArray[np.float64]:
-    """The logits after each id, [ids, vocabulary]."""
-    with torch.no_grad():
-        return np.asarray(model(torch.tensor([ids])).logits[0].double())
-
-
 # --------------------------------------------------------------------------------- with the engine
 
 
@@ -181,7 +157,7 @@ def test_first_tokens_are_drawn_as_often_as_their_probability_says(
         seqlen=len(prefix) + 1,
         seed=5,
     )
-    expected = 1500 * processed(all_logits(model, prefix)[-1], prefix, sampling)
+    expected = 1500 * next_probabilities(all_logits(model, prefix)[-1], prefix, sampling)
     counts = np.bincount([ids[0] for ids in draws], minlength=len(expected))
     assert not counts[expected == 0].any()
     rare = expected < 5
