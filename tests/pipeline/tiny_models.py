@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TINY: dict[str, Any] = {
@@ -47,3 +48,15 @@ def tiny_llama(vocab_size: int, positions: int = 64, **options: Any) -> Any:
         **TINY, vocab_size=vocab_size, max_position_embeddings=positions, **options
     )
     return seeded(lambda: LlamaForCausalLM(config))
+
+
+def random_model(config: Any) -> Any:
+    """Return a model of a configuration with random weights, in float32 and evaluation mode."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def windows(count: int = 10, seqlen: int = 24) -> Tensor:
+    """Return token ids `[count, seqlen]` below 96, the same on every call."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(1, 96, (count, seqlen), generator=generator)

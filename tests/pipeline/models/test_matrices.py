@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.models.matrices import decoder_layers, is_finite, kept_dense, matrices
+from tests.pipeline.tiny_models import random_model
 
 GATED: dict[str, Any] = {
     "vocab_size": 96,
@@ -19,11 +20,6 @@ GATED: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-
-
-def model_of(config: Any) -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
 
 
 def names(layer: nn.Module) -> list[str]:
@@ -66,7 +62,7 @@ class Router(nn.Module):
 
 
 def test_names_are_those_of_the_model_and_nothing_outside_the_layers_is_found() -> None:
-    model = model_of(transformers.LlamaConfig(**GATED))
+    model = random_model(transformers.LlamaConfig(**GATED))
     root, layers = decoder_layers(model)
     assert root == "model.layers"
     modules = dict(model.named_modules())

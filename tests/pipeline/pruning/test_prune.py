@@ -28,6 +28,7 @@ from pipeline.specs import (
     Uniform,
     Wanda,
 )
+from tests.pipeline.tiny_models import random_model, windows
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -52,13 +53,7 @@ PRUNERS: list[Pruner] = [Magnitude(), Wanda(), SparseGPT()]
 
 
 def model_of(name: str) -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()
-
-
-def windows(count: int = 10, seqlen: int = 24) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(1, 96, (count, seqlen), generator=generator)
+    return random_model(CONFIGS[name])
 
 
 def inner_linears(model: nn.Module) -> dict[str, nn.Linear]:

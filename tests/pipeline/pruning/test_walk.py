@@ -14,6 +14,7 @@ from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import Matrix, decoder_layers
 from pipeline.progress import reporting
 from pipeline.pruning.walk import Memory, layer_sizes, walk
+from tests.pipeline.tiny_models import random_model, windows
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -48,16 +49,6 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def model_of(config: Any) -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
-
-
-def windows(count: int = 10, seqlen: int = 24) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(1, 96, (count, seqlen), generator=generator)
-
-
 def test_matrices_that_read_the_same_tensor_share_their_statistics() -> None:
     def visit(number: int, found: list[Matrix]) -> None:
         shared: dict[int, set[str]] = {}
@@ -71,7 +62,7 @@ def test_matrices_that_read_the_same_tensor_share_their_statistics() -> None:
             ["o_proj"],
         ]
 
-    walk(model_of(CONFIGS["llama"]), windows(), ("hessian",), visit, Memory(batch_size=4))
+    walk(random_model(CONFIGS["llama"]), windows(), ("hessian",), visit, Memory(batch_size=4))
 
 
 @pytest.mark.parametrize("batch_size", [None, 3, 10, 99])
@@ -83,7 +74,7 @@ def test_statistics_do_not_depend_on_the_batch_size(batch_size: int | None) -> N
             totals.extend(matrix.statistics["squared_norms"] for matrix in found)
 
         walk(
-            model_of(CONFIGS["llama"]),
+            random_model(CONFIGS["llama"]),
             windows(),
             ("squared_norms",),
             visit,
@@ -100,7 +91,7 @@ def test_windows_go_through_one_by_one_if_a_batch_is_shorter_than_two(
     batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.pruning.walk.BATCH_TOKENS", batch_tokens)
-    model, sizes = model_of(CONFIGS["llama"]), set()
+    model, sizes = random_model(CONFIGS["llama"]), set()
     model.model.layers[0].mlp.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
     walk(model, windows(), ("squared_norms",), lambda number, found: None)
     assert sizes == {2 if batch_tokens == 48 else 1}
@@ -116,7 +107,7 @@ def test_progress_rises_evenly_and_visits_begin_at_a_third_of_their_layer() -> N
             assert total == 4
 
     with reporting(note):
-        model, memory = model_of(CONFIGS["llama"]), Memory(batch_size=5)
+        model, memory = random_model(CONFIGS["llama"]), Memory(batch_size=5)
         walk(model, windows(), ("squared_norms",), lambda *_: visits.append(done[-1]), memory)
     assert visits == pytest.approx([number + 1 / 3 for number in range(4)])
     sixths = [0, 1, 2, 5, 6]  # two batches for the statistics, and two with the layer pruned
@@ -128,7 +119,7 @@ def test_progress_rises_evenly_and_visits_begin_at_a_third_of_their_layer() -> N
 def test_without_data_or_statistics_the_model_is_never_run(
     data: Tensor | None, asked: tuple[str, ...]
 ) -> None:
-    model, runs, visited = model_of(CONFIGS["opt"]), [], []
+    model, runs, visited = random_model(CONFIGS["opt"]), [], []
     model.register_forward_pre_hook(lambda module, given: runs.append(given))
     walk(model, data, asked, lambda number, found: visited.append((number, len(found))))
     assert visited == [(number, 6) for number in range(4)]
@@ -137,7 +128,7 @@ def test_without_data_or_statistics_the_model_is_never_run(
 
 def test_no_layer_is_run_more_often_than_it_must_be() -> None:
     """Once for its statistics and once to pass on what it gives pruned, but for the last layer."""
-    model = model_of(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     runs = [0] * 4
 
     def count(number: int) -> Any:
@@ -153,7 +144,7 @@ def test_no_layer_is_run_more_often_than_it_must_be() -> None:
 
 
 def test_no_logits_are_computed_but_of_one_window_that_tries_how_layers_are_called() -> None:
-    model, sizes = model_of(CONFIGS["llama"]), set()
+    model, sizes = random_model(CONFIGS["llama"]), set()
     model.lm_head.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
     walk(model, windows(), ("squared_norms",), lambda number, found: None, Memory(batch_size=5))
     assert sizes == {1}
@@ -165,7 +156,7 @@ def test_the_model_is_called_as_before_after_the_walk_even_when_it_fails(fails: 
         if fails:
             raise RuntimeError("stop here")
 
-    model = model_of(CONFIGS["mixtral"])
+    model = random_model(CONFIGS["mixtral"])
     expected = model(input_ids=windows(2)).logits
     with pytest.raises(RuntimeError, match="stop here") if fails else nullcontext():
         walk(model, windows(), ("hessian",), visit)
@@ -211,7 +202,7 @@ def test_statistics_are_the_same_bits_wherever_hidden_states_live(
                 matrix.weight[:, ::2] = 0.0
 
         asked = ("squared_norms", "hessian")
-        walk(model_of(CONFIGS[name]), windows(), asked, visit, Memory(batch_size=2, **budgets))
+        walk(random_model(CONFIGS[name]), windows(), asked, visit, Memory(batch_size=2, **budgets))
         return found_totals
 
     expected = totals()
@@ -228,7 +219,7 @@ def test_the_files_are_gone_even_if_pruning_fails(folder: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stop here"):
         walk(
-            model_of(CONFIGS["llama"]),
+            random_model(CONFIGS["llama"]),
             windows(),
             ("hessian",),
             fail,
@@ -238,7 +229,7 @@ def test_the_files_are_gone_even_if_pruning_fails(folder: Path) -> None:
 
 
 def test_hidden_states_of_all_layers_lie_in_the_same_place() -> None:
-    model = model_of(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     places: list[set[int]] = [set() for _ in range(4)]
     for number, layer in enumerate(model.model.layers):
         layer.input_layernorm.register_forward_pre_hook(
@@ -254,7 +245,7 @@ def test_one_layer_at_a_time_is_moved_to_the_device_and_back(
     asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU that goes by another name, so that every layer seems to be elsewhere."""
-    model, moves = model_of(CONFIGS["llama"]), []
+    model, moves = random_model(CONFIGS["llama"]), []
     numbers = {layer: number for number, layer in enumerate(model.model.layers)}
     monkeypatch.setattr(
         nn.Module, "to", lambda module, device: moves.append((numbers[module], str(device)))
@@ -345,7 +336,7 @@ def test_a_model_in_host_memory_is_walked_on_the_gpu(name: str, budgets: dict[st
         )
         return found_totals
 
-    model, other = model_of(CONFIGS[name]), model_of(CONFIGS[name])
+    model, other = random_model(CONFIGS[name]), random_model(CONFIGS[name])
     found = totals(model, torch.device("cuda"), **budgets)
     torch.testing.assert_close(found, totals(other, None), rtol=1e-3, atol=1e-5)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
@@ -433,7 +424,7 @@ def test_experts_whose_inputs_cannot_be_observed_are_refused_by_name() -> None:
 
 
 def test_weights_that_two_layers_share_are_refused_by_name() -> None:
-    model = model_of(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     message = r"model\.layers\.1\.mlp\.up_proj\.weight.*belongs to decoder layers 0 and 1"
     with pytest.raises(InputError, match=message):
@@ -444,7 +435,7 @@ def test_weights_that_two_layers_share_are_refused_by_name() -> None:
 
 def test_layers_that_are_called_again_after_the_last_are_refused() -> None:
     """The layers of a model that loops."""
-    model = model_of(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     once = model.model.forward
 
     def twice(**arguments: Any) -> Any:
@@ -457,7 +448,7 @@ def test_layers_that_are_called_again_after_the_last_are_refused() -> None:
 
 
 def test_an_unused_matrix_is_refused_by_name() -> None:
-    model = model_of(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     model.model.layers[1].spare = nn.Linear(32, 32)
     model.eval()
     with pytest.raises(InputError, match=r"layers\.1\.spare.*takes no part"):
@@ -469,7 +460,7 @@ def test_an_unused_matrix_is_refused_by_name() -> None:
 def test_an_activation_that_is_not_finite_is_an_error_that_names_its_matrix(
     value: float, asked: str
 ) -> None:
-    model = model_of(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     model.model.layers[1].input_layernorm.weight.data[3] = value
     visited: list[int] = []
     with pytest.raises(NonFiniteError, match=rf"layers\.1\.self_attn\.q_proj: its input.*{asked}"):
@@ -478,7 +469,7 @@ def test_an_activation_that_is_not_finite_is_an_error_that_names_its_matrix(
 
 
 def test_an_activation_that_is_not_finite_is_an_error_even_if_its_expert_is_starved() -> None:
-    model = model_of(CONFIGS["mixtral"])
+    model = random_model(CONFIGS["mixtral"])
     model.model.layers[0].post_attention_layernorm.weight.data[3] = float("nan")
     with pytest.raises(
         NonFiniteError, match=r"layers\.0\.mlp\.experts\.gate_up_proj\.\d: its input"

@@ -13,6 +13,7 @@ from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.pruning.sparsity_check import SparsityError, check_sparsity
 from pipeline.pruning.walk import Memory, walk
 from pipeline.specs import ALPS, RIA, DSnoT, Pattern, Pruner, Uniform, Wanda
+from tests.pipeline.tiny_models import random_model, windows
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -29,13 +30,7 @@ CONFIGS = {
 
 
 def model_of(name: str) -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()
-
-
-def windows(count: int = 10, seqlen: int = 24) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(1, 96, (count, seqlen), generator=generator)
+    return random_model(CONFIGS[name])
 
 
 def pruned(
