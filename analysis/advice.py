@@ -12,7 +12,7 @@ from analysis.statistics import CONFIDENCE, Interval, holm, measured, t_interval
 METRIC = "bits_per_byte"
 """Metric that ranks calibrations: unlike perplexity, it is comparable across kinds of text."""
 
-SETTING = ["method", "target", "seed"]
+_SETTING = ["method", "target", "seed"]
 """Columns that two calibrations share when they are compared."""
 
 
@@ -82,7 +82,7 @@ def _advice(table: pd.DataFrame, rows: pd.DataFrame, model: str) -> Iterator[Adv
     own = rows[rows["model"] == model]
     texts = own["task"].nunique()
     calibrated = own[own["calibration"] != NO_CALIBRATION]
-    levels = _levels(calibrated, [*SETTING, "source"], texts).unstack("source")
+    levels = _levels(calibrated, [*_SETTING, "source"], texts).unstack("source")
     levels = levels.reindex(columns=in_order(calibrated["source"]))
     lost = set(_lost_sources(table, model))
     whole = [source for source in levels if source not in lost and levels[source].notna().all()]

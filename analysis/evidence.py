@@ -41,7 +41,7 @@ AXES = [
 SOURCE = ["calibration", "prefix_tokens", "drop_fraction", "num_samples", "temperature"]
 """Those columns in which two sources of calibration data may differ."""
 
-DRAWS = 2000
+_DRAWS = 2000
 """Resamples of a bootstrap."""
 
 LEVEL = 0.05
@@ -170,7 +170,7 @@ def corrected(estimates: dict[Any, EffectEstimate]) -> dict[Any, EffectEstimate]
 
 
 def bootstrap(
-    units: int, statistic: Callable[[Any], float], draws: int = DRAWS
+    units: int, statistic: Callable[[Any], float], draws: int = _DRAWS
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of a statistic of resampled units.
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.metrics import value_text
 
-REFERENCE = "$spec"
+_REFERENCE = "$spec"
 
 
 def lineage_document(table: pd.DataFrame) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _interned(spec: dict[str, Any], specs: list[Any], known: dict[str, int]) -> 
 
 def _flat(value: Any, specs: list[Any], known: dict[str, int]) -> Any:
     if isinstance(value, dict) and "kind" in value:
-        return {REFERENCE: _interned(value, specs, known)}
+        return {_REFERENCE: _interned(value, specs, known)}
     if isinstance(value, dict):
         return {name: _flat(each, specs, known) for name, each in value.items()}
     if isinstance(value, list):

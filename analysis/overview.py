@@ -15,9 +15,9 @@ from analysis.statistics import measured
 
 NO_DATA = "no data (magnitude)"
 CELL_INCHES = (0.95, 0.34)
-LABEL_INCHES = 1.6
+_LABEL_INCHES = 1.6
 BETWEEN_INCHES = 0.35
-COLOURS = "YlOrBr"
+_COLOURS = "YlOrBr"
 
 
 def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure | None:
@@ -40,7 +40,7 @@ def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure |
     panels = list(costs.groupby(["method", "target"], observed=True, sort=True))
     texts = in_order(costs["task"])
     sources = list(dict.fromkeys(costs["row"].sort_values()))
-    width = LABEL_INCHES + len(panels) * (len(texts) * CELL_INCHES[0] + BETWEEN_INCHES)
+    width = _LABEL_INCHES + len(panels) * (len(texts) * CELL_INCHES[0] + BETWEEN_INCHES)
     height = (len(sources) + 1) * CELL_INCHES[1]
     calibrated = costs.loc[costs["row"] != NO_DATA, "cost"]
     highest = float(calibrated.max())
@@ -82,7 +82,7 @@ def _costs(table: pd.DataFrame, model: str) -> pd.DataFrame | None:
 def _matrix(panel: Axes, matrix: pd.DataFrame, highest: float) -> None:
     """Draw one panel; its colours go from no loss to the highest loss of a calibrated pruner."""
     values = matrix.to_numpy(dtype=np.float64)
-    panel.imshow(values, cmap=COLOURS, norm=Normalize(0.0, highest), aspect="auto")
+    panel.imshow(values, cmap=_COLOURS, norm=Normalize(0.0, highest), aspect="auto")
     calibrated = values[: -1 if NO_DATA in matrix.index else None]
     best = np.argmin(np.where(np.isnan(calibrated), np.inf, calibrated), axis=0)
     for row, column in np.ndindex(values.shape):

@@ -26,7 +26,7 @@ from analysis.statistics import (
 
 DEFAULT_BY = ("grid", "model", "method", "target", "task", "metric")
 
-COLUMNS = (
+_COLUMNS = (
     *("pairs", "n_a", "n_b", "lost_a", "lost_b", "mean_a", "mean_b", "difference", "effect"),
     *("low", "high", "bootstrap_low", "bootstrap_high", "unit", "better", "hedges_g"),
     *("p", "p_holm", "test"),
@@ -96,7 +96,7 @@ def compare_selections(
     else:
         result["p"] = result.pop("p_requests")
     result["p_holm"] = holm(result["p"].to_numpy(dtype=np.float64))
-    return result[[*names, *COLUMNS]]
+    return result[[*names, *_COLUMNS]]
 
 
 def hedges_g(differences: Values) -> float:

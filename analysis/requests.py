@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from analysis.load import TableError, file_system
 from analysis.wide import NUMBER
 
-COLUMNS = ["task", "doc_id", "metric", "value"]
+_COLUMNS = ["task", "doc_id", "metric", "value"]
 
 THREADS = 16
 
@@ -49,7 +49,7 @@ def load_requests(location: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     cells.loc[without, "status"] = "missing"
     cells.loc[without, "error"] = "its evaluation is not in the store"
     rows = cells.merge(pd.concat(answers, ignore_index=True), on="evaluate_key", how="left")
-    rows.loc[rows["status"] != "ok", COLUMNS] = pd.NA
+    rows.loc[rows["status"] != "ok", _COLUMNS] = pd.NA
     return rows
 
 
@@ -59,5 +59,5 @@ def _read(files: Any, root: str, key: str) -> pd.DataFrame | None:
         return None
     artifact = json.loads(files.cat_file(manifest))
     with files.open(posixpath.join(root, artifact["data"], "requests.parquet"), "rb") as file:
-        rows: pd.DataFrame = pq.read_table(file, columns=COLUMNS).to_pandas()
+        rows: pd.DataFrame = pq.read_table(file, columns=_COLUMNS).to_pandas()
     return rows.astype({"task": "str", "metric": "str", "value": "float64"})

@@ -20,7 +20,7 @@ from analysis.metrics import Values, metric_named
 
 CONFIDENCE = 0.95
 
-SETTING = ["grid", "model", "pruner", "method", "sparsity", "pattern", "target", "task", "metric"]
+_SETTING = ["grid", "model", "pruner", "method", "sparsity", "pattern", "target", "task", "metric"]
 """Columns that two calibrations share when they are compared."""
 
 CALIBRATION = ["calibration", "source"]
@@ -116,7 +116,7 @@ def measured(table: pd.DataFrame) -> pd.DataFrame:
             what they differ in.
     """
     rows = table[(table["status"] == "ok") & table["value"].notna()]
-    twice = rows[rows.duplicated([*SETTING, *CALIBRATION, "seed"], keep=False)]
+    twice = rows[rows.duplicated([*_SETTING, *CALIBRATION, "seed"], keep=False)]
     if not twice.empty:
         first = twice.iloc[0]
         raise TableError(
@@ -134,7 +134,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     the mean) and `n`, the number of values. With one value only the mean is not NaN.
     """
     rows = measured(table)
-    keys = [rows[name] for name in [*SETTING, *CALIBRATION]]
+    keys = [rows[name] for name in [*_SETTING, *CALIBRATION]]
     return t_intervals(rows["value"], keys).drop(columns="p").reset_index()
 
 
@@ -157,11 +157,11 @@ def compare_with_reference(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     rows = measured(table)
     rows = rows[rows["calibration"] != NO_CALIBRATION]
     label = reference_label(rows, reference)
-    by_reference = rows.loc[rows["source"] == label, [*SETTING, "seed", "value"]]
+    by_reference = rows.loc[rows["source"] == label, [*_SETTING, "seed", "value"]]
     pairs = rows[rows["source"] != label].merge(
-        by_reference, on=[*SETTING, "seed"], suffixes=("_a", "_b")
+        by_reference, on=[*_SETTING, "seed"], suffixes=("_a", "_b")
     )
-    compared = paired_effects(pairs, [*SETTING, *CALIBRATION])
+    compared = paired_effects(pairs, [*_SETTING, *CALIBRATION])
     compared = compared.rename(columns={"mean_a": "mean", "mean_b": "reference_mean"})
     families = compared.groupby(
         ["grid", "model", "task", "metric"], dropna=False, observed=True, sort=False
@@ -269,13 +269,13 @@ def best_calibration(table: pd.DataFrame, task: str, metric: str, reference: str
     scaled = kind.scaled(rows["value"].to_numpy()) * (1 if kind.lower_is_better else -1)
     ranked = (
         rows.assign(rank=scaled, other=rows["source"] != label)
-        .groupby([*SETTING, "source", "other"], dropna=False, observed=True)["rank"]
+        .groupby([*_SETTING, "source", "other"], dropna=False, observed=True)["rank"]
         .mean()
         .reset_index()
-        .sort_values([*SETTING, "rank", "other", "source"])
-        .drop_duplicates(SETTING)
+        .sort_values([*_SETTING, "rank", "other", "source"])
+        .drop_duplicates(_SETTING)
     )
-    keys = [*SETTING, "source"]
+    keys = [*_SETTING, "source"]
     levels = summarize(rows)[[*keys, "calibration", "mean", "sd", "n"]]
     compared = compare_with_reference(rows, label)
     compared = compared.drop(columns=["calibration", "mean", "reference"])

@@ -10,7 +10,7 @@ from analysis.metrics import effect_text, p_text, spread_text
 from analysis.paper import OURS, ROW, paper_table
 from analysis.statistics import best_calibration, measured, summarize
 
-NO_DATA = "no data"
+_NO_DATA = "no data"
 """The column of the dense model and of pruners without data."""
 
 
@@ -88,7 +88,7 @@ def level_table(table: pd.DataFrame, task: str, metric: str, reference: str | No
             entries.append(Entry(", ".join(texts), is_best, number, ids))
         table_rows.append([*_names(setting), *entries, Entry(_range(with_number["n"]))])
     title = "mean ± standard deviation over n seeds"
-    return TextTable(title, ["model", "pruner", "target", NO_DATA, *sources, "n"], table_rows)
+    return TextTable(title, ["model", "pruner", "target", _NO_DATA, *sources, "n"], table_rows)
 
 
 def _cell_ids(rows: pd.DataFrame) -> dict[tuple[str, ...], tuple[str, ...]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline import METHODS, walk
-from benchmarks.baseline.choice import Choice
+from benchmarks.baseline.choice import PlainChoice
 from benchmarks.baseline.dsnot import Moments
 from benchmarks.baseline.masks import zero_count
 from benchmarks.baseline.sparsegpt import BLOCK
@@ -79,7 +79,7 @@ def _layers(model: Any) -> Any:
     return model.model.layers
 
 
-def _distances(name: str, choice: Choice, pattern: tuple[int, int] | None) -> Tensor:
+def _distances(name: str, choice: PlainChoice, pattern: tuple[int, int] | None) -> Tensor:
     """Return each weight's relative distance from the largest zeroed score among the scores that it
     competes with, `[out_features, in_features]`."""
     rows, columns = choice.scores.shape
@@ -103,7 +103,7 @@ def _distances(name: str, choice: Choice, pattern: tuple[int, int] | None) -> Te
 
 
 def _closest(
-    choice: Choice,
+    choice: PlainChoice,
     weight: Tensor,
     moments: Moments,
     rows: Tensor,

@@ -66,7 +66,7 @@ class GpuReport:
 
 
 @dataclass(frozen=True)
-class Part:
+class GpuPart:
     """One measurement."""
 
     name: str
@@ -93,7 +93,7 @@ LARGE = Shapes(LLAMA_2_7B, LARGE_VOCABULARY, samples=64, tokens=256, square=8192
 SMALL = Shapes(TINY, TINY, samples=4, tokens=16, square=64)
 
 
-def parts(shapes: Shapes, device: torch.device) -> list[Part]:
+def parts(shapes: Shapes, device: torch.device) -> list[GpuPart]:
     """Return all parts, quick ones first."""
     dtype = torch.bfloat16
     expected = {"wanda": 60.0, "dsnot": 80.0, "sparsegpt": 120.0}
@@ -121,14 +121,14 @@ def parts(shapes: Shapes, device: torch.device) -> list[Part]:
         )
 
     return [
-        Part("2:4 products", 15.0, two_to_four),
-        Part("scoring", 30.0, scoring),
-        Part("generation", 90.0, generation),
-        *(Part(name, seconds, pruning(name)) for name, seconds in expected.items()),
+        GpuPart("2:4 products", 15.0, two_to_four),
+        GpuPart("scoring", 30.0, scoring),
+        GpuPart("generation", 90.0, generation),
+        *(GpuPart(name, seconds, pruning(name)) for name, seconds in expected.items()),
     ]
 
 
-def run_parts(planned: Sequence[Part], report: GpuReport, save: Callable[[], object]) -> None:
+def run_parts(planned: Sequence[GpuPart], report: GpuReport, save: Callable[[], object]) -> None:
     """Run parts in order, as long as the budget lasts, and add their figures to the report.
 
     Args:

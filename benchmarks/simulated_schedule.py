@@ -40,7 +40,7 @@ _WITH_MODEL = ("generate", "score", "describe", "prune", "evaluate")
 
 
 @dataclass(frozen=True)
-class Case:
+class GridCase:
     """A grid, its stages' true seconds, and a cluster."""
 
     graph: Graph
@@ -60,7 +60,7 @@ class Times:
 # ------------------------------------------------------------------------------------ random cases
 
 
-def random_case(draw: random.Random) -> Case:
+def random_case(draw: random.Random) -> GridCase:
     """Draw a random grid and a random cluster."""
     graph: dict[str, Stage] = {}
     seconds: dict[str, float] = {}
@@ -110,7 +110,7 @@ def random_case(draw: random.Random) -> Case:
                     work = draw.choice((0.5, 4.0, 8.0)) * size
                     pruned = add("prune", work, dense, windows, pool=f"prune {model}")
                     add("evaluate", 6 * size, pruned, tasks)
-    return Case(graph, seconds, _random_nodes(draw, on_gpus))
+    return GridCase(graph, seconds, _random_nodes(draw, on_gpus))
 
 
 def _random_nodes(draw: random.Random, on_gpus: bool) -> tuple[Bundle, ...]:
@@ -124,7 +124,7 @@ def _random_nodes(draw: random.Random, on_gpus: bool) -> tuple[Bundle, ...]:
 # -------------------------------------------------------------------------------------- the measure
 
 
-def list_schedule(case: Case) -> float:
+def list_schedule(case: GridCase) -> float:
     """Return the makespan of list scheduling: whenever a stage ends, all that fit begin, those with
     the longest remaining path by true seconds first."""
     follow: dict[str, list[str]] = {key: [] for key in case.graph}
@@ -159,7 +159,7 @@ def list_schedule(case: Case) -> float:
     return now
 
 
-def lower_bound(case: Case) -> float:
+def lower_bound(case: GridCase) -> float:
     """Return a bound that no schedule beats: the longest path, or the work over the resources."""
     longest: dict[str, float] = {}
     read_by = readers(case.graph)
@@ -210,7 +210,7 @@ class Simulation:
     """A cluster in virtual time, working like Ray: stages begin where they fit, in the order in
     which they were handed over."""
 
-    case: Case
+    case: GridCase
     start_seconds: float = 0.0
     """Seconds of a new actor before its first stage."""
     workers: int | None = None

@@ -33,12 +33,12 @@ from pipeline.specs import FileCorpus, FirstLayers
 
 logger = logging.getLogger(__name__)
 
-Values = npt.NDArray[np.float64]
+_Values = npt.NDArray[np.float64]
 
 PROBE = "probe"
 """Name of the probe among the grid's corpora."""
 
-PROBE_TOKENS = 128
+_PROBE_TOKENS = 128
 """Tokens of a window of the probe, unless the grid's windows are shorter."""
 
 PROBE_WINDOWS = 64
@@ -50,7 +50,7 @@ LEAST_PROBE_BYTES = 8192
 LEAST_WINDOWS = 4
 """A pilot has at least this many calibration windows."""
 
-CONFIDENCE = 0.95
+_CONFIDENCE = 0.95
 
 
 class Round(NamedTuple):
@@ -76,7 +76,7 @@ class Compared(NamedTuple):
     """Difference from the round's best candidate, as a share of the round's mean divergence."""
     low: float = 0.0
     high: float = 0.0
-    """Its interval. The intervals of a round hold together with probability `CONFIDENCE`."""
+    """Its interval. The intervals of a round hold together with probability `_CONFIDENCE`."""
 
     @property
     def is_worse(self) -> bool:
@@ -177,7 +177,7 @@ def round_plan(grid: Grid, corpus: FileCorpus, cells: Sequence[Cell], share: Rou
     """
     if PROBE in grid.corpora:
         raise InputError(f"corpora.{PROBE}", PROBE, "the name is taken by the probe: rename it")
-    tokens = min([PROBE_TOKENS, *(cell.seqlen for cell in cells if cell.seqlen is not None)])
+    tokens = min([_PROBE_TOKENS, *(cell.seqlen for cell in cells if cell.seqlen is not None)])
     measured = CorpusPerplexity(corpus=PROBE, seqlen=tokens, max_windows=PROBE_WINDOWS, kl=True)
     pilot = grid.model_copy(
         update={
@@ -281,7 +281,7 @@ def run_pilot(
         failures = _failures(plan, store)
         for model, names in cells.items():
             pilot = pilots[model]
-            measured: dict[str, list[Values]] = {}
+            measured: dict[str, list[_Values]] = {}
             for name, own in names.items():
                 made = keys_of(plan, own, share)
                 reason = next((failures[key] for key in made.values() if key in failures), None)
@@ -313,13 +313,13 @@ def keys_of(plan: Plan, cells: Sequence[Cell], share: Round) -> dict[Cell, str]:
     return {cell: keys[_pilot_cell(cell, share)] for cell in cells}
 
 
-def divergences(store: Store, made: Mapping[Cell, str]) -> list[Values]:
+def divergences(store: Store, made: Mapping[Cell, str]) -> list[_Values]:
     """Return a candidate's KL on each window of the probe: for each setting [seeds, windows].
 
     Args:
         made: the candidate's cells with the keys of their evaluations.
     """
-    by_setting: dict[str, list[Values]] = {}
+    by_setting: dict[str, list[_Values]] = {}
     for cell in sorted(made, key=lambda cell: (_setting(cell).model_dump_json(), cell.seed)):
         rows = pq.read_table(store.fetch(made[cell]) / "requests.parquet").to_pylist()
         values = np.array([row["value"] for row in rows if row["metric"] == "kl"])
@@ -327,7 +327,7 @@ def divergences(store: Store, made: Mapping[Cell, str]) -> list[Values]:
     return [np.stack(seeds) for seeds in by_setting.values()]
 
 
-def compare(measured: Mapping[str, Sequence[Values]]) -> list[Compared]:
+def compare(measured: Mapping[str, Sequence[_Values]]) -> list[Compared]:
     """Compare the candidates of a round; return them with the best first.
 
     Divergences are divided by their mean over all candidates of a setting, so that each setting (a
@@ -347,7 +347,7 @@ def compare(measured: Mapping[str, Sequence[Values]]) -> list[Compared]:
         for name, own in measured.items()
     }
     ordered = sorted(relative, key=lambda name: float(relative[name].mean()))
-    level = 1 - (1 - CONFIDENCE) / max(1, len(ordered) - 1)
+    level = 1 - (1 - _CONFIDENCE) / max(1, len(ordered) - 1)
     found = [Compared(ordered[0], means[ordered[0]])]
     for name in ordered[1:]:
         difference = relative[name] - relative[ordered[0]]
@@ -356,7 +356,7 @@ def compare(measured: Mapping[str, Sequence[Values]]) -> list[Compared]:
     return found
 
 
-def _half_width(difference: Values, level: float) -> float:
+def _half_width(difference: _Values, level: float) -> float:
     """Return half of the interval of a mean over seeds and windows, [seeds, windows]."""
     seeds, windows = difference.shape
     parts = [(difference.mean(axis=0), windows)]

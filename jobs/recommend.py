@@ -27,23 +27,23 @@ from jobs.grid import Description, Grid
 from jobs.plan import Plan, make_plan
 from pipeline.errors import InputError
 
-Values = npt.NDArray[np.float64]
+_Values = npt.NDArray[np.float64]
 
-SCORES = ("min_k_plus_plus", "min_k", "loss", "distinct_1", "distinct_2", "distinct_3")
+_SCORES = ("min_k_plus_plus", "min_k", "loss", "distinct_1", "distinct_2", "distinct_3")
 """Scores that any model and corpus have."""
 
 DIVERGENCE = "divergence"
 """One more, where the grid names a reference."""
 
-LEAST_SOURCES = 5
-DRAWS = 4000
+_LEAST_SOURCES = 5
+_DRAWS = 4000
 
 SIGNIFICANCE = 0.05
 """A record carries a ranking if chance predicts as well with a smaller probability."""
 
 PILOT = "compare the candidates by pilot pruning instead: add --probe TEXT_FILE"
-SETTING = ["model", "pruner", "pruner_options", "sparsity", "pattern"]
-SOURCE = ["calibration", *GENERATED_FIELDS]
+_SETTING = ["model", "pruner", "pruner_options", "sparsity", "pattern"]
+_SOURCE = ["calibration", *GENERATED_FIELDS]
 
 
 class Candidate(NamedTuple):
@@ -60,8 +60,8 @@ class Record(NamedTuple):
     """Sources of an earlier grid, each with its scores and its harm."""
 
     models: tuple[str, ...]
-    scores: dict[str, Values]
-    harm: Values
+    scores: dict[str, _Values]
+    harm: _Values
     """[sources, settings]: logarithm of the perplexity (or minus an accuracy), less each setting's
     mean."""
     is_perplexity: bool
@@ -111,11 +111,11 @@ def print_ranking(plan: Plan, store: Store, record_grid: str, console: Console) 
     candidates = read_candidates(plan, store)
     record = read_record(store, record_grid)
     asked = plan.grid.describe
-    known = SCORES if asked is None or asked.reference is None else (*SCORES, DIVERGENCE)
+    known = _SCORES if asked is None or asked.reference is None else (*_SCORES, DIVERGENCE)
     if record is None:
         console.print(
             f"no recommendation: the store holds no results of grid {record_grid} with "
-            f"{LEAST_SOURCES} described sources.\n{PILOT}",
+            f"{_LEAST_SOURCES} described sources.\n{PILOT}",
             soft_wrap=True,
         )
         return
@@ -162,7 +162,7 @@ def objections(candidates: list[Candidate], score: str, record: Record, chance: 
     return found
 
 
-def chance_of(record: Record, scores: Sequence[str], draws: int = DRAWS) -> float:
+def chance_of(record: Record, scores: Sequence[str], draws: int = _DRAWS) -> float:
     """Return the probability that the best of several scores predicts as well by chance.
 
     A permutation test: each score is dealt to the sources at random, all scores in the same order,
@@ -170,15 +170,15 @@ def chance_of(record: Record, scores: Sequence[str], draws: int = DRAWS) -> floa
     part of the test.
     """
     x = np.stack([record.scores[name] for name in scores])
-    found = explained(x, record.harm).max()
+    found = _explained(x, record.harm).max()
     generator = np.random.default_rng(0)
     dealt = [
-        explained(x[:, generator.permutation(x.shape[1])], record.harm).max() for _ in range(draws)
+        _explained(x[:, generator.permutation(x.shape[1])], record.harm).max() for _ in range(draws)
     ]
     return (1 + int(np.sum(np.array(dealt) >= found - 1e-12))) / (1 + draws)
 
 
-def explained(x: Values, harm: Values) -> Values:
+def _explained(x: _Values, harm: _Values) -> _Values:
     """Return how much of the differences between sources each score explains in unseen ones.
 
     Args:
@@ -189,11 +189,11 @@ def explained(x: Values, harm: Values) -> Values:
         [scores]; at most 1, and below 0 where the mean of the other sources predicts better.
     """
     residuals, of_mean = left_out(x, harm)
-    shares: Values = 1 - (residuals**2).sum(axis=(1, 2)) / (of_mean**2).sum()
+    shares: _Values = 1 - (residuals**2).sum(axis=(1, 2)) / (of_mean**2).sum()
     return shares
 
 
-def left_out(x: Values, harm: Values) -> tuple[Values, Values]:
+def left_out(x: _Values, harm: _Values) -> tuple[_Values, _Values]:
     """Return what predictions of each source from the others miss.
 
     Args:
@@ -238,7 +238,7 @@ def read_candidates(plan: Plan, store: Store) -> list[Candidate]:
         each = list(by_key.values())
         scores = {
             field: float(np.mean([report[field] for report in each]))
-            for field in (*SCORES, DIVERGENCE)
+            for field in (*_SCORES, DIVERGENCE)
             if field in each[0]
         }
         errors = {field: _error(each, field) for field in scores}
@@ -276,16 +276,16 @@ def read_record(store: Store, grid: str) -> Record | None:
     rows = rows[rows["task"] == rows["task"].iloc[0]]
     is_perplexity = bool(len(perplexities))
     values = rows["value"].to_numpy(dtype=np.float64)
-    source = rows.groupby(SOURCE, dropna=False).ngroup()
+    source = rows.groupby(_SOURCE, dropna=False).ngroup()
     with np.errstate(invalid="ignore", divide="ignore"):
         levels = np.log(values) if is_perplexity else -values
     rows = rows.assign(harm=np.where(np.isfinite(levels), levels, np.nan), source=source)
     reports = pd.DataFrame([json.loads(report) for report in rows["calibration_report"]])
-    fields = [field for field in (*SCORES, DIVERGENCE) if field in reports]
+    fields = [field for field in (*_SCORES, DIVERGENCE) if field in reports]
     means = reports[fields].groupby(source.to_numpy()).agg(_mean)
-    every = rows.groupby(["source", *SETTING])["harm"].agg(_mean).unstack(SETTING)
+    every = rows.groupby(["source", *_SETTING])["harm"].agg(_mean).unstack(_SETTING)
     harm = every[np.isfinite(means.loc[every.index].to_numpy()).all(axis=1)].dropna()
-    if len(harm) < LEAST_SOURCES:
+    if len(harm) < _LEAST_SOURCES:
         return None
     means = means.loc[harm.index]
     levels = harm.to_numpy(dtype=np.float64)
@@ -313,7 +313,7 @@ def worth_of(record: Record, score: str) -> Worth:
     ranks = [stats.spearmanr(predicted[:, at], harm[:, at]).statistic for at in settings]
     chosen = harm[predicted.argmin(axis=0), settings] - harm.min(axis=0)
     return Worth(
-        explained=float(explained(x, harm)[0]),
+        explained=float(_explained(x, harm)[0]),
         rank=float(np.mean(ranks)),
         regret=float(chosen.mean()),
         random_regret=float((harm.mean(axis=0) - harm.min(axis=0)).mean()),
@@ -334,17 +334,17 @@ def rank(candidates: list[Candidate], score: str, record: Record) -> list[Ranked
     left = y - y.mean() - slope * centred
     freedom = len(x) - 2
     generator = np.random.default_rng(0)
-    sigma = np.sqrt(left @ left / generator.chisquare(freedom, DRAWS))
-    slopes = slope + sigma * generator.standard_normal(DRAWS) / np.sqrt(spread)
+    sigma = np.sqrt(left @ left / generator.chisquare(freedom, _DRAWS))
+    slopes = slope + sigma * generator.standard_normal(_DRAWS) / np.sqrt(spread)
     at = np.array([candidate.scores[score] for candidate in candidates]) - x.mean()
     errors = np.array([candidate.errors[score] for candidate in candidates])
-    size = (DRAWS, len(candidates))
+    size = (_DRAWS, len(candidates))
     places = at + errors * generator.standard_normal(size)
     drawn = slopes[:, None] * places + sigma[:, None] * generator.standard_normal(size)
     first = int((slope * at).argmin())
     against = drawn - drawn[:, [first]]
     low, high = np.quantile(against, [0.1, 0.9], axis=0)
-    best = np.bincount(drawn.argmin(axis=1), minlength=len(candidates)) / DRAWS
+    best = np.bincount(drawn.argmin(axis=1), minlength=len(candidates)) / _DRAWS
     ranked = [
         Ranked(
             candidate,

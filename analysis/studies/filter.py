@@ -20,7 +20,7 @@ from analysis.load import TableError
 from analysis.metrics import metric_named
 from analysis.study import Answer, Results, Study
 
-PAPER = 0.2
+_PAPER = 0.2
 """The share that the paper drops."""
 
 
@@ -28,11 +28,11 @@ def answer(results: Results) -> Answer:
     """Compare each rate with no filter, by pruner, and measure what it does to the set."""
     rows = calibrated(scored(results.table))
     rates = sorted({float(rate) for rate in rows["drop_fraction"].dropna()})
-    if 0.0 not in rates or PAPER not in rates:
-        raise TableError(f"drop fractions {rates}: 0 and {PAPER} are needed")
+    if 0.0 not in rates or _PAPER not in rates:
+        raise TableError(f"drop fractions {rates}: 0 and {_PAPER} are needed")
     unfiltered = rows[rows["drop_fraction"] == 0]
     across = ["drop_fraction"]
-    main = paired(rows[rows["drop_fraction"] == PAPER], unfiltered, across)
+    main = paired(rows[rows["drop_fraction"] == _PAPER], unfiltered, across)
     methods = in_order(rows["method"])
     singly: dict[tuple[str, float], EffectEstimate] = {}
     lines = []
@@ -44,16 +44,15 @@ def answer(results: Results) -> Answer:
         lines.append(Curve(method, [100 * rate for rate in rates], list(curve.values())))
         singly |= {(method, rate): each for rate, each in curve.items() if rate > 0}
     singly = corrected(singly)
-    effects = {f"{PAPER:.0%}, all pruners": main}
+    effects = {f"{_PAPER:.0%}, all pruners": main}
     effects |= {f"{rate:.0%}, {method}": each for (method, rate), each in singly.items()}
     if main.shown:
         better = "helps" if main.helps else "harms"
-        what = f"Dropping the {PAPER:.0%} of highest perplexity {better}."
+        what = f"Dropping the {_PAPER:.0%} of highest perplexity {better}."
     else:
-        what = (
-            f"It is not shown that dropping the {PAPER:.0%} of highest perplexity changes anything."
-        )
-    by_method = listed([f"{method} {singly[method, PAPER].text}" for method in methods])
+        dropping = f"dropping the {_PAPER:.0%} of highest perplexity"
+        what = f"It is not shown that {dropping} changes anything."
+    by_method = listed([f"{method} {singly[method, _PAPER].text}" for method in methods])
     size = f"Against no filter, over all pruners: {main.text}; by pruner {by_method}."
     shown = [
         f"{rate:.0%} with {method} {each.text}"

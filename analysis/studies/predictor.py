@@ -34,8 +34,8 @@ SCORES = {
 """Fields of a set's description, and their names."""
 
 MAIN = "min_k_plus_plus"
-SETTING = ["model", "method", "target"]
-LEAST_SOURCES = 5
+_SETTING = ["model", "method", "target"]
+_LEAST_SOURCES = 5
 LEAST_FITTED = 3
 
 Flags = NDArray[np.bool_]
@@ -159,9 +159,9 @@ def gathered(table: pd.DataFrame) -> Sources:
     if rows.empty:
         raise TableError("no calibration is described: write describe: {} in the grid")
     kind = metric_named(str(rows["metric"].iloc[0]))
-    harm = rows.pivot_table(index="source", columns=SETTING, values="score").dropna()
-    if len(harm) < LEAST_SOURCES:
-        raise TableError(f"{len(harm)} described sources: {LEAST_SOURCES} are needed")
+    harm = rows.pivot_table(index="source", columns=_SETTING, values="score").dropna()
+    if len(harm) < _LEAST_SOURCES:
+        raise TableError(f"{len(harm)} described sources: {_LEAST_SOURCES} are needed")
     reports = pd.DataFrame([json.loads(report) for report in rows["calibration_report"]])
     reports = reports.assign(source=rows["source"].to_numpy())
     means = reports.groupby("source").mean(numeric_only=True).loc[harm.index]

@@ -23,7 +23,7 @@ from analysis.load import TableError
 from analysis.metrics import Values, metric_named, p_text
 from analysis.study import Answer, Results, Study
 
-PAPER = 2
+_PAPER = 2
 """Tokens of the paper's prefixes, the reference of all effects."""
 
 SHORT, LONG = (1, 4), 16
@@ -34,10 +34,10 @@ def answer(results: Results) -> Answer:
     """Compare lengths with the paper's, and short with long, and test the model's influence."""
     rows = calibrated(scored(results.table))
     lengths = sorted({int(length) for length in rows["prefix_tokens"].dropna()})
-    if PAPER not in lengths or len(lengths) < 3:
-        raise TableError(f"prefix lengths {lengths}: {PAPER} and two others are needed")
+    if _PAPER not in lengths or len(lengths) < 3:
+        raise TableError(f"prefix lengths {lengths}: {_PAPER} and two others are needed")
     models = in_order(rows["model"])
-    at_paper = rows[rows["prefix_tokens"] == PAPER]
+    at_paper = rows[rows["prefix_tokens"] == _PAPER]
     lines: list[Curve] = []
     effects: dict[str, EffectEstimate] = {}
     for model in models:
@@ -71,7 +71,7 @@ def answer(results: Results) -> Answer:
         "Perplexity after pruning, by the length of self-generation's prefixes",
         {"each model": lines},
         "tokens of a prefix",
-        f"change against {PAPER} tokens (%)",
+        f"change against {_PAPER} tokens (%)",
         {place: str(length) for place, length in enumerate(lengths)},
     )
     certainty = _interaction(rows) if len(models) > 1 else "One model says nothing about shapes."

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlainChoice:
     """The weights to zero, their scores, and the other weights if the method updates them."""
 
     mask: Tensor

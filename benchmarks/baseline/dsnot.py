@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import wanda
-from benchmarks.baseline.choice import Choice
+from benchmarks.baseline.choice import PlainChoice
 
 CYCLES = 50
 """The most swaps in a row."""
@@ -46,7 +46,7 @@ def choose_by_dsnot(
     statistics: Moments,
     sparsity: float,
     pattern: tuple[int, int] | None,
-) -> Choice:
+) -> PlainChoice:
     """Choose Wanda's mask; in the attention, swap weights until each row's expected error is small.
 
     A row's error is the sum over its zeroed weights of g_ij = W_ij m_j, where m is the mean over
@@ -61,10 +61,10 @@ def choose_by_dsnot(
         mask = _swap(initial, contribution, ranking)
     else:
         mask = _swap_in_groups(initial, contribution, ranking, pattern[1])
-    return Choice(mask, initial.scores)
+    return PlainChoice(mask, initial.scores)
 
 
-def _swap(initial: Choice, contribution: Tensor, ranking: Tensor) -> Tensor:
+def _swap(initial: PlainChoice, contribution: Tensor, ranking: Tensor) -> Tensor:
     """Swap one pair in each cycle: bring back the zeroed weight that lowers the error most, by
     g_ij / variance, and zero the kept weight of smallest score that lowers it."""
     mask = initial.mask.clone()
@@ -107,7 +107,9 @@ def _swap(initial: Choice, contribution: Tensor, ranking: Tensor) -> Tensor:
     return mask
 
 
-def _swap_in_groups(initial: Choice, contribution: Tensor, ranking: Tensor, group: int) -> Tensor:
+def _swap_in_groups(
+    initial: PlainChoice, contribution: Tensor, ranking: Tensor, group: int
+) -> Tensor:
     """Swap as above, but zero the kept weight of smallest score in the same group, of either sign,
     and stop before a row's error changes its sign. A weight that came back stays."""
     mask = initial.mask.clone()

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.baseline.choice import Choice
+from benchmarks.baseline.choice import PlainChoice
 from benchmarks.baseline.masks import mask_in_matrix, zero_count
 
 _DAMPING = 0.01
@@ -36,7 +36,7 @@ def choose_by_sparsegpt(
     statistics: PlainHessian,
     sparsity: float,
     pattern: tuple[int, int] | None,
-) -> Choice:
+) -> PlainChoice:
     """Choose the smallest W_ij^2 / U_jj^2, block by block over all rows of `[out_features,
     in_features]` or in each group of a row, and take each column's error out of the later columns.
 
@@ -80,4 +80,4 @@ def choose_by_sparsegpt(
             pruned[:, column], errors[:, column] = left, error
         remaining[:, start:end] = pruned
         remaining[:, end:] -= errors @ upper[start:end, end:]
-    return Choice(mask, scores, remaining)
+    return PlainChoice(mask, scores, remaining)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baseline.choice import Choice
+from benchmarks.baseline.choice import PlainChoice
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Method:
     statistics: Callable[[int, torch.device], Any] | None
     """Makes the statistics of a linear layer's input, which `update` fills; None takes no data."""
 
-    choose: Callable[[str, Tensor, Any, float, tuple[int, int] | None], Choice]
+    choose: Callable[[str, Tensor, Any, float, tuple[int, int] | None], PlainChoice]
     """Takes the linear layer's name in its decoder layer, its weight, its statistics, the sparsity
     and the pattern (kept, group)."""
 
@@ -110,9 +110,9 @@ def prune_layer(
     method: Method,
     sparsity: float,
     pattern: tuple[int, int] | None,
-) -> dict[str, Choice]:
+) -> dict[str, PlainChoice]:
     """Prune a decoder layer's linear layers in place."""
-    choices: dict[str, Choice] = {}
+    choices: dict[str, PlainChoice] = {}
     for name, linear in linears(layer).items():
         weight = linear.weight.data
         choice = method.choose(name, weight, statistics[name], sparsity, pattern)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from benchmarks.baseline.choice import Choice
+from benchmarks.baseline.choice import PlainChoice
 from benchmarks.baseline.masks import mask_in_groups, mask_in_rows, zero_count
 
 
@@ -27,10 +27,10 @@ def choose_by_wanda(
     statistics: PlainSquaredNorms,
     sparsity: float,
     pattern: tuple[int, int] | None,
-) -> Choice:
+) -> PlainChoice:
     """Choose the smallest |W_ij| ||X_j|| of each row of `[out_features, in_features]`, or of each
     group (equation 1)."""
     scores = weight.float().abs() * statistics.mean.sqrt()
     if pattern is not None:
-        return Choice(mask_in_groups(scores, *pattern), scores)
-    return Choice(mask_in_rows(scores, zero_count(sparsity, weight.shape[1])), scores)
+        return PlainChoice(mask_in_groups(scores, *pattern), scores)
+    return PlainChoice(mask_in_rows(scores, zero_count(sparsity, weight.shape[1])), scores)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.agreement import compare_masks
 from benchmarks.baseline import METHODS, dsnot, masks
-from benchmarks.baseline.choice import Choice
+from benchmarks.baseline.choice import PlainChoice
 from benchmarks.baseline.walk import linears, prune_plainly
 from benchmarks.geometry import Geometry
 from benchmarks.measure import PRUNER_NAMES, pruner_spec
@@ -137,7 +137,7 @@ def test_dsnot_lowers_the_expected_error_of_most_rows() -> None:
     weight, inputs = row_problem()
     moments = moments_of(inputs)
 
-    def error(choice: Choice) -> Tensor:
+    def error(choice: PlainChoice) -> Tensor:
         return (weight * moments.sums * choice.mask).sum(dim=1).abs()
 
     name = "self_attn.q_proj"

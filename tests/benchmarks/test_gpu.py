@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import GpuReport, Part
+from benchmarks.gpu import GpuPart, GpuReport
 
 WITHOUT = """
 import sys
@@ -54,7 +54,7 @@ def test_two_to_four_products_are_measured_on_weights_with_that_pattern(
     assert all(target.reached > 0 for target in found)
 
 
-def run(parts: list[Part]) -> tuple[GpuReport, list[Any]]:
+def run(parts: list[GpuPart]) -> tuple[GpuReport, list[Any]]:
     report, saved = GpuReport({}), []
     gpu.run_parts(parts, report, lambda: saved.append(list(report.seconds)))
     return report, saved
@@ -64,7 +64,7 @@ def test_a_failed_part_leaves_its_traceback_and_the_next_part_runs() -> None:
     def fails(report: GpuReport) -> None:
         raise RuntimeError("out of memory")
 
-    report, saved = run([Part("one", 1.0, fails), Part("two", 1.0, lambda report: None)])
+    report, saved = run([GpuPart("one", 1.0, fails), GpuPart("two", 1.0, lambda report: None)])
     assert list(report.failed) == ["one"]
     assert "out of memory" in report.failed["one"]
     assert saved == [["one"], ["one", "two"]]
@@ -76,7 +76,7 @@ def test_a_part_that_would_overrun_the_budget_is_skipped_and_a_shorter_one_runs(
     monkeypatch.setattr(gpu, "RUN_SECONDS", 50.0)
     ran: list[str] = []
     parts = [
-        Part(name, seconds, lambda report, name=name: ran.append(name))
+        GpuPart(name, seconds, lambda report, name=name: ran.append(name))
         for name, seconds in (("long", 60.0), ("short", 10.0))
     ]
     report, _ = run(parts)

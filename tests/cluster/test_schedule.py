@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks.simulated_schedule import (
     MAKESPAN_TARGET,
-    Case,
     Simulation,
     list_schedule,
     lower_bound,
@@ -288,7 +287,7 @@ def test_a_stage_that_comes_back_has_its_old_rank() -> None:
 
 
 def test_a_simulated_grid_runs_every_stage_once_and_after_its_inputs() -> None:
-    case: Case = CASES[3]
+    case = CASES[3]
     simulation = Simulation(case, START_SECONDS)
     simulation.run()
     times = simulation.times
