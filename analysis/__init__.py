@@ -4,6 +4,7 @@ from analysis.load import TableError, load_results
 from analysis.paired import compare_selections
 from analysis.paper import paper_table, published
 from analysis.requests import load_requests
+from analysis.retention import retention, worst_retained
 from analysis.statistics import summarize, with_mean_accuracy
 from analysis.wide import wide
 
@@ -14,7 +15,9 @@ __all__ = [
     "load_results",
     "paper_table",
     "published",
+    "retention",
     "summarize",
     "wide",
     "with_mean_accuracy",
+    "worst_retained",
 ]

@@ -34,6 +34,7 @@ from analysis.tables import (
     level_table,
     limit_of,
     paper_layout,
+    retention_table,
 )
 
 LONG_COLUMNS = ["traceback", "note", "versions", "lineage", "prune_report"]
@@ -228,6 +229,7 @@ def _page(
         opening=opening,
         fingerprint=fingerprint,
         sections=sections,
+        retained=retention_table(table),
         paper=paper_layout(table),
         lineage=_embedded(lineage_document(table)),
         failed=cells[cells["status"] == "failed"].to_dict("records"),

@@ -8,6 +8,8 @@ import pandas as pd
 from analysis.labels import DENSE, NO_CALIBRATION, in_order, targets_in_order
 from analysis.metrics import effect_text, p_text, spread_text
 from analysis.paper import OURS, ROW, paper_table
+from analysis.retention import SETTING as RETENTION_SETTING
+from analysis.retention import retention, worst_retained
 from analysis.statistics import best_calibration, measured, summarize
 
 _NO_DATA = "no data"
@@ -99,6 +101,37 @@ def _cell_ids(rows: pd.DataFrame) -> dict[tuple[str, ...], tuple[str, ...]]:
 
 def _names(setting: tuple[str, str, str]) -> list[Entry]:
     return [Entry(name) for name in setting]
+
+
+def retention_table(table: pd.DataFrame) -> TextTable | None:
+    """Return what each setting retains of each capability, and the worst; None if no dense model
+    is measured on two capabilities or more."""
+    retained = retention(table)
+    capabilities = list(dict.fromkeys(retained["capability"]))
+    if len(capabilities) < 2:
+        return None
+    worst = worst_retained(retained)
+    shares = retained.pivot_table(
+        index=RETENTION_SETTING, columns="capability", values="retained", observed=True
+    )
+    rows = []
+    for row in worst.to_dict("records"):
+        own = shares.loc[tuple(row[name] for name in RETENTION_SETTING)]
+        named = [Entry(str(row[name])) for name in RETENTION_SETTING[1:]]
+        summary = [
+            Entry(row["worst"]),
+            Entry(f"{row['retained']:.1f}", number=row["retained"]),
+            Entry(f"{row['mean_retained']:.1f}", number=row["mean_retained"]),
+        ]
+        numbers = [float(own.get(name, np.nan)) for name in capabilities]
+        each = [Entry("" if np.isnan(n) else f"{n:.1f}", number=n) for n in numbers]
+        rows.append([*named, *summary, *each])
+    headings = ["model", "pruner", "target", "calibration"]
+    headings += ["worst capability", "retained (%)", "mean (%)", *capabilities]
+    title = (
+        "percent of the dense model's, means over seeds: accuracy above chance, or bits per byte"
+    )
+    return TextTable(title, headings, rows)
 
 
 def best_table(table: pd.DataFrame, task: str, metric: str, reference: str) -> TextTable:
