@@ -66,7 +66,7 @@ def line_figure(
         linear_within: effects beyond this are drawn on a logarithmic scale, for effects that differ
             by orders of magnitude.
     """
-    note = "Bands: 95 % intervals over seeds."
+    note = "Bands: 95 % intervals over seeds of this one model."
     if linear_within is not None:
         note += f" The scale is logarithmic beyond ±{linear_within:g}."
     with rc_context(STYLE):
@@ -140,7 +140,7 @@ def interval_figure(
     title: str,
     panels: dict[str, dict[str, EffectEstimate]],
     x_label: str,
-    note: str = "Bars: 95 % intervals over seeds. Filled: shown (p by Holm); hollow: not.",
+    note: str = "Bars: 95 % intervals over seeds of this one model. Filled: shown (p by Holm).",
     directed: bool = True,
 ) -> Figure:
     """Draw effects with their intervals one below the other, one panel per name.
@@ -185,7 +185,7 @@ def point_figure(
     panels: dict[str, list[Point]],
     x_label: str,
     y_label: str,
-    note: str = "Bars: 95 % intervals over seeds.",
+    note: str = "Bars: 95 % intervals over seeds of this one model.",
 ) -> Figure:
     """Draw named points over a logarithmic axis, one panel per name.
 

@@ -171,7 +171,8 @@ def difference_figure(
         better = "left" if kind.lower_is_better else "right"
         figure.supxlabel(
             f"difference from {reference} in {unit} of {metric}: {better} is better. "
-            "Bars: 95 % t interval over seeds,\ncut at the panel's edge; filled: it excludes 0",
+            "Bars: 95 % t interval over seeds\nof this one model, cut at the panel's edge; filled: "
+            "it excludes 0",
             fontsize=8,
         )
         figure.suptitle(f"{model}: {task}", x=0.012, ha="left", fontsize=12, fontweight="bold")

@@ -171,8 +171,8 @@ CASES: dict[str, Case] = {
         0, 0.05, lambda n: false_equivalence(n, USUAL, SMALL, 2.0)
     ),
     "the effect that `plan` names is claimed": Case(0.8, 0.8, lambda n: power(n, USUAL, 2.0, 1)),
-    "... of 5 contrasts one": Case(0.8, 0.8, lambda n: power(n, USUAL, 2.0, 5)),
-    "... of 4 models": Case(0.8, 0.8, lambda n: power(n, FEW, 2.0, 1)),
+    "... one of 5 contrasts": Case(0.8, 0.8, lambda n: power(n, USUAL, 2.0, 5)),
+    "... with 4 models": Case(0.8, 0.8, lambda n: power(n, FEW, 2.0, 1)),
     "of 6 equal arms the best is in the set": Case(
         0.95, 1, lambda n: best_in_set(n, EQUAL, USUAL, PLAIN)
     ),

@@ -73,7 +73,8 @@ def answer(results: Results) -> Answer:
         _points(rows, corpus, sizes),
         "device-seconds (log scale)",
         f"change against {next(iter(prune))} with the corpus (%)",
-        note="Seconds of generation, scoring and pruning. Bars: 95 % intervals over seeds.",
+        note="Seconds of generation, scoring and pruning. Bars: 95 % intervals over seeds of this "
+        "one model.",
     )
     effects = {f"{size} samples": each for size, each in by_size.items()}
     effects |= {f"{last} samples against {first}": more}
