@@ -31,6 +31,8 @@ AXES = [
     "seqlen",
     "prefix_tokens",
     "drop_fraction",
+    "drop_by",
+    "within",
     "num_samples",
     "temperature",
     "task",
@@ -38,7 +40,15 @@ AXES = [
 ]
 """Columns that identify a setting."""
 
-SOURCE = ["calibration", "prefix_tokens", "drop_fraction", "num_samples", "temperature"]
+SOURCE = [
+    "calibration",
+    "prefix_tokens",
+    "drop_fraction",
+    "drop_by",
+    "within",
+    "num_samples",
+    "temperature",
+]
 """Those columns in which two sources of calibration data may differ."""
 
 _DRAWS = 2000

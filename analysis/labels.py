@@ -31,6 +31,8 @@ PRUNERS = (DENSE, "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps")
 SOURCE_AXES = {
     "prefix_tokens": "{} prefix tokens",
     "drop_fraction": "{} dropped",
+    "drop_by": "dropped by {}",
+    "within": "within {}",
     "num_samples": "{} samples",
     "temperature": "temperature {}",
 }

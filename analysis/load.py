@@ -30,6 +30,8 @@ COLUMNS: dict[str, str] = {
     "seqlen": "Int64",
     "prefix_tokens": "Int64",
     "drop_fraction": "float64",
+    "drop_by": "str",
+    "within": "str",
     "num_samples": "Int64",
     "temperature": "float64",
     "measured_sparsity": "float64",

@@ -34,11 +34,11 @@ from pipeline.data.corpora import read_documents
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.specs import FileCorpus
 
-OTHER_SEEDS = 1000
+_OTHER_SEEDS = 1000
 """Added to the seeds of the calibration sets that the truth rests on."""
 
-HALF_BYTES = 64 * pilot.PROBE_TOKENS * 8
-"""Bytes of each half of a text: enough for all windows of a probe."""
+_HALF_BYTES = 2**16
+"""Bytes of each half of a text: enough for all windows of a probe, at 8 bytes a token."""
 
 Losses = Mapping[str, float]
 """By candidate, its divergence on the second half over the best candidate's, less 1."""
@@ -66,7 +66,7 @@ def halves(grid: Grid, text: str, folder: Path) -> tuple[FileCorpus, FileCorpus]
             half = number % 2
             (first, second)[half].write(json.dumps({"text": document.text}) + "\n")
             written[half] += len(document.text.encode())
-            if min(written) > HALF_BYTES:
+            if min(written) > _HALF_BYTES:
                 break
     probe, truth = (pilot.probe_corpus(str(path)) for path in paths)
     return probe, truth
@@ -144,7 +144,7 @@ def main(
     tried = pilot.candidates(grid)
     other = {
         model: {
-            name: [cell.model_copy(update={"seed": (cell.seed or 0) + OTHER_SEEDS}) for cell in own]
+            name: [cell.model_copy(update={"seed": (cell.seed or 0) + _OTHER_SEEDS}) for cell in own]
             for name, own in names.items()
         }
         for model, names in tried.items()

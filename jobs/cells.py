@@ -25,6 +25,7 @@ from pipeline.specs import (
     Corpus,
     CorpusMixture,
     DescribeSpec,
+    DropBy,
     EvaluateSpec,
     EvaluationOptions,
     FilterOptions,
@@ -42,6 +43,7 @@ from pipeline.specs import (
     Uniform,
     WeightedCorpus,
     WindowsSpec,
+    Within,
     data_taker,
 )
 
@@ -65,6 +67,8 @@ class Cell(Spec):
     seqlen: int | None = Field(default=None, ge=8)
     prefix_tokens: int | None = Field(default=None, ge=0)
     drop_fraction: Fraction | None = None
+    drop_by: DropBy | None = None
+    within: Within | None = None
     num_samples: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0.0)
 
@@ -87,8 +91,18 @@ class Cell(Spec):
         return {**fields, "pattern": asked, "sparsity": sparsity}
 
 
-GENERATED_FIELDS = ("prefix_tokens", "drop_fraction", "num_samples", "temperature")
+GENERATED_FIELDS = (
+    "prefix_tokens",
+    "drop_fraction",
+    "drop_by",
+    "within",
+    "num_samples",
+    "temperature",
+)
 """Axes that override a generated calibration's own fields."""
+
+RULE_FIELDS = ("drop_by", "within")
+"""Those that mean nothing where no share is dropped."""
 
 
 _WITHOUT_PRUNING = {"pruner": None, "allocation": None, "sparsity": 0.0, "pattern": None}
@@ -223,13 +237,17 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
             seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
             **_options(GenerationOptions, calibration, cell),
         )
+        options = FilterOptions(**_options(FilterOptions, calibration, cell))
+        scorer = calibration.scorer if options.reads_scores else None
         source = FilterSpec(
+            **dict(options),
             scores=ScoreSpec(
                 samples=samples,
-                model=grid.models[calibration.scorer] if calibration.scorer else generator,
+                model=grid.models[scorer] if scorer else generator,
                 include_prefix=calibration.include_prefix,
+                hidden_states=options.reads_hidden_states,
             ),
-            **_options(FilterOptions, calibration, cell),
+            seed=cell.seed if options.draws else 0,
         )
     return WindowsSpec(
         source=source,
@@ -368,6 +386,8 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
     for field in GENERATED_FIELDS:
         chosen = getattr(cell, field)
         defaults[field] = getattr(calibration, field) if chosen is None else chosen
+    if defaults["drop_fraction"] == 0:  # all rules keep everything, so the cells are one
+        defaults |= {name: FilterOptions.model_fields[name].default for name in RULE_FIELDS}
     return cell.model_copy(update=defaults)
 
 

@@ -78,6 +78,9 @@ UNKNOWN_PARAMETERS = 1.0e9
 TOKEN_BYTES = 8
 """Bytes of an id and its share of the text."""
 
+STATES_BYTES = 3 * 128 * 4
+"""Bytes of a sample's mean hidden states: three layers of 128 numbers in float32."""
+
 WEIGHT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a weight by dtype."""
 
@@ -256,6 +259,7 @@ def _bytes(spec: StageSpec, size: float) -> float:
         case WindowsSpec():
             return spec.nsamples * spec.seqlen * TOKEN_BYTES / 2
         case ScoreSpec():
-            return spec.samples.num_samples * 12 * TOKEN_BYTES
+            each = 12 * TOKEN_BYTES + STATES_BYTES * spec.hidden_states
+            return spec.samples.num_samples * each
         case _:
             return 0.0

@@ -1,6 +1,7 @@
 """Export a generated calibration set from a store as a data set folder that other programs load."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,14 @@ def export_calibration(store: Store, key: str, folder: Path) -> int:
     assert manifest is not None
     samples = pq.read_table(artifacts[spec.key] / "samples.parquet")
     names = ["input_ids" if name == "token_ids" else name for name in samples.column_names]
-    samples = samples.rename_columns(names).select(list(COLUMNS)).replace_schema_metadata(None)
+    columns = [name for name in COLUMNS if name in names]
+    samples = samples.rename_columns(names).select(columns).replace_schema_metadata(None)
     generation = store.manifest(spec.scores.samples.key)
     engines = [] if generation is None else generation.report["engines"]
     with whole_folder(folder) as partial:
         partial.mkdir(parents=True)
         pq.write_table(samples, partial / "samples.parquet")
-        (partial / "README.md").write_text(card(manifest, engines))
+        (partial / "README.md").write_text(card(manifest, engines, columns, spec.drop_by))
     return len(samples)
 
 
@@ -91,28 +93,32 @@ def _filter_spec(store: Store, key: str) -> FilterSpec:
     return calibration.source
 
 
-def card(manifest: Manifest, engines: list[dict[str, Any]]) -> str:
+def card(
+    manifest: Manifest, engines: list[dict[str, Any]], columns: Sequence[str], drop_by: str
+) -> str:
     """Return the data set card of filtered samples.
 
     Args:
         engines: engine, version and device of each generation.
+        columns: names of the data set's columns.
+        drop_by: the rule that dropped a share.
     """
     report = manifest.report
-    columns = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in COLUMNS.items())
+    meanings = "\n".join(f"| `{name}` | {COLUMNS[name]} |" for name in columns)
     return f"""{HEADER}
 # Calibration set {manifest.key}
 
-Texts that a language model wrote from short prefixes of real texts, scored and filtered by
-calprune: {report["kept"]} were kept, {report["dropped"]} dropped for their perplexity, \
+Texts that a language model wrote from short prefixes of real texts, filtered by calprune: \
+{report["kept"]} were kept, {report["dropped"]} dropped by {drop_by}, \
 {report["duplicates"]} as duplicates, {report["near_duplicates"]} as near duplicates, \
-{report["banned"]} for a banned word and {report["invalid"]} because they had no score.
+{report["banned"]} for a banned word and {report["invalid"]} because there was no token to score.
 
 The licence is unknown: it depends on the terms of the generating model and of the corpus of the
 prefixes, both named below.
 
 | column | meaning |
 |---|---|
-{columns}
+{meanings}
 
 ## Engines
 

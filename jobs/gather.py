@@ -37,6 +37,8 @@ CELL_COLUMNS: dict[str, pa.DataType] = {
     "seqlen": pa.int64(),
     "prefix_tokens": pa.int64(),
     "drop_fraction": pa.float64(),
+    "drop_by": pa.string(),
+    "within": pa.string(),
     "num_samples": pa.int64(),
     "temperature": pa.float64(),
     "measured_sparsity": pa.float64(),
@@ -206,7 +208,9 @@ def _calibration_fields(
     fields: dict[str, Any] = {}
     if isinstance(calibration.source, FilterSpec):
         scores = calibration.source.scores
-        for name, stage in (("generate", scores.samples), ("score", scores)):
+        stages = (("generate", scores.samples), ("score", scores))
+        fields["seconds_score"] = 0.0
+        for name, stage in stages if calibration.source.reads_scores else stages[:1]:
             shards = [store.manifest(shard.key) for shard in stage.shards()]
             known = [shard.seconds for shard in shards if shard is not None]
             fields[f"seconds_{name}"] = sum(known) if len(known) == len(shards) else None

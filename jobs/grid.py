@@ -148,7 +148,7 @@ Generator = Annotated[
 
 
 class GeneratedCalibration(GenerationOptions, FilterOptions):
-    """Text that a model writes from prefixes of a corpus, filtered by perplexity.
+    """Text that a model writes from prefixes of a corpus, filtered by a rule.
 
     `backend` may be `auto`: vLLM if that is installed where the grid is read, else transformers.
     Keys hold the engine, never `auto`. `banned_words` may be the file's path alone.
@@ -162,12 +162,12 @@ class GeneratedCalibration(GenerationOptions, FilterOptions):
     0.5}` for a pruned version of the cell's model. Unset, the cell's model itself."""
 
     generation_seed: int | None = Field(default=None, ge=0)
-    """Use one set of texts for all seeds, which then draw only the windows. Unset, each seed has
-    its own set."""
+    """Use one set of texts for all seeds, which then draw only the windows and what a rule of the
+    filter draws. Unset, each seed has its own set."""
 
     scorer: str | None = None
-    """Name of the grid's model whose perplexity decides which samples are dropped; unset, the
-    writing model. Both must have the same tokenizer."""
+    """Name of the grid's model whose scores and hidden states decide which samples are dropped;
+    unset, the writing model. Both must have the same tokenizer."""
 
     include_prefix: bool = False
     """Include the given tokens in the perplexity."""

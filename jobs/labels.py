@@ -21,13 +21,15 @@ from pipeline.specs import (
     Uniform,
 )
 
-NUMBERS = (
+SETTINGS = (
     "nsamples",
     "seqlen",
     "prefix_tokens",
     "num_samples",
     "temperature",
     "drop_fraction",
+    "drop_by",
+    "within",
     "seed",
 )
 """Fields of a cell that stand before their value, in this order."""
@@ -97,7 +99,7 @@ def _use(reader: StageSpec, read: StageSpec) -> str:
 
 
 def _fields(cell: Cell) -> Owners:
-    values = {name: getattr(cell, name) for name in ("calibration", "model", *NUMBERS)}
+    values = {name: getattr(cell, name) for name in ("calibration", "model", *SETTINGS)}
     return {name: {value} for name, value in values.items() if value not in (None, NO_CALIBRATION)}
 
 
@@ -118,7 +120,7 @@ class _Words:
         # A value that differs only between calibrations adds nothing to their names.
         self.varies = {name for name in ("calibration", "model") if len(whole.get(name, ())) > 1}
         self.varies |= {
-            name for part in parts.values() for name in NUMBERS if len(part.get(name, ())) > 1
+            name for part in parts.values() for name in SETTINGS if len(part.get(name, ())) > 1
         }
         prunings = [spec for spec in specs if isinstance(spec, PruneSpec)]
         chosen = {spec.pruner for spec in prunings} | {spec.allocation for spec in prunings}
@@ -147,10 +149,10 @@ class _Words:
                 yield self._variant(pruned.allocation)
         elif isinstance(spec, EvaluateSpec):
             yield "dense"
-        for name in NUMBERS:
+        for name in SETTINGS:
             if name in named and len(owners[name]) == 1:
                 (value,) = owners[name]
-                yield f"{name} {value:g}"
+                yield f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
 
     def _variant(self, chosen: Pruner | Allocation) -> str:
         """Return the name, with the options that differ from the defaults if the name alone is not

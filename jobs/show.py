@@ -18,6 +18,8 @@ _FIELDS_IF_VARIED = [
     "seqlen",
     "prefix_tokens",
     "drop_fraction",
+    "drop_by",
+    "within",
     "num_samples",
     "temperature",
     "pruner_options",

@@ -118,7 +118,7 @@ STAGES: dict[str, StageKind] = {
             FilterSpec,
             "pipeline.scoring.filter",
             fixed_seconds=0.5,
-            cell_fields=(*_OF_TEXTS, "drop_fraction"),
+            cell_fields=(*_OF_TEXTS, "drop_fraction", "drop_by", "within"),
         ),
         StageKind(WindowsSpec, "pipeline.data.windows", fixed_seconds=0.5),
         StageKind(

@@ -36,7 +36,7 @@ from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.scoring.filter import reasons_to_drop
-from pipeline.scoring.score import Score, score_samples
+from pipeline.scoring.score import STATES, Score, score_samples, score_with_states
 from pipeline.specs import (
     OWL,
     Allocation,
@@ -142,55 +142,78 @@ def score(
     )
 
 
+def hidden_states(
+    model: LanguageModel, samples: Sequence[Sample], include_prefix: bool = False
+) -> list[list[float] | None]:
+    """Take each sample's mean hidden states over the scored tokens, for `filter`.
+
+    It costs what `score` does; in a grid both come from one pass.
+
+    Args:
+        include_prefix: count the given tokens too.
+
+    Returns:
+        [layers * 128] each; None for a sample without a scored token.
+
+    Raises:
+        NonFiniteError: if the model gives NaN or infinity.
+    """
+    _, states = score_with_states(
+        model.model,
+        [sample.token_ids for sample in samples],
+        [sample.prefix_tokens for sample in samples],
+        include_prefix=include_prefix,
+        name=lambda place: f"sample {samples[place].sample_id}",
+    )
+    return states
+
+
 def filter(
     samples: Sequence[Sample],
     scores: Sequence[Score],
     drop_fraction: float = 0.2,
     banned_words: Sequence[str] = (),
-    drop_duplicates: bool = False,
-    near_duplicate_similarity: float | None = None,
+    hidden_states: Sequence[list[float] | None] | None = None,
+    sources: Sequence[str] | None = None,
+    seed: int = 0,
+    **settings: Any,
 ) -> list[Sample]:
-    """Keep the samples of lowest perplexity.
+    """Drop a share of the samples, by default those of highest perplexity.
 
     Args:
         scores: of each sample.
-        drop_fraction: share that is dropped for its perplexity.
+        drop_fraction: share that the rule drops.
         banned_words: words and phrases that no sample may hold, in any letter case.
-        drop_duplicates: of samples with the same token ids keep only the first.
-        near_duplicate_similarity: drop a sample with at least this Jaccard similarity, of sets of
-            runs of five tokens, to an earlier one.
+        hidden_states: of each sample, for `drop_by="cola"` and `within="cluster"`.
+        sources: a name for each sample, for `within="source"`.
+        seed: for rules that draw at random.
+        settings: the other fields of `FilterOptions`: `drop_by`, `within`, `drop_duplicates`,
+            `near_duplicate_similarity`.
 
     Raises:
-        InputError: if no sample is left, or there is not one score a sample.
+        InputError: if a setting is wrong, no sample is left, there is not one score, state or
+            source a sample, or the samples differ too little for the rule.
         NonFiniteError: if a perplexity is NaN or infinite.
     """
-    if len(scores) != len(samples):
-        raise InputError("scores", len(scores), f"there are {len(samples)} samples: give one each")
-    options = _checked(
-        FilterOptions,
-        drop_fraction=drop_fraction,
-        drop_duplicates=drop_duplicates,
-        near_duplicate_similarity=near_duplicate_similarity,
-    )
-    numbers = [sample.sample_id for sample in samples]
-    reasons = reasons_to_drop(
-        pa.table(
-            {
-                "text": [sample.text for sample in samples],
-                "token_ids": [sample.token_ids for sample in samples],
-            }
-        ),
-        pa.table(
-            {
-                "sample_id": pa.array(numbers, pa.int64()),
-                "perplexity": pa.array([each.perplexity for each in scores], pa.float64()),
-            }
-        ),
-        options.drop_fraction,
-        banned_words,
-        options.drop_duplicates,
-        options.near_duplicate_similarity,
-    )
+    given = {"scores": scores, "hidden_states": hidden_states, "sources": sources}
+    for name, values in given.items():
+        if values is not None and len(values) != len(samples):
+            raise InputError(name, len(values), f"there are {len(samples)} samples: give one each")
+    options = _checked(FilterOptions, drop_fraction=drop_fraction, **settings)
+    texts = {
+        "text": [sample.text for sample in samples],
+        "token_ids": [sample.token_ids for sample in samples],
+    }
+    measured = {
+        "sample_id": pa.array([sample.sample_id for sample in samples], pa.int64()),
+        "perplexity": pa.array([each.perplexity for each in scores], pa.float64()),
+        "min_k_plus_plus": pa.array([each.min_k_plus_plus for each in scores], pa.float64()),
+    }
+    if hidden_states is not None:
+        measured[STATES.name] = pa.array(hidden_states, STATES.type)
+    if sources is not None:
+        texts["source"] = list(sources)
+    reasons = reasons_to_drop(pa.table(texts), pa.table(measured), options, banned_words, seed)
     return [sample for sample, reason in zip(samples, reasons, strict=True) if reason == ""]
 
 

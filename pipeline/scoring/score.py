@@ -1,5 +1,6 @@
 """Scores of samples: how likely a model finds the generated tokens, and how much they repeat."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from pipeline.models.nonfinite import nonfinite_error
 from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import report
+from pipeline.scoring.mean_states import mean_states
 from pipeline.specs import MIN_K_FRACTION, SCORE_BATCH_TOKENS, ScoreSpec, ShardSpec
 from pipeline.stage import Artifacts, Latest
 
@@ -74,6 +76,9 @@ SCORES_SCHEMA = pa.schema(
     }
 )
 
+STATES = pa.field("hidden_states", pa.list_(pa.float32()))
+"""The column of mean hidden states, if they are asked for."""
+
 
 class TokenScores(NamedTuple):
     """log p and z = (log p - mu) / sigma of each scored token, both [tokens] float32."""
@@ -96,17 +101,21 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
     samples = pq.read_table(
         shard / "samples.parquet", columns=["sample_id", "prefix_tokens", "token_ids"]
     ).sort_by("sample_id")
-    scores = score_samples(
-        model,
-        samples["token_ids"].to_pylist(),
-        samples["prefix_tokens"].to_pylist(),
-        include_prefix=spec.include_prefix,
-        chunked=chunked,
-        name=lambda place: f"sample {samples['sample_id'][place]}",
-    )
+    texts = samples["token_ids"].to_pylist(), samples["prefix_tokens"].to_pylist()
+    options: dict[str, Any] = {
+        "include_prefix": spec.include_prefix,
+        "chunked": chunked,
+        "name": lambda place: f"sample {samples['sample_id'][place]}",
+    }
+    columns, schema = {"sample_id": samples["sample_id"]}, SCORES_SCHEMA
+    if spec.hidden_states:
+        scores, columns[STATES.name] = score_with_states(model, *texts, **options)
+        schema = schema.append(STATES)
+    else:
+        scores = score_samples(model, *texts, **options)
     table = pa.table(
-        {"sample_id": samples["sample_id"], **score_columns(scores)},
-        schema=SCORES_SCHEMA.with_metadata({"logits": "chunked" if chunked else "full"}),
+        {**columns, **score_columns(scores)},
+        schema=schema.with_metadata({"logits": "chunked" if chunked else "full"}),
     )
     pq.write_table(table, output / "scores.parquet")
     return {**_report(table), **unexpected_tensors(model)}
@@ -170,19 +179,69 @@ def score_samples(
     Raises:
         NonFiniteError: if a score is NaN or infinite.
     """
+    firsts = [first_scored(prefix, include_prefix) for prefix in prefix_lengths]
     layer = OutputLayer(model, chunked)
-    firsts = [1 if include_prefix else max(1, prefix) for prefix in prefix_lengths]
+    return _score(model, layer, token_ids, firsts, min_k_fraction, batch_tokens, name)
+
+
+@torch.inference_mode()
+def score_with_states(
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    prefix_lengths: Sequence[int],
+    *,
+    include_prefix: bool = False,
+    batch_tokens: int = SCORE_BATCH_TOKENS,
+    chunked: bool | None = None,
+    name: Callable[[int], str] = "sample {}".format,
+) -> tuple[list[Score], list[list[float] | None]]:
+    """Score each sample as `score_samples` does, and take its mean hidden states meanwhile.
+
+    Returns:
+        The scores, and the means over the scored tokens, [layers * WIDTH] each in float32; None for
+        a sample without such a token.
+
+    Raises:
+        InputError: if the model has no list of decoder layers.
+        NonFiniteError: if a score or a mean is NaN or infinite.
+    """
+    firsts = [first_scored(prefix, include_prefix) for prefix in prefix_lengths]
+    layer = OutputLayer(model, chunked)
+    states: list[list[float] | None] = [None] * len(token_ids)
+    scores = _score(model, layer, token_ids, firsts, MIN_K_FRACTION, batch_tokens, name, states)
+    return scores, states
+
+
+def first_scored(prefix_tokens: int, include_prefix: bool) -> int:
+    """Return the first token that is scored of a sample with so many given ids."""
+    return 1 if include_prefix else max(1, prefix_tokens)
+
+
+def _score(
+    model: Any,
+    layer: OutputLayer,
+    token_ids: Sequence[Sequence[int]],
+    firsts: Sequence[int],
+    min_k_fraction: float,
+    batch_tokens: int,
+    name: Callable[[int], str],
+    states: list[list[float] | None] | None = None,
+) -> list[Score]:
+    """Score each sample from the token in `firsts` on; fill in `states` if they are given."""
     lengths = [len(ids) for ids in token_ids]
     scored = [place for place, first in enumerate(firsts) if lengths[place] > first]
     scored.sort(key=lengths.__getitem__)
     scores = [Score(0)] * len(token_ids)
     done, total = 0, sum(lengths[place] for place in scored)
     for batch in length_batches(scored, lengths, batch_tokens, layer.lengths):
-        tokens = token_scores(
-            layer,
-            [token_ids[place] for place in batch],
-            [firsts[place] for place in batch],
+        spans = [(firsts[place], lengths[place]) for place in batch]
+        watch: contextlib.AbstractContextManager[list[torch.Tensor]] = (
+            contextlib.nullcontext([]) if states is None else mean_states(model, spans)
         )
+        with watch as means:
+            tokens = token_scores(
+                layer, [token_ids[place] for place in batch], [first for first, _ in spans]
+            )
         for place, own in zip(batch, tokens, strict=True):
             if not all(values.sum().isfinite() for values in own):
                 raise nonfinite_error(name(place), model, token_ids[place])
@@ -190,6 +249,11 @@ def score_samples(
             if loss > MOST_NATS:
                 raise NonFiniteError(f"{name(place)}: a loss of {loss:g} has no finite perplexity")
             scores[place] = summary(own, token_ids[place][firsts[place] :], min_k_fraction)
+        if states is not None:
+            for place, own_states in zip(batch, torch.cat(means, dim=1), strict=True):
+                if not own_states.isfinite().all():
+                    raise nonfinite_error(name(place), model, token_ids[place])
+                states[place] = own_states.tolist()
         done += sum(lengths[place] for place in batch)
         report(done, total, "tokens")
     return scores

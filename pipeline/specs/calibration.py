@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.errors import InputError
 from pipeline.specs.base import Fraction, Spec, StageSpec, nearest_stages
 from pipeline.specs.engines import VLLM_LOWEST_TEMPERATURE, Backend, Vllm
 from pipeline.specs.sources import CorpusMixture, FileCorpus, HubCorpus, Model, TestbedCorpus
@@ -190,10 +191,12 @@ class ScoreSpec(ShardedSpec):
     """Score samples under a model.
 
     Writes `scores.parquet`: sample_id, tokens (how many were scored), perplexity, min_k,
-    min_k_plus_plus, loss_1 to loss_4 (mean loss in each quarter), distinct_1 to distinct_3.
+    min_k_plus_plus, loss_1 to loss_4 (mean loss in each quarter), distinct_1 to distinct_3; with
+    `hidden_states` also a column of that name (see `pipeline.scoring.mean_states`).
     """
 
     version: ClassVar[int] = 3
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
     lineage_constants: ClassVar[Mapping[str, Any]] = {
         "min_k_fraction": MIN_K_FRACTION,
         "batch_tokens": SCORE_BATCH_TOKENS,
@@ -208,6 +211,10 @@ class ScoreSpec(ShardedSpec):
 
     include_prefix: bool = False
     """Score the given tokens too, as the paper's script does, not only the generated ones."""
+
+    hidden_states: bool = False
+    """Also write each sample's mean hidden states, from the same forward pass. Selectors that
+    compare samples by what the model makes of them need these."""
 
     @property
     def shard_count(self) -> int:
@@ -225,16 +232,36 @@ class WordList(Spec):
 
 
 def dropped(samples: int, drop_fraction: float) -> int:
-    """Return how many of the samples with a finite perplexity are dropped for it."""
+    """Return how many of the samples left by the other reasons `drop_by` drops."""
     return math.floor(drop_fraction * samples + 0.5)
+
+
+DropBy = Literal["perplexity", "random", "min-k-plus-plus", "zipcal", "cola", "igsp"]
+"""Rules that choose samples; `pipeline.scoring.selectors` states each."""
+
+Within = Literal["set", "source", "cluster"]
+"""Strata that a rule chooses in."""
 
 
 class FilterOptions(Spec):
     """Which samples are dropped: the fields that a grid's calibration and the stage share."""
 
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"drop_by", "within"})
+
     drop_fraction: Fraction = 0.2
-    """Share to drop for their perplexity, exactly round(fraction * samples). Samples that are
-    dropped for other reasons do not count."""
+    """Share that `drop_by` drops, exactly round(fraction * samples). Samples that are dropped for
+    other reasons do not count."""
+
+    drop_by: DropBy = "perplexity"
+    """What decides who is dropped. `perplexity`: the highest go. `random`: a uniform draw, the
+    control. `min-k-plus-plus`: the lowest Min-K%++ go, so text nearest to the pretraining text
+    stays. `zipcal`: lexical diversity stays. `cola`: one sample for each cluster of hidden states
+    stays. `igsp`: samples that repeat the set's 4-grams go, in equal shares over the range of
+    perplexity."""
+
+    within: Within = "set"
+    """Drop the share of the whole `set`, or the same share of each stratum, so that no kind of text
+    is lost: of each `source` (the corpus of the prefix), or of each `cluster` of hidden states."""
 
     banned_words: WordList | None = None
     """Words and phrases: a sample with one of them, in any letter case, is dropped."""
@@ -247,24 +274,60 @@ class FilterOptions(Spec):
     an earlier one that is not itself dropped as a duplicate. Unset, no near duplicates are
     dropped."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether the rule draws at random: the first centroids of clusters are drawn too."""
+        return self.drop_by == "random" or self.reads_hidden_states
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether the rule compares hidden states."""
+        return self.drop_by == "cola" or self.within == "cluster"
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the rule reads any output of the model; the others need no forward pass."""
+        return self.reads_hidden_states or self.drop_by not in ("random", "zipcal")
+
 
 class FilterSpec(FilterOptions, StageSpec):
-    """Drop the samples of highest perplexity.
+    """Drop a share of the samples by a rule: the same as choosing the rest.
 
-    Writes `samples.parquet` as generate does, with all scores, and `rejected.parquet`: the dropped
-    samples in the same columns, and reason, the first that applies of `invalid` (no finite
-    perplexity), `banned word`, `duplicate`, `near duplicate` and `perplexity`.
+    Writes `samples.parquet` as generate does, with the scores if the rule reads any, and
+    `rejected.parquet`: the dropped samples in the same columns, and reason, the first that applies
+    of `invalid` (no token to score), `banned word`, `duplicate`, `near duplicate` and the name of
+    the rule.
     """
 
     version: ClassVar[int] = 4
+    left_out_at_default: ClassVar[frozenset[str]] = FilterOptions.left_out_at_default | {"seed"}
     kind: Literal["filter"] = "filter"
 
     scores: ScoreSpec
-    """The scores of the samples to filter."""
+    """The scores of the samples to filter. They are made only if the rule reads them."""
+
+    seed: int = Field(default=0, ge=0)
+    """For rules that draw at random."""
+
+    @model_validator(mode="after")
+    def _rule_has_what_it_reads(self) -> "FilterSpec":
+        samples = self.scores.samples
+        several = isinstance(samples.prefixes, CorpusMixture) and samples.prefix_tokens > 0
+        if self.within == "source" and not several:
+            raise InputError(
+                "within",
+                self.within,
+                "all samples have one source: mix prefixes of several corpora, or take within: "
+                "cluster",
+            )
+        if self.reads_hidden_states and not self.scores.hidden_states:
+            raise InputError("scores.hidden_states", False, "this rule needs them: set it to true")
+        return self
 
     def inputs(self) -> tuple[StageSpec, ...]:
-        """The scores, and the samples that they belong to."""
-        return (self.scores, self.scores.samples)
+        """The samples, and the scores if the rule reads them."""
+        samples = self.scores.samples
+        return (self.scores, samples) if self.reads_scores else (samples,)
 
 
 class WindowsSpec(StageSpec):

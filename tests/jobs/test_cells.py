@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cells import Cell, describe_spec, evaluate_spec, expand, prune_spec
+from jobs.cells import GENERATED_FIELDS, Cell, describe_spec, evaluate_spec, expand, prune_spec
 from jobs.grid import Grid
 from pipeline.errors import InputError
 from pipeline.files import fingerprint
@@ -111,10 +111,9 @@ def test_axes_of_generation_mean_nothing_to_real_corpora(content: Content, load:
 
 def test_a_generated_cell_has_the_values_of_its_calibration(content: Content, load: Load) -> None:
     cells = [cell for cell in expand(load(content)) if cell.calibration == "own"]
-    assert {
-        (cell.prefix_tokens, cell.drop_fraction, cell.num_samples, cell.temperature)
-        for cell in cells
-    } == {(2, 0.2, 80, 0.6)}
+    assert {tuple(getattr(cell, field) for field in GENERATED_FIELDS) for cell in cells} == {
+        (2, 0.2, "perplexity", "set", 80, 0.6)
+    }
 
 
 def test_include_adds_cells_and_exclude_removes_them(content: Content, load: Load) -> None:
@@ -218,6 +217,90 @@ def test_one_generation_seed_shares_the_texts_between_seeds(content: Content, lo
     windows = [spec.calibration for spec in specs if spec is not None and spec.calibration]
     assert {spec.seed for spec in windows} == {0, 1}
     assert len({spec.source.key for spec in windows if isinstance(spec.source, FilterSpec)}) == 1
+
+
+def filters_of(content: Content, load: Load, **axes: object) -> list[FilterSpec]:
+    """The filters of the cells of one seed and pruner."""
+    content["cells"] |= {
+        "calibration": "own",
+        "pruner": "wanda",
+        "sparsity": 0.5,
+        "seed": 4,
+        **axes,
+    }
+    grid = load(content)
+    specs = [prune_spec(grid, cell) for cell in expand(grid) if cell.pruner is not None]
+    sources = [spec.calibration.source for spec in specs if spec and spec.calibration]
+    return [source for source in sources if isinstance(source, FilterSpec)]
+
+
+def test_only_a_rule_that_draws_has_the_seed_of_its_cell(content: Content, load: Load) -> None:
+    rules = ["perplexity", "min-k-plus-plus", "igsp", "zipcal", "random", "cola"]
+    found = {each.drop_by: each for each in filters_of(content, load, drop_by=rules)}
+    assert [found[rule].seed for rule in rules] == [0, 0, 0, 0, 4, 4]
+    clusters = filters_of(content, load, drop_by="zipcal", within=["set", "cluster"])
+    assert [each.seed for each in clusters] == [0, 4]
+
+
+def test_hidden_states_are_taken_only_for_rules_that_read_them(
+    content: Content, load: Load
+) -> None:
+    rules = ["perplexity", "random", "cola"]
+    found = filters_of(content, load, drop_by=rules, within=["set", "cluster"])
+    states = {(each.drop_by, each.within): each.scores.hidden_states for each in found}
+    assert {pair for pair, taken in states.items() if taken} == {
+        ("cola", "set"),
+        *((rule, "cluster") for rule in rules),
+    }
+    plain = filters_of(content, load, drop_by="perplexity", within="set")
+    assert plain[0].scores.key == found[0].scores.key
+
+
+def test_a_rule_that_reads_no_score_is_the_same_work_for_every_scorer(
+    content: Content, load: Load
+) -> None:
+    content["models"]["judge"] = {"preset": "testbed-tiny", "seed": 5}
+    plain = filters_of(content, load, drop_by=["random", "perplexity"])
+    content["calibrations"]["own"]["scorer"] = "judge"
+    judged = filters_of(content, load, drop_by=["random", "perplexity"])
+    assert [one.key == other.key for one, other in zip(plain, judged, strict=True)] == [True, False]
+
+
+def test_where_nothing_is_dropped_all_rules_are_one_cell(content: Content, load: Load) -> None:
+    axes = {"drop_fraction": [0.0, 0.25], "drop_by": ["random", "zipcal"], "within": "cluster"}
+    found = filters_of(content, load, **axes)
+    assert [(each.drop_fraction, each.drop_by, each.within) for each in found] == [
+        (0.0, "perplexity", "set"),
+        (0.25, "random", "cluster"),
+        (0.25, "zipcal", "cluster"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"within": "source"}, r"own\.within: 'source': all samples have one source: mix"),
+        ({"within": "sauce"}, r"within: 'sauce': there is no such value.*'source'"),
+        ({"drop_by": "min-k"}, r"drop_by: 'min-k': there is no such value.*min-k-plus-plus"),
+    ],
+)
+def test_a_filter_that_cannot_be_is_refused(
+    content: Content, load: Load, change: Content, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        filters_of(content, load, **change)
+    content["cells"] = {
+        name: value for name, value in content["cells"].items() if name not in change
+    }
+    content["calibrations"]["own"] |= change
+    with pytest.raises(InputError, match=message):
+        filters_of(content, load)
+
+
+def test_sources_of_a_mixture_can_be_filtered_each_by_itself(content: Content, load: Load) -> None:
+    content["calibrations"]["own"]["prefixes"] = {"other": 1, "true": 1}
+    (found,) = filters_of(content, load, within="source")
+    assert (found.within, found.scores.hidden_states, found.seed) == ("source", False, 0)
 
 
 def test_dense_and_pruned_models_have_the_same_evaluation(content: Content, load: Load) -> None:

@@ -108,7 +108,7 @@ def test_the_card_holds_the_whole_lineage_and_names_engine_versions_and_licence(
     assert versions == {"torch": "2.x"}
     assert lineage == FILTERED.lineage
     assert "license: unknown" in card
-    counts = "9 were kept, 3 dropped for their perplexity, 0 as duplicates, 0 as near duplicates"
+    counts = "9 were kept, 3 dropped by perplexity, 0 as duplicates, 0 as near duplicates"
     assert counts in card
 
 

@@ -39,6 +39,8 @@ cells: {{model: chat, calibration: chat, seed: 3, nsamples: 4, seqlen: 48,
 include:
   - {{pruner: ria, sparsity: "2:4"}}
   - {{calibration: [web, raw], pruner: wanda, sparsity: 0.6, allocation: owl}}
+  - {{calibration: raw, pruner: magnitude, allocation: owl, sparsity: 0.5,
+     drop_by: [random, min-k-plus-plus, zipcal, cola, igsp], within: [source, cluster]}}
   - {{pruner: magnitude, sparsity: 0.5}}
 evaluate:
   perplexity: [{{corpus: web, seqlen: 32, max_windows: 4}}]

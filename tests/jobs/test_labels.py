@@ -97,6 +97,20 @@ def test_an_axis_is_in_the_labels_of_the_stages_that_it_changes(
     } <= set(labels_of(load(content)))
 
 
+def test_rules_of_the_filter_are_named_from_the_filter_on(content: Content, load: Load) -> None:
+    axes = {"drop_by": ["random", "igsp"], "within": ["set", "cluster"]}
+    content["cells"] |= {
+        "calibration": "own",
+        "seed": 0,
+        "pruner": "wanda",
+        "sparsity": 0.5,
+        **axes,
+    }
+    labels = set(labels_of(load(content)))
+    assert {"generate", "filter drop_by igsp within set"} <= labels
+    assert "evaluate wanda 50% drop_by random within cluster" in labels
+
+
 def test_the_label_of_a_pruning_for_a_generator_says_so(content: Content, load: Load) -> None:
     content["calibrations"]["pruned"] = {
         "prefixes": "other",

@@ -76,6 +76,28 @@ def test_other_drop_fractions_need_no_new_scores(content: Content, load: Load) -
     assert counts["filter"] == counts["windows"] == 3
 
 
+def test_rules_that_read_no_score_need_no_score_pass(content: Content, load: Load) -> None:
+    axes = {"drop_by": ["random", "zipcal"], "seed": 0, "calibration": "own"}
+    content["cells"] |= axes
+    plan = make_plan(load(content))
+    counts = kinds(plan)
+    assert counts["generate"] == 1
+    assert counts["filter"] == 2
+    assert counts["score"] == 0
+    assert counts["shard"] == 2  # of generate
+    assert "score" not in {line.stage for line in count_stages(plan, set())}
+
+
+def test_hidden_states_cost_the_same_pass(content: Content, load: Load) -> None:
+    content["cells"] |= {"calibration": "own", "seed": 0, "drop_by": ["igsp", "cola"]}
+    plan = make_plan(load(content))
+    scores = [key for key, spec in plan.specs.items() if spec.kind == "score"]
+    assert len(scores) == 2
+    assert len({plan.graph[key].seconds for key in scores}) == 1
+    sizes = [estimate(plan.specs[key], plan.grid.cost, plan.sizes) for key in scores]
+    assert sorted(each.bytes for each in sizes if each) == [80 * 96, 80 * (96 + 1536)]
+
+
 def test_outliers_are_counted_once_for_all_pruners_and_sparsities(
     content: Content, load: Load
 ) -> None:

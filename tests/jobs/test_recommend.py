@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.run import run_graph
 from cluster.store import Store
+from jobs.cells import GENERATED_FIELDS
 from jobs.grid import Grid
 from jobs.plan import make_plan
 from jobs.recommend import (
@@ -128,7 +129,7 @@ def table_of(sources: int) -> pd.DataFrame:
     """A results table in which harm falls with Min-K%++."""
     rows = [
         {
-            **dict.fromkeys(["prefix_tokens", "drop_fraction", "num_samples", "temperature"]),
+            **dict.fromkeys(GENERATED_FIELDS),
             "status": "ok",
             "model": "testbed",
             "calibration": f"source-{place}",

@@ -3,38 +3,50 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.generation.generate import SAMPLES_SCHEMA
 from pipeline.scoring import filter as filtering
-from pipeline.scoring.filter import keep_lowest
+from pipeline.scoring.filter import reasons_to_drop
 from pipeline.scoring.score import Score
-from pipeline.specs import FileCorpus, FilterSpec, GenerateSpec, LocalModel, ScoreSpec, WordList
-
-PERPLEXITY = st.one_of(
-    st.floats(1.0, 100.0), st.sampled_from([2.0, 3.0, math.inf, math.nan, -math.inf])
+from pipeline.specs import (
+    FileCorpus,
+    FilterOptions,
+    FilterSpec,
+    GenerateSpec,
+    LocalModel,
+    ScoreSpec,
+    WordList,
 )
+
+PERPLEXITY = st.one_of(st.floats(1.0, 100.0), st.sampled_from([2.0, 3.0, None]))
 
 NO_OTHERS = {"banned": 0, "near_duplicates": 0}
 
 
-def kept(perplexities: list[float], fraction: float, ids: list[int] | None = None) -> list[int]:
-    numbers = np.array(range(len(perplexities)) if ids is None else ids)
-    return [int(n) for n in numbers[keep_lowest(np.array(perplexities), numbers, fraction)]]
+def kept(
+    perplexities: list[float | None], fraction: float, ids: list[int] | None = None
+) -> list[int]:
+    numbers = list(range(len(perplexities))) if ids is None else ids
+    samples = pa.table({"token_ids": [[1]] * len(numbers)})
+    scores = pa.table(
+        {"sample_id": numbers, "perplexity": pa.array(perplexities, type=pa.float64())}
+    )
+    reasons = reasons_to_drop(samples, scores, FilterOptions(drop_fraction=fraction))
+    return [number for number, reason in zip(numbers, reasons, strict=True) if reason == ""]
 
 
 @given(st.lists(PERPLEXITY, min_size=1, max_size=60), st.integers(0, 15), st.randoms())
 def test_exactly_the_given_share_with_the_highest_perplexity_is_dropped(
-    perplexities: list[float], sixteenths: int, random: Any
+    perplexities: list[float | None], sixteenths: int, random: Any
 ) -> None:
     ids = random.sample(range(1000), len(perplexities))
-    finite = [(p, n) for p, n in zip(perplexities, ids, strict=True) if math.isfinite(p)]
+    finite = [(p, n) for p, n in zip(perplexities, ids, strict=True) if p is not None]
     dropped = math.floor(Fraction(sixteenths, 16) * len(finite) + Fraction(1, 2))
     best = sorted(finite)[: len(finite) - dropped]
     if best:
@@ -55,14 +67,20 @@ def test_half_a_sample_is_rounded_up() -> None:
     assert kept([1.0, 2.0, 3.0], 0.125) == [0, 1, 2]
 
 
-def test_samples_without_a_finite_perplexity_are_dropped_besides_the_share() -> None:
-    assert kept([math.nan, 4.0, math.inf, 1.0, 3.0, 2.0], 0.5) == [3, 5]
-    assert kept([math.nan, 4.0, math.inf], 0.0) == [1]
+def test_samples_without_a_perplexity_are_dropped_besides_the_share() -> None:
+    assert kept([None, 4.0, None, 1.0, 3.0, 2.0], 0.5) == [3, 5]
+    assert kept([None, 4.0, None], 0.0) == [1]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_perplexity_that_is_not_finite_is_refused(wrong: float) -> None:
+    with pytest.raises(NonFiniteError, match=f"sample 7: its perplexity is {wrong:g}"):
+        kept([2.0, None, wrong], 0.2, ids=[3, 5, 7])
 
 
 def test_samples_that_are_all_invalid_are_refused() -> None:
-    with pytest.raises(InputError, match="of 2 samples 0 have a finite perplexity"):
-        kept([math.nan, math.inf], 0.0)
+    with pytest.raises(InputError, match="of 2 samples 0 have a token to score"):
+        kept([None, None], 0.0)
 
 
 def test_of_equal_samples_the_first_is_kept_and_they_do_not_count_in_the_share(

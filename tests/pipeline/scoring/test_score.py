@@ -15,17 +15,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NonFiniteError
 from pipeline.generation.generate import SAMPLES_SCHEMA
 from pipeline.models import output_layer
 from pipeline.models.output_layer import head_is_linear
 from pipeline.scoring import score
+from pipeline.scoring.mean_states import WIDTH, projection
 from pipeline.scoring.score import (
     LEAST_DEVIATION,
     Score,
     distinct,
     position_scores,
     score_samples,
+    score_with_states,
 )
 from pipeline.specs import FileCorpus, GenerateSpec, LocalModel, ScoreSpec
 from tests.pipeline.tiny_models import TINY, seeded, tiny_llama
@@ -279,6 +281,77 @@ def test_a_token_with_probability_zero_leaves_the_score_finite(
     assert all(math.isfinite(one.min_k_plus_plus) for one in found[1])
 
 
+def mean_states_of(model: Any, ids: list[int], first: int) -> list[float]:
+    """The states after each third of the layers, by one text's own forward pass in float64."""
+    with torch.no_grad():
+        own = copy.deepcopy(model).double()
+        states = own(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    count = len(states) - 1  # the first are the embeddings, the last were normalised
+    with torch.no_grad():
+        last = own.model.layers[-1](states[-2], position_embeddings=positions(own, states[-2]))
+    after = {count: last if isinstance(last, torch.Tensor) else last[0]}
+    after |= {place: states[place] for place in range(1, count)}
+    chosen = sorted({math.ceil(count * third / 3) for third in (1, 2, 3)})
+    means = torch.stack([after[place][0, first:].mean(dim=0) for place in chosen])
+    return (means @ projection(means.shape[1]).double()).flatten().tolist()
+
+
+def positions(model: Any, states: torch.Tensor) -> Any:
+    return model.model.rotary_emb(states, torch.arange(states.shape[1])[None])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 7])
+@pytest.mark.parametrize("include_prefix", [False, True])
+def test_mean_hidden_states_are_those_of_each_text_alone_in_float64(
+    token_ids: list[list[int]], layers: int, include_prefix: bool
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        deep = LlamaForCausalLM(LlamaConfig(**small(num_hidden_layers=layers))).eval()
+    plain = score_samples(deep, token_ids, PREFIXES, include_prefix=include_prefix)
+    for batch_tokens in (1, 60, 8192):
+        scores, states = score_with_states(
+            deep, token_ids, PREFIXES, include_prefix=include_prefix, batch_tokens=batch_tokens
+        )
+        agree(scores, plain)
+        for ids, prefix, own in zip(token_ids, PREFIXES, states, strict=True):
+            wanted = mean_states_of(deep, ids, 1 if include_prefix else max(1, prefix))
+            assert own == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+            assert len(own or []) == min(layers, 3) * 128
+    assert not any(layer._forward_hooks for layer in deep.model.layers)
+
+
+def test_hidden_states_are_the_same_where_logits_come_from_the_whole_model(
+    model: Any, token_ids: list[list[int]]
+) -> None:
+    _, chunked = score_with_states(model, token_ids, PREFIXES, chunked=True)
+    _, full = score_with_states(model, token_ids, PREFIXES, chunked=False)
+    assert chunked == full
+
+
+def test_a_sample_without_a_scored_token_has_no_hidden_states(model: Any) -> None:
+    scores, states = score_with_states(model, [[1, 2, 3], [5], [4, 5, 6]], [3, 0, 2])
+    assert [score.tokens for score in scores] == [0, 0, 1]
+    assert [own is None for own in states] == [True, True, False]
+
+
+def test_states_that_are_not_finite_are_refused(model: Any, token_ids: list[list[int]]) -> None:
+    """Where the output layer hides them: the last layer gives infinity and its norm leaves NaN."""
+    broken = copy.deepcopy(model)
+    broken.model.layers[0].register_forward_hook(lambda *_: torch.full_like(_[-1], math.inf))
+    with pytest.raises(NonFiniteError, match=r"sample \d: .*layers\.0"):
+        score_with_states(broken, token_ids, PREFIXES)
+
+
+def test_the_projection_keeps_squared_distances_within_an_eighth() -> None:
+    draws = torch.Generator().manual_seed(5)
+    points = torch.randn(40, 700, generator=draws) * torch.linspace(0.1, 3, 700)
+    there, here = (torch.pdist(each) ** 2 for each in (points, points @ projection(700)))
+    ratios = here / there
+    assert ratios.mean() == pytest.approx(1.0, abs=0.1)
+    assert ratios.std() == pytest.approx((2 / WIDTH) ** 0.5, rel=0.3)
+
+
 def saved(model: Any, folder: Path, word: str = "w") -> LocalModel:
     model.save_pretrained(folder)
     words = {f"{word}{number}": number for number in range(VOCABULARY)}
@@ -332,14 +405,15 @@ def test_another_model_scores_only_ids_that_mean_the_same_to_it(
         score.run_shard(ScoreSpec(samples=samples, model=unlike), 0, artifacts, tmp_path)
 
 
+@pytest.mark.parametrize("hidden_states", [False, True])
 def test_the_stage_scores_each_shard_from_its_own_samples_and_joins_them_in_order(
-    model: Any, token_ids: list[list[int]], tmp_path: Path
+    model: Any, token_ids: list[list[int]], tmp_path: Path, hidden_states: bool
 ) -> None:
     local = saved(model, tmp_path / "model")
     samples = GenerateSpec(
         model=local, prefixes=FileCorpus(path="texts.txt"), num_samples=8, shard_size=3
     )
-    spec = ScoreSpec(samples=samples, model=local)
+    spec = ScoreSpec(samples=samples, model=local, hidden_states=hidden_states)
     artifacts: dict[str, Path] = {}
     reports = []
     for written, scored in zip(samples.shards(), spec.shards(), strict=True):
@@ -362,8 +436,11 @@ def test_the_stage_scores_each_shard_from_its_own_samples_and_joins_them_in_orde
     output.mkdir()
     report = score.run(spec, {part.key: artifacts[part.key] for part in spec.shards()}, output)
     rows = pq.read_table(output / "scores.parquet").to_pylist()
-    expected = score_samples(model, token_ids, PREFIXES)
+    expected, states = score_with_states(model, token_ids, PREFIXES)
     assert [row.pop("sample_id") for row in rows] == list(range(8))
+    assert all(("hidden_states" in row) == hidden_states for row in rows)
+    for row, own in zip(rows, states, strict=True):
+        assert row.pop("hidden_states", own) == pytest.approx(own, rel=1e-4, abs=1e-6)
     agree([Score(**row) for row in rows], expected)
     assert [one["logits"] for one in (*reports, report)] == ["chunked"] * 4
     assert sum(one["tokens"] for one in reports) == report["tokens"]

@@ -42,6 +42,7 @@ def examples() -> dict[str, StageSpec]:
     corpus = TestbedCorpus(mixture={"facts": 1.0})
     generated = GenerateSpec(model=testbed, prefixes=corpus, num_samples=130)
     scores = ScoreSpec(samples=generated, model=testbed)
+    states = ScoreSpec(samples=generated, model=testbed, hidden_states=True)
     windows = WindowsSpec(source=FilterSpec(scores=scores), model=testbed, packing="concat")
     pruned = PruneSpec(
         model=testbed, pruner=Wanda(), sparsity=0.5, pattern="2:4", calibration=windows
@@ -60,6 +61,9 @@ def examples() -> dict[str, StageSpec]:
         "score": scores,
         "shard of score": scores.shards()[0],
         "filter": FilterSpec(scores=scores, drop_fraction=0.1),
+        "filter by a rule that draws": FilterSpec(scores=scores, drop_by="random", seed=3),
+        "score with hidden states": states,
+        "filter within clusters": FilterSpec(scores=states, drop_by="igsp", within="cluster"),
         "windows of a file": WindowsSpec(
             source=FileCorpus(path="notes.jsonl", fingerprint="ab"), model=llama
         ),
@@ -129,6 +133,8 @@ def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
 ) -> None:
     assert rekeyed(monkeypatch, FilterSpec) == {
         "filter",
+        "filter by a rule that draws",
+        "filter within clusters",
         "describe",
         "outliers",
         "prune by magnitude with OWL",
