@@ -132,6 +132,10 @@ def mean_and_interval(rows: Sequence[Choice], value: Callable[[Choice], float]) 
     return f"{means.mean():.1f} ({means.mean() - half:.1f} to {means.mean() + half:.1f})"
 
 
+def _other_draw(cell: Cell) -> Cell:
+    return cell.model_copy(update={"seed": (cell.seed or 0) + _OTHER_SEEDS})
+
+
 def main(
     grid_file: Annotated[Path, typer.Argument(help="Grid with candidates and texts.")],
     store_url: Annotated[str, typer.Option("--store", help="Where artifacts go.")],
@@ -143,10 +147,7 @@ def main(
     grid, store = load_grid(grid_file), Store(store_url)
     tried = pilot.candidates(grid)
     other = {
-        model: {
-            name: [cell.model_copy(update={"seed": (cell.seed or 0) + _OTHER_SEEDS}) for cell in own]
-            for name, own in names.items()
-        }
+        model: {name: [_other_draw(cell) for cell in own] for name, own in names.items()}
         for model, names in tried.items()
     }
     rows: list[Choice] = []

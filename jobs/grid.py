@@ -258,10 +258,10 @@ def _each_once(suites: list[tuple[str, _AnySpec]], own: dict[str, _AnySpec]) -> 
 
 
 class Description(Spec):
-    """Describe every calibration set: its scores go into the results table."""
+    """Describe every calibration set: its scores and what it covers go into the results table."""
 
     reference: str | None = None
-    """Name of the grid's corpus to measure each set's divergence from."""
+    """Name of the grid's corpus to compare each set with."""
 
     reference_windows: int = Field(default=512, ge=1)
     """Windows of the reference."""

@@ -93,7 +93,9 @@ def _use(reader: StageSpec, read: StageSpec) -> str:
     """Return what a stage is read for, if not for its reader's own cells."""
     if isinstance(reader, ShardSpec) and isinstance(read, PruneSpec):
         return "for generating"
-    if isinstance(reader, DescribeSpec) and reader.reference == read != reader.calibration:
+    if isinstance(reader, DescribeSpec) and (
+        isinstance(read, DescribeSpec) or reader.reference == read != reader.calibration
+    ):
         return AS_REFERENCE
     return ""
 

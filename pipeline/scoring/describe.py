@@ -1,4 +1,4 @@
-"""Description of a calibration set: scores under the model, and distance from a reference."""
+"""Description of a calibration set: scores, what it covers, and its distance from a reference."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ import torch
 from pipeline.data.windows import read_windows
 from pipeline.models.loading import loaded
 from pipeline.models.output_layer import check_causal
-from pipeline.scoring.score import score_columns, score_samples
+from pipeline.scoring.coverage import (
+    effective_directions,
+    entropy,
+    missing_mass,
+    nearest_distance,
+)
+from pipeline.scoring.mean_states import MeanStates
+from pipeline.scoring.ngrams import distinct_share
+from pipeline.scoring.score import STATES, score_columns, score_with_states
 from pipeline.specs import DescribeSpec
 from pipeline.stage import Artifacts
 
@@ -25,7 +33,11 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
 
     Returns:
         `windows`; the mean of each of `MEANS` and its standard error as `<name>_error`, None with
-        one window; with a reference also `divergence`, in bits.
+        one window. Of the set as a whole: `set_distinct_1` to `set_distinct_3`, the different
+        n-grams as a share of all; `token_entropy`, in bits; `effective_directions` of its hidden
+        states. With a reference also `divergence`, in bits, `missing_mass`, the share of the
+        reference's tokens that the set never has, and `reference_distance` of hidden states
+        (see `pipeline.scoring.coverage`).
 
     Raises:
         InputError: if the model is not causal.
@@ -34,14 +46,12 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
     windows = read_windows(artifacts[spec.calibration.key])
     model, _ = loaded(spec.model, artifacts)
     check_causal(model)
-    scores = score_samples(
-        model,
-        windows.tolist(),
-        [1] * len(windows),
-        name="window {}".format,
-    )
+    rows = windows.tolist()
+    scores, states = score_with_states(model, rows, [1] * len(rows), name="window {}".format)
     columns = score_columns(scores)
-    pq.write_table(pa.table({"window": range(len(scores)), **columns}), output / "scores.parquet")
+    table = pa.table({"window": range(len(scores)), **columns})
+    table = table.append_column(STATES, pa.array(states, STATES.type))
+    pq.write_table(table, output / "scores.parquet")
     report: dict[str, Any] = {"windows": len(scores)}
     values = {**columns, "loss": np.log(columns["perplexity"])}
     for name in MEANS:
@@ -51,10 +61,23 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
         report[f"{name}_error"] = (
             float(column.std(ddof=1) / np.sqrt(len(column))) if several else None
         )
+    shares, held = frequencies(windows), np.array(states, dtype=np.float64)
+    report |= {f"set_distinct_{length}": distinct_share(rows, length) for length in (1, 2, 3)}
+    report["token_entropy"] = entropy(shares)
+    report["effective_directions"] = effective_directions(held)
     if spec.reference is not None:
-        reference = read_windows(artifacts[spec.reference.key])
-        report["divergence"] = divergence(frequencies(windows), frequencies(reference))
+        theirs = frequencies(read_windows(artifacts[spec.reference.key]))
+        report["divergence"] = divergence(shares, theirs)
+        report["missing_mass"] = missing_mass(shares, theirs)
+        report["reference_distance"] = nearest_distance(held, _reference_states(spec, artifacts))
     return report
+
+
+def _reference_states(spec: DescribeSpec, artifacts: Artifacts) -> MeanStates:
+    described = spec.described_reference
+    assert described is not None
+    column = pq.read_table(artifacts[described.key] / "scores.parquet", columns=[STATES.name])
+    return np.array(column[STATES.name].to_pylist(), dtype=np.float64)
 
 
 def frequencies(windows: torch.Tensor) -> npt.NDArray[np.float64]:

@@ -366,11 +366,12 @@ class WindowsSpec(StageSpec):
 class DescribeSpec(StageSpec):
     """Score a calibration set, which costs much less than pruning with it.
 
-    Writes `scores.parquet`: window, and the scores of `score` over all its tokens except the first.
-    The report has each score's mean and standard error over windows.
+    Writes `scores.parquet`: window, and the scores and hidden states of `score` over all its tokens
+    except the first. The report has each score's mean and standard error over windows, and what the
+    set covers as a whole.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     lineage_constants: ClassVar[Mapping[str, Any]] = {"min_k_fraction": MIN_K_FRACTION}
     kind: Literal["describe"] = "describe"
 
@@ -381,7 +382,19 @@ class DescribeSpec(StageSpec):
     """The scorer: the model to prune, before pruning."""
 
     reference: WindowsSpec | None = None
-    """Text to measure the set's divergence from, such as the true pretraining text."""
+    """Text to compare the set with, such as the true pretraining text."""
+
+    @property
+    def described_reference(self) -> "DescribeSpec | None":
+        """The reference's own description, whose hidden states all sets are compared with."""
+        if self.reference is None:
+            return None
+        return DescribeSpec(calibration=self.reference, model=self.model)
+
+    def inputs(self) -> tuple[StageSpec, ...]:
+        """The sets, the model, and the reference's description."""
+        described = self.described_reference
+        return (*super().inputs(), *([] if described is None else [described]))
 
 
 def generator_of(source: GenerateSpec | FilterSpec) -> Model:

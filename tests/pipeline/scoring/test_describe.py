@@ -45,7 +45,7 @@ def test_the_report_has_the_means_over_windows_of_the_models_scores(
     different = [len(set(row[1:].tolist())) / 23 for row in drawn]
     assert report["distinct_1"] == pytest.approx(np.mean(different))
     assert report["min_k"] < -report["loss"]
-    assert "divergence" not in report
+    assert not {"divergence", "missing_mass", "reference_distance"} & report.keys()
     assert len(pq.read_table(tmp_path / "out" / "scores.parquet")) == 6
 
 
@@ -75,13 +75,24 @@ def test_text_like_the_reference_diverges_less(
         reference.key: windows_of(drawn.flip(0), tmp_path / "reference"),
         MODEL.key: tiny_model_folder,
     }
-    divergences = {}
+    described = DescribeSpec(calibration=reference, model=MODEL)
+    (output := tmp_path / "reference-out").mkdir()
+    assert run(described, artifacts, output)["windows"] == 6
+    artifacts[described.key] = output
+    reports = {}
     for name, calibration in (("near", near), ("far", far)):
         (output := tmp_path / f"{name}-out").mkdir()
         spec = DescribeSpec(calibration=calibration, model=MODEL, reference=reference)
-        divergences[name] = run(spec, artifacts, output)["divergence"]
-    assert divergences["near"] == 0.0
-    assert divergences["far"] > 0.3
+        assert {stage.key for stage in spec.inputs()} <= artifacts.keys()
+        reports[name] = run(spec, artifacts, output)
+    assert reports["near"]["divergence"] == reports["near"]["missing_mass"] == 0.0
+    assert reports["near"]["reference_distance"] == pytest.approx(0.0, abs=1e-4)
+    assert reports["far"]["divergence"] > 0.3
+    assert reports["far"]["missing_mass"] > 0.5
+    assert reports["far"]["reference_distance"] > 0.3
+    assert reports["far"]["token_entropy"] < reports["near"]["token_entropy"]
+    assert 1 < reports["near"]["effective_directions"] <= 5
+    assert reports["near"]["set_distinct_1"] == len(drawn.unique()) / drawn.numel()
 
 
 def test_divergence_is_the_jensen_shannon_divergence() -> None:

@@ -305,9 +305,8 @@ def positions(model: Any, states: torch.Tensor) -> Any:
 def test_mean_hidden_states_are_those_of_each_text_alone_in_float64(
     token_ids: list[list[int]], layers: int, include_prefix: bool
 ) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        deep = LlamaForCausalLM(LlamaConfig(**small(num_hidden_layers=layers))).eval()
+    config = LlamaConfig(**{**TINY, "num_hidden_layers": layers}, vocab_size=VOCABULARY)
+    deep = seeded(lambda: LlamaForCausalLM(config))
     plain = score_samples(deep, token_ids, PREFIXES, include_prefix=include_prefix)
     for batch_tokens in (1, 60, 8192):
         scores, states = score_with_states(
