@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
-from scipy import optimize, stats
 
 from pipeline.specs import Spec
 
@@ -134,6 +133,9 @@ def detectable(metric: str, spread: float, models: int, family: int) -> float:
     """
     if models < 2:
         return math.nan
+    # Imported late: scipy takes as long as all that the command line imports.
+    from scipy import optimize, stats
+
     freedom = models - 1
     critical = float(stats.t.isf(LEVEL / family / 2, freedom))
     # the noncentral t by its definition: scipy's gives NaN for few models and a large family

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
@@ -414,3 +416,11 @@ def test_planning_lists_a_stages_shards_equally_often_for_few_and_many_shards(
             f"score own seed 1 shard 1 of {samples}",
         } <= labels
     assert 0 < counts[0] == counts[1]
+
+
+def test_the_command_line_starts_without_what_takes_seconds_to_import() -> None:
+    program = (
+        "import sys, jobs.__main__\n"
+        "assert not {'torch', 'transformers', 'lm_eval', 'pandas', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
