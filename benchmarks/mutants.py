@@ -78,6 +78,10 @@ FURTHER: dict[str, list[str]] = {
         f"{PRUNERS}/test_pruners.py",
         f"{PRUNERS}/test_wanda_variant.py",
     ],
+    "pipeline/scoring/mean_states.py": [
+        "tests/pipeline/scoring/test_coverage.py",
+        "tests/pipeline/scoring/test_selectors.py",
+    ],
 }
 """Tests of a module beside those at its mirrored path."""
 
