@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.scoring import clusters
 from pipeline.scoring.clusters import distinct_points, k_means
 
 
@@ -72,3 +73,12 @@ def test_threads_change_nothing() -> None:
         found.append(k_means(points, 120, np.random.default_rng(1)).labels.tolist())
     torch.set_num_threads(before)
     assert found[0] == found[1]
+
+
+def test_an_empty_cluster_gets_the_point_farthest_from_its_own_centroid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both first centroids are the same point, so nothing is nearest to the second."""
+    monkeypatch.setattr(clusters, "_first_centroids", lambda points, count, draws: [0, 0])
+    points = np.array([[0.0], [1.0], [10.0]])
+    assert k_means(points, 2, np.random.default_rng(0)).labels.tolist() == [0, 0, 1]
