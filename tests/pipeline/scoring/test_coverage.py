@@ -8,7 +8,7 @@ from pipeline.scoring.coverage import (
     missing_mass,
     nearest_distance,
 )
-from pipeline.scoring.mean_states import WIDTH
+from pipeline.scoring.mean_states import WIDTH, chosen_layers
 
 
 def test_entropy_is_that_of_the_distribution_in_bits() -> None:
@@ -65,3 +65,10 @@ def test_the_distance_is_the_mean_over_the_reference_to_its_nearest_in_the_set()
     assert nearest_distance(far, reference) == pytest.approx(0.0)
     mean = reference.mean(axis=0, keepdims=True)
     assert nearest_distance(mean, reference) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (7, [2, 4, 6]), (12, [3, 7, 11])]
+)
+def test_states_are_taken_after_each_third_of_the_layers(layers: int, chosen: list[int]) -> None:
+    assert chosen_layers(layers) == chosen

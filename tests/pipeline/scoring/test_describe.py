@@ -92,7 +92,10 @@ def test_text_like_the_reference_diverges_less(
     assert reports["far"]["reference_distance"] > 0.3
     assert reports["far"]["token_entropy"] < reports["near"]["token_entropy"]
     assert 1 < reports["near"]["effective_directions"] <= 5
-    assert reports["near"]["set_distinct_1"] == len(drawn.unique()) / drawn.numel()
+    for length in (1, 2, 3):
+        runs = drawn.unfold(1, length, 1).flatten(0, 1)
+        share = len(runs.unique(dim=0)) / len(runs)
+        assert reports["near"][f"set_distinct_{length}"] == pytest.approx(share)
 
 
 def test_divergence_is_the_jensen_shannon_divergence() -> None:

@@ -73,9 +73,9 @@ def test_samples_without_a_perplexity_are_dropped_besides_the_share() -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_a_perplexity_that_is_not_finite_is_refused(wrong: float) -> None:
+def test_the_first_perplexity_that_is_not_finite_is_named(wrong: float) -> None:
     with pytest.raises(NonFiniteError, match=f"sample 7: its perplexity is {wrong:g}"):
-        kept([2.0, None, wrong], 0.2, ids=[3, 5, 7])
+        kept([2.0, None, wrong, math.inf], 0.2, ids=[3, 5, 7, 9])
 
 
 def test_samples_that_are_all_invalid_are_refused() -> None:
