@@ -410,6 +410,14 @@ class Grid(Spec):
                     raise InputError(f"{stage}.{field}", budget, remedy)
         return resources
 
+    @model_validator(mode="after")
+    def _name_the_presets_that_are_measured(self) -> "Grid":
+        """Add the presets that only `evaluate` names to the corpora, whose files are hashed."""
+        for entry in self.evaluate.all_perplexities():
+            if entry.corpus in CORPUS_PRESETS:
+                self.corpora.setdefault(entry.corpus, CORPUS_PRESETS[entry.corpus])
+        return self
+
     @property
     def auto_dtypes(self) -> Mapping[str, AutoDtype]:
         """The choice for each model with `dtype: auto`, by name."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
@@ -93,7 +93,9 @@ def files(path: str, field: str = "path") -> tuple[Any, list[str]]:
         else:
             names = [name for name in filesystem.glob(stripped) if filesystem.isfile(name)]
     if not names:
-        raise InputError(field, path, "no file is there: check the path or glob")
+        known = "://" in path or Path(path).expanduser().is_absolute()
+        folder = "" if known else f", looked up from {Path.cwd()}"
+        raise InputError(field, path, f"no file is there{folder}: check the path or glob")
     return filesystem, sorted(names)
 
 

@@ -1,9 +1,9 @@
 """Short names for corpora of the field and of the testbed, and for perplexity protocols."""
 
-from pipeline.specs import HubCorpus, PerplexityProtocol, TestbedCorpus
+from pipeline.specs import Corpus, HubCorpus, PerplexityProtocol, TestbedCorpus
 from pipeline.testbed.world import MISMATCHED_MIXTURE, PRETRAINING_MIXTURE
 
-CORPUS_PRESETS: dict[str, HubCorpus | TestbedCorpus] = {
+CORPUS_PRESETS: dict[str, Corpus] = {
     "c4": HubCorpus(path="allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz"),
     "c4-validation": HubCorpus(
         path="allenai/c4", data_files="en/c4-validation.00000-of-00008.json.gz"

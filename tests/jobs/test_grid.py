@@ -10,6 +10,7 @@ from cluster.store import Store
 from jobs import dtypes
 from jobs.grid import Grid, load_grid, read_grid
 from jobs.plan import make_plan, print_plan
+from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError
 from pipeline.specs import FileCorpus, HubCorpus, HubModel, TestbedCorpus
 
@@ -51,6 +52,31 @@ def test_other_text_under_the_same_path_is_another_corpus(content: Content, load
     after = load(content).corpora["notes"]
     assert isinstance(after, FileCorpus)
     assert (after.path, after.fingerprint) != (before.path, before.fingerprint)
+
+
+def test_the_key_of_a_perplexity_on_a_preset_of_files_holds_their_content(
+    content: Content, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "held-out.txt"
+    monkeypatch.setitem(CORPUS_PRESETS, "held-out", FileCorpus(path=str(text)))
+    content["evaluate"]["perplexity"] = [{"corpus": "held-out", "seqlen": 64}]
+    text.write_text("a text\n" * 90)
+    before = make_plan(load(content)).cells
+    assert make_plan(load(content)).cells == before
+    text.write_text("another\n" * 90)
+    assert not make_plan(load(content)).cells.keys() & before.keys()
+
+
+def test_a_relative_path_without_a_file_is_named_with_the_folder_of_the_command(
+    content: Content, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content["corpora"]["notes"] = {"kind": "file-corpus", "path": "texts/*.txt"}
+    with pytest.raises(InputError, match=f"looked up from {tmp_path}: check the path"):
+        load(content)
+    content["corpora"]["notes"]["path"] = f"{tmp_path}/texts/*.txt"
+    with pytest.raises(InputError, match="no file is there: check the path"):
+        load(content)
 
 
 @pytest.mark.parametrize(
