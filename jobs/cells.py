@@ -206,7 +206,11 @@ def describe_spec(
             seqlen=pruned.calibration.seqlen,
             packing="concat",
         )
-    return DescribeSpec(calibration=pruned.calibration, model=pruned.model, reference=reference)
+    return DescribeSpec(
+        calibration=pruned.calibration,
+        model=pruned.model,
+        reference=reference,
+    )
 
 
 def _calibration_set(grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec]) -> WindowsSpec:

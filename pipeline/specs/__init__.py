@@ -141,15 +141,6 @@ __all__ = [
 ]
 
 # A pruned model can stand wherever a model stands, so earlier specs refer forward to PruneSpec.
-for _spec in (
-    ShardSpec,
-    GenerateSpec,
-    ScoreSpec,
-    FilterSpec,
-    WindowsSpec,
-    DescribeSpec,
-    OutliersSpec,
-    PruneSpec,
-    EvaluateSpec,
-):
-    _spec.model_rebuild(_types_namespace=vars())
+for _spec in [each for each in vars().values() if isinstance(each, type)]:
+    if issubclass(_spec, StageSpec):
+        _spec.model_rebuild(_types_namespace=vars())

@@ -143,4 +143,12 @@ class ALPS(PrunerSpec):
     """Added to the Hessian's diagonal, as a share of its mean."""
 
 
-Pruner = Annotated[Magnitude | Wanda | SparseGPT | DSnoT | RIA | ALPS, Field(discriminator="name")]
+Pruner = Annotated[
+    Magnitude  # one a line, so that two branches can each add one
+    | Wanda
+    | SparseGPT
+    | DSnoT
+    | RIA
+    | ALPS,
+    Field(discriminator="name"),
+]

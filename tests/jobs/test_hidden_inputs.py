@@ -47,7 +47,9 @@ evaluate:
   tasks: [{{name: testbed_facts, limit: 6, num_fewshot: 1}}]
   task_folder: {{kind: testbed-tasks}}
   chat_template: true
-describe: {{reference: books, reference_windows: 8}}
+describe:
+  reference: books
+  reference_windows: 8
 """
 
 TRAINED = """\
