@@ -60,7 +60,8 @@ class Judgement(NamedTuple):
         details = ["no interval"]
         if not math.isnan(low):
             interval = effect_text(effect, low, high, "").partition("(")[2][:-1]
-            details = [f"95 % interval {interval}", f"p {p_text(p)}".replace("p 0", "p = 0")]
+            equals = "p" if p_text(p).startswith("<") else "p ="
+            details = [f"95 % interval {interval}", f"{equals} {p_text(p)}"]
         metric = "acc" if self.kind.is_share else "perplexity"
         first, second, dense = (value_text(level, metric) for level in self.levels)
         levels = f"{first} against {second}"

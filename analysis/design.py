@@ -72,25 +72,29 @@ def parse_design(document: dict[str, Any]) -> Design:
     floor = declared["floor"] or {}
     return Design(
         contrasts={
-            name: Contrast(
-                name=name,
+            fields["name"]: Contrast(
+                name=fields["name"],
                 metric=fields["metric"],
                 tasks=tuple(fields["tasks"]),
                 smallest=fields["smallest"],
                 family=fields["family"],
-                pairs=tuple((first, second, at) for first, second, at in document["pairs"][name]),
+                pairs=tuple(
+                    (first, second, at) for first, second, at in document["pairs"][fields["name"]]
+                ),
             )
-            for name, fields in declared["contrasts"].items()
+            for fields in declared["contrasts"]
         },
         choices={
-            name: Choice(
-                name=name,
+            fields["name"]: Choice(
+                name=fields["name"],
                 metric=fields["metric"],
                 tasks=tuple(fields["tasks"]),
-                candidates=tuple(document["candidates"][name]),
-                blocks=tuple((at, tuple(cells)) for at, cells in document["blocks"][name]),
+                candidates=tuple(document["candidates"][fields["name"]]),
+                blocks=tuple(
+                    (at, tuple(cells)) for at, cells in document["blocks"][fields["name"]]
+                ),
             )
-            for name, fields in declared["choices"].items()
+            for fields in declared["choices"]
         },
         floor=Floor(floor.get("times_dense"), floor.get("levels", {})),
         history=_history(document["history"]),

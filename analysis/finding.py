@@ -41,9 +41,15 @@ def declared_answer(results: Results, title: str, caveat: str) -> Answer:
     families: dict[str, dict[str, Judgement]] = {}
     for name, contrast in results.design.contrasts.items():
         families.setdefault(contrast.family, {})[name] = judged[name]
+    reach, kind = next(iter(judged.values())).reach, next(iter(judged.values())).kind
+    always = set.intersection(*(set(each.remarks) for each in judged.values()))
+    families = {
+        family: {name: _without(each, always) for name, each in own.items()}
+        for family, own in families.items()
+    }
     main, *others = families.values()
-    reach = next(iter(judged.values())).reach
-    certainty = f"Over {reach}; the intervals of a family hold together. "
+    certainty = f"Intervals are over {'; '.join([reach, *sorted(always)])}; those of a family hold "
+    certainty += "together. "
     certainty += " ".join([*(_texts(family) for family in others), *_sets(rankings)])
     figure = interval_figure(
         title,
@@ -51,7 +57,7 @@ def declared_answer(results: Results, title: str, caveat: str) -> Answer:
             name: {each: as_estimate(one) for each, one in own.items()}
             for name, own in families.items()
         },
-        f"change ({next(iter(judged.values())).kind.unit})",
+        f"change ({kind.unit})",
         f"Bars: 95 % intervals over {reach}, simultaneous in a panel. Filled: a verdict of better, "
         "worse or equal; hollow: none.",
     )
@@ -118,12 +124,17 @@ def _verdicts(judged: Mapping[str, Judgement]) -> str:
 
 
 def _texts(judged: Mapping[str, Judgement]) -> str:
-    return " ".join(f"{name}: {each.text}." for name, each in judged.items())
+    return " ".join(f"{name[:1].upper()}{name[1:]}: {each.text}." for name, each in judged.items())
+
+
+def _without(judgement: Judgement, remarks: set[str]) -> Judgement:
+    own = tuple(remark for remark in judgement.remarks if remark not in remarks)
+    return judgement._replace(remarks=own)
 
 
 def _sets(rankings: Mapping[str, Ranking]) -> list[str]:
     return [
-        f"The best {name} is, with 95 % confidence, one of {listed(ranking.possibly_best)}"
+        f"The best {name} is, with 95 % confidence, {' or '.join(ranking.possibly_best)}"
         + (f"; {listed(ranking.left_out)} failed" if ranking.left_out else "")
         + "."
         for name, ranking in rankings.items()

@@ -7,8 +7,8 @@ blocks. `analysis` needs no more to judge it.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -92,7 +92,9 @@ def record_design(plan: Plan, store: Store) -> None:
     for cell in declared.cells:
         draws[cell.model] |= set() if cell.seed is None else {cell.seed}
     design = {
-        **grid.design.model_dump(mode="json"),
+        **grid.design.model_dump(mode="json", exclude={"contrasts", "choices"}),
+        "contrasts": _in_order(grid.design.contrasts),
+        "choices": _in_order(grid.design.choices),
         "replicates": {model: sorted(seeds) for model, seeds in sorted(draws.items())},
     }
     name = f"results/{grid.name}.design.json"
@@ -119,12 +121,20 @@ def record_design(plan: Plan, store: Store) -> None:
         store.write(name, content)
 
 
+def _in_order(measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+    """Return entries as a list: canonical JSON sorts names, and the first contrast's family is the
+    main one."""
+    return [{"name": name, **each.model_dump(mode="json")} for name, each in measures.items()]
+
+
 def print_design(plan: Plan, console: Console) -> None:
     """Print, for each contrast, the replicates and the effect they let it see."""
     design = plan.grid.design
     if design is None:
         return
-    table = Table(title=f"contrasts; seen: with 80 % power, seeds {design.seeds}")
+    table = Table(
+        title=f"contrasts; seen: with 80 % power, without the noise of texts; seeds {design.seeds}"
+    )
     for heading in ("contrast", "models x seeds", "pairs", "seen", "smallest of interest", ""):
         table.add_column(heading)
     for name, pairs in resolve(plan.grid, plan.cells.values()).pairs.items():

@@ -92,10 +92,10 @@ def declared(
     ]
     common = {"metric": "perplexity", "tasks": ["heldout"]}
     design = {
-        "contrasts": {
-            name: {**common, "smallest": smallest, "family": "arms"} for name in contrasts
-        },
-        "choices": {"arm": common},
+        "contrasts": [
+            {"name": name, **common, "smallest": smallest, "family": "arms"} for name in contrasts
+        ],
+        "choices": [{"name": "arm", **common}],
         "floor": None,
         **fields,
     }

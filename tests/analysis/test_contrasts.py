@@ -174,7 +174,7 @@ def test_cells_that_the_table_lacks_are_named_with_the_remedy() -> None:
 def test_a_metric_that_no_cell_has_is_named() -> None:
     data = simulated({"self": 0.0, "filtered": 0.0}, QUIET)
     document = declared(FILTER)
-    document["history"][-1]["design"]["contrasts"]["filter"]["tasks"] = ["rivers"]
+    document["history"][-1]["design"]["contrasts"][0]["tasks"] = ["rivers"]
     with pytest.raises(TableError, match="filter: no cell has perplexity of rivers"):
         judge(data.table, parse_design(document))
 
@@ -184,7 +184,7 @@ def test_accuracies_are_judged_in_points_by_their_questions() -> None:
     table = data.table.assign(metric="acc", value=1 / data.table["value"])
     answers = data.requests.assign(metric="acc", value=np.exp(-data.requests["value"]))
     document = declared(FILTER)
-    document["history"][-1]["design"]["contrasts"]["filter"]["metric"] = "acc"
+    document["history"][-1]["design"]["contrasts"][0]["metric"] = "acc"
     found = judge(table, parse_design(document), answers)["filter"]
     assert found.verdict == "better"
     assert "points" in found.text
