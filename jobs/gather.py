@@ -125,7 +125,7 @@ def _rows(
     assert isinstance(spec, EvaluateSpec)
     pruned = spec.model if isinstance(spec.model, PruneSpec) else None
     row = {
-        **_cell_fields(plan.grid.name, cell),
+        **cell_fields(plan.grid.name, cell),
         "note": plan.grid.note,
         "evaluate_key": key,
         "prune_key": None if pruned is None else pruned.key,
@@ -151,7 +151,8 @@ def _rows(
     return [{**row, **metric} for metric in metrics]
 
 
-def _cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
+def cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
+    """Return the columns of the results that name a cell."""
     fields = cell.model_dump(exclude={"pruner", "allocation"})
     pruner, allocation = cell.pruner, cell.allocation
     dense = pruner is None

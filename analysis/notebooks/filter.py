@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown]
-# # How much of the generated text should be dropped, and for which pruner?
+# # Should generated text be filtered, and by what?
 #
-# Main contrast: dropping 20 % against dropping nothing. Samples of high perplexity may be broken
-# text, or rare text that the pruned model should keep.
+# Main contrast: dropping the fifth of highest perplexity against dropping a random fifth. Samples
+# of high perplexity may be broken text, or rare text that the pruned model should keep.
 #
 # Results: `python -m jobs run analysis/studies/filter.yaml --store STORE`. Set the store here or in
 # the environment; `docs/studies.md` explains how a finding is made.
@@ -27,9 +27,7 @@ from IPython.display import SVG
 import analysis
 from analysis.evidence import calibrated, scored
 from analysis.figures import svg_bytes
-from analysis.labels import in_order
 from analysis.report import status_counts
-from analysis.statistics import best_calibration
 from analysis.studies.filter import STUDY
 from analysis.study import run_study
 
@@ -51,35 +49,31 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## Means over seeds
+# ## Each model
 #
-# Mean perplexity over seeds, by the share dropped.
+# Change of perplexity against no filter, by model. Models are the replicates: where they disagree,
+# one model's seeds would not have told.
 
 # %%
 rows = calibrated(scored(table))
-levels = analysis.summarize(rows)
-levels.pivot_table(index="source", columns="method", values="mean", observed=True)
+levels = rows.pivot_table(index="model", columns="calibration", values="score", observed=True)
+(100 * (levels.sub(levels["unfiltered"], axis=0))).round(1)
 
 # %% [markdown]
-# ## The best rate of each pruner
+# ## What is left of each kind of text
 #
-# The rate with the best mean, against no filter. There is no effect where no filter is the best.
-# The best of several is also the luckiest: `p_holm` is corrected for all rates, the interval is
-# not.
+# The worst kind of each filter, in percent of the dense model's.
 
 # %%
-unfiltered = rows[rows["drop_fraction"] == 0]
-task, metric = rows[["task", "metric"]].iloc[0]
-best = best_calibration(rows, task, metric, in_order(unfiltered["source"])[0])
-best[["model", "method", "target", "source", "mean", "effect", "low", "high", "unit", "p_holm"]]
+worst = analysis.worst_retained(analysis.retention(table))
+worst.groupby(["source", "method", "worst"], observed=True)["retained"].agg(["mean", "size"])
 
 # %% [markdown]
 # ## For your own model
 #
-# Copy the file below and put your model into `models` and your corpora into `corpora`. Keep the
-# rates 0 and 0.2. Try a higher `temperature` in the calibration: hotter text gives the filter more
-# to drop. `describe` scores the set that is left at each rate; the study reports these scores if
-# they are there.
+# Copy the file below and put your models into `models` and your corpora into `corpora`. One model
+# gives findings of this one model. Try a higher `temperature` in the calibrations: hotter text
+# gives a filter more to drop.
 
 # %%
 print(STUDY.grid_file.read_text())

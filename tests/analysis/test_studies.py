@@ -17,7 +17,8 @@ from analysis.studies import STUDIES, predictor
 from analysis.studies.language import languages
 from analysis.study import Answer, Results
 from tests.analysis.conftest import MakeTable, Row
-from tests.analysis.planted import CASES, Effect, cells, language, planted, similarity
+from tests.analysis.from_grid import run_planted
+from tests.analysis.planted import CASES, DECLARED, Effect, cells, language, planted, similarity
 
 
 @pytest.fixture
@@ -47,6 +48,25 @@ def test_of_noise_alone_nothing_is_claimed(
     assert not re.search(CASES[name][2], finding)
 
 
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_declared_study_finds_what_is_planted_in_its_own_grid(name: str, tmp_path: Path) -> None:
+    effect, expected, of_noise = DECLARED[name]
+    answer = STUDIES[name].answer(run_planted(STUDIES[name], tmp_path / "planted", effect))
+    assert re.search(expected, answer.finding), answer.finding
+    assert {"what", "verdict", "effect", "low", "high", "level_dense"} <= set(answer.numbers)
+    noise = run_planted(STUDIES[name], tmp_path / "noise", lambda cell, task: 0.0)
+    finding = STUDIES[name].answer(noise).finding
+    assert finding.startswith(of_noise)
+    assert "Worse" not in finding
+    assert "Better" not in finding
+
+
+def test_a_declared_study_without_its_design_says_so(tmp_path: Path) -> None:
+    results = run_planted(STUDIES["filter"], tmp_path, lambda cell, task: 0.0)
+    with pytest.raises(TableError, match="its design is not in the store"):
+        STUDIES["filter"].answer(results._replace(design=None))
+
+
 def test_an_effect_that_the_model_reverses_is_reported_as_an_interaction(
     answered: Callable[[str, Effect], Answer],
 ) -> None:
@@ -60,7 +80,7 @@ def test_an_effect_that_the_model_reverses_is_reported_as_an_interaction(
 
 
 def test_every_study_has_a_grid_file_of_its_name_and_a_case_here() -> None:
-    assert set(CASES) == set(STUDIES)
+    assert {*CASES, *DECLARED} == set(STUDIES)
     for study in STUDIES.values():
         content = yaml.safe_load(study.grid_file.read_text())
         assert content["name"] == study.name

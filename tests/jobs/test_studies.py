@@ -14,7 +14,7 @@ from pipeline.specs import EvaluateSpec, GenerateSpec, PretrainSpec, PruneSpec, 
 GRIDS = sorted((Path(analysis.__file__).parent / "studies").glob("*.yaml"))
 
 CORES = 2
-TARGET_SECONDS = 60 * 60
+TARGET_SECONDS = 3 * 60 * 60
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def test_every_study_has_a_grid_without_mistakes(plans: dict[str, Plan]) -> None
         assert all("will overlap" in note for note in check_plan(plan))
 
 
-def test_all_studies_together_take_less_than_an_hour_on_two_cores(plans: dict[str, Plan]) -> None:
+def test_all_studies_together_take_less_than_three_hours_on_two_cores(
+    plans: dict[str, Plan],
+) -> None:
     stages = {key: spec for plan in plans.values() for key, spec in plan.specs.items()}
     assert sum(map(core_seconds, stages.values())) / CORES < TARGET_SECONDS
 
@@ -61,7 +63,7 @@ def test_studies_share_model_and_calibration_sets(plans: dict[str, Plan]) -> Non
         for key, spec in plan.specs.items()
         if spec.kind == "pretrain"
     }
-    assert len(models) == 5  # four more shapes for the prefix length
+    assert len(models) == 12  # eight trainings, and four more shapes for the prefix length
     alone = sum(len(plan.specs) for plan in plans.values())
     together = len({key for plan in plans.values() for key in plan.specs})
     assert together < 0.95 * alone

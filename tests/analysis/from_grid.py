@@ -1,0 +1,48 @@
+"""Results of a study's own grid with planted effects: as if its grid had run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from analysis.study import Results, Study, read_results
+from cluster.store import Store
+from jobs.cells import Cell
+from jobs.declared import record_design
+from jobs.gather import cell_fields
+from jobs.grid import load_grid
+from jobs.plan import make_plan
+from tests.analysis.conftest import Row, write
+
+Effect = Callable[[Cell, str], float]
+"""A cell's log perplexity on a corpus, minus that of an arm without effect."""
+
+SPREAD = 0.004
+"""Standard deviation of an effect between models, and between draws."""
+
+
+def run_planted(study: Study, folder: Path, effect: Effect) -> Results:
+    """Write the design and results of a study's grid to a store, and read them.
+
+    Models and draws differ at random; the dense model is 0.3 below an arm without effect.
+    """
+    plan = make_plan(load_grid(study.grid_file))
+    store = Store(str(folder))
+    record_design(plan, store)
+    chance = np.random.default_rng(1)
+    of_model: dict[tuple[str, str, str], float] = {}
+    rows: list[Row] = []
+    for cell in plan.cells.values():
+        fields = cell_fields(plan.grid.name, cell)
+        for entry in plan.grid.evaluate.all_perplexities():
+            level = 1.5 + of_model.setdefault(("", cell.model, ""), chance.normal(0, 0.1))
+            if cell.pruner is None:
+                level -= 0.3
+            else:
+                arm = (str(cell.calibration), cell.model, entry.corpus)
+                level += of_model.setdefault(arm, chance.normal(0, SPREAD))
+                level += effect(cell, entry.corpus) + chance.normal(0, SPREAD)
+            number = {"task": entry.corpus, "metric": "perplexity", "value": float(np.exp(level))}
+            rows.append({**fields, **number})
+    write(rows, folder / "results" / f"{plan.grid.name}.parquet")
+    return read_results(str(folder), plan.grid.name)
