@@ -104,12 +104,15 @@ def test_a_builders_files_that_cannot_be_packed_are_refused(
 ) -> None:
     Path("../outside.jsonl").write_text("{}")
     content["corpora"]["built"] = {"kind": "hub-corpus", "path": "json", "data_files": name}
-    with pytest.raises(InputError, match=r"corpora\.built\.data_files: .*(is not here|leads out)"):
+    with pytest.raises(
+        InputError, match=r"corpora\.built\.data_files: .*(does not exist here|leads out)"
+    ):
         packed(content)
 
 
 @pytest.mark.parametrize(
-    ("path", "remedy"), [("no-such.txt", "is not here"), ("../*.yaml", "leads out of this folder")]
+    ("path", "remedy"),
+    [("no-such.txt", "does not exist here"), ("../*.yaml", "leads out of this folder")],
 )
 def test_a_relative_path_that_cannot_be_packed_is_refused(
     packed: Packed, content: Content, path: str, remedy: str
