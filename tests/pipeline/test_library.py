@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -124,6 +125,51 @@ def test_a_generated_calibration_set_equals_the_grids(
     assert torch.equal(found, cutting.read_windows(stages.artifacts[windows.key]))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"drop_by": "min-k-plus-plus"},
+        {"drop_by": "random"},
+        {"drop_by": "cola"},
+        {"drop_by": "igsp", "within": "cluster"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_a_rule_of_the_filter_keeps_what_it_keeps_in_a_grid(
+    model: pipeline.LanguageModel,
+    folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+) -> None:
+    spec = LocalModel(path=str(folder), dtype="float32")
+    written = {"num_samples": 4, "seqlen": 24, "seed": 3}
+    generate = GenerateSpec(model=spec, prefixes=FileCorpus(path=str(text_file)), **written)
+    scores = ScoreSpec(samples=generate, model=spec, hidden_states=True)
+    choose = FilterSpec(scores=scores, drop_fraction=0.5, seed=7, **options)
+    wanted = pq.read_table(Stages(tmp_path).filtered(choose) / "samples.parquet")
+
+    samples = pipeline.generate(model, str(text_file), **written)
+    kept = pipeline.filter(
+        samples,
+        pipeline.score(model, samples),
+        drop_fraction=0.5,
+        hidden_states=pipeline.hidden_states(model, samples),
+        seed=7,
+        **options,
+    )
+    assert [each.sample_id for each in kept] == wanted["sample_id"].to_pylist()
+    assert len(kept) == 2
+
+
+def test_sources_are_strata_if_the_samples_have_any() -> None:
+    samples = [Sample(number, 1, [number, number + 1], "") for number in range(8)]
+    scores = [Score(1, float(number), min_k_plus_plus=0.0) for number in range(8)]
+    sources = ["low"] * 4 + ["high"] * 4
+    kept = pipeline.filter(samples, scores, 0.5, sources=sources, within="source")
+    assert [each.sample_id for each in kept] == [0, 1, 4, 5]
+
+
 @pytest.mark.parametrize("packing", ["sample", "concat"])
 def test_windows_of_real_text_equal_the_grids(
     model: pipeline.LanguageModel, folder: Path, text_file: Path, tmp_path: Path, packing: str
@@ -230,6 +276,8 @@ def test_tasks_measure_the_model_in_memory(model: pipeline.LanguageModel, tmp_pa
         ("sparsity: '4:2': ", lambda m: pipeline.prune(m, None, "magnitude", "4:2")),
         ("sparsity: 50", lambda m: pipeline.prune(m, None, "magnitude", 50)),
         ("scores: 1: ", lambda m: pipeline.filter([], [Score(1, 2.0)])),
+        ("sources: 1: ", lambda m: pipeline.filter([], [], sources=["web"])),
+        ("drop_by: 'worst': ", lambda m: pipeline.filter([], [], drop_by="worst")),
         ("similarity: 5", lambda m: pipeline.filter([], [], near_duplicate_similarity=5)),
         ("name: 'arc': is measured twice", lambda m: pipeline.evaluate(m, tasks=["arc", "arc"])),
         ("drop_fraction: nan: ", lambda m: pipeline.filter([], [], math.nan)),
