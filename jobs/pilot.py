@@ -66,7 +66,7 @@ ROUNDS = (Round(1 / 4, 1 / 16), Round(1 / 2, 1 / 8), Round(1.0, 1 / 4))
 """From the cheapest on. Two candidates take the last round alone, three or four the last two."""
 
 
-class Compared(NamedTuple):
+class Standing(NamedTuple):
     """A candidate in one round."""
 
     name: str
@@ -89,13 +89,13 @@ class Pilot:
     """The candidates of one model, and what became of them."""
 
     model: str
-    rounds: list[list[Compared]] = dataclasses.field(default_factory=list)
+    rounds: list[list[Standing]] = dataclasses.field(default_factory=list)
     """Each round's candidates, the best first."""
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     """Candidates that could not be pruned or measured, and why."""
 
     @property
-    def best(self) -> Compared:
+    def best(self) -> Standing:
         """The first of the last round."""
         return self.rounds[-1][0]
 
@@ -327,7 +327,7 @@ def divergences(store: Store, made: Mapping[Cell, str]) -> list[_Values]:
     return [np.stack(seeds) for seeds in by_setting.values()]
 
 
-def compare(measured: Mapping[str, Sequence[_Values]]) -> list[Compared]:
+def compare(measured: Mapping[str, Sequence[_Values]]) -> list[Standing]:
     """Compare the candidates of a round; return them with the best first.
 
     Divergences are divided by their mean over all candidates of a setting, so that each setting (a
@@ -348,11 +348,11 @@ def compare(measured: Mapping[str, Sequence[_Values]]) -> list[Compared]:
     }
     ordered = sorted(relative, key=lambda name: float(relative[name].mean()))
     level = 1 - (1 - _CONFIDENCE) / max(1, len(ordered) - 1)
-    found = [Compared(ordered[0], means[ordered[0]])]
+    found = [Standing(ordered[0], means[ordered[0]])]
     for name in ordered[1:]:
         difference = relative[name] - relative[ordered[0]]
         mean, half = float(difference.mean()), _half_width(difference, level)
-        found.append(Compared(name, means[name], mean, mean - half, mean + half))
+        found.append(Standing(name, means[name], mean, mean - half, mean + half))
     return found
 
 

@@ -15,7 +15,7 @@ from jobs.__main__ import recommend
 from jobs.grid import Grid
 from jobs.pilot import (
     ROUNDS,
-    Compared,
+    Standing,
     Pilot,
     candidates,
     compare,
@@ -95,13 +95,13 @@ def test_every_setting_counts_the_same_whatever_its_scale() -> None:
 
 
 def test_the_verdict_says_what_is_not_told_apart_and_what_it_rests_on() -> None:
-    early = [Compared("a", 0.1), Compared("b", 0.11, 0.1, 0.05, 0.2), Compared("c", 0.2, 1, -1, 3)]
-    last = [Compared("b", 0.3), Compared("a", 0.31, 0.03, -0.1, 0.2)]
+    early = [Standing("a", 0.1), Standing("b", 0.11, 0.1, 0.05, 0.2), Standing("c", 0.2, 1, -1, 3)]
+    last = [Standing("b", 0.3), Standing("a", 0.31, 0.03, -0.1, 0.2)]
     text = verdict(Pilot("m", [early, last]), seeds=1)
     assert text.startswith("m: take b, or a: the pilot does not tell them apart.")
     assert "Dropped without being shown to be worse: c." in text
     assert "one seed" in text
-    sure = [Compared("b", 0.3), Compared("a", 0.9, 1.0, 0.5, 1.5)]
+    sure = [Standing("b", 0.3), Standing("a", 0.9, 1.0, 0.5, 1.5)]
     assert "better than a" in verdict(Pilot("m", [sure]), seeds=3)
 
 
