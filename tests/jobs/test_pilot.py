@@ -15,8 +15,8 @@ from jobs.__main__ import recommend
 from jobs.grid import Grid
 from jobs.pilot import (
     ROUNDS,
-    Standing,
     Pilot,
+    Standing,
     candidates,
     compare,
     print_cost,
