@@ -103,8 +103,9 @@ def estimate(
 ) -> Estimate:
     """Return the effect of differences on the metric's scale.
 
-    It is equivalent if two one-sided tests at 5 %, corrected for the family, put it within the
-    smallest effect of interest; a difference may still be shown, of a size of no interest.
+    It is equivalent if the interval lies within the smallest effect of interest: two one-sided
+    tests at 2.5 %, so that the verdict agrees with the interval on the page. A difference may still
+    be shown, of a size of no interest.
 
     Source: Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15:657-680.
 
@@ -124,7 +125,7 @@ def estimate(
     if math.isnan(half):  # equal differences do not show that there is no spread
         return Estimate(kind.effect(mean), math.nan, math.nan, math.nan, "not shown")
     verdict: Verdict = "not shown"
-    if abs(mean) + uncertainty.half_width(1 - 2 * level) < kind.difference(smallest):
+    if abs(mean) + half < kind.difference(smallest):
         verdict = "equivalent"
     elif abs(mean) > half:
         verdict = "better" if (mean < 0) == kind.lower_is_better else "worse"

@@ -168,7 +168,7 @@ CASES: dict[str, Case] = {
     "... 1 model, 4 draws": Case(0.95, 1, lambda n: coverage(n, ONE, UNVARIED)),
     "of 5 equal arms one is claimed": Case(0, 0.05, lambda n: false_claims(n, 5, USUAL, PLAIN)),
     "the smallest effect of interest is called equivalent": Case(
-        0, 0.05, lambda n: false_equivalence(n, USUAL, SMALL, 2.0)
+        0, 0.025, lambda n: false_equivalence(n, USUAL, SMALL, 2.0)
     ),
     "the effect that `plan` names is claimed": Case(0.8, 0.8, lambda n: power(n, USUAL, 2.0, 1)),
     "... one of 5 contrasts": Case(0.8, 0.8, lambda n: power(n, USUAL, 2.0, 5)),

@@ -40,11 +40,13 @@ def with_status(data: Simulated, arm: str, status: str, cells: int = 1) -> Simul
 )
 def test_a_planted_effect_gets_its_verdict(effect: float, verdict: str) -> None:
     data = simulated({"self": 0.0, "filtered": effect}, QUIET)
-    found = judged(data)
+    found = judged(data, smallest=2.0)
     assert found.verdict == verdict
     assert found.estimate.low < 100 * math.expm1(effect) < found.estimate.high
     assert found.models == 8
     assert "8 models" in found.text
+    within = max(abs(found.estimate.low), abs(found.estimate.high)) < 2.0
+    assert within == (verdict == "equivalent")
 
 
 def test_noise_gets_no_verdict() -> None:
@@ -112,7 +114,7 @@ def test_one_model_with_one_draw_shows_nothing() -> None:
 )
 def test_a_failed_cell_counts_against_its_side(arm: str, effect: float, verdict: str) -> None:
     data = with_status(simulated({"self": 0.0, "filtered": effect}, QUIET), arm, "failed")
-    found = judged(data)
+    found = judged(data, smallest=2.0)
     assert found.verdict == verdict
     assert "failed cells: 1 of the" in found.text
 
