@@ -73,7 +73,7 @@ def test_a_missing_table_is_named_with_the_command_that_makes_it(tmp_path: Path,
 
 
 def test_the_columns_are_those_that_jobs_write() -> None:
-    assert set(COLUMNS) == set(gather.COLUMNS)
+    assert set(COLUMNS) == set(gather.RESULT_COLUMNS)
 
 
 def test_missing_columns_are_named_with_the_file_and_a_remedy(store: Path, tmp_path: Path) -> None:
