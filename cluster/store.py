@@ -30,6 +30,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from cluster.scratch import SCRATCH_VARIABLE
+
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22
@@ -260,7 +262,9 @@ class Store:
             folder = Path(self._path(name))
             folder.mkdir(parents=True)
         else:
-            folder = Path(tempfile.mkdtemp(prefix="calprune-"))
+            folder = Path(
+                tempfile.mkdtemp(prefix="calprune-", dir=os.environ.get(SCRATCH_VARIABLE))
+            )
         attempt = Attempt(self, key, name, folder)
         try:
             yield attempt

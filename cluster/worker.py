@@ -15,6 +15,7 @@ from cluster.board import Board, WritePosition
 from cluster.graph import Stage
 from cluster.limits import time_limit
 from cluster.memory import PeakMemory
+from cluster.scratch import own_scratch
 from cluster.store import Manifest, Partial, Store
 
 CALL_SECONDS = 20.0
@@ -78,6 +79,7 @@ def make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest 
     Args:
         dead: runs whose leases may be taken over.
     """
+    own_scratch()
     store = Store(maker.store)
     holder = leases.acquire(store, stage.key, maker.run, dead)
     if holder is not None:

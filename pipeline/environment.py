@@ -1,4 +1,4 @@
-"""Environment variables that change numbers but are in no key."""
+"""Environment variables: those that change numbers but are in no key, and a worker's scratch."""
 
 import os
 
@@ -8,6 +8,14 @@ CHANGES_NUMBERS = (
     "NVIDIA_TF32_OVERRIDE",  # cuBLAS rounds float32 products to ten bits
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",  # torch asks for the same
 )
+
+
+def scratch_folder() -> str | None:
+    """Return the folder for large temporary files; None is the system's.
+
+    A cluster gives each worker a folder that is removed even if the worker is killed.
+    """
+    return os.environ.get("CALPRUNE_SCRATCH")
 
 
 def check_environment() -> None:

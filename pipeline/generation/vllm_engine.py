@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from pipeline.environment import scratch_folder
 from pipeline.errors import EngineDiedError, InputError, NonFiniteError
 from pipeline.generation.sampling import Sampling, request_seed
 from pipeline.generation.transformers_engine import device_name
@@ -240,7 +241,7 @@ def process_settings() -> Iterator[None]:
 def vllm_checkpoint(model: Model, artifacts: Artifacts) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a checkpoint that vLLM loads and its options; a model of masks is written as one."""
     if isinstance(model, PruneSpec) and model.stores_masks:
-        with tempfile.TemporaryDirectory(prefix="calprune-vllm-") as folder:
+        with tempfile.TemporaryDirectory(prefix="calprune-vllm-", dir=scratch_folder()) as folder:
             write_checkpoint(model, artifacts, Path(folder))
             yield folder, {"trust_remote_code": trusts_code(model)}
     else:
@@ -256,7 +257,7 @@ def cache_folder() -> str:
     Only the descriptions of vLLM's model classes are shared, by a link to vLLM's own cache: they go
     by a hash of the code and are written in one step. Each costs a process that imports vLLM.
     """
-    folder = tempfile.mkdtemp(prefix="calprune-vllm-")
+    folder = tempfile.mkdtemp(prefix="calprune-vllm-", dir=scratch_folder())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shared = Path.home() / ".cache/vllm/modelinfos"
     with suppress(OSError):  # without a home that can be written, each process has its own

@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pipeline.environment import scratch_folder
+
 DEVICE_HIDDEN_BYTES = 4 * 2**30
 """Enough for 128 windows of 2,048 tokens of a 70B model in half precision."""
 
@@ -80,7 +82,7 @@ class TensorStore:
 
     def _mapped(self, value: Tensor) -> Tensor:
         if self._folder is None:
-            folder = tempfile.TemporaryDirectory(prefix="calprune-")
+            folder = tempfile.TemporaryDirectory(prefix="calprune-", dir=scratch_folder())
             self._folder = Path(self._exit.enter_context(folder))
         path = self._folder / str(self._files)
         self._files += 1

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipeline.environment import scratch_folder
 from pipeline.models.loading import model_identity, stream_model
 from pipeline.models.matrices import decoder_layers
 from pipeline.models.streaming import is_stored
@@ -15,7 +16,7 @@ class _StreamedModel:
     """A model with layers in files, and the folder of some of these."""
 
     def __init__(self, model: Model, artifacts: Artifacts) -> None:
-        self.scratch = tempfile.TemporaryDirectory(prefix="calprune-layers-")
+        self.scratch = tempfile.TemporaryDirectory(prefix="calprune-layers-", dir=scratch_folder())
         self.model = stream_model(model, artifacts, Path(self.scratch.name))
 
 
