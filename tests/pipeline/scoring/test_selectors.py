@@ -228,6 +228,16 @@ def test_too_few_different_samples_for_the_clusters_are_refused() -> None:
         kept(tables, drop_by="cola", drop_fraction=0.5)
 
 
+def test_a_stratum_that_loses_nothing_is_not_asked_for_different_samples() -> None:
+    """Two equal samples from the web, ten different ones from books; one of the twelve goes."""
+    states = near([0, 0, *range(10)])
+    states[1] = states[0]
+    tables = planted(count=12, source=["web"] * 2 + ["books"] * 10, hidden_states=states)
+    found = kept(tables, drop_fraction=1 / 12, drop_by="cola", within="source")
+    assert len(found) == 11
+    assert {0, 1} <= found
+
+
 def test_every_layer_counts_the_same_in_distances() -> None:
     draws = np.random.default_rng(0)
     states = draws.standard_normal((30, 3 * WIDTH)) * np.repeat([0.01, 1.0, 300.0], WIDTH) + 5.0
