@@ -18,7 +18,7 @@ from analysis.studies.language import languages
 from analysis.study import Answer, Results
 from tests.analysis.conftest import MakeTable, Row
 from tests.analysis.from_grid import run_planted
-from tests.analysis.planted import CASES, DECLARED, Effect, cells, language, planted, similarity
+from tests.analysis.planted import CASES, DECLARED, Effect, cells, language, planted
 
 
 @pytest.fixture
@@ -191,15 +191,13 @@ def test_the_languages_are_those_whose_text_is_measured(make_table: MakeTable) -
         languages(table[table["task"] != "south-heldout"])
 
 
-def test_a_study_prints_its_finding_and_writes_its_figure_and_numbers(
-    make_table: MakeTable, tmp_path: Path
-) -> None:
-    make_table(planted(similarity(), CASES["similarity"][1]))
-    command = ["study", "similarity", "--store", str(tmp_path / "hand.parquet"), "--grid", "hand"]
+def test_a_study_prints_its_finding_and_writes_its_figure_and_numbers(tmp_path: Path) -> None:
+    run_planted(STUDIES["similarity"], tmp_path, DECLARED["similarity"][0])
+    command = ["study", "similarity", "--store", str(tmp_path)]
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "The more unseen text calibration data holds, the worse it prunes." in result.output
+    assert "Worse: two kinds against five with half unseen text" in result.output
     figure = (tmp_path / "out" / "similarity.svg").read_bytes()
     assert figure.startswith(b"<?xml")
     numbers = pd.read_csv(tmp_path / "out" / "similarity.csv")
-    assert {"what", "effect", "low", "high", "p", "seeds", "unit"} <= set(numbers)
+    assert {"what", "effect", "low", "high", "p", "models", "unit"} <= set(numbers)
