@@ -14,7 +14,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -189,8 +188,8 @@ def point_figure(
 ) -> Figure:
     """Draw named points over a logarithmic axis, one panel per name.
 
-    Groups differ in colour and marker. A name stands above its point, or below it where it would
-    overlap the name of a higher point.
+    Groups differ in colour and marker. A name stands above its point's interval, or below it where
+    it would overlap the name of a higher point.
     """
     with rc_context(STYLE):
         figure = _figure(title, len(panels), note)
@@ -209,33 +208,35 @@ def point_figure(
                 )
                 panel.annotate(
                     point.name,
-                    (point.x, point.y),
-                    xytext=(5, 3),
+                    (point.x, point.high if math.isfinite(point.high) else point.y),
+                    xytext=(0, 5),
                     textcoords="offset points",
+                    ha="center",
                     fontsize=7,
                     color=colour,
                 )
             panel.set_xscale("log")
-            panel.set_xlim(min(places) / 1.5, 3 * max(places))
+            panel.set_xlim(min(places) / 1.8, 1.8 * max(places))
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_locator(NullLocator())
             panel.set_xlabel(x_label)
             panel.grid(color="#e6e6e6", linewidth=0.7)
-            panel.margins(y=0.1)
+            panel.margins(y=0.15)
         axes[0].set_ylabel(y_label)
         figure.draw_without_rendering()
-        for panel in axes:
-            _move_apart(panel.texts)
+        for panel, points in zip(axes, panels.values(), strict=True):
+            _move_apart(panel.texts, sorted(points, key=lambda point: -point.y))
     return figure
 
 
-def _move_apart(names: Iterable[Text]) -> None:
-    """Move a name below its point where it overlaps an earlier one."""
+def _move_apart(names: Iterable[Any], points: Iterable[Point]) -> None:
+    """Move a name below its point's interval where it overlaps an earlier one."""
     taken: list[Bbox] = []
-    for label in names:
+    for label, point in zip(names, points, strict=True):
         if label.get_window_extent().count_overlaps(taken):
-            label.set_position((5, -10))
+            label.xy = (point.x, point.low if math.isfinite(point.low) else point.y)
+            label.set_position((0, -11))
         taken.append(label.get_window_extent())
 
 

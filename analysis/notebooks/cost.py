@@ -13,7 +13,7 @@
 # %% [markdown]
 # # When do the device-seconds spent on self-generation pay off?
 #
-# Main contrast: the smallest generated set against the mismatched corpus. A corpus is free; text
+# Main contrast: generated sets of three sizes against the mismatched corpus. A corpus is free; text
 # that the model writes costs device time.
 #
 # Results: `python -m jobs run analysis/studies/cost.yaml --store STORE`. Set the store here or in
@@ -51,8 +51,8 @@ answer.numbers.round(3)
 # %% [markdown]
 # ## Where the seconds go
 #
-# Medians over seeds, summed over shards. An artifact that several cells share was made once, but
-# counts for each.
+# Medians over models and draws, summed over shards. An artifact that several cells share was made
+# once, but counts for each.
 
 # %%
 rows = calibrated(scored(table))
@@ -73,20 +73,16 @@ made = seconds["seconds_generate"] + seconds["seconds_score"]
 # %% [markdown]
 # ## What the seconds buy
 #
-# The largest set against the corpus, for each pruner. With the table above it shows whether a
-# dearer pruner or generated data is the better use of the same seconds.
+# Mean perplexity over models and draws. With the table above it shows whether a dearer pruner or
+# generated data is the better use of the same seconds.
 
 # %%
-generated = rows[rows["calibration"] == "self-generated"]
-largest = generated[generated["num_samples"] == generated["num_samples"].max()]
-analysis.compare_selections(largest, rows[rows["calibration"] == "mismatched"])[
-    ["method", "target", "pairs", "effect", "low", "high", "unit", "p_holm"]
-]
+rows.pivot_table(index="source", columns="method", values="value", observed=True).round(3)
 
 # %% [markdown]
 # ## For your own model
 #
-# Copy the file below and put your model into `models` and the corpus that you would use into
+# Copy the file below and put your models into `models` and the corpus that you would use into
 # `mismatched`. Run it on the machine in question, since the seconds are those of the run. Most of
 # them are spent on generation, so use vLLM if you can, and choose `num_samples` around what you can
 # afford.

@@ -33,7 +33,7 @@ def run_planted(study: Study, folder: Path, effect: Effect) -> Results:
     of_model: dict[tuple[str, str, str], float] = {}
     rows: list[Row] = []
     for cell in plan.cells.values():
-        fields = cell_fields(plan.grid.name, cell)
+        fields = {**cell_fields(plan.grid.name, cell), **seconds(cell)}
         for entry in plan.grid.evaluate.all_perplexities():
             level = 1.5 + of_model.setdefault(("", cell.model, ""), chance.normal(0, 0.1))
             if cell.pruner is None:
@@ -46,3 +46,13 @@ def run_planted(study: Study, folder: Path, effect: Effect) -> Results:
             rows.append({**fields, **number})
     write(rows, folder / "results" / f"{plan.grid.name}.parquet")
     return read_results(str(folder), plan.grid.name)
+
+
+def seconds(cell: Cell) -> Row:
+    """Return what a cell's stages took: a second for eight samples, one to score, two to prune."""
+    made = cell.num_samples is not None
+    return {
+        "seconds_generate": (cell.num_samples or 0) / 8,
+        "seconds_score": float(made),
+        "seconds_prune": 2.0,
+    }

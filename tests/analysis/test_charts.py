@@ -75,3 +75,13 @@ def test_names_of_neighbouring_points_do_not_overlap() -> None:
     assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2))
     below = [label.get_text() for label in labels if label.xyann[1] < 0]
     assert below == ["192 samples"]
+
+
+def test_no_name_lies_over_its_points_interval() -> None:
+    points = [Point("24 samples", 1.0, 0.0, -2.0, 3.0), Point("96 samples", 1.1, -1.0, -3.0, 2.5)]
+    figure = point_figure("title", {"all": points}, "x", "y")
+    (axes,) = figure.axes
+    for label, point in zip(axes.texts, points, strict=True):
+        box = label.get_window_extent()
+        low, high = axes.transData.transform([(point.x, point.low), (point.x, point.high)])[:, 1]
+        assert box.y0 > high or box.y1 < low
