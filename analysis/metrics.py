@@ -58,7 +58,7 @@ def metric_named(name: str) -> MetricKind:
         or base in {"bits_per_byte", "brier_score", "kl", "flips", "top_token_changes"},
         is_perplexity=is_perplexity,
         is_share=base.startswith("acc")
-        or base in {"exact_match", "f1", "flips", "top_token_changes"},
+        or base in {"exact_match", "f1", "flips", "top_token_changes", "worst_retained"},
     )
 
 

@@ -38,17 +38,8 @@ def retention(table: pd.DataFrame, chance: Mapping[str, float] = CHANCE) -> pd.D
         table: as `load_results` returns it.
         chance: accuracy of guessing, by task.
     """
-    rows = _capabilities(measured(table))
-    same = ["grid", "model", "task", "kind"]
-    dense = rows.loc[rows["pruner"] == DENSE, [*same, "score", "stderr"]]
-    dense = dense.rename(columns={"score": "dense", "stderr": "dense_error"})
-    pruned = rows[rows["pruner"] != DENSE].merge(dense, on=same)
-    guessing = pruned["task"].map(chance).fillna(0.0).astype(float)
-    above = pruned["dense"] - guessing
-    known = above > ERRORS * pruned["dense_error"].fillna(0.0)
-    of_task = ((pruned["score"] - guessing) / above).where(known)
-    retained = of_task.where(pruned["kind"] == "task", pruned["dense"] / pruned["score"])
-    pruned = pruned.assign(retained=100 * retained)
+    rows = _shares(table, chance)
+    pruned = rows[rows["pruner"] != DENSE]
     groups = pruned.groupby([*SETTING, "kind", "task"], observed=True, sort=True)
     found = groups.agg(
         dense=("dense", "first"),
@@ -70,6 +61,38 @@ def worst_retained(retained: pd.DataFrame) -> pd.DataFrame:
     means = groups.agg(mean_retained="mean", capabilities="size").reset_index()
     least = known.loc[groups.idxmin(), [*SETTING, "capability", "retained"]]
     return least.rename(columns={"capability": "worst"}).merge(means, on=SETTING)
+
+
+def with_worst_retained(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with one more row per cell: the metric `worst_retained`, its lowest share
+    over capabilities, between 0 and 1.
+
+    Args:
+        table: as `load_results` returns it.
+    """
+    known = _shares(table, CHANCE).dropna(subset="retained")
+    worst = known.loc[known.groupby("cell")["retained"].idxmin()]
+    share = worst["retained"] / 100
+    rows = worst.assign(
+        task="worst capability", metric="worst_retained", value=share, stderr=np.nan
+    )
+    return pd.concat([table, rows[table.columns]], ignore_index=True)
+
+
+def _shares(table: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFrame:
+    """Return each cell's capabilities with `dense`, the dense model's, and `retained`, in percent
+    of it."""
+    rows = _capabilities(measured(table))
+    same = ["grid", "model", "task", "kind"]
+    dense = rows.loc[rows["pruner"] == DENSE, [*same, "score", "stderr"]]
+    dense = dense.rename(columns={"score": "dense", "stderr": "dense_error"})
+    rows = rows.merge(dense, on=same)
+    guessing = rows["task"].map(chance).fillna(0.0).astype(float)
+    above = rows["dense"] - guessing
+    known = above > ERRORS * rows["dense_error"].fillna(0.0)
+    of_task = ((rows["score"] - guessing) / above).where(known)
+    retained = of_task.where(rows["kind"] == "task", rows["dense"] / rows["score"])
+    return rows.assign(retained=100 * retained)
 
 
 def _capabilities(rows: pd.DataFrame) -> pd.DataFrame:

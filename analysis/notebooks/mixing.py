@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Does calibration data of several sources keep a model's capabilities better than one source?
 #
-# Main contrast: mixed data against all single sources, over all capabilities. A single source may
-# keep its own capability and lose the others.
+# Main contrast: mixed data against each single source, by the kind of text that is kept worst. A
+# single source may keep its own kind and lose the others.
 #
 # Results: `python -m jobs run analysis/studies/mixing.yaml --store STORE`. Set the store here or in
 # the environment; `docs/studies.md` explains how a finding is made.
@@ -26,10 +26,9 @@ from IPython.display import SVG
 
 import analysis
 from analysis.figures import svg_bytes
-from analysis.labels import in_order
 from analysis.report import status_counts
 from analysis.studies.mixing import STUDY
-from analysis.study import Results, run_study
+from analysis.study import run_study
 
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
@@ -49,47 +48,36 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## Means over seeds
+# ## The matrix
 #
-# Mean perplexity over seeds and pruners, in percent above the best source of each capability. A
-# row's highest number is its calibration's worst result. The row whose worst result is best is the
-# safe choice.
+# What each source retains of each kind of text, in percent of the dense model's, averaged over
+# models and draws. The row whose worst kind is best is the safe choice.
 
 # %%
-levels = analysis.summarize(table[(table["metric"] == "perplexity") & table["seed"].notna()])
-means = levels.pivot_table(index="source", columns="task", values="mean", observed=True)
-above = 100 * (means / means.min() - 1)
-above.assign(worst=above.max(axis=1)).sort_values("worst").round(1)
+retained = analysis.retention(table)
+matrix = retained.pivot_table(
+    index="source", columns="capability", values="retained", observed=True
+)
+matrix.assign(worst=matrix.min(axis=1)).sort_values("worst", ascending=False).round(1)
 
 # %% [markdown]
-# ## Without one capability
+# ## Each model
 #
-# Does the finding rest on a capability that only its own source can keep? Each capability is left
-# out in turn.
+# What is left of the worst kind, by model. Models are the replicates: do they agree?
 
 # %%
-for measure in in_order(table.loc[table["metric"] == "perplexity", "task"]):
-    without = STUDY.answer(Results(table[table["task"] != measure]))
-    print(f"without {measure}:", without.what, without.size)
-
-# %% [markdown]
-# ## In accuracy
-#
-# Perplexity changes long before answers do. The table shows the share of right answers, averaged
-# over seeds and pruners; the mean over tasks is one more task. It is empty if the grid evaluated no
-# tasks.
+worst = analysis.worst_retained(retained)
+worst.pivot_table(index="model", columns="source", values="retained", observed=True).round(1)
 
 # %%
-rows = analysis.with_mean_accuracy(table)
-rows = rows[(rows["metric"] == "acc") & rows["seed"].notna()]
-analysis.summarize(rows).pivot_table(index="source", columns="task", values="mean", observed=True)
+worst.groupby(["source", "worst"], observed=True).size().unstack(fill_value=0)
 
 # %% [markdown]
 # ## For your own model
 #
-# Copy the file below, put your model into `models`, and give each capability a corpus and a
-# held-out text. A calibration is named like its measure without `-heldout`; the mixture is called
-# `mixed`. Give the mixture the shares of your use case, and add tasks by their lm-eval names.
+# Copy the file below, put your models into `models`, and give each kind of text a corpus and a
+# held-out text. Give the mixture the shares of your use case. With tasks under `evaluate`,
+# `worst_retained` counts them too, each above chance.
 
 # %%
 print(STUDY.grid_file.read_text())

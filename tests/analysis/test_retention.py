@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.retention import retention, worst_retained
+from analysis.retention import retention, with_worst_retained, worst_retained
 from analysis.tables import retention_table
 from tests.analysis.conftest import DENSE, MakeTable, Row
 
@@ -38,6 +38,18 @@ def test_the_worst_is_named_with_the_mean_it_hides_behind(make_table: MakeTable)
     (row,) = worst_retained(retention(table)).to_dict("records")
     assert (row["worst"], row["retained"], row["capabilities"]) == ("code", 25.0, 3)
     assert row["mean_retained"] == pytest.approx(75.0)
+
+
+def test_the_worst_of_each_cell_becomes_a_metric(make_table: MakeTable) -> None:
+    rows = cell(FULL, **DENSE)
+    for seed, bits in enumerate(({"facts": 1.25, "code": 2.0}, {"facts": 4.0, "code": 0.5})):
+        rows += cell({f"{name}: bits_per_byte": value for name, value in bits.items()}, seed=seed)
+    table = make_table(rows)
+    longer = with_worst_retained(table)
+    added = longer[len(table) :]
+    assert longer.dtypes.to_dict() == table.dtypes.to_dict()
+    assert set(added["metric"]) == {"worst_retained"}
+    assert added.groupby("cell")["value"].first().to_list() == pytest.approx([0.25, 0.25, 1.0])
 
 
 def test_seeds_are_averaged(make_table: MakeTable) -> None:
