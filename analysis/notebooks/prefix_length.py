@@ -22,15 +22,16 @@
 # %%
 import os
 
+import numpy as np
+import pandas as pd
 from IPython.display import SVG
 
 import analysis
 from analysis.evidence import calibrated, scored
 from analysis.figures import svg_bytes
-from analysis.labels import in_order
 from analysis.report import status_counts
 from analysis.studies.prefix_length import STUDY
-from analysis.study import Results, run_study
+from analysis.study import run_study
 
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
@@ -50,43 +51,32 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## Means over seeds
+# ## Levels
 #
-# Mean perplexity over seeds. Compare within a column: models differ more than lengths do.
+# Mean perplexity of each model over its draws. Compare within a row: models differ more than
+# lengths do.
 
 # %%
 rows = calibrated(scored(table))
-levels = analysis.summarize(rows)
-levels.pivot_table(index="source", columns="model", values="mean", observed=True)
+rows.pivot_table(index="model", columns="source", values="value", observed=True).round(2)
 
 # %% [markdown]
-# ## Each model alone
+# ## Short against long, by model
 #
-# The study averages over models; here each model has its own finding. A best length that few
-# resamples choose is luck: read the share beside it.
+# Change by 2 tokens against 64, in percent. Trainings of one shape stand together: shapes differ
+# only as far as they differ by more than these.
 
 # %%
-for model in in_order(rows["model"]):
-    print(STUDY.answer(Results(table[table["model"] == model])).size)
-
-# %% [markdown]
-# ## Any two lengths
-#
-# If you choose two lengths after seeing the figure, p is too small: there were many pairs to choose
-# from.
-
-# %%
-two, sixteen = (rows[rows["prefix_tokens"] == length] for length in (2, 16))
-analysis.compare_selections(two, sixteen)[
-    ["model", "pairs", "effect", "low", "high", "unit", "p_holm"]
-]
+unfiltered = rows[rows["calibration"] == "unfiltered"]
+levels = unfiltered.pivot_table(index="model", columns="prefix_tokens", values="score")
+pd.DataFrame({"2 against 64 tokens": 100 * np.expm1(levels[2] - levels[64])}).round(1)
 
 # %% [markdown]
 # ## For your own model
 #
-# Copy the file below and put your model into `models`, or several to compare shapes. Use your own
-# corpora for `prefixes` and for `perplexity`. Keep length 2 and two others; the longest must leave
-# the model room to write.
+# Copy the file below and put your models into `models`; names of trainings of one shape end in the
+# number of the training. Use your own corpora for `prefixes` and for `perplexity`. Keep length 2
+# and lengths of 16 and more; the longest must leave the model room to write.
 
 # %%
 print(STUDY.grid_file.read_text())

@@ -1,140 +1,114 @@
 """How long self-generation's prefixes should be, and whether that depends on the model's shape."""
 
-from typing import Any
+import math
+import re
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from scipy import stats
 
-from analysis.charts import Curve, line_figure
-from analysis.evidence import (
-    LEVEL,
-    EffectEstimate,
-    bootstrap,
-    calibrated,
-    corrected,
-    estimate_rows,
-    listed,
-    paired,
-    scored,
-)
-from analysis.labels import in_order
-from analysis.load import TableError
-from analysis.metrics import Values, metric_named, p_text
+from analysis.charts import titled_figure
+from analysis.evidence import LEVEL, calibrated, scored
+from analysis.figures import COLOURS, GREY, STYLE
+from analysis.finding import declared_answer
+from analysis.metrics import effect_text, p_text
+from analysis.statistics import t_interval
 from analysis.study import Answer, Results, Study
 
 _PAPER = 2
-"""Tokens of the paper's prefixes, the reference of all effects."""
+"""Tokens of the paper's prefixes, the reference of the figure."""
 
-SHORT, LONG = (1, 4), 16
+_SHORT, _LONG = (1, 4), 16
 """The range that the paper found best, and the shortest long prefix."""
+
+_PANELS_ACROSS = 3
 
 
 def answer(results: Results) -> Answer:
-    """Compare lengths with the paper's, and short with long, and test the model's influence."""
+    """Judge short prefixes against long ones, over trainings and over shapes."""
+    title = "Perplexity after pruning, by the length of self-generation's prefixes"
+    found = declared_answer(
+        results,
+        title,
+        "Lengths are compared with Wanda at 60 %. The longest leaves a sample half of its tokens.",
+    )
     rows = calibrated(scored(results.table))
-    lengths = sorted({int(length) for length in rows["prefix_tokens"].dropna()})
-    if _PAPER not in lengths or len(lengths) < 3:
-        raise TableError(f"prefix lengths {lengths}: {_PAPER} and two others are needed")
-    models = in_order(rows["model"])
-    at_paper = rows[rows["prefix_tokens"] == _PAPER]
-    lines: list[Curve] = []
-    effects: dict[str, EffectEstimate] = {}
-    for model in models:
-        own = rows[rows["model"] == model]
-        curve = {
-            length: paired(own[own["prefix_tokens"] == length], at_paper, ["prefix_tokens"])
-            for length in lengths
-        }
-        lines.append(Curve(model, range(len(lengths)), list(curve.values())))
-        effects |= {f"{model}, {length} tokens": each for length, each in curve.items()}
-    short = rows[rows["prefix_tokens"].between(*SHORT)]
-    long = rows[rows["prefix_tokens"] >= LONG]
-    main = paired(short, long, ["prefix_tokens"])
-    by_model = corrected(
-        {model: paired(short[short["model"] == model], long, ["prefix_tokens"]) for model in models}
+    levels = rows[rows["calibration"] == "unfiltered"].pivot_table(
+        index="model", columns="prefix_tokens", values="score"
     )
-    effects |= {"short against long": main}
-    effects |= {f"{model}, short against long": each for model, each in by_model.items()}
-    if main.shown:
-        better = "better" if main.helps else "worse"
-        what = f"Prefixes of 1 to 4 tokens prune {better} than those of {LONG} and more."
-    else:
-        what = f"No difference between prefixes of 1 to 4 and of {LONG} and more tokens is shown."
-    size = (
-        f"Short against long: {main.text}; by model "
-        + listed([f"{model} {each.text}" for model, each in by_model.items()])
-        + ". "
-        + " ".join(_best(rows[rows["model"] == model], model) for model in models)
-    )
-    figure = line_figure(
-        "Perplexity after pruning, by the length of self-generation's prefixes",
-        {"each model": lines},
-        "tokens of a prefix",
-        f"change against {_PAPER} tokens (%)",
-        {place: str(length) for place, length in enumerate(lengths)},
-    )
-    certainty = _interaction(rows) if len(models) > 1 else "One model says nothing about shapes."
-    caveat = (
-        "Each shape was trained once. A second training of one shape could differ as much as two "
-        "shapes do."
-    )
-    return Answer(what, size, certainty, caveat, figure, estimate_rows(effects))
-
-
-def _best(rows: pd.DataFrame, model: str) -> str:
-    """Name the best length, and say how often resampled seeds choose it."""
-    means = rows.pivot_table(index="seed", columns="prefix_tokens", values="score").dropna()
-    sign = 1 if metric_named(str(rows["metric"].iloc[0])).lower_is_better else -1
-    scores = sign * means.to_numpy(dtype=np.float64)
-    best = int(scores.mean(axis=0).argmin())
-    if len(scores) < 2:
-        return f"Best for {model}: {means.columns[best]} tokens, from one seed."
-    chosen: list[int] = []
-
-    def choose(seeds: Any) -> float:
-        chosen.append(int(scores[seeds].mean(axis=0).argmin()))
-        return float(chosen[-1])
-
-    bootstrap(len(scores), choose)
-    share = chosen.count(best) / len(chosen)
-    likely = sorted({place for place in chosen if chosen.count(place) >= 0.05 * len(chosen)})
-    frequent = listed([str(means.columns[place]) for place in likely])
-    return (
-        f"Best for {model}: {means.columns[best]} tokens, chosen by {share:.0%} of resamples "
-        f"(chosen by 5% or more: {frequent})."
-        if len(likely) > 1
-        else f"Best for {model}: {means.columns[best]} tokens, chosen by {share:.0%} of resamples."
+    shapes = pd.Series([re.sub(r"-\d+$", "", name) for name in levels.index], levels.index)
+    lengths = np.asarray(levels.columns)
+    short = levels.loc[:, (lengths >= _SHORT[0]) & (lengths <= _SHORT[1])].mean(axis=1)
+    gains = short - levels.loc[:, lengths >= _LONG].mean(axis=1)
+    between, rows = _between_shapes(gains, shapes)
+    return found._replace(
+        certainty=f"{found.certainty} {between}",
+        figure=_figure(title, levels.sub(levels[_PAPER], axis=0), shapes),
+        numbers=pd.concat([found.numbers, rows], ignore_index=True),
     )
 
 
-def _interaction(rows: pd.DataFrame) -> str:
-    """Test by F whether the lengths' effects differ between models, with seeds as blocks."""
-    blocks = pd.get_dummies(rows["model"].astype(str) + "/" + rows["seed"].astype(str), dtype=float)
-    lengths = rows["prefix_tokens"].astype(str)
-    additive = np.hstack([blocks, pd.get_dummies(lengths, dtype=float)])
-    full = np.hstack([blocks, pd.get_dummies(rows["model"] + "/" + lengths, dtype=float)])
-    score = rows["score"].to_numpy(dtype=np.float64)
-    (left, rank), (least, full_rank) = (_residual(design, score) for design in (additive, full))
-    freedom = len(rows) - full_rank
-    if freedom < 1 or least <= 0:
-        return "A test of whether the effect differs between the models needs more seeds."
-    f = ((left - least) / (full_rank - rank)) / (least / freedom)
-    p = float(stats.f.sf(f, full_rank - rank, freedom))
-    test = f"(interaction of length and model: F = {f:.1f}, p {_equals(p_text(p))})"
-    if p < LEVEL:
-        return f"The effect of the length differs between the models {test}."
-    return f"It is not shown that the effect differs between the models {test}."
+def _between_shapes(
+    gains: "pd.Series[float]", shapes: "pd.Series[str]"
+) -> tuple[str, pd.DataFrame]:
+    """Say what holds with the shape as unit, and whether shapes differ by more than trainings; and
+    return the numbers.
+
+    Args:
+        gains: log perplexity of short minus long prefixes, by model.
+        shapes: each model's shape.
+    """
+    groups = [own.to_numpy() for _, own in gains.groupby(shapes)]
+    if len(groups) < 2 or len(groups) == len(gains):
+        return "Whether shapes differ needs two of them, with two trainings.", pd.DataFrame()
+    mean, low, high, p = t_interval([own.mean() for own in groups])
+    effect, least, most = (100 * math.expm1(each) for each in (mean, low, high))
+    f, p_shapes = stats.f_oneway(*groups)
+    shown = "It is" if p_shapes < LEVEL else "It is not"
+    interval = effect_text(effect, least, most, "%").replace("(", "(95 % interval ")[:-1]
+    text = (
+        f"With the shape as unit, short against long: {interval}; p {_equals(p)}; {len(groups)} "
+        f"shapes). {shown} shown that shapes differ by more than trainings of one (F = {f:.1f}, "
+        f"p {_equals(float(p_shapes))})."
+    )
+    row = {"what": "short against long, shapes as units", "effect": effect, "low": least}
+    row |= {"high": most, "p": p, "unit": "%", "models": len(groups)}
+    return text, pd.DataFrame([row])
 
 
-def _residual(design: Values, score: Values) -> tuple[float, int]:
-    """Return a linear model's residual sum of squares, and its rank."""
-    fitted, _, rank, _ = np.linalg.lstsq(design, score, rcond=None)
-    return float(np.square(score - design @ fitted).sum()), int(rank)
+def _equals(p: float) -> str:
+    text = p_text(p)
+    return text if text.startswith("<") else f"= {text}"
 
 
-def _equals(p: str) -> str:
-    return p if p.startswith("<") else f"= {p}"
+def _figure(title: str, changes: pd.DataFrame, shapes: "pd.Series[str]") -> Figure:
+    """Draw a panel for each shape, with its trainings, and one for all shapes."""
+    panels = {str(shape): own for shape, own in changes.groupby(shapes, sort=False)}
+    panels["all shapes"] = changes.groupby(shapes).mean()
+    down = math.ceil(len(panels) / _PANELS_ACROSS)
+    note = "Thin: each training, mean of its draws (last panel: each shape). Thick: their mean."
+    with rc_context(STYLE):
+        figure = titled_figure(title, note, 9.0, 2.2 * down)
+        grid = figure.subplots(down, _PANELS_ACROSS, sharex=True, sharey=True, squeeze=False)
+        axes = list(grid.flat)
+        for panel, (name, lines) in zip(axes, panels.items(), strict=False):
+            places = range(lines.shape[1])
+            effects = 100 * np.expm1(lines.to_numpy(dtype=np.float64))
+            mean = 100 * np.expm1(lines.mean().to_numpy(dtype=np.float64))
+            panel.axhline(0, color=GREY, linewidth=1, zorder=1)
+            panel.plot(places, effects.T, color=GREY, linewidth=0.8, alpha=0.7)
+            panel.plot(places, mean, color=COLOURS[0], marker="o", markersize=4)
+            panel.set_title(name, loc="left", fontsize=9)
+            panel.set_xticks(places, [f"{length:g}" for length in lines.columns])
+            panel.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+            panel.set_xlabel("tokens of a prefix")
+            panel.set_ylabel(f"change against {_PAPER} (%)")
+            panel.label_outer()
+        for panel in axes[len(panels) :]:
+            panel.set_visible(False)
+    return figure
 
 
 STUDY = Study(

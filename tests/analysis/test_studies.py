@@ -16,6 +16,7 @@ from analysis.load import TableError
 from analysis.studies import STUDIES, predictor
 from analysis.studies.language import languages
 from analysis.study import Answer, Results
+from jobs.cells import Cell
 from tests.analysis.conftest import MakeTable, Row
 from tests.analysis.from_grid import run_planted
 from tests.analysis.planted import CASES, DECLARED, Effect, cells, language, planted
@@ -67,16 +68,18 @@ def test_a_declared_study_without_its_design_says_so(tmp_path: Path) -> None:
         STUDIES["filter"].answer(results._replace(design=None))
 
 
-def test_an_effect_that_the_model_reverses_is_reported_as_an_interaction(
-    answered: Callable[[str, Effect], Answer],
-) -> None:
-    def reversed_effect(cell: Row) -> float:
-        return 0.03 * (cell["prefix_tokens"] >= 16) * (1 if cell["model"] == "flat" else -1)
+def test_an_effect_that_one_shape_reverses_is_a_difference_between_shapes(tmp_path: Path) -> None:
+    def reversed_effect(cell: Cell, task: str) -> float:
+        harm = -0.1 if cell.model.startswith("6-layers") else 0.1
+        return harm * ((cell.prefix_tokens or 0) >= 16)
 
-    finding = answered("prefix-length", reversed_effect).finding
-    assert "The effect of the length differs between the models" in finding
-    assert re.search(r"Best for deep: (16|64) tokens", finding)
-    assert re.search(r"Best for flat: [0124] tokens", finding)
+    results = run_planted(STUDIES["prefix-length"], tmp_path, reversed_effect)
+    finding = STUDIES["prefix-length"].answer(results).finding
+    mean = 100 * np.expm1(-(4 * 0.1 - 0.1) / 5)
+    unit = re.search(r"With the shape as unit, short against long: −(\S+) % .*5 shapes", finding)
+    assert unit, finding
+    assert float(unit[1]) == pytest.approx(-mean, abs=0.5)
+    assert "It is shown that shapes differ by more than trainings of one" in finding
 
 
 def test_every_study_has_a_grid_file_of_its_name_and_a_case_here() -> None:
