@@ -13,8 +13,8 @@
 # %% [markdown]
 # # How many windows of calibration data are enough, and how long should they be?
 #
-# Main contrast: 64 windows against the most. Windows cost memory and pruning time; beyond some
-# number they gain nothing.
+# Main contrast: 16, 64 and 256 windows against 512. Windows cost memory and pruning time; beyond
+# some number they gain nothing.
 #
 # Results: `python -m jobs run analysis/studies/amount.yaml --store STORE`. Set the store here or in
 # the environment; `docs/studies.md` explains how a finding is made.
@@ -22,6 +22,7 @@
 # %%
 import os
 
+import numpy as np
 from IPython.display import SVG
 
 import analysis
@@ -49,45 +50,37 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## Means over seeds
+# ## Each model
 #
-# Mean perplexity over seeds. `method` names the pruner with its number of windows and their length.
+# Change of perplexity against 512 windows, by model, in percent. Models are the replicates: where
+# they disagree, the seeds of one model would not have shown it.
 
 # %%
 rows = calibrated(scored(table))
-levels = analysis.summarize(rows)
-levels.pivot_table(index="method", columns="source", values="mean", observed=True)
+whole = rows[rows["seqlen"] == rows["seqlen"].max()]
+levels = whole.pivot_table(
+    index="model", columns=["pruner", "nsamples"], values="score", observed=True
+)
+most = levels.columns.get_level_values("nsamples").max()
+against = levels.xs(most, level="nsamples", axis=1)
+(100 * np.expm1(levels.sub(against, axis=1, level="pruner"))).round(1)
 
 # %% [markdown]
 # ## How much depends on the draw?
 #
-# The standard deviation over seeds, in percent of the mean. A few windows may be as good on average
+# The standard deviation over draws of a model, in percent. A few windows may be as good on average
 # and still be a bad bet for a single pruning.
 
 # %%
-spread = levels.assign(percent=100 * levels["sd"] / levels["mean"])
-spread.pivot_table(index="method", columns="source", values="percent", observed=True).round(2)
-
-# %% [markdown]
-# ## Any two numbers
-#
-# `compare_selections` pairs within a method, and the number of windows is part of the method. To
-# compare two numbers, name the pruner in `by` instead.
-
-# %%
-whole = rows[rows["seqlen"] == rows["seqlen"].max()]
-few, more = (whole[whole["nsamples"] == count] for count in (16, 64))
-analysis.compare_selections(
-    few, more, by=["model", "pruner", "target", "source", "task", "metric"]
-)[["pruner", "source", "pairs", "effect", "low", "high", "unit", "p_holm"]]
+draws = whole.groupby(["pruner", "nsamples", "model"], observed=True)["score"].var()
+(100 * np.sqrt(draws.groupby(["pruner", "nsamples"], observed=True).mean())).unstack().round(2)
 
 # %% [markdown]
 # ## For your own model
 #
-# Copy the file below and put your model into `models` and your corpora into `corpora`. A wider
-# model has more input directions to cover. Since all numbers are compared with the largest, keep
-# one well above the number you use. Windows of different lengths are compared at the same number,
-# so shorter windows are less text.
+# Copy the file below and put your models and corpora into it. A wider model has more input
+# directions to cover. Since all numbers are compared with the largest, keep one well above the
+# number you use.
 
 # %%
 print(STUDY.grid_file.read_text())

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Does calibration data that a pruned version of the model writes prune as well as its own?
 #
-# Main contrast: data of all pruned generators against data of the dense one. If a pruned model
-# writes equally good data, it can write the data for a cheaper, sparser one.
+# Main contrast: unfiltered text of all pruned generators against that of the dense one. If a pruned
+# model writes equally good data, it can write the data for a cheaper, sparser one.
 #
 # Results: `python -m jobs run analysis/studies/generator.yaml --store STORE`. Set the store here or
 # in the environment; `docs/studies.md` explains how a finding is made.
@@ -22,13 +22,14 @@
 # %%
 import os
 
+import numpy as np
 from IPython.display import SVG
 
 import analysis
 from analysis.evidence import calibrated, scored
 from analysis.figures import svg_bytes
 from analysis.report import status_counts
-from analysis.studies.generator import STUDY, generator_sparsity
+from analysis.studies.generator import STUDY
 from analysis.study import run_study
 
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
@@ -49,17 +50,15 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## Means over seeds
+# ## Each model
 #
-# Mean perplexity over seeds, from the dense generator to the sparsest. The sparsity of the model
-# that wrote the data is read from each cell's lineage.
+# Change of perplexity against the dense generator, by model, in percent. Models are the replicates:
+# where they disagree, the seeds of one model would not have shown it.
 
 # %%
 rows = calibrated(scored(table))
-rows = rows.assign(generator_sparsity=[generator_sparsity(each) for each in rows["lineage"]])
-rows.pivot_table(
-    index=["generator_sparsity", "source"], columns="method", values="value", observed=True
-)
+levels = rows.pivot_table(index="model", columns="calibration", values="score", observed=True)
+(100 * np.expm1(levels.sub(levels["dense"], axis=0))).round(1)
 
 # %% [markdown]
 # ## What it could still cost
@@ -68,15 +67,15 @@ rows.pivot_table(
 # the interval allows: choose a generator for which that much harm would be acceptable.
 
 # %%
-answer.numbers.sort_values("high")[["what", "effect", "high", "p", "seeds"]].round(3)
+contrasts = answer.numbers.dropna(subset="family_size").sort_values("high")
+contrasts[["what", "verdict", "effect", "high", "p"]].round(3)
 
 # %% [markdown]
 # ## For your own model
 #
-# Copy the file below and put your model into `models` and your corpora into `corpora`. Any pruner
-# can make a generator. The calibrations may have any names, but one generator must be dense. To
-# leave out the filter, which uses each generator's own perplexity, add `drop_fraction: 0` to
-# `cells`.
+# Copy the file below and put your models and corpora into it. Any pruner can make a generator. Name
+# your generators in the design. With a filter, let one model score the text of all of them
+# (`scorer`): a generator finds its own faults likely.
 
 # %%
 print(STUDY.grid_file.read_text())

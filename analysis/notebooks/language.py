@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Which calibration data keeps which language of a model that has two?
 #
-# Main contrast: calibration in a language against calibration in the other, for that language's
+# Main contrast: calibration in a language against calibration in the other, for each language's
 # text. Calibration in one language may harm the other.
 #
 # Results: `python -m jobs run analysis/studies/language.yaml --store STORE`. Set the store here or
@@ -27,7 +27,7 @@ from IPython.display import SVG
 import analysis
 from analysis.figures import svg_bytes
 from analysis.report import status_counts
-from analysis.studies.language import STUDY, languages
+from analysis.studies.language import STUDY
 from analysis.study import run_study
 
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
@@ -48,37 +48,29 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## Means over seeds
+# ## Every calibration on every measure
 #
-# Mean perplexity over seeds and pruners: one row per calibration, one column per measured language.
-# Compare within a column, since the languages are not equally hard.
+# What is left of each language's text and questions, in percent of the dense model's: one row per
+# calibration, its mean over models.
 
 # %%
-perplexities = table[table["metric"] == "perplexity"]
-levels = analysis.summarize(perplexities)
-levels.pivot_table(index="source", columns="task", values="mean", observed=True)
+kept = analysis.retention(table)
+kept.pivot_table(index="source", columns="capability", values="retained", observed=True).round(1)
 
 # %% [markdown]
 # ## Who pays?
 #
-# The study averages over both languages. This table compares calibration in the first language with
-# calibration in the second, for each measure: what one language gains, the other may lose.
+# The capability of which each calibration leaves least, and in how many models it is that one.
 
 # %%
-first, second = languages(table)
-columns = ["method", "task", "pairs", "effect", "low", "high", "unit", "p_holm"]
-in_first, in_second = (
-    perplexities[perplexities["calibration"] == name] for name in (first, second)
-)
-analysis.compare_selections(in_first, in_second)[columns]
+worst = analysis.worst_retained(kept)
+worst.groupby(["source", "worst"], observed=True)["retained"].agg(["mean", "size"]).round(1)
 
 # %% [markdown]
 # ## For your own model
 #
-# Copy the file below, put your model into `models`, and give each language a corpus and held-out
-# text. The study finds them by name: the calibration is named after its language, the measure adds
-# `-heldout`, generated data has the prefix `self-generated-`, and the mixture is called `both`. Try
-# shares other than one half in the mixture.
+# Copy the file below, put your models into `models`, and give each language a corpus, held-out text
+# and tasks. Name your languages in the design. Try shares other than one half in the mixture.
 
 # %%
 print(STUDY.grid_file.read_text())

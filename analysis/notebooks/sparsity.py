@@ -13,8 +13,8 @@
 # %% [markdown]
 # # From which sparsity on does self-generated calibration data matter?
 #
-# Main contrast: self-generated data against the mismatched corpus at each target. At low sparsity
-# any text will do; the study finds where that ends.
+# Main contrast: unfiltered self-generated text against the mismatched corpus at each target. At low
+# sparsity any text will do; the study finds where that ends.
 #
 # Results: `python -m jobs run analysis/studies/sparsity.yaml --store STORE`. Set the store here or
 # in the environment; `docs/studies.md` explains how a finding is made.
@@ -22,15 +22,15 @@
 # %%
 import os
 
+import numpy as np
 from IPython.display import SVG
 
 import analysis
 from analysis.evidence import calibrated, scored
 from analysis.figures import svg_bytes
-from analysis.labels import in_order
 from analysis.report import status_counts
 from analysis.studies.sparsity import STUDY
-from analysis.study import Results, run_study
+from analysis.study import run_study
 
 STORE = os.environ.get("CALPRUNE_STORE", ".calprune")  # a folder, a URL or one Parquet file
 GRID = os.environ.get("CALPRUNE_GRID") or STUDY.name
@@ -50,49 +50,36 @@ SVG(svg_bytes(answer.figure))
 answer.numbers.round(3)
 
 # %% [markdown]
-# ## Means over seeds
+# ## Each model
 #
-# Mean perplexity over seeds. A large effect can still be the better of two broken models: compare
-# with the dense one, if the grid has it.
+# Change of perplexity against the mismatched corpus, by model, in percent. Models are the
+# replicates: where they disagree, the seeds of one model would not have shown it.
 
 # %%
-rows = scored(table)
-levels = analysis.summarize(rows)
-levels.pivot_table(index=["method", "target"], columns="source", values="mean", observed=True)
-
-# %% [markdown]
-# ## How firm is the threshold?
-#
-# The threshold is where an effect is first shown, so it depends on the pruner and on the number of
-# seeds. If half of the seeds move it up, more seeds may move it down.
-
-# %%
-for pruner in in_order(calibrated(rows)["pruner"]):
-    print(f"{pruner}:", STUDY.answer(Results(table[table["pruner"] == pruner])).what)
-print(
-    "half of the seeds:", STUDY.answer(Results(table[table["seed"] < table["seed"].median()])).what
+rows = calibrated(scored(table))
+levels = rows.pivot_table(
+    index="model", columns=["method", "target", "calibration"], values="score", observed=True
 )
+swapped = levels.swaplevel(0, 2, axis=1).sort_index(axis=1)
+(100 * np.expm1(swapped["self-generated"] - swapped["mismatched"])).round(1)
 
 # %% [markdown]
-# ## What is left to gain
+# ## What pruning costs
 #
-# Self-generated data against the true pretraining text, which only the testbed knows. Where the
-# effect is near 0, self-generated data replaces the pretraining text fully.
+# Mean perplexity, from the dense model on. An effect is worth as much as it saves of this harm; a
+# large one can still be the better of two broken models.
 
 # %%
-generated = rows[rows["calibration"] == "self-generated"]
-true = rows[rows["calibration"] == "pretraining"]
-analysis.compare_selections(generated, true)[
-    ["method", "target", "pairs", "effect", "low", "high", "unit", "p_holm"]
-]
+scored(table).pivot_table(
+    index=["method", "target"], columns="source", values="value", observed=True
+).round(2)
 
 # %% [markdown]
 # ## For your own model
 #
-# Copy the file below and put your model into `models`, a corpus for calibration into `mismatched`,
-# and held-out text of the model's use case into `heldout`. Drop the calibration `pretraining`
-# unless you have the pretraining text. To save time, keep only the sparsities near the threshold
-# and use more seeds.
+# Copy the file below and put your models into `models`, a corpus for calibration into `mismatched`,
+# and held-out text of the models' use into `heldout`. One model gives findings of this one model.
+# To save time, keep only the sparsities near the threshold.
 
 # %%
 print(STUDY.grid_file.read_text())

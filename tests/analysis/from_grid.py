@@ -15,7 +15,8 @@ from jobs.plan import make_plan
 from tests.analysis.conftest import Row, write
 
 Effect = Callable[[Cell, str], float]
-"""A cell's log perplexity on a corpus, minus that of an arm without effect."""
+"""A cell's log perplexity on a corpus, minus that of an arm without effect; of a task the log of
+its inverse accuracy."""
 
 SPREAD = 0.004
 """Standard deviation of an effect between models, and between draws."""
@@ -29,21 +30,24 @@ def run_planted(study: Study, folder: Path, effect: Effect) -> Results:
     plan = make_plan(load_grid(study.grid_file))
     store = Store(str(folder))
     record_design(plan, store)
+    evaluated = plan.grid.evaluate
+    measures = [(entry.corpus, "perplexity") for entry in evaluated.all_perplexities()]
+    measures += [(task.name, "acc") for task in evaluated.all_tasks()]
     chance = np.random.default_rng(1)
     of_model: dict[tuple[str, str, str], float] = {}
     rows: list[Row] = []
     for cell in plan.cells.values():
         fields = {**cell_fields(plan.grid.name, cell), **seconds(cell)}
-        for entry in plan.grid.evaluate.all_perplexities():
+        for task, metric in measures:
             level = 1.5 + of_model.setdefault(("", cell.model, ""), chance.normal(0, 0.1))
             if cell.pruner is None:
                 level -= 0.3
             else:
-                arm = (str(cell.calibration), cell.model, entry.corpus)
+                arm = (str(cell.calibration), cell.model, task)
                 level += of_model.setdefault(arm, chance.normal(0, SPREAD))
-                level += effect(cell, entry.corpus) + chance.normal(0, SPREAD)
-            number = {"task": entry.corpus, "metric": "perplexity", "value": float(np.exp(level))}
-            rows.append({**fields, **number})
+                level += effect(cell, task) + chance.normal(0, SPREAD)
+            value = float(np.exp(level if metric == "perplexity" else 1 - level))
+            rows.append({**fields, "task": task, "metric": metric, "value": value})
     write(rows, folder / "results" / f"{plan.grid.name}.parquet")
     return read_results(str(folder), plan.grid.name)
 

@@ -14,12 +14,11 @@ from analysis.__main__ import app
 from analysis.evidence import bootstrap, paired, scored, slope
 from analysis.load import TableError
 from analysis.studies import STUDIES, predictor
-from analysis.studies.language import languages
 from analysis.study import Answer, Results
 from jobs.cells import Cell
 from tests.analysis.conftest import MakeTable, Row
 from tests.analysis.from_grid import run_planted
-from tests.analysis.planted import CASES, DECLARED, Effect, cells, language, planted
+from tests.analysis.planted import CASES, DECLARED, Effect, cells, planted
 
 
 @pytest.fixture
@@ -180,18 +179,11 @@ def test_missing_results_are_named_with_the_command_that_makes_them(
 def test_a_paragraph_is_the_finding_in_lines_that_fit_a_page(
     answered: Callable[[str, Effect], Answer],
 ) -> None:
-    answer = answered("amount", CASES["amount"][1])
+    answer = answered("predictor", CASES["predictor"][1])
     lines = answer.paragraph.splitlines()
     assert " ".join(lines) == answer.finding
     assert len(lines) > 1
     assert max(len(line) for line in lines) <= 110
-
-
-def test_the_languages_are_those_whose_text_is_measured(make_table: MakeTable) -> None:
-    table = make_table(planted(language(), CASES["language"][1]))
-    assert languages(table) == ["north", "south"]
-    with pytest.raises(TableError, match=r"north-heldout.*two are needed"):
-        languages(table[table["task"] != "south-heldout"])
 
 
 def test_a_study_prints_its_finding_and_writes_its_figure_and_numbers(tmp_path: Path) -> None:
