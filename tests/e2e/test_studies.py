@@ -1,4 +1,4 @@
-"""Small versions of two studies, from grid file to finding."""
+"""Small versions of three studies, from grid file to finding."""
 
 import subprocess
 import sys
@@ -24,6 +24,7 @@ from tests.e2e.conftest import Finished, begin, environment
 
 SMALLER: dict[str, dict[str, Any]] = {
     "generator": {},
+    "similarity": {"sparsity": 0.6},
     "predictor": {
         "calibration": ["pretraining", "facts", "code", "recipes", "arithmetic", "self-generated"],
         "sparsity": 0.6,
@@ -33,7 +34,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def store(finished: tuple[Path, Finished], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store in which small versions of two studies have run, all in one Ray."""
+    """A store in which small versions of the studies have run, all in one Ray."""
     folder = tmp_path_factory.mktemp("studies")
     store = Store(str(begin(finished[0], folder / "store")))
     plans = [make_plan(load_grid(smaller(name, folder))) for name in SMALLER]
@@ -55,7 +56,8 @@ def smaller(name: str, folder: Path) -> Path:
     content |= {"models": {"testbed": "testbed-tiny"}, "resources": {}}
     content["cells"] |= {"pruner": "wanda", "seed": [0, 1], "nsamples": 8, "seqlen": 64}
     content["cells"] |= SMALLER[name]
-    content["evaluate"]["perplexity"][0] |= {"seqlen": 64, "max_windows": 16}
+    for entry in content["evaluate"]["perplexity"]:
+        entry |= {"seqlen": 64, "max_windows": 16}
     for calibration in content["calibrations"].values():
         if "prefixes" in calibration:
             calibration |= {"num_samples": 16, "shard_size": 16}

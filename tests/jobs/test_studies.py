@@ -63,7 +63,7 @@ def test_studies_share_model_and_calibration_sets(plans: dict[str, Plan]) -> Non
         for key, spec in plan.specs.items()
         if spec.kind == "pretrain"
     }
-    assert len(models) == 12  # eight trainings, and four more shapes for the prefix length
+    assert len(models) == 16  # eight trainings, and two of four more shapes for the prefix length
     alone = sum(len(plan.specs) for plan in plans.values())
     together = len({key for plan in plans.values() for key in plan.specs})
     assert together < 0.95 * alone
