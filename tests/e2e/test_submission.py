@@ -231,7 +231,7 @@ def test_a_submitted_grid_outlives_a_node_and_leaves_its_table_in_a_throttled_s3
     ("words", "message"),
     [
         (["--store", "relative"], "give an absolute path or a URL"),
-        (["--store", "/no-store", "--env", f"TOKEN={SECRET}"], "give the name of a variable alone"),
+        (["--store", "/no-store", "--env", f"TOKEN={SECRET}"], "give only the name of a variable"),
         (["--store", "/no-store", "--address", "http://127.0.0.1:9"], "check --address"),
     ],
 )

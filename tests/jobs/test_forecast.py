@@ -102,9 +102,10 @@ def ratios(stages: Graph, run: Replay, times: list[float], cpus: int) -> list[fl
     return found
 
 
-def up_to(factor: float, draw: random.Random) -> float:
-    """Draw a number between 1 / factor and factor, uniform in its logarithm."""
-    return float(factor ** draw.uniform(-1, 1))
+def up_to(factor: float, seed: int, name: str) -> float:
+    """Draw a number between 1 / factor and factor, uniform in its logarithm, whatever else a grid
+    holds."""
+    return float(factor ** random.Random(f"{seed} {name}").uniform(-1, 1))
 
 
 GRIDS = [Path("jobs/grids/demo-testbed.yaml"), Path("analysis/studies/predictor.yaml")]
@@ -120,11 +121,10 @@ def test_after_a_tenth_of_a_run_the_time_left_is_right_within_a_factor_of_one_an
     by up to 1.2 (from first to last kind by up to 1.44), and stages of a kind by up to 1.25. The
     last 5 % of the run are left out, since only one stage is left."""
     stages = make_plan(load_grid(path)).graph
-    for seed in range(3):
-        draw = random.Random(seed)
-        kinds = {line_name(each): up_to(1.2, draw) for each in stages.values()}
+    for seed in range(10):
+        kinds = {name: up_to(1.2, seed, name) for name in map(line_name, stages.values())}
         true = {
-            key: each.seconds * off * kinds[line_name(each)] * up_to(1.25, draw)
+            key: each.seconds * off * kinds[line_name(each)] * up_to(1.25, seed, key)
             for key, each in stages.items()
         }
         run = replay(stages, true, cpus)
@@ -142,10 +142,9 @@ def test_kinds_that_are_three_times_off_are_corrected_by_their_first_measurement
     evaluations come last."""
     stages = make_plan(load_grid(path)).graph
     for seed in range(3):
-        draw = random.Random(seed)
-        kinds = {line_name(each): up_to(3.0, draw) for each in stages.values()}
+        kinds = {name: up_to(3.0, seed, name) for name in map(line_name, stages.values())}
         true = {
-            key: each.seconds * kinds[line_name(each)] * up_to(1.25, draw)
+            key: each.seconds * kinds[line_name(each)] * up_to(1.25, seed, key)
             for key, each in stages.items()
         }
         run = replay(stages, true, cpus=2)

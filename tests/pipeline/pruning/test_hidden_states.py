@@ -14,6 +14,7 @@ BYTES = 4 * 6
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CALPRUNE_SCRATCH", raising=False)
     return tmp_path
 
 

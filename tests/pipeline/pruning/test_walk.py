@@ -172,6 +172,7 @@ def test_the_model_is_called_as_before_after_the_walk_even_when_it_fails(fails: 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CALPRUNE_SCRATCH", raising=False)
     return tmp_path
 
 
