@@ -1,4 +1,4 @@
-"""Small versions of three studies, from grid file to finding."""
+"""Small versions of two studies, from grid file to finding."""
 
 import subprocess
 import sys
@@ -24,7 +24,6 @@ from tests.e2e.conftest import Finished, begin, environment
 
 SMALLER: dict[str, dict[str, Any]] = {
     "generator": {},
-    "similarity": {"sparsity": 0.6},
     "predictor": {
         "calibration": ["pretraining", "facts", "code", "recipes", "arithmetic", "self-generated"],
         "sparsity": 0.6,
