@@ -18,6 +18,17 @@ from analysis.metrics import MetricKind, Values, effect_text, metric_named, p_te
 from analysis.statistics import holm, measured, t_interval
 from analysis.tables import headline_metrics
 
+SOURCE = [
+    "calibration",
+    "prefix_tokens",
+    "drop_fraction",
+    "drop_by",
+    "within",
+    "num_samples",
+    "temperature",
+]
+"""Columns in which two sources of calibration data may differ."""
+
 AXES = [
     "model",
     "calibration",
@@ -29,27 +40,11 @@ AXES = [
     "pattern",
     "nsamples",
     "seqlen",
-    "prefix_tokens",
-    "drop_fraction",
-    "drop_by",
-    "within",
-    "num_samples",
-    "temperature",
+    *SOURCE[1:],
     "task",
     "metric",
 ]
 """Columns that identify a setting."""
-
-SOURCE = [
-    "calibration",
-    "prefix_tokens",
-    "drop_fraction",
-    "drop_by",
-    "within",
-    "num_samples",
-    "temperature",
-]
-"""Those columns in which two sources of calibration data may differ."""
 
 _DRAWS = 2000
 """Resamples of a bootstrap."""
@@ -220,33 +215,8 @@ def estimate_rows(estimates: dict[Any, EffectEstimate]) -> pd.DataFrame:
     )
 
 
-def of_calibration(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return the rows of a calibration that a study needs.
-
-    Raises:
-        TableError: if it has no result.
-    """
-    chosen = rows[rows["calibration"] == name]
-    if chosen.empty:
-        found = ", ".join(sorted(set(calibrated(rows)["calibration"]))) or "none"
-        raise TableError(f"no result of a calibration named {name} (found: {found})")
-    return chosen
-
-
 def listed(words: Sequence[str]) -> str:
     """Return `a, b and c`."""
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def trailing_number(name: str) -> float:
-    """Return the number a name ends with, such as 25 for `unseen-25`.
-
-    Raises:
-        TableError: if the name does not end with a number.
-    """
-    digits = name.rpartition("-")[2]
-    if not digits.replace(".", "", 1).isdigit():
-        raise TableError(f"calibration {name}: its name must end with a number, like share-25")
-    return float(digits)

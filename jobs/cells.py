@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -135,6 +135,21 @@ def expand(grid: Grid) -> list[Cell]:
     _check_exclusions(grid, [point for _, point in points])
     dense = [Cell(model=model) for model in dict.fromkeys(cell.model for cell in cells)]
     return list(dict.fromkeys([*dense, *cells]))
+
+
+def candidate_names(cells: Collection[Cell]) -> dict[Cell, str]:
+    """Return the name of each cell's calibration set: the calibration, and the settings of sets in
+    which the cells differ."""
+    fields = (*GENERATED_FIELDS, "nsamples", "seqlen")
+    varied = [
+        field for field in fields if len({getattr(cell, field) for cell in cells} - {None}) > 1
+    ]
+    names = {}
+    for cell in cells:
+        settings = {field: getattr(cell, field) for field in varied}
+        known = [f"{field} {value}" for field, value in settings.items() if value is not None]
+        names[cell] = ", ".join([cell.calibration, *known])
+    return names
 
 
 def evaluate_spec(

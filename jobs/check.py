@@ -37,6 +37,7 @@ from pipeline.specs import (
     Uniform,
     Vllm,
     WindowsSpec,
+    dense_model,
     dropped,
     generator_of,
 )
@@ -72,29 +73,29 @@ def check_plan(plan: Plan) -> list[str]:
     lists: set[str] = set()
     for spec in plan.specs.values():
         for model, seqlen in _lengths(spec):
-            name = names[_json(_dense(model))]
+            name = names[_json(dense_model(model))]
             _check_length(name, configs[name], seqlen)
         if isinstance(spec, GenerateSpec | EvaluateSpec) and isinstance(spec.backend, Vllm):
-            name = names[_json(_dense(spec.model))]
+            name = names[_json(dense_model(spec.model))]
             _check_vllm(plan, spec.kind, name, configs[name], spec.backend)
             longest = spec.seqlen if isinstance(spec, GenerateSpec) else None
             _check_vllm_positions(name, configs[name], longest)
         if isinstance(spec, GenerateSpec) and spec.prompt == "chat":
-            chats[names[_json(_dense(spec.model))], "prompt"] = "chat"
+            chats[names[_json(dense_model(spec.model))], "prompt"] = "chat"
         if isinstance(spec, EvaluateSpec) and spec.chat_template:
-            chats[names[_json(_dense(spec.model))], "evaluate.chat_template"] = True
+            chats[names[_json(dense_model(spec.model))], "evaluate.chat_template"] = True
         for field, meeting in _meetings(spec):
-            name, reader, writer = (names[_json(_dense(each))] for each in meeting)
+            name, reader, writer = (names[_json(dense_model(each))] for each in meeting)
             _check_vocabularies(field, name, reader, writer, vocabularies)
         if isinstance(spec, FilterSpec) and spec.banned_words is not None:
             lists.add(spec.banned_words.path)
         if isinstance(spec, PruneSpec) and spec.pattern is not None:
-            name = names[_json(_dense(spec.model))]
+            name = names[_json(dense_model(spec.model))]
             _check_pattern(name, configs[name], spec.pattern)
         if isinstance(spec, PruneSpec):
-            name = names[_json(_dense(spec.model))]
+            name = names[_json(dense_model(spec.model))]
             if name not in sizes:  # fails for models that cannot be pruned
-                sizes[name] = _layer_sizes(name, configs[name], _dense(spec.model))
+                sizes[name] = _layer_sizes(name, configs[name], dense_model(spec.model))
         if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
             _check_allocation(name, sizes[name], spec)
         for corpus, nsamples, seqlen, joined in _readings(spec):
@@ -116,10 +117,6 @@ def check_plan(plan: Plan) -> list[str]:
 
 def _json(value: Model | Corpus) -> str:
     return value.model_dump_json()
-
-
-def _dense(model: Model) -> Model:
-    return _dense(model.model) if isinstance(model, PruneSpec) else model
 
 
 # ----------------------------------------------------------------------------------------- models

@@ -21,7 +21,7 @@ from scipy import stats
 
 from cluster.run import Outcome
 from cluster.store import Store
-from jobs.cells import GENERATED_FIELDS, NO_CALIBRATION, Cell, expand
+from jobs.cells import GENERATED_FIELDS, NO_CALIBRATION, Cell, candidate_names, expand
 from jobs.gather import gather
 from jobs.grid import Evaluation, Grid
 from jobs.outside import with_fingerprints
@@ -45,7 +45,7 @@ PROBE_WINDOWS = 64
 """At most this many windows of the probe."""
 
 LEAST_PROBE_BYTES = 8192
-"""A probe must have about 16 windows, or nothing could be told apart on it."""
+"""About 16 windows: on fewer, hardly any difference would show."""
 
 LEAST_WINDOWS = 4
 """A pilot has at least this many calibration windows."""
@@ -131,15 +131,8 @@ def candidates(grid: Grid) -> dict[str, dict[str, list[Cell]]]:
             sparsities than each other.
     """
     cells = [cell for cell in expand(grid) if cell.seed is not None]
-    fields = (*GENERATED_FIELDS, "nsamples", "seqlen")
-    varied = [
-        field for field in fields if len({getattr(cell, field) for cell in cells} - {None}) > 1
-    ]
     found: dict[str, dict[str, list[Cell]]] = {}
-    for cell in cells:
-        settings = [f"{field} {getattr(cell, field)}" for field in varied]
-        known = [text for text in settings if not text.endswith(" None")]
-        name = ", ".join([cell.calibration, *known])
+    for cell, name in candidate_names(cells).items():
         found.setdefault(cell.model, {}).setdefault(name, []).append(cell)
     for model, names in found.items():
         if len(names) < 2:

@@ -22,7 +22,7 @@ from rich.table import Table
 from scipy import stats
 
 from cluster.store import Store
-from jobs.cells import GENERATED_FIELDS, Cell
+from jobs.cells import GENERATED_FIELDS, candidate_names
 from jobs.grid import Description, Grid
 from jobs.plan import Plan, make_plan
 from pipeline.errors import InputError
@@ -218,16 +218,12 @@ def left_out(x: _Values, harm: _Values) -> tuple[_Values, _Values]:
 def read_candidates(plan: Plan, store: Store) -> list[Candidate]:
     """The calibrations that are described, their scores averaged over seeds."""
     reports: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    varied = [
-        axis
-        for axis in (*GENERATED_FIELDS, "nsamples", "seqlen")
-        if len({getattr(cell, axis) for cell in plan.cells.values()} - {None}) > 1
-    ]
+    names = candidate_names(plan.cells.values())
     for key, cell in plan.cells.items():
         described = plan.descriptions.get(key)
         manifest = None if described is None else store.manifest(described)
         if described is not None and manifest is not None:
-            name = _name(cell, varied)
+            name = names[cell]
             for field, value in manifest.report.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     remedy = f"its {field} is {value}: describe it again with a sound model"
@@ -244,11 +240,6 @@ def read_candidates(plan: Plan, store: Store) -> list[Candidate]:
         errors = {field: _error(each, field) for field in scores}
         candidates.append(Candidate(model, name, scores, errors))
     return candidates
-
-
-def _name(cell: Cell, varied: Sequence[str]) -> str:
-    values = [f"{axis} {getattr(cell, axis)}" for axis in varied if getattr(cell, axis) is not None]
-    return ", ".join([cell.calibration, *values])
 
 
 def _error(reports: list[dict[str, Any]], field: str) -> float:

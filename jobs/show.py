@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.store import Store
+from jobs.cells import GENERATED_FIELDS
 from jobs.plan import Plan
 from jobs.stages import LINES, line_of
 
@@ -16,12 +17,7 @@ _FIELDS_IF_VARIED = [
     "allocation_options",
     "nsamples",
     "seqlen",
-    "prefix_tokens",
-    "drop_fraction",
-    "drop_by",
-    "within",
-    "num_samples",
-    "temperature",
+    *GENERATED_FIELDS,
     "pruner_options",
 ]
 

@@ -52,7 +52,7 @@ answer.numbers.round(3)
 # ## Each model
 #
 # Change of perplexity against no filter, by model. Models are the replicates: where they disagree,
-# one model's seeds would not have told.
+# the seeds of one model do not show it.
 
 # %%
 rows = calibrated(scored(table))
