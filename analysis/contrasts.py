@@ -59,10 +59,10 @@ class Judgement(NamedTuple):
         effect, low, high, p, _ = self.estimate
         details = ["no interval"]
         if not math.isnan(low):
-            interval = effect_text(effect, low, high, "").partition("(")[2][:-1]
+            interval = effect_text(effect, low, high, self.kind.unit).partition("(")[2][:-1]
             equals = "p" if p_text(p).startswith("<") else "p ="
             details = [f"95 % interval {interval}", f"{equals} {p_text(p)}"]
-        metric = "acc" if self.kind.is_share else "perplexity"
+        metric = {"%": "perplexity", "points": "acc", "": "kl"}[self.kind.unit]
         first, second, dense = (value_text(level, metric) for level in self.levels)
         levels = f"{first} against {second}"
         details += [self.reach, levels if dense == "nan" else f"{levels}, dense {dense}"]

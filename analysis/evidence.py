@@ -81,7 +81,9 @@ class EffectEstimate(NamedTuple):
         effect = effect_text(self.effect, np.nan, np.nan, self.kind.unit)
         if np.isnan(self.p):
             return f"{effect} (no interval; {_seeds(self.pairs)})"
-        interval = effect_text(self.effect, self.low, self.high, "").partition("(")[2][:-1]
+        interval = effect_text(self.effect, self.low, self.high, self.kind.unit).partition("(")[2][
+            :-1
+        ]
         p = p_text(self.p)
         sign = "" if p.startswith("<") else "= "
         return f"{effect} (95 % interval {interval}; p {sign}{p}; {_seeds(self.pairs)})"

@@ -1,6 +1,7 @@
 """What a metric's numbers mean: which way is better, how to compare and how to print them."""
 
 import math
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -73,9 +74,10 @@ def heading(task: str, metric: str, limit: int | None = None) -> str:
 
 def value_text(value: float, metric: str) -> str:
     """Return a finite value as text, a share in percent without the sign."""
-    if metric_named(metric).is_share:
+    kind = metric_named(metric)
+    if kind.is_share:
         return f"{100 * value:.1f}"
-    return _digits(value, "")
+    return _digits(value, "", small=2 if kind.unit else 3)
 
 
 def spread_text(mean: float, sd: float, metric: str) -> str:
@@ -85,13 +87,17 @@ def spread_text(mean: float, sd: float, metric: str) -> str:
 
 
 def effect_text(effect: float, low: float, high: float, unit: str) -> str:
-    """Return `−3.2 % (−5.0 to −1.4)`, without brackets if there is no interval."""
+    """Return `−3.2 % (−5.0 to −1.4)`, without brackets if there is no interval.
+
+    An effect without a unit, such as bits per byte, has three decimals.
+    """
     if not math.isfinite(effect):
         return "n/a"
-    text = f"{_signed(effect)} {unit}".strip()
+    signed = partial(_signed, small=1 if unit else 3)
+    text = f"{signed(effect)} {unit}".strip()
     if math.isnan(low) or math.isnan(high):
         return text
-    return f"{text} ({_signed(low)} to {_signed(high)})"
+    return f"{text} ({signed(low)} to {signed(high)})"
 
 
 def p_text(p: float) -> str:
@@ -99,11 +105,11 @@ def p_text(p: float) -> str:
     return "n/a" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _signed(value: float) -> str:
-    return "+∞" if value == math.inf else _digits(value, "+", small=1).replace("-", "−")
+def _signed(value: float, small: int) -> str:
+    return "+∞" if value == math.inf else _digits(value, "+", small).replace("-", "−")
 
 
-def _digits(value: float, sign: str, small: int = 2) -> str:
+def _digits(value: float, sign: str, small: int) -> str:
     size = abs(value)
     if size >= 1e6:
         return f"{value:{sign}.1e}"

@@ -15,6 +15,14 @@ from analysis.statistics import measured
 CHANCE: Mapping[str, float] = {
     **dict.fromkeys(("boolq", "piqa", "winogrande", "rte", "copa", "wic", "wsc"), 1 / 2),
     **dict.fromkeys(("hellaswag", "arc_easy", "arc_challenge", "openbookqa", "mmlu"), 1 / 4),
+    **{
+        f"real_lastword_{kind}": 1 / 4
+        for kind in ("wikipedia", "shakespeare", "python", "fortunes")
+    },
+    **{
+        f"real_lastword_handbook-{language}": 1 / 4
+        for language in ("english", "french", "german", "spanish")
+    },
     **dict.fromkeys(("testbed_facts", "testbed_arithmetic", "testbed_foreign"), 1 / 4),
 }
 """Accuracy of guessing, by task."""

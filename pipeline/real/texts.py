@@ -36,7 +36,11 @@ class Work(NamedTuple):
     documents: list[str]
 
 
-def write_texts(archives: Archives, folder: Path) -> dict[str, int]:
+Kinds = Mapping[str, Callable[[], Iterator[Work]]]
+"""By kind of text, what yields its works."""
+
+
+def write_texts(kinds: Kinds, folder: Path) -> dict[str, int]:
     """Write `<kind>-train.jsonl` and `<kind>-heldout.jsonl`, one `{"id": ..., "text": ...}` a line.
 
     A work's name decides which of the two has all its documents. Held-out documents are cut into
@@ -46,7 +50,7 @@ def write_texts(archives: Archives, folder: Path) -> dict[str, int]:
         The number of lines of each file.
     """
     counts: dict[str, int] = {}
-    for kind, works in kinds(archives).items():
+    for kind, works in kinds.items():
         train: list[Document] = []
         held_out: list[Document] = []
         for work in works():
@@ -95,7 +99,7 @@ def _digest(name: str) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 
 
-def kinds(archives: Archives) -> Mapping[str, Callable[[], Iterator[Work]]]:
+def kinds_of(archives: Archives) -> Kinds:
     """Return the works of each kind of text."""
     return {
         "wikipedia": partial(wikipedia_articles, archives.wikipedia),

@@ -1,5 +1,6 @@
 """Results of a study's own grid with planted effects: as if its grid had run."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from cluster.store import Store
 from jobs.cells import Cell
 from jobs.declared import record_design
 from jobs.gather import cell_fields
-from jobs.grid import load_grid
+from jobs.grid import read_grid
 from jobs.plan import make_plan
 from tests.analysis.conftest import Row, write
 
@@ -27,27 +28,36 @@ def run_planted(study: Study, folder: Path, effect: Effect) -> Results:
 
     Models and draws differ at random; the dense model is 0.3 below an arm without effect.
     """
-    plan = make_plan(load_grid(study.grid_file))
+    plan = make_plan(read_grid(study.grid_file))
     store = Store(str(folder))
     record_design(plan, store)
     evaluated = plan.grid.evaluate
-    measures = [(entry.corpus, "perplexity") for entry in evaluated.all_perplexities()]
-    measures += [(task.name, "acc") for task in evaluated.all_tasks()]
+    measures = [(entry.corpus, "perplexity", entry.kl) for entry in evaluated.all_perplexities()]
+    measures += [(task.name, "acc", False) for task in evaluated.all_tasks()]
     chance = np.random.default_rng(1)
     of_model: dict[tuple[str, str, str], float] = {}
+    between = SPREAD if len(plan.grid.models) > 1 else 0.0  # to one model it would be an effect
     rows: list[Row] = []
     for cell in plan.cells.values():
         fields = {**cell_fields(plan.grid.name, cell), **seconds(cell)}
-        for task, metric in measures:
-            level = 1.5 + of_model.setdefault(("", cell.model, ""), chance.normal(0, 0.1))
+        for task, metric, kl in measures:
+            dense = level = 1.5 + of_model.setdefault(("", cell.model, ""), chance.normal(0, 0.1))
+            dense -= 0.3
             if cell.pruner is None:
-                level -= 0.3
+                level = dense
             else:
                 arm = (str(cell.calibration), cell.model, task)
-                level += of_model.setdefault(arm, chance.normal(0, SPREAD))
+                level += of_model.setdefault(arm, chance.normal(0, between))
                 level += effect(cell, task) + chance.normal(0, SPREAD)
-            value = float(np.exp(level if metric == "perplexity" else 1 - level))
-            rows.append({**fields, "task": task, "metric": metric, "value": value})
+            values = {metric: float(np.exp(level if metric == "perplexity" else 1 - level))}
+            if metric == "perplexity":
+                values["bits_per_byte"] = level / math.log(2)  # with a byte a token
+            if kl and cell.pruner is not None:
+                values["kl"] = level - dense
+            rows += [
+                {**fields, "task": task, "metric": name, "value": value}
+                for name, value in values.items()
+            ]
     write(rows, folder / "results" / f"{plan.grid.name}.parquet")
     return read_results(str(folder), plan.grid.name)
 

@@ -9,9 +9,11 @@ from analysis.studies import STUDIES
 from jobs.check import check_plan
 from jobs.grid import load_grid
 from jobs.plan import Plan, make_plan
+from pipeline.real.prepare import REAL_FOLDER, prepare_books
 from pipeline.specs import EvaluateSpec, GenerateSpec, PretrainSpec, PruneSpec, ShardSpec, StageSpec
 
 GRIDS = sorted((Path(analysis.__file__).parent / "studies").glob("*.yaml"))
+REAL = [path for path in GRIDS if path.stem.startswith("real-")]
 
 CORES = 2
 TARGET_SECONDS = 3 * 60 * 60
@@ -19,7 +21,7 @@ TARGET_SECONDS = 3 * 60 * 60
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Plan]:
-    return {path.stem: make_plan(load_grid(path)) for path in GRIDS}
+    return {path.stem: make_plan(load_grid(path)) for path in GRIDS if path not in REAL}
 
 
 def core_seconds(spec: StageSpec) -> float:
@@ -42,11 +44,30 @@ def core_seconds(spec: StageSpec) -> float:
 
 
 def test_every_study_has_a_grid_without_mistakes(plans: dict[str, Plan]) -> None:
-    assert set(plans) == set(STUDIES)
+    assert {*plans, *(path.stem for path in REAL)} == set(STUDIES)
     for name, plan in plans.items():
         assert plan.grid.name == name
         # Where the amount of text is what a study varies, or nearly all is dropped.
         assert all("will overlap" in note for note in check_plan(plan))
+
+
+@pytest.mark.whole_run
+def test_every_study_of_the_real_model_has_a_grid_without_mistakes(
+    real_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / REAL_FOLDER
+    folder.mkdir()
+    for name in ("model", "text"):
+        (folder / name).symlink_to(real_folder / name)
+    prepare_books(folder)
+    grids = [path.absolute() for path in REAL]
+    monkeypatch.chdir(tmp_path)
+    assert len(grids) == 5
+    for path in grids:
+        plan = make_plan(load_grid(path))
+        assert plan.grid.name == path.stem
+        assert "instruct model" in plan.grid.note
+        assert all("transformers generates" in note for note in check_plan(plan))
 
 
 def test_all_studies_together_take_less_than_three_hours_on_two_cores(
