@@ -1,13 +1,15 @@
 """Which cheap score of a calibration set predicts how well it prunes.
 
-A source's scores and its results after pruning are averaged over seeds. The source is the unit,
-since a score predicts pruning only through the differences between sources. Many sources are
+A source's scores and its results after pruning are averaged over seeds, its scores over models too.
+The source is the unit, since a score predicts pruning only through the differences between sources;
+intervals resample models as well. Many sources are
 mixtures of the same domains, so a prediction is tested on domains that its fit has not seen: each
 fold leaves out all sources that hold one domain. Text that a model wrote is a domain too.
 """
 
 import json
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from analysis.charts import interval_figure
-from analysis.evidence import EffectEstimate, bootstrap, calibrated, listed, scored
+from analysis.evidence import EffectEstimate, calibrated, listed, scored
 from analysis.load import TableError
 from analysis.metrics import MetricKind, Values, effect_text, metric_named
 from analysis.study import Answer, Results, Study
@@ -29,9 +31,14 @@ SCORES = {
     "distinct_1": "distinct 1-grams",
     "distinct_2": "distinct 2-grams",
     "distinct_3": "distinct 3-grams",
+    "token_entropy": "entropy of the set's tokens",
+    "effective_directions": "directions of its hidden states",
     "divergence": "divergence from the pretraining text",
+    "missing_mass": "pretraining tokens that it lacks",
+    "reference_distance": "distance of the pretraining text from it",
 }
-"""Fields of a set's description, and their names."""
+"""Fields of a set's description, and their names: means over its windows, then what it covers as a
+whole, then what it shares with the pretraining text."""
 
 MAIN = "min_k_plus_plus"
 _SETTING = ["model", "method", "target"]
@@ -39,6 +46,9 @@ _LEAST_SOURCES = 5
 LEAST_FITTED = 3
 
 Flags = NDArray[np.bool_]
+Places = NDArray[np.intp]
+
+_RESAMPLES = 1000
 
 PLAIN = MetricKind(lower_is_better=False, is_perplexity=False, is_share=False)
 """The kind of numbers without a unit."""
@@ -54,6 +64,9 @@ class Sources(NamedTuple):
     harm: Values
     """`[sources, settings]`: the scaled metric minus each setting's mean; higher is worse."""
 
+    models: list[Places]
+    """For each model the places of its settings."""
+
     kind: MetricKind
 
     holds: Flags
@@ -64,11 +77,11 @@ class Prediction(NamedTuple):
     """How well a score predicts the harm by pruning."""
 
     rank: EffectEstimate
-    """Spearman's correlation with the harm, averaged over settings; interval over sources."""
+    """Spearman's correlation with the harm, averaged over settings."""
 
     explained: EffectEstimate
     """Share of the differences in harm explained in domains left out of the fit, in percent; below
-    0 the score is worse than no score. Each resample of sources is fitted again."""
+    0 the score is worse than no score. Each resample is fitted again."""
 
     effect: EffectEstimate
     """Harm per standard deviation of the score, by the mixed model."""
@@ -120,7 +133,8 @@ def answer(results: Results) -> Answer:
         f"average over settings: {'; '.join(losses)}."
     )
     caveat = (
-        f"All estimates rest on {len(sources.names)} sources, the intervals on resampling them. "
+        f"All estimates rest on {len(sources.names)} sources and {len(sources.models)} "
+        f"model{'' if len(sources.models) == 1 else 's'}, the intervals on resampling both. "
         "Other sources can change order and size, real corpora above all, since they differ less."
     )
     if "divergence" in sources.scores:
@@ -139,7 +153,7 @@ def answer(results: Results) -> Answer:
             },
         },
         "",
-        "Bars: 95 % intervals over sources. Filled: zero lies outside; hollow: inside.",
+        "Bars: 95 % intervals over sources and models. Filled: zero lies outside; hollow: inside.",
         directed=False,
     )
     for axes, label in zip(figure.axes, ("−1 or 1 is perfect", "1 is perfect"), strict=True):
@@ -173,6 +187,10 @@ def gathered(table: pd.DataFrame) -> Sources:
         names=[str(name) for name in harm.index],
         scores={name: means[name].to_numpy(dtype=float) for name in SCORES if name in means},
         harm=values - values.mean(axis=0),
+        models=[
+            np.flatnonzero(harm.columns.get_level_values("model") == model)
+            for model in harm.columns.unique("model")
+        ],
         kind=kind,
         holds=np.array([[name in own for name in sorted(set.union(*domains))] for own in domains]),
     )
@@ -200,20 +218,19 @@ def predict(sources: Sources, name: str) -> Prediction:
     """Return how well one score predicts the harm."""
     x, harm, holds = sources.scores[name], sources.harm, sources.holds
 
-    def rank(chosen: Any) -> float:
-        return rank_correlation(x[chosen], harm[chosen])
+    def rank(chosen: Places, settings: Places) -> float:
+        return rank_correlation(x[chosen], harm[np.ix_(chosen, settings)])
 
-    def explained(chosen: Any) -> float:
-        left, without, _ = left_out(x[chosen], harm[chosen], holds[chosen])
+    def explained(chosen: Places, settings: Places) -> float:
+        left, without, _ = left_out(x[chosen], harm[np.ix_(chosen, settings)], holds[chosen])
         return 100 * (1 - left / without) if without > 0 else np.nan
 
     predicted = left_out(x, harm, holds)[2]
     best = np.where(np.isnan(predicted), np.inf, predicted).argmin(axis=0)
     regret = harm[best, range(harm.shape[1])] - harm.min(axis=0)
-    everyone = np.arange(len(x))
     return Prediction(
-        rank=_resampled(rank, everyone),
-        explained=_resampled(explained, everyone),
+        rank=_resampled(rank, sources),
+        explained=_resampled(explained, sources),
         effect=mixed_effect(sources, name),
         regret=sources.kind.effect(float(regret.mean())),
     )
@@ -308,10 +325,29 @@ def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
     return EffectEstimate(effect(signed * middle), low, high, p, count, sources.kind)
 
 
-def _resampled(statistic: Any, everyone: Any) -> EffectEstimate:
-    low, high = bootstrap(len(everyone), statistic, draws=1000)
+def _resampled(statistic: Callable[[Places, Places], float], sources: Sources) -> EffectEstimate:
+    """Return a statistic of sources and settings, with the 95 % percentile interval of resampled
+    sources and models; NaN if more than half of the resamples give NaN."""
+    generator = np.random.default_rng(0)
+    count, models = len(sources.names), len(sources.models)
+    found = np.array(
+        [
+            statistic(
+                generator.integers(count, size=count),
+                np.concatenate(
+                    [sources.models[at] for at in generator.integers(models, size=models)]
+                ),
+            )
+            for _ in range(_RESAMPLES)
+        ]
+    )
+    known = found[np.isfinite(found)]
+    low, high = np.nan, np.nan
+    if len(known) >= _RESAMPLES / 2:
+        low, high = (float(each) for each in np.quantile(known, [0.025, 0.975]))
+    everything = np.arange(count), np.arange(sources.harm.shape[1])
     p = 0.0 if low > 0 or high < 0 else 1.0  # says only whether the interval holds 0
-    return EffectEstimate(statistic(everyone), low, high, p, len(everyone), PLAIN)
+    return EffectEstimate(statistic(*everything), low, high, p, count, PLAIN)
 
 
 def _interval(estimate: EffectEstimate) -> str:

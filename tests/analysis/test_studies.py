@@ -176,6 +176,22 @@ def test_missing_results_are_named_with_the_command_that_makes_them(
     assert f"python -m jobs run analysis/studies/amount.yaml --store {tmp_path}" in result.output
 
 
+def test_models_that_disagree_widen_the_interval_of_a_score() -> None:
+    scores = np.arange(12.0)
+    harm = np.column_stack([scores, -scores])
+    holds = np.eye(12, dtype=bool)
+    kind = predictor.PLAIN
+    two, one = (
+        predictor.predict(
+            predictor.Sources(list("abcdefghijkl"), {"x": scores}, harm, models, kind, holds), "x"
+        ).rank
+        for models in ([np.array([0]), np.array([1])], [np.array([0, 1])])
+    )
+    assert two.effect == one.effect == pytest.approx(0)
+    assert (two.low, two.high) == pytest.approx((-1, 1))
+    assert (one.low, one.high) == pytest.approx((0, 0))
+
+
 def test_a_paragraph_is_the_finding_in_lines_that_fit_a_page(
     answered: Callable[[str, Effect], Answer],
 ) -> None:

@@ -93,7 +93,7 @@ def test_studies_share_model_and_calibration_sets(plans: dict[str, Plan]) -> Non
 def test_every_comparison_has_enough_seeds_for_an_interval(plans: dict[str, Plan]) -> None:
     for name, plan in plans.items():
         seeds = {cell.seed for cell in plan.cells.values() if cell.seed is not None}
-        assert len(seeds) >= (2 if name == "predictor" else 4)  # there sources are the unit
+        assert len(seeds) >= 4, name
 
 
 def test_the_prefix_study_has_three_shapes_and_both_kinds_of_attention(
