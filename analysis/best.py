@@ -57,19 +57,18 @@ def rank_choices(
     return {name: _ranked(table, choice, requests) for name, choice in design.choices.items()}
 
 
-def compare_with_best(
-    scores: Mapping[str, Replicates], kind: MetricKind, confidence: float = CONFIDENCE
-) -> tuple[Candidate, ...]:
+def compare_with_best(scores: Mapping[str, Replicates], kind: MetricKind) -> tuple[Candidate, ...]:
     """Return the candidates with their losses against the best of the others.
+
+    With 95 % confidence all intervals hold, and the set has the best candidate.
 
     Args:
         scores: two or more candidates on the metric's scale, on the same models and draws.
         kind: the metric's properties.
-        confidence: of the set, and of all intervals together.
     """
     sign = 1 if kind.lower_is_better else -1
     units = {name: sign * each.units for name, each in scores.items()}
-    tail = (1 - confidence) / (len(scores) - 1)
+    tail = (1 - CONFIDENCE) / (len(scores) - 1)
     half: dict[tuple[str, str], float] = {}
     for one, other in combinations(scores, 2):
         width = math.nan

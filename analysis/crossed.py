@@ -43,12 +43,6 @@ class Uncertainty(NamedTuple):
     least: tuple[Part, ...] = ()
     """Variances that each alone is a lower limit of the whole."""
 
-    @property
-    def standard_error(self) -> float:
-        """Root of the whole variance."""
-        whole = sum(part.variance for part in self.parts)
-        return float(np.sqrt(max([whole, *(part.variance for part in self.least)])))
-
     def half_width(self, confidence: float) -> float:
         """Return half of the two-sided interval's length."""
         tail = (1 - confidence) / 2

@@ -75,9 +75,8 @@ def declared_answer(results: Results, title: str, caveat: str) -> Answer:
 def as_estimate(judgement: Judgement) -> EffectEstimate:
     """Return what a figure shows of a judgement."""
     effect, low, high = judgement.estimate[:3]
-    drawn_filled = judgement.verdict in ("better", "worse", "equivalent")
-    p = 0.0 if drawn_filled else 1.0
-    return EffectEstimate(effect, low, high, p, judgement.models, judgement.kind)
+    shown = judgement.verdict in ("better", "worse", "equivalent")
+    return EffectEstimate(effect, low, high, shown, judgement.kind)
 
 
 def judgement_rows(

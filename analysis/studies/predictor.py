@@ -99,7 +99,7 @@ def answer(results: Results) -> Answer:
     ranked = sorted(predictions, key=lambda name: -predictions[name].explained.effect)
     good = [name for name in ranked if predictions[name].explained.low > 0]
     direction = "lower" if main.rank.effect < 0 else "higher"
-    if main.rank.low > 0 or main.rank.high < 0:
+    if main.rank.shown:
         what = (
             f"Sources of higher Min-K%++ go with {direction} harm by pruning (rank correlation "
             f"{_interval(main.rank)})."
@@ -292,7 +292,7 @@ def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
     the fit does not converge.
     """
     x = sources.scores[name]
-    nothing = EffectEstimate(np.nan, np.nan, np.nan, np.nan, len(x), sources.kind)
+    nothing = EffectEstimate(np.nan, np.nan, np.nan, False, sources.kind)
     if x.std() == 0:
         return nothing
     standard = (x - x.mean()) / x.std(ddof=1)
@@ -318,11 +318,10 @@ def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
         return nothing
     middle, error = float(fit.fe_params[1]), float(fit.bse_fe[1])
     half = float(stats.t.ppf(0.975, count - 2)) * error
-    p = 2 * float(stats.t.sf(abs(middle) / error, count - 2))
     effect = sources.kind.effect
     signed = 1 if sources.kind.lower_is_better else -1
     low, high = sorted((effect(signed * (middle - half)), effect(signed * (middle + half))))
-    return EffectEstimate(effect(signed * middle), low, high, p, count, sources.kind)
+    return _estimate(effect(signed * middle), low, high, sources.kind)
 
 
 def _resampled(statistic: Callable[[Places, Places], float], sources: Sources) -> EffectEstimate:
@@ -346,8 +345,11 @@ def _resampled(statistic: Callable[[Places, Places], float], sources: Sources) -
     if len(known) >= _RESAMPLES / 2:
         low, high = (float(each) for each in np.quantile(known, [0.025, 0.975]))
     everything = np.arange(count), np.arange(sources.harm.shape[1])
-    p = 0.0 if low > 0 or high < 0 else 1.0  # says only whether the interval holds 0
-    return EffectEstimate(statistic(*everything), low, high, p, count, PLAIN)
+    return _estimate(statistic(*everything), low, high, PLAIN)
+
+
+def _estimate(effect: float, low: float, high: float, kind: MetricKind) -> EffectEstimate:
+    return EffectEstimate(effect, low, high, low > 0 or high < 0, kind)
 
 
 def _interval(estimate: EffectEstimate) -> str:

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from analysis.charts import titled_figure
-from analysis.evidence import LEVEL, calibrated, scored
+from analysis.evidence import calibrated, scored
 from analysis.figures import COLOURS, GREY, STYLE
 from analysis.finding import declared_answer
 from analysis.metrics import effect_text, p_text
-from analysis.statistics import t_interval
+from analysis.statistics import CONFIDENCE, t_interval
 from analysis.study import Answer, Results, Study
 
 _PAPER = 2
@@ -66,7 +66,7 @@ def _between_shapes(
     mean, low, high, p = t_interval([own.mean() for own in groups])
     effect, least, most = (100 * math.expm1(each) for each in (mean, low, high))
     f, p_shapes = stats.f_oneway(*groups)
-    shown = "It is" if p_shapes < LEVEL else "It is not"
+    shown = "It is" if p_shapes < 1 - CONFIDENCE else "It is not"
     interval = effect_text(effect, least, most, "%").replace("(", "(95 % interval ")[:-1]
     text = (
         f"With the shape as unit, short against long: {interval}; p {_equals(p)}; {len(groups)} "

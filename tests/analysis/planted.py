@@ -261,15 +261,13 @@ DECLARED: dict[str, tuple[from_grid.Effect, str, str]] = {
 
 
 def planted(settings: list[Row], effect: Effect) -> list[Row]:
-    """Return one row per setting and seed, with the effect in the logarithm of its perplexity.
-
-    An accuracy is the inverse of such a perplexity."""
+    """Return one row per setting and seed, with the effect in the logarithm of its perplexity."""
     noise = np.random.default_rng(3)
     by_seed = noise.normal(0, 0.05, len(SEEDS))  # common to a seed, so that pairing removes it
     rows = []
     for place, (cell, seed) in enumerate(itertools.product(settings, SEEDS)):
         level = 1 + effect(cell) + by_seed[seed] + noise.normal(0, NOISE)
-        value = float(np.exp(-level if cell.get("metric") == "acc" else level))
+        value = float(np.exp(level))
         own = {"calibration": "own", "task": "heldout", "metric": "perplexity", **cell}
         rows.append({**own, "value": value, "seed": seed, "cell": str(place)})
     return rows

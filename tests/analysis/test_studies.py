@@ -11,14 +11,14 @@ import yaml
 from typer.testing import CliRunner
 
 from analysis.__main__ import app
-from analysis.evidence import bootstrap, paired, scored, slope
+from analysis.evidence import bootstrap
 from analysis.load import TableError
 from analysis.studies import STUDIES, predictor
 from analysis.study import Answer, Results
 from jobs.cells import Cell
 from tests.analysis.conftest import MakeTable, Row
 from tests.analysis.from_grid import run_planted
-from tests.analysis.planted import CASES, DECLARED, Effect, cells, planted
+from tests.analysis.planted import CASES, DECLARED, Effect, planted
 
 
 @pytest.fixture
@@ -88,31 +88,9 @@ def test_every_study_has_a_grid_file_of_its_name_and_a_case_here() -> None:
         assert content["name"] == study.name
 
 
-def test_pairs_leave_out_seeds_that_lack_a_setting(make_table: MakeTable) -> None:
-    rows = planted(list(cells(calibration=["a", "b"], pruner=["wanda", "ria"])), lambda cell: 0.0)
-    kept = [row for row in rows if (row["seed"], row["pruner"]) != (3, "ria")]
-    scores = scored(make_table(kept))
-    first, second = (scores[scores["calibration"] == name] for name in "ab")
-    estimate = paired(first, second, ["calibration"])
-    assert estimate.pairs == 4
-    by_seed = (first.set_index(["pruner", "seed"])["score"]).sub(
-        second.set_index(["pruner", "seed"])["score"]
-    )
-    means = by_seed.unstack("seed").drop(columns=3).mean()
-    assert np.isclose(estimate.effect, 100 * np.expm1(means.mean()))
-
-
-def test_a_slope_is_that_of_least_squares_within_seeds(make_table: MakeTable) -> None:
-    rows = planted(list(cells(nsamples=[1, 2, 4], pruner=["wanda"])), lambda c: 0.1 * c["nsamples"])
-    scores = scored(make_table(rows))
-    estimate = slope(scores, "nsamples", [])
-    assert 100 * np.expm1(0.1) == pytest.approx(estimate.effect, abs=0.3)
-    assert estimate.low < 100 * np.expm1(0.1) < estimate.high
-
-
 def test_a_bootstrap_interval_is_near_that_of_a_normal_mean() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
-    low, high = bootstrap(len(values), lambda chosen: float(values[chosen].mean()))
+    low, high = bootstrap(len(values), lambda chosen: float(values[chosen].mean()), 2000)
     error = values.std(ddof=1) / 20
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error + 0.02)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error + 0.02)
