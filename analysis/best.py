@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from analysis.design import Choice, Design
+from analysis.design import RecordedChoice, RecordedDesign
 from analysis.load import TableError
 from analysis.metrics import MetricKind, metric_named
 from analysis.replicates import Arrangement, Numbers, Replicates
 from analysis.statistics import CONFIDENCE
 
 
-class Candidate(NamedTuple):
+class ComparedCandidate(NamedTuple):
     """One of several candidates, compared with the best of the others."""
 
     name: str
@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
 class Ranking(NamedTuple):
     """Candidates, the lowest loss first."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ComparedCandidate, ...]
     models: int
     left_out: tuple[str, ...]
     """Candidates with cells that failed or have not run: they cannot be called the best."""
@@ -51,13 +51,15 @@ class Ranking(NamedTuple):
 
 
 def rank_choices(
-    table: pd.DataFrame, design: Design, requests: pd.DataFrame | None = None
+    table: pd.DataFrame, design: RecordedDesign, requests: pd.DataFrame | None = None
 ) -> dict[str, Ranking]:
     """Return the candidates of each declared choice; arguments and errors as for `judge`."""
     return {name: _ranked(table, choice, requests) for name, choice in design.choices.items()}
 
 
-def compare_with_best(scores: Mapping[str, Replicates], kind: MetricKind) -> tuple[Candidate, ...]:
+def compare_with_best(
+    scores: Mapping[str, Replicates], kind: MetricKind
+) -> tuple[ComparedCandidate, ...]:
     """Return the candidates with their losses against the best of the others.
 
     With 95 % confidence all intervals hold, and the set has the best candidate.
@@ -89,7 +91,7 @@ def compare_with_best(scores: Mapping[str, Replicates], kind: MetricKind) -> tup
         for name in scores
     }
     found = [
-        Candidate(
+        ComparedCandidate(
             name=name,
             level=kind.unscaled(sign * float(units[name].mean())),
             loss=sign * kind.effect(sign * max(loss[name, other] for other in others[name])),
@@ -102,7 +104,7 @@ def compare_with_best(scores: Mapping[str, Replicates], kind: MetricKind) -> tup
     return tuple(sorted(found, key=lambda each: each.loss))
 
 
-def _ranked(table: pd.DataFrame, choice: Choice, requests: pd.DataFrame | None) -> Ranking:
+def _ranked(table: pd.DataFrame, choice: RecordedChoice, requests: pd.DataFrame | None) -> Ranking:
     numbers = Numbers(table, choice.metric, choice.tasks, requests, choice.name)
     settings = [setting for setting, _ in choice.blocks]
     columns = dict(

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.design import Contrast, Design
+from analysis.design import RecordedContrast, RecordedDesign
 from analysis.metrics import MetricKind, effect_text, metric_named, p_text, value_text
 from analysis.replicates import Arrangement, Numbers, Replicates
 from analysis.statistics import CONFIDENCE
@@ -23,7 +23,7 @@ from analysis.statistics import CONFIDENCE
 Verdict = Literal["better", "worse", "equivalent", "not shown", "not usable"]
 
 
-class Estimate(NamedTuple):
+class JudgedEffect(NamedTuple):
     """An effect in the metric's unit, with its interval and what follows from it."""
 
     effect: float
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 class Judgement(NamedTuple):
     """A contrast's effect, and what may be said of it."""
 
-    estimate: Estimate
+    estimate: JudgedEffect
     verdict: Verdict
     levels: tuple[float, float, float]
     """Of the first side, the second and the dense model, in the metric's own unit."""
@@ -78,7 +78,7 @@ class Judgement(NamedTuple):
 
 
 def judge(
-    table: pd.DataFrame, design: Design, requests: pd.DataFrame | None = None
+    table: pd.DataFrame, design: RecordedDesign, requests: pd.DataFrame | None = None
 ) -> dict[str, Judgement]:
     """Return the verdict on each declared contrast.
 
@@ -98,9 +98,9 @@ def judge(
     }
 
 
-def estimate(
+def judge_effect(
     differences: Replicates, kind: MetricKind, smallest: float, family: int = 1
-) -> Estimate:
+) -> JudgedEffect:
     """Return the effect of differences on the metric's scale.
 
     It is equivalent if the interval lies within the smallest effect of interest: two one-sided
@@ -123,22 +123,22 @@ def estimate(
         uncertainty = differences.uncertainty()
         half = uncertainty.half_width(1 - level) or math.nan
     if math.isnan(half):  # equal differences do not show that there is no spread
-        return Estimate(kind.effect(mean), math.nan, math.nan, math.nan, "not shown")
+        return JudgedEffect(kind.effect(mean), math.nan, math.nan, math.nan, "not shown")
     verdict: Verdict = "not shown"
     if abs(mean) + half < kind.difference(smallest):
         verdict = "equivalent"
     elif abs(mean) > half:
         verdict = "better" if (mean < 0) == kind.lower_is_better else "worse"
     p = min(1.0, family * uncertainty.p(mean))
-    return Estimate(
+    return JudgedEffect(
         kind.effect(mean), kind.effect(mean - half), kind.effect(mean + half), p, verdict
     )
 
 
 def _judged(
     table: pd.DataFrame,
-    contrast: Contrast,
-    design: Design,
+    contrast: RecordedContrast,
+    design: RecordedDesign,
     requests: pd.DataFrame | None,
     family: int,
 ) -> Judgement:
@@ -156,7 +156,7 @@ def _judged(
     known = np.where(np.isnan(sides[0] - sides[1]), np.nan, 0.0)
     levels = [float(arrangement.replicates(side + known, []).units.mean()) for side in sides]
     beyond = [numbers.unusable(level, arrangement.models, design.floor) for level in levels]
-    found = estimate(differences, kind, contrast.smallest, family)
+    found = judge_effect(differences, kind, contrast.smallest, family)
     failed = [int((side["status"] == "failed").sum()) for side in cells]
     missing = sum(int((side["status"] == "missing").sum()) for side in cells)
     verdict = found.verdict

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from analysis.load import file_system
 
 
-class Contrast(NamedTuple):
+class RecordedContrast(NamedTuple):
     """One side of a comparison against the other."""
 
     name: str
@@ -23,7 +23,7 @@ class Contrast(NamedTuple):
     """Cells of the first side and the second, and the number of the setting that they share."""
 
 
-class Choice(NamedTuple):
+class RecordedChoice(NamedTuple):
     """A comparison of several candidates with the best of them."""
 
     name: str
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
     """The number of a setting, and one cell for each candidate."""
 
 
-class Floor(NamedTuple):
+class RecordedFloor(NamedTuple):
     """Levels beyond which a model is of no use."""
 
     times_dense: float | None = None
@@ -43,17 +43,17 @@ class Floor(NamedTuple):
     """By task."""
 
 
-class Design(NamedTuple):
+class RecordedDesign(NamedTuple):
     """What was declared of a grid, and when."""
 
-    contrasts: dict[str, Contrast]
-    choices: dict[str, Choice]
-    floor: Floor
+    contrasts: dict[str, RecordedContrast]
+    choices: dict[str, RecordedChoice]
+    floor: RecordedFloor
     history: str
     """Whether it was declared before the results, as a sentence."""
 
 
-def read_design(location: str | Path, grid: str) -> Design | None:
+def read_design(location: str | Path, grid: str) -> RecordedDesign | None:
     """Return the declared design of a grid; None if the store has none.
 
     Args:
@@ -66,13 +66,13 @@ def read_design(location: str | Path, grid: str) -> Design | None:
     return parse_design(json.loads(files.cat_file(path))) if files.exists(path) else None
 
 
-def parse_design(document: dict[str, Any]) -> Design:
+def parse_design(document: dict[str, Any]) -> RecordedDesign:
     """Return the design that a document of `results/` holds."""
     declared = document["history"][-1]["design"]
     floor = declared["floor"] or {}
-    return Design(
+    return RecordedDesign(
         contrasts={
-            fields["name"]: Contrast(
+            fields["name"]: RecordedContrast(
                 name=fields["name"],
                 metric=fields["metric"],
                 tasks=tuple(fields["tasks"]),
@@ -85,7 +85,7 @@ def parse_design(document: dict[str, Any]) -> Design:
             for fields in declared["contrasts"]
         },
         choices={
-            fields["name"]: Choice(
+            fields["name"]: RecordedChoice(
                 name=fields["name"],
                 metric=fields["metric"],
                 tasks=tuple(fields["tasks"]),
@@ -96,7 +96,7 @@ def parse_design(document: dict[str, Any]) -> Design:
             )
             for fields in declared["choices"]
         },
-        floor=Floor(floor.get("times_dense"), floor.get("levels", {})),
+        floor=RecordedFloor(floor.get("times_dense"), floor.get("levels", {})),
         history=_history(document["history"]),
     )
 

@@ -1,14 +1,14 @@
-"""What studies share: the main metric's rows, an effect to draw, and resampling."""
+"""What studies share: the main metric's rows, and an effect to draw."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from analysis.labels import NO_CALIBRATION
 from analysis.load import TableError
-from analysis.metrics import MetricKind, Values, metric_named
+from analysis.metrics import MetricKind, metric_named
 from analysis.statistics import measured
 from analysis.tables import headline_metrics
 
@@ -52,27 +52,6 @@ def scored(table: pd.DataFrame) -> pd.DataFrame:
 def calibrated(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of cells that use calibration data."""
     return rows[rows["calibration"] != NO_CALIBRATION]
-
-
-def bootstrap(units: int, statistic: Callable[[Any], float], draws: int) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a statistic of resampled units.
-
-    It is NaN if more than half of the resamples give NaN.
-
-    Args:
-        units: number of units.
-        statistic: function of an array of unit indices, drawn with replacement.
-        draws: number of resamples.
-    """
-    generator = np.random.default_rng(0)
-    values: Values = np.array(
-        [statistic(generator.integers(units, size=units)) for _ in range(draws)]
-    )
-    values = values[np.isfinite(values)]
-    if len(values) < draws / 2:
-        return np.nan, np.nan
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def listed(words: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+# `jobs` writes these three, and `analysis` cannot import it: a test compares them.
 DENSE = "dense"
 """The pruner of the model that is not pruned."""
 

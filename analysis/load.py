@@ -68,7 +68,9 @@ COLUMNS: dict[str, str] = {
     "speed_2_4": "str",
     "lineage": "category",
 }
-"""Columns of a results table and their types. Categories are long texts that many rows share."""
+"""Columns of a results table and their types. Categories are long texts that many rows share.
+
+A test compares the names with those that `jobs` writes, which `analysis` cannot import."""
 
 SHARED = [column for column, dtype in COLUMNS.items() if dtype == "category"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.crossed import Shared, Uncertainty, shared_part, uncertainty_of_mean
-from analysis.design import Floor
+from analysis.design import RecordedFloor
 from analysis.labels import DENSE
 from analysis.load import TableError
 from analysis.metrics import Values, metric_named
@@ -175,7 +175,7 @@ class Numbers:
         chosen = [cell for cell in dense if self._cells.at[cell, "model"] in set(models)]
         return float(np.mean(self.values(chosen))) if len(chosen) == len(set(models)) else np.nan
 
-    def unusable(self, level: float, models: Sequence[str], floor: Floor) -> bool:
+    def unusable(self, level: float, models: Sequence[str], floor: RecordedFloor) -> bool:
         """Whether a mean lies beyond the floor of use. Levels of tasks are averaged as it is."""
         limits = []
         if floor.times_dense is not None and self.kind.lower_is_better:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.design import Design, read_design
+from analysis.design import RecordedDesign, read_design
 from analysis.figures import png_bytes, svg_bytes
 from analysis.load import TableError, load_results
 from analysis.report import status_counts
@@ -53,7 +53,7 @@ class Results(NamedTuple):
     table: pd.DataFrame
     """As `load_results` returns it."""
 
-    design: Design | None = None
+    design: RecordedDesign | None = None
     requests: pd.DataFrame | None = None
     """Results of single windows and questions of the compared cells, if the store has them."""
 

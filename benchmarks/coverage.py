@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.best import compare_with_best
-from analysis.contrasts import estimate
+from analysis.contrasts import judge_effect
 from analysis.metrics import Values, metric_named
 from analysis.replicates import Replicates
 from jobs.design import detectable
@@ -85,7 +85,7 @@ def coverage(runs: int, layout: Layout, spreads: Spreads, windows_known: bool = 
     effect, held = 0.03, 0
     for _ in range(runs):
         data = draw(chance, layout, spreads, effect)
-        found = estimate(data if windows_known else data._replace(windows=()), PERPLEXITY, 1.0)
+        found = judge_effect(data if windows_known else data._replace(windows=()), PERPLEXITY, 1.0)
         held += found.low <= 100 * np.expm1(effect) <= found.high
     return held / runs
 
@@ -100,7 +100,7 @@ def false_claims(runs: int, contrasts: int, layout: Layout, spreads: Spreads) ->
     for _ in range(runs):
         control, *arms = (draw(chance, layout, spreads, 0.0) for _ in range(contrasts + 1))
         verdicts = {
-            estimate(arm.minus(control), PERPLEXITY, 1e-6, contrasts).verdict for arm in arms
+            judge_effect(arm.minus(control), PERPLEXITY, 1e-6, contrasts).verdict for arm in arms
         }
         wrong += bool(verdicts & {"better", "worse"})
     return wrong / runs
@@ -111,7 +111,8 @@ def false_equivalence(runs: int, layout: Layout, spreads: Spreads, smallest: flo
     chance = np.random.default_rng(2)
     effect = PERPLEXITY.difference(smallest)
     found = (
-        estimate(draw(chance, layout, spreads, effect), PERPLEXITY, smallest) for _ in range(runs)
+        judge_effect(draw(chance, layout, spreads, effect), PERPLEXITY, smallest)
+        for _ in range(runs)
     )
     return sum(each.verdict == "equivalent" for each in found) / runs
 
@@ -131,7 +132,7 @@ def power(runs: int, layout: Layout, spread: float, family: int) -> float:
     claimed = 0
     for _ in range(runs):
         data = draw(chance, layout, spreads, effect)._replace(windows=())
-        claimed += estimate(data, PERPLEXITY, 1e-6, family).verdict == "worse"
+        claimed += judge_effect(data, PERPLEXITY, 1e-6, family).verdict == "worse"
     return claimed / runs
 
 

@@ -15,6 +15,7 @@ POWER = 0.8
 """Probability with which `plan` wants a contrast to be seen."""
 
 LEVEL = 0.05
+"""Of a family's tests. A test compares it with the confidence at which `analysis` judges."""
 
 STEPS = 4000
 """Points of the integral over the estimated standard deviation."""

@@ -12,7 +12,7 @@ from jobs.export import check_unused, fetched, stored_spec, whole_folder
 from pipeline.errors import InputError
 from pipeline.specs import FilterSpec, PruneSpec
 
-COLUMNS = {
+SAMPLE_COLUMNS = {
     "sample_id": "number of the sample",
     "source": "name of the corpus that the prefix is from, if corpora were mixed",
     "text": "text without special tokens",
@@ -64,7 +64,7 @@ def export_calibration(store: Store, key: str, folder: Path) -> int:
     assert manifest is not None
     samples = pq.read_table(artifacts[spec.key] / "samples.parquet")
     names = ["input_ids" if name == "token_ids" else name for name in samples.column_names]
-    columns = [name for name in COLUMNS if name in names]
+    columns = [name for name in SAMPLE_COLUMNS if name in names]
     samples = samples.rename_columns(names).select(columns).replace_schema_metadata(None)
     generation = store.manifest(spec.scores.samples.key)
     engines = [] if generation is None else generation.report["engines"]
@@ -104,7 +104,7 @@ def card(
         drop_by: the rule that dropped a share.
     """
     report = manifest.report
-    meanings = "\n".join(f"| `{name}` | {COLUMNS[name]} |" for name in columns)
+    meanings = "\n".join(f"| `{name}` | {SAMPLE_COLUMNS[name]} |" for name in columns)
     return f"""{HEADER}
 # Calibration set {manifest.key}
 

@@ -45,8 +45,8 @@ _SETTING = ["model", "method", "target"]
 _LEAST_SOURCES = 5
 LEAST_FITTED = 3
 
-Flags = NDArray[np.bool_]
-Places = NDArray[np.intp]
+_Flags = NDArray[np.bool_]
+_Places = NDArray[np.intp]
 
 _RESAMPLES = 1000
 
@@ -64,12 +64,12 @@ class Sources(NamedTuple):
     harm: Values
     """`[sources, settings]`: the scaled metric minus each setting's mean; higher is worse."""
 
-    models: list[Places]
+    models: list[_Places]
     """For each model the places of its settings."""
 
     kind: MetricKind
 
-    holds: Flags
+    holds: _Flags
     """`[sources, domains]`: whether a source holds a domain."""
 
 
@@ -218,14 +218,16 @@ def predict(sources: Sources, name: str) -> Prediction:
     """Return how well one score predicts the harm."""
     x, harm, holds = sources.scores[name], sources.harm, sources.holds
 
-    def rank(chosen: Places, settings: Places) -> float:
+    def rank(chosen: _Places, settings: _Places) -> float:
         return rank_correlation(x[chosen], harm[np.ix_(chosen, settings)])
 
-    def explained(chosen: Places, settings: Places) -> float:
-        left, without, _ = left_out(x[chosen], harm[np.ix_(chosen, settings)], holds[chosen])
+    def explained(chosen: _Places, settings: _Places) -> float:
+        left, without, _ = leave_domains_out(
+            x[chosen], harm[np.ix_(chosen, settings)], holds[chosen]
+        )
         return 100 * (1 - left / without) if without > 0 else np.nan
 
-    predicted = left_out(x, harm, holds)[2]
+    predicted = leave_domains_out(x, harm, holds)[2]
     best = np.where(np.isnan(predicted), np.inf, predicted).argmin(axis=0)
     regret = harm[best, range(harm.shape[1])] - harm.min(axis=0)
     return Prediction(
@@ -249,7 +251,7 @@ def rank_correlation(x: Values, harm: Values) -> float:
     return float(np.mean(each))
 
 
-def left_out(x: Values, harm: Values, holds: Flags) -> tuple[float, float, Values]:
+def leave_domains_out(x: Values, harm: Values, holds: _Flags) -> tuple[float, float, Values]:
     """Predict the sources of each domain by a line through those without it, and by their mean.
 
     Each setting is divided by its spread, so that settings have equal weight, and so have domains.
@@ -324,7 +326,7 @@ def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
     return _estimate(effect(signed * middle), low, high, sources.kind)
 
 
-def _resampled(statistic: Callable[[Places, Places], float], sources: Sources) -> EffectEstimate:
+def _resampled(statistic: Callable[[_Places, _Places], float], sources: Sources) -> EffectEstimate:
     """Return a statistic of sources and settings, with the 95 % percentile interval of resampled
     sources and models; NaN if more than half of the resamples give NaN."""
     generator = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from pipeline.models.matrices import Matrix, decoder_layers, matrices
 TOKENS = 4096
 """Rows of the input of timed products."""
 
-ROUNDS = 10
+TIMED_ROUNDS = 10
 """Rounds of timing; the fastest counts."""
 
 CALLS = 10
@@ -76,7 +76,7 @@ def _is_2_4(weight: Tensor) -> bool:
 def _seconds(run: Callable[[], object]) -> float:
     """Return the seconds of the fastest round on the GPU."""
     times = []
-    for _ in range(ROUNDS):
+    for _ in range(TIMED_ROUNDS):
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(CALLS):

@@ -31,9 +31,9 @@ from pipeline.evaluation.perplexity import (
 from pipeline.evaluation.schemas import (
     METRICS_SCHEMA,
     REQUESTS_SCHEMA,
+    EvaluationResults,
     MetricRow,
     RequestRow,
-    Results,
 )
 from pipeline.evaluation.task_metrics import task_metrics
 from pipeline.evaluation.tasks import existing_folder
@@ -203,7 +203,7 @@ def measure_perplexity(
     batch_tokens: int,
     answers: FinishedAnswers,
     dense: Any | None = None,
-) -> Results:
+) -> EvaluationResults:
     """Measure a perplexity, the bits per byte that go with it, and the loss of each window.
 
     Args:
@@ -266,7 +266,7 @@ def measure_perplexity(
             likelihoods = [-each[number]] if name == "loss" else []
             value = each[number] / window.scored
             requests.append(RequestRow(wanted.name, number, name, value, text, text, likelihoods))
-    return Results(metrics, requests)
+    return EvaluationResults(metrics, requests)
 
 
 def _perplexity_name(wanted: PerplexitySpec) -> str:

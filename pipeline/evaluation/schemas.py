@@ -78,7 +78,7 @@ class RequestRow(NamedTuple):
     """One for each choice; for a window, the window's."""
 
 
-class Results(NamedTuple):
+class EvaluationResults(NamedTuple):
     """What was measured, and what it was made of."""
 
     metrics: list[MetricRow]

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline import progress
 from pipeline.errors import InputError, NonFiniteError
-from pipeline.evaluation.schemas import MetricRow, RequestRow, Results, TaskRun
+from pipeline.evaluation.schemas import EvaluationResults, MetricRow, RequestRow, TaskRun
 from pipeline.evaluation.task_data import copy_tasks, data_set_folder, reading_data_sets
 from pipeline.evaluation.tasks import lm_eval_tasks, task_manager
 from pipeline.specs import LocalDatasets, TaskSpec
@@ -33,7 +33,7 @@ def task_metrics(
     task_folder: Path | None = None,
     datasets: LocalDatasets | None = None,
     chat_template: bool = False,
-) -> Results:
+) -> EvaluationResults:
     """Run lm-eval tasks and groups; the tasks of a group have rows of their own.
 
     A task of `task_folder` comes before lm-eval's task of that name. Its data are prepared in a
@@ -47,7 +47,7 @@ def task_metrics(
     """
     from lm_eval import simple_evaluate
 
-    results = Results([], [])
+    results = EvaluationResults([], [])
     undefined: list[str] = []
     whole = "" if getattr(language_model, "shares", True) else ", each request read as a whole"
     tasks = list(tasks)

@@ -12,6 +12,8 @@ from scipy import stats
 from analysis.contrasts import Judgement, judge
 from analysis.design import parse_design, read_design
 from analysis.load import TableError
+from analysis.statistics import CONFIDENCE
+from jobs.design import LEVEL
 from tests.analysis.declared import Noise, Simulated, declared, simulated
 
 FILTER = {"filter": ("filtered", "self")}
@@ -33,6 +35,10 @@ def with_status(data: Simulated, arm: str, status: str, cells: int = 1) -> Simul
     table.loc[lost, ["task", "metric"]] = None
     requests = data.requests[~data.requests["cell"].isin(names)]
     return Simulated(table, requests)
+
+
+def test_a_plan_counts_on_the_confidence_at_which_contrasts_are_judged() -> None:
+    assert pytest.approx(1 - CONFIDENCE) == LEVEL
 
 
 @pytest.mark.parametrize(

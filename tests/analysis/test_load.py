@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import analysis
+from analysis.labels import DENSE, NO_CALIBRATION, UNSTRUCTURED
 from analysis.load import COLUMNS, TableError
 from benchmarks.analysis import SEED_STEP, SEEDS, made_table
 from jobs import gather
+from jobs.cells import Cell
 from tests.analysis.conftest import MakeTable
 
 
@@ -74,6 +76,13 @@ def test_a_missing_table_is_named_with_the_command_that_makes_it(tmp_path: Path,
 
 def test_the_columns_are_those_that_jobs_write() -> None:
     assert set(COLUMNS) == set(gather.RESULT_COLUMNS)
+
+
+def test_what_a_cell_lacks_has_the_name_that_jobs_write() -> None:
+    dense = gather.cell_fields("grid", Cell.model_validate({"model": "m"}))
+    assert (dense["pruner"], dense["calibration"]) == (DENSE, NO_CALIBRATION)
+    cell = Cell.model_validate({"model": "m", "pruner": "magnitude", "sparsity": 0.5})
+    assert gather.cell_fields("grid", cell)["pattern"] == UNSTRUCTURED
 
 
 def test_missing_columns_are_named_with_the_file_and_a_remedy(store: Path, tmp_path: Path) -> None:

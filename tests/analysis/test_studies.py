@@ -11,7 +11,6 @@ import yaml
 from typer.testing import CliRunner
 
 from analysis.__main__ import app
-from analysis.evidence import bootstrap
 from analysis.load import TableError
 from analysis.studies import STUDIES, predictor
 from analysis.study import Answer, Results
@@ -88,19 +87,11 @@ def test_every_study_has_a_grid_file_of_its_name_and_a_case_here() -> None:
         assert content["name"] == study.name
 
 
-def test_a_bootstrap_interval_is_near_that_of_a_normal_mean() -> None:
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    low, high = bootstrap(len(values), lambda chosen: float(values[chosen].mean()), 2000)
-    error = values.std(ddof=1) / 20
-    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error + 0.02)
-    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error + 0.02)
-
-
 def test_leaving_a_domain_out_is_what_refitting_without_its_sources_gives() -> None:
     draws = np.random.default_rng(1)
     x, harm = draws.normal(size=9), draws.normal(size=(9, 1))
     holds = draws.random((9, 4)) < 0.4
-    left, without, predicted = predictor.left_out(x, harm, holds)
+    left, without, predicted = predictor.leave_domains_out(x, harm, holds)
     scaled = harm[:, 0] / harm.std()
     expected: dict[int, list[float]] = {}
     errors, plain = [], []
@@ -125,8 +116,8 @@ def test_a_score_that_only_names_the_domain_predicts_no_unseen_one() -> None:
     x = score[domains] + draws.normal(0, 0.01, 20)
     harm = (level[domains] + draws.normal(0, 0.01, 20))[:, None]
     by_source, by_domain = np.eye(20, dtype=bool), np.eye(5, dtype=bool)[domains]
-    leaking = predictor.left_out(x, harm, by_source)
-    honest = predictor.left_out(x, harm, by_domain)
+    leaking = predictor.leave_domains_out(x, harm, by_source)
+    honest = predictor.leave_domains_out(x, harm, by_domain)
     assert honest[0] / honest[1] > 1.2 * leaking[0] / leaking[1]
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cluster.store import Store
 from jobs.__main__ import app
-from jobs.export_calibration import COLUMNS, export_calibration
+from jobs.export_calibration import SAMPLE_COLUMNS, export_calibration
 from pipeline.errors import InputError
 from pipeline.generation import generate
 from pipeline.scoring import filter as filtering
@@ -90,7 +90,7 @@ def test_the_data_set_has_the_kept_samples_as_they_were_generated(
     assert export_calibration(store, spec.key, folder) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
     found = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
-    assert found.column_names == list(COLUMNS)
+    assert found.column_names == list(SAMPLE_COLUMNS)
     kept = pq.read_table(store.fetch(FILTERED.key) / "samples.parquet").to_pylist()
     for row, sample in zip(found, kept, strict=True):
         sample["input_ids"] = sample.pop("token_ids")
