@@ -120,16 +120,21 @@ def seconds(plans: Sequence[Plan], store: Store) -> float:
 
 
 def mean_and_interval(rows: Sequence[Choice], value: Callable[[Choice], float]) -> str:
-    """Return a mean in percent, over texts within a model and then over models, with Student's
-    interval over models if there are several."""
+    """Return a mean in percent with Student's interval: over models, each a mean over its texts, or
+    over the texts of one model."""
     by_model: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         by_model[row.model].append(100 * value(row))
-    means = np.array([np.mean(values) for values in by_model.values()])
-    if len(means) == 1:
-        return f"{means[0]:.1f} (one model)"
+    several = len(by_model) > 1
+    means = np.array(
+        [np.mean(values) for values in by_model.values()]
+        if several
+        else next(iter(by_model.values()))
+    )
     half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
-    return f"{means.mean():.1f} ({means.mean() - half:.1f} to {means.mean() + half:.1f})"
+    over = "models" if several else "texts of one model"
+    low, high = means.mean() - half, means.mean() + half
+    return f"{means.mean():.1f} ({low:.1f} to {high:.1f}, over {len(means)} {over})"
 
 
 def _other_draw(cell: Cell) -> Cell:
@@ -185,15 +190,19 @@ def main(
                     "Min-K%++": max(own, key=lambda each: each.scores["min_k_plus_plus"]).name,
                 }
                 rows += choices(losses, taken, model, entry.corpus)
-    table = Table("way of choosing", "loss against the best (%)", "took the best (%)")
+    table = Table(
+        "way of choosing", "loss against the best (%)", "more than pilot's", "took the best (%)"
+    )
+    by_pilot = {(row.model, row.text): row.loss for row in rows if row.way == "pilot pruning"}
     for way, group in itertools.groupby(sorted(rows, key=lambda row: row.way), lambda row: row.way):
         own_rows = list(group)
         table.add_row(
             way,
             mean_and_interval(own_rows, lambda row: row.loss),
+            mean_and_interval(own_rows, lambda row: row.loss - by_pilot[row.model, row.text]),
             mean_and_interval(own_rows, lambda row: row.right),
         )
-    console = Console(width=100)
+    console = Console(width=140)
     console.print(table)
     console.print(
         f"{len(tried)} models, {len(next(iter(tried.values())))} candidates; prunings and "

@@ -23,8 +23,9 @@ def test_texts_of_a_model_are_averaged_before_models_are_compared() -> None:
         for model, text, loss in (("a", "x", 0.0), ("a", "y", 0.2), ("b", "x", 0.3))
     ]
     # 10 % and 30 %: 20 % with t = 12.706 at one degree of freedom times 10 %.
-    assert mean_and_interval(rows, lambda row: row.loss) == "20.0 (-107.1 to 147.1)"
-    assert mean_and_interval(rows[:2], lambda row: row.loss) == "10.0 (one model)"
+    assert mean_and_interval(rows, lambda row: row.loss) == "20.0 (-107.1 to 147.1, over 2 models)"
+    of_one = mean_and_interval(rows[:2], lambda row: row.loss)
+    assert of_one == "10.0 (-117.1 to 137.1, over 2 texts of one model)"
 
 
 def test_the_truth_is_measured_on_other_documents_than_the_probe(tmp_path: Path) -> None:
