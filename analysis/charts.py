@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -14,6 +15,12 @@ from analysis.evidence import EffectEstimate
 from analysis.figures import COLOURS, GREY, MARKERS, STYLE
 
 PANEL = (4.6, 3.4)
+
+_WIDTH = 7.6
+"""Inches of a figure of intervals: about a page's text, so that its letters stay readable."""
+
+_ROW, _BETWEEN_PANELS = 0.3, 0.75
+"""Inches of an interval's row, and of a panel's title, labels and gap."""
 
 
 class Point(NamedTuple):
@@ -27,27 +34,28 @@ class Point(NamedTuple):
 
 
 def interval_figure(
-    title: str,
-    panels: dict[str, dict[str, EffectEstimate]],
-    x_label: str,
-    note: str,
-    directed: bool = True,
+    title: str, panels: dict[str, dict[str, EffectEstimate]], note: str, directed: bool = True
 ) -> Figure:
-    """Draw effects with their intervals one below the other, one panel per name.
+    """Draw effects with their intervals one below the other, one panel below the other.
+
+    Panels of one unit share the scale of the horizontal axis.
 
     Args:
         title: title of the figure.
         panels: effects by name, by the panel's name.
-        x_label: label of the horizontal axis.
         note: caption.
         directed: whether one side of zero is better; then circles help and squares harm.
     """
-    rows = max(len(panel) for panel in panels.values())
-    height = max(PANEL[1], 0.28 * rows + 1.6)
+    rows = [len(panel) for panel in panels.values()]
     with rc_context(STYLE):
-        figure = _figure(title, len(panels), note, height)
-        axes = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
-        for panel, (name, estimates) in zip(axes, panels.items(), strict=True):
+        height = _ROW * sum(rows) + _BETWEEN_PANELS * len(panels)
+        figure = titled_figure(title, note, _WIDTH, height)
+        grid = figure.add_gridspec(len(panels), height_ratios=[count + 0.4 for count in rows])
+        first: dict[str, Axes] = {}
+        for row, (name, estimates) in enumerate(panels.items()):
+            unit = next(iter(estimates.values())).kind.unit
+            panel = figure.add_subplot(grid[row], sharex=first.get(unit))
+            first.setdefault(unit, panel)
             panel.set_title(name, loc="left")
             panel.axvline(0, color=GREY, linewidth=1, zorder=1)
             places = range(len(estimates) - 1, -1, -1)
@@ -63,9 +71,9 @@ def interval_figure(
                     color=colour,
                     markerfacecolor=colour if estimate.shown else "white",
                 )
-            panel.set_yticks(list(places), [textwrap.fill(label, 34) for label in estimates])
+            panel.set_yticks(list(places), [textwrap.fill(label, 50) for label in estimates])
             panel.set_ylim(-0.6, len(estimates) - 0.4)
-            panel.set_xlabel(x_label)
+            panel.set_xlabel(f"change ({unit})" if unit else "change")
             panel.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     return figure
 
@@ -83,7 +91,7 @@ def point_figure(
     higher point.
     """
     with rc_context(STYLE):
-        figure = _figure(title, len(panels), note)
+        figure = titled_figure(title, note, PANEL[0] * len(panels) + 0.6, PANEL[1])
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         places = [point.x for points in panels.values() for point in points]
         for panel, (name, points) in zip(axes, panels.items(), strict=True):
@@ -126,10 +134,6 @@ def _move_apart(names: Iterable[Any], points: Iterable[Point]) -> None:
             label.xy = (point.x, point.low if math.isfinite(point.low) else point.y)
             label.set_position((0, -11))
         taken.append(label.get_window_extent())
-
-
-def _figure(title: str, panels: int, note: str, height: float = PANEL[1]) -> Figure:
-    return titled_figure(title, note, PANEL[0] * panels + 0.6, height)
 
 
 def titled_figure(title: str, note: str, width: float, height: float) -> Figure:

@@ -42,7 +42,6 @@ def declared_answer(results: Results, title: str, caveat: str) -> Answer:
     for name, contrast in results.design.contrasts.items():
         families.setdefault(contrast.family, {})[name] = judged[name]
     reach = next(iter(judged.values())).reach
-    units = " or ".join(dict.fromkeys(each.kind.unit for each in judged.values() if each.kind.unit))
     always = set.intersection(*(set(each.remarks) for each in judged.values()))
     families = {
         family: {name: _without(each, always) for name, each in own.items()}
@@ -58,7 +57,6 @@ def declared_answer(results: Results, title: str, caveat: str) -> Answer:
             name: {each: as_estimate(one) for each, one in own.items()}
             for name, own in families.items()
         },
-        f"change ({units})" if units else "change",
         f"Bars: 95 % intervals over {reach}, simultaneous in a panel. Filled: a verdict of better, "
         "worse or equal; hollow: none.",
     )

@@ -152,7 +152,6 @@ def answer(results: Results) -> Answer:
                 for name, prediction in predictions.items()
             },
         },
-        "",
         "Bars: 95 % intervals over sources and models. Filled: zero lies outside; hollow: inside.",
         directed=False,
     )

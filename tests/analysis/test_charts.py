@@ -16,11 +16,21 @@ def effect(value: float, shown: bool) -> EffectEstimate:
 
 def test_what_is_shown_is_filled_and_what_is_not_is_hollow() -> None:
     panels = {"all": {"sure": effect(-3, shown=True), "open": effect(2, shown=False)}}
-    figure = interval_figure("title", panels, "x", "note")
+    figure = interval_figure("title", panels, "note")
     points = [line for line in figure.axes[0].lines if line.get_marker() in ("o", "s")]
     assert [point.get_marker() for point in points] == ["o", "s"]  # helps, harms
     assert points[0].get_markerfacecolor() == points[0].get_color()
     assert points[1].get_markerfacecolor() == "white"
+
+
+def test_only_panels_of_one_unit_share_a_scale() -> None:
+    small = EffectEstimate(0.02, 0.01, 0.03, True, metric_named("kl"))
+    panels = {"far": {"a": effect(50, True)}, "near": {"b": effect(2, True)}, "KL": {"c": small}}
+    far, near, divergence = interval_figure("title", panels, "note").axes
+    assert far.get_xlim() == near.get_xlim()
+    assert divergence.get_xlim()[1] < 0.1
+    labels = [panel.get_xlabel() for panel in (far, near, divergence)]
+    assert labels == ["change (%)", "change (%)", "change"]
 
 
 def test_equal_points_give_equal_bytes() -> None:
