@@ -14,6 +14,7 @@ from jobs.grid import (
     GeneratedCalibration,
     Grid,
     GridCalibration,
+    PooledCalibration,
     PrunedGenerator,
     with_name,
 )
@@ -25,6 +26,7 @@ from pipeline.specs import (
     Corpus,
     CorpusMixture,
     DescribeSpec,
+    DrawSpec,
     DropBy,
     EvaluateSpec,
     EvaluationOptions,
@@ -99,7 +101,8 @@ GENERATED_FIELDS = (
     "num_samples",
     "temperature",
 )
-"""Axes that override a generated calibration's own fields."""
+"""Axes that override a calibration's own fields, where it has them: a pool has those of the
+filter."""
 
 RULE_FIELDS = ("drop_by", "within")
 """Those that mean nothing where no share is dropped."""
@@ -248,22 +251,16 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
     if isinstance(calibration, CorpusCalibration):
         source = _corpora(grid, calibration.corpus)
     else:
-        generator = _generator(grid, cell, calibration)
-        samples = GenerateSpec(
-            model=generator,
-            prefixes=_corpora(grid, calibration.prefixes),
-            seqlen=cell.seqlen,
-            seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
-            **_options(GenerationOptions, calibration, cell),
-        )
+        samples = _samples(grid, cell, calibration)
         options = FilterOptions(**_options(FilterOptions, calibration, cell))
         scorer = calibration.scorer if options.reads_scores else None
         source = FilterSpec(
             **dict(options),
             scores=ScoreSpec(
                 samples=samples,
-                model=grid.models[scorer] if scorer else generator,
-                include_prefix=calibration.include_prefix,
+                model=grid.models[scorer] if scorer else samples.model,
+                include_prefix=isinstance(calibration, GeneratedCalibration)
+                and calibration.include_prefix,
                 hidden_states=options.reads_hidden_states,
             ),
             seed=cell.seed if options.draws else 0,
@@ -273,12 +270,34 @@ def _windows_spec(grid: Grid, cell: Cell) -> WindowsSpec:
         model=model,
         nsamples=cell.nsamples,
         seqlen=cell.seqlen,
-        packing=calibration.packing,
+        packing="sample" if isinstance(calibration, PooledCalibration) else calibration.packing,
         seed=cell.seed,
     )
 
 
-def _options(options: type[Spec], calibration: GeneratedCalibration, cell: Cell) -> dict[str, Any]:
+def _samples(
+    grid: Grid, cell: Cell, calibration: GeneratedCalibration | PooledCalibration
+) -> GenerateSpec | DrawSpec:
+    """Return the samples that a calibration's rule chooses from."""
+    if isinstance(calibration, PooledCalibration):
+        return DrawSpec(
+            source=_corpora(grid, calibration.corpus),
+            model=grid.models[cell.model],
+            num_samples=calibration.pool,
+            seqlen=cell.seqlen,
+            seed=cell.seed,
+            shard_size=calibration.shard_size,
+        )
+    return GenerateSpec(
+        model=_generator(grid, cell, calibration),
+        prefixes=_corpora(grid, calibration.prefixes),
+        seqlen=cell.seqlen,
+        seed=cell.seed if calibration.generation_seed is None else calibration.generation_seed,
+        **_options(GenerationOptions, calibration, cell),
+    )
+
+
+def _options(options: type[Spec], calibration: Spec, cell: Cell) -> dict[str, Any]:
     """Return the calibration's values of some options, replaced by the cell's where it has them."""
     names = options.model_fields
     own = {name: getattr(cell, name) for name in GENERATED_FIELDS if name in names}
@@ -393,18 +412,16 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
         "nsamples": cell.nsamples or 128,
         "seqlen": cell.seqlen or 2048,
     }
-    if isinstance(calibration, CorpusCalibration):
-        return cell.model_copy(update={**defaults, **dict.fromkeys(GENERATED_FIELDS)})
     for role in ("generator", "scorer"):
-        chosen = getattr(calibration, role)
+        chosen = getattr(calibration, role, None)
         where = f"calibrations.{cell.calibration}.{role}"
         if isinstance(chosen, str):
             _get(grid.models, chosen, where)
         elif isinstance(chosen, PrunedGenerator) and chosen.calibration is not None:
             _check_generator(grid, cell, chosen, f"{where}.calibration")
     for field in GENERATED_FIELDS:
-        chosen = getattr(cell, field)
-        defaults[field] = getattr(calibration, field) if chosen is None else chosen
+        own, chosen = getattr(calibration, field, None), getattr(cell, field)
+        defaults[field] = own if own is None or chosen is None else chosen
     if defaults["drop_fraction"] == 0:  # all rules keep everything, so the cells are one
         defaults |= {name: FilterOptions.model_fields[name].default for name in RULE_FIELDS}
     return cell.model_copy(update=defaults)
@@ -428,7 +445,7 @@ def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: 
 
 
 def _check_corpora(grid: Grid, name: str, calibration: GridCalibration) -> None:
-    field = "corpus" if isinstance(calibration, CorpusCalibration) else "prefixes"
+    field = "prefixes" if isinstance(calibration, GeneratedCalibration) else "corpus"
     for corpus in calibration.corpora:
         _get(grid.corpora, corpus, f"calibrations.{name}.{field}")
 

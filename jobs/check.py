@@ -21,6 +21,7 @@ from pipeline.specs import (
     Corpus,
     CorpusMixture,
     DescribeSpec,
+    DrawSpec,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -68,7 +69,7 @@ def check_plan(plan: Plan) -> list[str]:
     corpora = {_json(corpus): name for name, corpus in known.items()}
 
     sizes: dict[str, Sequence[int]] = {}
-    demands: dict[tuple[str, int, int, bool], Corpus] = {}
+    demands: dict[tuple[str, int, int, bool, str], Corpus] = {}
     chats: dict[tuple[str, str], object] = {}
     lists: set[str] = set()
     for spec in plan.specs.values():
@@ -98,11 +99,11 @@ def check_plan(plan: Plan) -> list[str]:
                 sizes[name] = _layer_sizes(name, configs[name], dense_model(spec.model))
         if isinstance(spec, PruneSpec) and spec.allocation != Uniform():
             _check_allocation(name, sizes[name], spec)
-        for corpus, nsamples, seqlen, joined in _readings(spec):
-            demands[corpora[_json(corpus)], nsamples, seqlen, joined] = corpus
-    for (name, nsamples, seqlen, joined), corpus in demands.items():
+        for corpus, nsamples, seqlen, joined, asked_as in _readings(spec):
+            demands[corpora[_json(corpus)], nsamples, seqlen, joined, asked_as] = corpus
+    for (name, nsamples, seqlen, joined, asked_as), corpus in demands.items():
         with _at(f"corpora.{name}"):
-            note = check_corpus(corpus, nsamples, seqlen, joined=joined)
+            note = check_corpus(corpus, nsamples, seqlen, joined=joined, asked_as=asked_as)
         if note is not None:
             notes[f"corpora.{name}: {note}"] = None
     for note in _overlaps(plan):
@@ -305,7 +306,7 @@ def _meetings(spec: StageSpec) -> Iterator[tuple[str, tuple[Model, Model, Model]
 
 def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:
     match spec:
-        case WindowsSpec() | GenerateSpec():
+        case WindowsSpec() | GenerateSpec() | DrawSpec():
             yield spec.model, spec.seqlen
         case ScoreSpec():
             yield spec.model, spec.samples.seqlen
@@ -316,25 +317,38 @@ def _lengths(spec: StageSpec) -> Iterator[tuple[Model, int]]:
 # ------------------------------------------------------------------------------- corpora and tasks
 
 
-def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool]]:
-    """Yield corpus, documents, tokens of each, and whether the tokens may be spread over
-    documents."""
+def _readings(spec: StageSpec) -> Iterator[tuple[Corpus, int, int, bool, str]]:
+    """Yield corpus, documents, tokens of each, whether the tokens may be spread over documents, and
+    the field that asks for so many."""
     match spec:
-        case WindowsSpec(source=CorpusMixture() as mixture):
-            for part, count in Counter(parts_in_turn(mixture, spec.nsamples)).items():
-                yield mixture.parts[part].corpus, count, spec.seqlen, spec.packing == "concat"
-        case WindowsSpec(source=HubCorpus() | FileCorpus() | TestbedCorpus() as source):
-            yield source, spec.nsamples, spec.seqlen, spec.packing == "concat"
+        case WindowsSpec(
+            source=CorpusMixture() | HubCorpus() | FileCorpus() | TestbedCorpus() as source
+        ):
+            for corpus, count in _parts(source, spec.nsamples):
+                yield corpus, count, spec.seqlen, spec.packing == "concat", "nsamples"
+        case DrawSpec():
+            for corpus, count in _parts(spec.source, spec.num_samples):
+                yield corpus, count, spec.seqlen, False, "pool"
         case GenerateSpec(prefix_tokens=tokens) if tokens > 0:
             for name, count in Counter(prefix_sources(spec)).items():
-                yield prefix_corpora(spec)[name], count, tokens, False
+                yield prefix_corpora(spec)[name], count, tokens, False, "nsamples"
         case EvaluateSpec():
             for entry in spec.perplexity:
-                yield entry.corpus, 1, 1 if entry.unit == "text" else entry.seqlen, True
+                tokens = 1 if entry.unit == "text" else entry.seqlen
+                yield entry.corpus, 1, tokens, True, "nsamples"
+
+
+def _parts(source: Corpus | CorpusMixture, count: int) -> Iterator[tuple[Corpus, int]]:
+    """Yield each corpus of a source with its number of `count` texts."""
+    if not isinstance(source, CorpusMixture):
+        yield source, count
+        return
+    for part, own in Counter(parts_in_turn(source, count)).items():
+        yield source.parts[part].corpus, own
 
 
 def _overlaps(plan: Plan) -> Iterator[str]:
-    """Yield a warning for each set with more windows than the written texts can fill.
+    """Yield a warning for each set with more windows than the samples left can fill.
 
     Raises:
         InputError: if each window needs its own text.
@@ -345,10 +359,18 @@ def _overlaps(plan: Plan) -> Iterator[str]:
         calibration = spec.model.calibration if isinstance(spec.model, PruneSpec) else None
         if calibration is None or not isinstance(calibration.source, FilterSpec):
             continue
-        texts = calibration.source.scores.samples.num_samples
-        texts -= dropped(texts, calibration.source.drop_fraction)
+        samples = calibration.source.scores.samples
+        share = calibration.source.drop_fraction
+        texts = samples.num_samples - dropped(samples.num_samples, share)
         if texts < calibration.nsamples:
             asked = f"{calibration.nsamples} windows of {calibration.seqlen} tokens"
+            if isinstance(samples, DrawSpec):
+                remedy = (
+                    f"drop_fraction {share:g} leaves {texts} samples, too few for {asked}: raise "
+                    "pool, or lower drop_fraction or nsamples"
+                )
+                field = f"calibrations.{cell.calibration}.pool"
+                raise InputError(field, samples.num_samples, remedy)
             if calibration.packing == "sample":
                 remedy = f"too few for {asked}, each of a text: raise num_samples or lower nsamples"
                 raise InputError(f"calibrations.{cell.calibration}", f"{texts} texts kept", remedy)

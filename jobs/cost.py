@@ -21,6 +21,7 @@ from jobs.stages import STAGES, stage_name
 from pipeline.generation.shards import shard_samples
 from pipeline.specs import (
     DescribeSpec,
+    DrawSpec,
     EvaluateSpec,
     FilterSpec,
     FirstLayers,
@@ -252,7 +253,7 @@ def _bytes(spec: StageSpec, size: float) -> float:
             return size * (MASK_BYTES if spec.stores_masks else WEIGHT_BYTES[spec.dtype])
         case ShardSpec(of=GenerateSpec()):
             return _tokens(spec) * TOKEN_BYTES
-        case GenerateSpec():
+        case GenerateSpec() | DrawSpec():
             return spec.num_samples * spec.seqlen * TOKEN_BYTES
         case FilterSpec():
             return _bytes(spec.scores.samples, size) * (1 - spec.drop_fraction)

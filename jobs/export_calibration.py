@@ -1,4 +1,4 @@
-"""Export a generated calibration set from a store as a data set folder that other programs load."""
+"""Export filtered samples from a store as a data set folder that other programs load."""
 
 import json
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 from cluster.store import Manifest, Store
 from jobs.export import check_unused, fetched, stored_spec, whole_folder
 from pipeline.errors import InputError
-from pipeline.specs import FilterSpec, PruneSpec
+from pipeline.specs import DrawSpec, FilterSpec, PruneSpec
 
 SAMPLE_COLUMNS = {
     "sample_id": "number of the sample",
-    "source": "name of the corpus that the prefix is from, if corpora were mixed",
+    "source": "name of the corpus of the text or prefix, if corpora were mixed",
     "text": "text without special tokens",
-    "input_ids": "token ids as generated, the prefix first",
+    "input_ids": "token ids as generated, the prefix first, or as cut from the text",
     "prefix_tokens": "number of leading ids that were given, BOS included",
     "tokens": "number of scored tokens",
     "perplexity": "perplexity of the scored tokens",
@@ -34,14 +34,27 @@ HEADER = """\
 ---
 license: unknown
 tags:
-- calibration
-- synthetic
+- calibration{tags}
 configs:
 - config_name: default
   data_files: samples.parquet
 ---
 """
 """The part of the card that the hub and `datasets` read."""
+
+SYNTHETIC = "\n- synthetic"
+"""A tag of text that a model wrote."""
+
+WRITTEN = (
+    "Texts that a language model wrote from short prefixes of real texts",
+    "The licence is unknown: it depends on the terms of the generating model and of the corpus of "
+    "the prefixes, both named below.",
+)
+DRAWN = (
+    "Stretches of real texts",
+    "The licence is unknown: it depends on the terms of the corpus, which is named below.",
+)
+"""What the samples are, and whose terms hold for them."""
 
 
 def export_calibration(store: Store, key: str, folder: Path) -> int:
@@ -67,11 +80,11 @@ def export_calibration(store: Store, key: str, folder: Path) -> int:
     columns = [name for name in SAMPLE_COLUMNS if name in names]
     samples = samples.rename_columns(names).select(columns).replace_schema_metadata(None)
     generation = store.manifest(spec.scores.samples.key)
-    engines = [] if generation is None else generation.report["engines"]
+    engines = [] if generation is None else generation.report.get("engines", [])
     with whole_folder(folder) as partial:
         partial.mkdir(parents=True)
         pq.write_table(samples, partial / "samples.parquet")
-        (partial / "README.md").write_text(card(manifest, engines, columns, spec.drop_by))
+        (partial / "README.md").write_text(card(manifest, spec, engines, columns))
     return len(samples)
 
 
@@ -88,33 +101,33 @@ def _filter_spec(store: Store, key: str) -> FilterSpec:
         )
     calibration = stored_spec(manifest, PruneSpec).calibration
     if calibration is None or not isinstance(calibration.source, FilterSpec):
-        remedy = "was not calibrated with generated text; choose another model"
+        remedy = "was not calibrated with filtered samples; choose another model"
         raise InputError("key", key, remedy)
     return calibration.source
 
 
 def card(
-    manifest: Manifest, engines: list[dict[str, Any]], columns: Sequence[str], drop_by: str
+    manifest: Manifest, spec: FilterSpec, engines: list[dict[str, Any]], columns: Sequence[str]
 ) -> str:
     """Return the data set card of filtered samples.
 
     Args:
         engines: engine, version and device of each generation.
         columns: names of the data set's columns.
-        drop_by: the rule that dropped a share.
     """
+    drawn = isinstance(spec.scores.samples, DrawSpec)
+    what, terms = DRAWN if drawn else WRITTEN
     report = manifest.report
     meanings = "\n".join(f"| `{name}` | {SAMPLE_COLUMNS[name]} |" for name in columns)
-    return f"""{HEADER}
+    return f"""{HEADER.format(tags="" if drawn else SYNTHETIC)}
 # Calibration set {manifest.key}
 
-Texts that a language model wrote from short prefixes of real texts, filtered by calprune: \
-{report["kept"]} were kept, {report["dropped"]} dropped by {drop_by}, \
+{what}, filtered by calprune: \
+{report["kept"]} were kept, {report["dropped"]} dropped by {spec.drop_by}, \
 {report["duplicates"]} as duplicates, {report["near_duplicates"]} as near duplicates, \
 {report["banned"]} for a banned word and {report["invalid"]} because there was no token to score.
 
-The licence is unknown: it depends on the terms of the generating model and of the corpus of the
-prefixes, both named below.
+{terms}
 
 | column | meaning |
 |---|---|

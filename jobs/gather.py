@@ -17,7 +17,16 @@ from jobs.cells import Cell, cell_name
 from jobs.flips import flip_rows, has_answers, read_answers
 from jobs.plan import Plan
 from pipeline.evaluation.schemas import METRICS_SCHEMA
-from pipeline.specs import Allocation, EvaluateSpec, FilterSpec, Pruner, PruneSpec, canonical_json
+from pipeline.specs import (
+    Allocation,
+    EvaluateSpec,
+    FilterSpec,
+    GenerateSpec,
+    Pruner,
+    PruneSpec,
+    ShardedSpec,
+    canonical_json,
+)
 
 CELL_COLUMNS: dict[str, pa.DataType] = {
     "grid": pa.string(),
@@ -206,17 +215,18 @@ def _calibration_fields(
     calibration = None if pruned is None else pruned.calibration
     if calibration is None:
         return {}
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"seconds_generate": 0.0, "seconds_score": 0.0}
+    stages: list[ShardedSpec] = []
     if isinstance(calibration.source, FilterSpec):
         scores = calibration.source.scores
-        stages = (("generate", scores.samples), ("score", scores))
-        fields["seconds_score"] = 0.0
-        for name, stage in stages if calibration.source.reads_scores else stages[:1]:
-            shards = [store.manifest(shard.key) for shard in stage.shards()]
-            known = [shard.seconds for shard in shards if shard is not None]
-            fields[f"seconds_{name}"] = sum(known) if len(known) == len(shards) else None
-    else:
-        fields |= {"seconds_generate": 0.0, "seconds_score": 0.0}
+        if isinstance(scores.samples, GenerateSpec):
+            stages.append(scores.samples)
+        if calibration.source.reads_scores:
+            stages.append(scores)
+    for stage in stages:
+        shards = [store.manifest(shard.key) for shard in stage.shards()]
+        known = [shard.seconds for shard in shards if shard is not None]
+        fields[f"seconds_{stage.kind}"] = sum(known) if len(known) == len(shards) else None
     windows = store.manifest(calibration.key)
     if windows is not None:
         fields["calibration_tokens"] = windows.report.get("distinct_tokens")

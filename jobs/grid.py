@@ -104,19 +104,57 @@ def corpus_names(chosen: CorpusNames) -> list[str]:
     return [chosen] if isinstance(chosen, str) else list(chosen)
 
 
-class CorpusCalibration(Spec):
-    """Windows cut straight from a corpus, or from several."""
+class RealText(Spec):
+    """Real text of one corpus, or of several."""
 
     corpus: CorpusNames
     """Where windows are cut from."""
 
-    packing: Literal["sample", "concat"] = "sample"
-    """How windows are cut."""
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_fields_of_other_texts(cls, content: Any) -> Any:
+        for name, value in content.items() if isinstance(content, Mapping) else ():
+            if name not in cls.model_fields and name in PooledCalibration.model_fields:
+                remedy = (
+                    "is for a choice among samples: remove it, or add pool, the number of samples "
+                    "to draw from the corpus"
+                )
+                raise InputError(name, value, remedy)
+            if name not in cls.model_fields and name in CorpusCalibration.model_fields:
+                remedy = "each sample of a pool is a stretch of one text: remove packing, or pool"
+                raise InputError(name, value, remedy)
+            if name not in cls.model_fields and name in GeneratedCalibration.model_fields:
+                remedy = "is for text that a model writes: remove it, or give prefixes, not corpus"
+                raise InputError(name, value, remedy)
+        return content
 
     @property
     def corpora(self) -> list[str]:
         """Names of the corpora that windows are cut from."""
         return corpus_names(self.corpus)
+
+
+class CorpusCalibration(RealText):
+    """Windows cut straight from a corpus, or from several."""
+
+    packing: Literal["sample", "concat"] = "sample"
+    """How windows are cut."""
+
+
+class PooledCalibration(RealText, FilterOptions):
+    """Windows that a rule chooses from a pool of real text."""
+
+    pool: int = Field(ge=1)
+    """Samples of a window's length, each from a text of its own, that the filter gets."""
+
+    scorer: str | None = None
+    """Name of the grid's model whose scores and hidden states decide which samples are dropped;
+    unset, the model to prune. Both must have the same tokenizer."""
+
+    shard_size: int = Field(default=64, ge=1)
+    """Samples that are scored together."""
+
+    _words_at_path = field_validator("banned_words", mode="before")(_at_path)
 
 
 class PrunedGenerator(Spec):
@@ -188,12 +226,13 @@ def _calibration_tag(value: object) -> str | None:
     if not isinstance(value, Mapping):
         return type(value).__name__
     if "corpus" in value:
-        return CorpusCalibration.__name__
+        return (PooledCalibration if "pool" in value else CorpusCalibration).__name__
     return GeneratedCalibration.__name__ if "prefixes" in value else None
 
 
 GridCalibration = Annotated[
     Annotated[CorpusCalibration, Tag(CorpusCalibration.__name__)]
+    | Annotated[PooledCalibration, Tag(PooledCalibration.__name__)]
     | Annotated[GeneratedCalibration, Tag(GeneratedCalibration.__name__)],
     Discriminator(
         _calibration_tag,

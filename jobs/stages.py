@@ -22,6 +22,7 @@ from pipeline.hub import HubItem, used
 from pipeline.progress import Reporter, phase, reporting
 from pipeline.specs import (
     DescribeSpec,
+    DrawSpec,
     EvaluateSpec,
     FilterSpec,
     GenerateSpec,
@@ -104,6 +105,12 @@ STAGES: dict[str, StageKind] = {
             utilisation=(0.3, 0.1),
             keeps_model=True,
             cell_fields=_OF_TEXTS,
+        ),
+        StageKind(
+            DrawSpec,
+            "pipeline.data.draw",
+            fixed_seconds=0.5,
+            cell_fields=("calibration", "model", "seqlen", "seed"),
         ),
         StageKind(
             ScoreSpec,

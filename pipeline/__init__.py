@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.library import (
         LanguageModel,
+        draw,
         evaluate,
         filter,
         generate,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LanguageModel",
+    "draw",
     "evaluate",
     "filter",
     "generate",

@@ -17,8 +17,10 @@ import pyarrow as pa
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.data.draw import as_samples, cut_pool
 from pipeline.data.prefixes import read_prefixes
 from pipeline.data.presets import CORPUS_PRESETS
+from pipeline.data.samples import Sample
 from pipeline.data.windows import Cutting, Tokens, cut_corpus, cut_samples
 from pipeline.environment import check_environment
 from pipeline.errors import InputError, did_you_mean
@@ -26,7 +28,7 @@ from pipeline.evaluation.evaluate import check_names, measure_perplexity
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.schemas import MetricRow
 from pipeline.evaluation.task_metrics import task_metrics
-from pipeline.generation.generate import Sample, generate_shard
+from pipeline.generation.generate import generate_shard
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.mistakes import explained
 from pipeline.models.loading import load_model, load_tokenizer
@@ -41,6 +43,7 @@ from pipeline.specs import (
     OWL,
     Allocation,
     Corpus,
+    DrawSpec,
     EvaluateSpec,
     FileCorpus,
     FilterOptions,
@@ -119,6 +122,24 @@ def generate(model: LanguageModel, prefixes: Texts, **settings: Any) -> list[Sam
         for index in range(spec.shard_count)
     )
     return list(itertools.chain.from_iterable(shards))
+
+
+def draw(model: LanguageModel, texts: Texts, **settings: Any) -> list[Sample]:
+    """Draw a pool of real text for `filter` to choose from: a stretch of each of several texts.
+
+    Args:
+        texts: where they are cut from. To filter within sources, draw from each by itself and give
+            `filter` their `sources`.
+        settings: fields of `DrawSpec`: `num_samples`, `seqlen`, `seed`.
+
+    Raises:
+        InputError: if a setting is wrong, or the texts are too few or too short.
+    """
+    with _corpus(texts, "texts") as corpus:
+        spec = _checked(DrawSpec, source=corpus, model=model.spec, **settings)
+        rows = embedding_rows(model.model.config)
+        cut = cut_pool(spec, model.tokenizer, rows, "num_samples")
+    return as_samples(cut, model.tokenizer)
 
 
 def score(
@@ -223,7 +244,7 @@ def windows(
     """Cut a calibration set, token ids [nsamples, seqlen].
 
     Args:
-        source: real texts, or samples that a model with this tokenizer wrote.
+        source: real texts, or samples with the ids of this tokenizer.
         settings: `nsamples`, `seqlen`, `packing` and `seed` of `WindowsSpec`.
 
     Raises:
@@ -400,7 +421,7 @@ def _corpus(texts: Any, field: str) -> Iterator[Corpus]:
 
 
 def _samples(source: Any) -> list[Sample]:
-    """Return the source if it is generated samples, or an empty list."""
+    """Return the source if it is samples, or an empty list."""
     if isinstance(source, Sequence) and source and all(isinstance(x, Sample) for x in source):
         return list(source)
     return []

@@ -23,6 +23,9 @@ SHUFFLE_BUFFER = 10_000
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
 
+OR_JOIN = ", or set packing: concat"
+"""A remedy for too few long texts, where texts can be joined."""
+
 TESTBED_TEXTS = 1000
 """Texts of the endless testbed that are tried for each that is needed."""
 
@@ -80,7 +83,12 @@ def documents_for(corpus: Corpus, count: int, seed: int | None) -> Iterator[Docu
 
 
 def check_corpus(
-    corpus: Corpus, nsamples: int = 1, seqlen: int = 1, *, joined: bool = False
+    corpus: Corpus,
+    nsamples: int = 1,
+    seqlen: int = 1,
+    *,
+    joined: bool = False,
+    asked_as: str = "nsamples",
 ) -> str | None:
     """Check cheaply that a corpus can have `nsamples` texts of `seqlen` tokens each.
 
@@ -89,6 +97,8 @@ def check_corpus(
 
     Args:
         joined: require only `seqlen` tokens in all texts together.
+        asked_as: the field that a user lowers to need fewer texts; those of a `pool` are not
+            joined.
 
     Returns:
         A warning if the corpus was not checked because its hub is out of reach, or if windows will
@@ -121,7 +131,7 @@ def check_corpus(
         remedy = (
             f"{nsamples} texts of at least {seqlen} tokens are needed; of {len(tokens)} texts "
             f"{enough} can be that long, and the longest has at most {tokens.max()} tokens: "
-            "lower seqlen or nsamples, or set packing: concat"
+            f"lower seqlen or {asked_as}{OR_JOIN if asked_as == 'nsamples' else ''}"
         )
         raise InputError("corpus", source, remedy)
     return None

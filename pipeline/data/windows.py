@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.data.corpora import Document, documents_for
+from pipeline.data.corpora import OR_JOIN, Document, documents_for
 from pipeline.data.prefixes import parts_in_turn
 from pipeline.errors import InputError
 from pipeline.models.loading import check_shared_vocabulary, load_configs, load_tokenizer
@@ -59,17 +59,20 @@ class CalibrationWindow(NamedTuple):
 
 
 class Cutting(NamedTuple):
-    """How windows are cut; the fields are those of `WindowsSpec`."""
+    """How windows are cut; the first fields are those of `WindowsSpec`."""
 
     nsamples: int = 128
     seqlen: int = 2048
     packing: Literal["sample", "concat"] = "sample"
     seed: int = 0
 
+    asked_as: str = "nsamples"
+    """The field that a user lowers to have fewer windows."""
+
     @classmethod
     def of(cls, spec: WindowsSpec) -> Self:
         """Return how a spec has windows cut."""
-        return cls(**{name: getattr(spec, name) for name in cls._fields})
+        return cls(spec.nsamples, spec.seqlen, spec.packing, spec.seed)
 
 
 class CutWindows(NamedTuple):
@@ -99,10 +102,8 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
             _, settings = load_configs(generator, artifacts)
             texts = read_samples(artifacts[spec.source.key])
             cut = cut_samples(texts, edge_ids(settings, tokenizer), how)
-        case CorpusMixture():
-            cut = _cut_mixture(spec.source, tokenizer, how)
         case _:
-            cut = cut_corpus(spec.source, tokenizer, how)
+            cut = cut_texts(spec.source, tokenizer, how)
     config, _ = load_configs(spec.model, artifacts)
     for window in cut.windows:
         check_ids(window.ids, embedding_rows(config))
@@ -119,7 +120,7 @@ def run(spec: WindowsSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]
 
 
 def cut_samples(texts: Iterable[Tokens], edges: list[int], how: Cutting) -> CutWindows:
-    """Cut windows from generated texts; joined texts lose the ids in `edges` at both ends.
+    """Cut windows from samples; joined ones lose the ids in `edges` at both ends.
 
     Raises:
         InputError: if the texts are too few or too short.
@@ -127,6 +128,20 @@ def cut_samples(texts: Iterable[Tokens], edges: list[int], how: Cutting) -> CutW
     if how.packing == "concat":
         return _cut(strip_ends(texts, edges), how)
     return _cut(shuffled(list(texts), how.seed), how)
+
+
+def cut_texts(source: Corpus | CorpusMixture, tokenizer: Any, how: Cutting) -> CutWindows:
+    """Cut windows from real text; the seed draws the order of each corpus's texts.
+
+    From a mixture come the windows that each part alone would give, in turn, and documents name
+    their part.
+
+    Raises:
+        InputError: if a corpus cannot be read, or has too few texts or too short ones.
+    """
+    if isinstance(source, CorpusMixture):
+        return _cut_mixture(source, tokenizer, how)
+    return cut_corpus(source, tokenizer, how)
 
 
 def cut_corpus(corpus: Corpus, tokenizer: Any, how: Cutting) -> CutWindows:
@@ -144,12 +159,12 @@ def cut_corpus(corpus: Corpus, tokenizer: Any, how: Cutting) -> CutWindows:
 
 
 def _cut(texts: Iterable[Tokens], how: Cutting) -> CutWindows:
-    cut = concat_windows if how.packing == "concat" else sample_windows
-    return cut(texts, how.nsamples, how.seqlen, how.seed)
+    if how.packing == "concat":
+        return concat_windows(texts, how.nsamples, how.seqlen, how.seed)
+    return sample_windows(texts, how.nsamples, how.seqlen, how.seed, how.asked_as)
 
 
 def _cut_mixture(mixture: CorpusMixture, tokenizer: Any, how: Cutting) -> CutWindows:
-    """Cut the windows that each part alone would give, in turn; documents name their part."""
     names = parts_in_turn(mixture, how.nsamples)
     cuts = {
         name: cut_corpus(mixture.parts[name].corpus, tokenizer, how._replace(nsamples=count))
@@ -166,7 +181,9 @@ def _cut_mixture(mixture: CorpusMixture, tokenizer: Any, how: Cutting) -> CutWin
     )
 
 
-def sample_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> CutWindows:
+def sample_windows(
+    texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int, asked_as: str = "nsamples"
+) -> CutWindows:
     """Cut one window from each text that is long enough, until there are `nsamples`.
 
     The start is uniform over all `len(ids) - seqlen + 1` places. (The reference code of Wanda and
@@ -192,9 +209,9 @@ def sample_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: in
     remedy = (
         f"{nsamples} windows of {seqlen} tokens are needed, but of {read} texts only "
         f"{len(windows)} are that long and the longest has {longest} tokens: lower seqlen or "
-        "nsamples, give more or longer texts, or set packing: concat"
+        f"{asked_as}, give more or longer texts{OR_JOIN if asked_as == 'nsamples' else ''}"
     )
-    raise InputError("nsamples", nsamples, remedy)
+    raise InputError(asked_as, nsamples, remedy)
 
 
 def concat_windows(texts: Iterable[Tokens], nsamples: int, seqlen: int, seed: int) -> CutWindows:
@@ -238,7 +255,7 @@ def tokenized(
 
 
 def read_samples(folder: Path) -> Iterator[Tokens]:
-    """Yield the ids of generated samples, as generated, in the order of their numbers."""
+    """Yield the ids of samples, as generated or drawn, in the order of their numbers."""
     table = pq.read_table(folder / "samples.parquet", columns=["sample_id", "token_ids"])
     for row in table.sort_by("sample_id").to_pylist():
         yield Tokens(str(row["sample_id"]), np.array(row["token_ids"], dtype=np.int32))

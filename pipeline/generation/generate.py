@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from transformers import GenerationConfig
 
 from pipeline.data.prefixes import prefix_sources, read_prefixes
+from pipeline.data.samples import Sample, samples_table, text_of
 from pipeline.errors import InputError
 from pipeline.generation.sampling import Sampling, redraw_seed
 from pipeline.generation.shards import join_shards, shard_samples
@@ -22,30 +23,8 @@ from pipeline.progress import phase
 from pipeline.specs import GenerateSpec, StageSpec, Vllm, canonical_json
 from pipeline.stage import Artifacts, Latest
 
-SAMPLES_SCHEMA = pa.schema(
-    {
-        "sample_id": pa.int64(),
-        "source": pa.string(),
-        "prefix_tokens": pa.int32(),
-        "token_ids": pa.list_(pa.int32()),
-        "text": pa.string(),
-    }
-)
-
 _prefixes: Latest[list[list[int]]] = Latest()
 _vllm_engines: Latest[VllmEngine] = Latest(release=VllmEngine.close)
-
-
-class Sample(NamedTuple):
-    """A generated text: the given ids, then the generated ones, with the final EOS if there is one.
-
-    A text that EOS would end at once has the given ids alone.
-    """
-
-    sample_id: int
-    prefix_tokens: int
-    token_ids: list[int]
-    text: str
 
 
 def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path) -> dict[str, Any]:
@@ -59,12 +38,8 @@ def run_shard(spec: GenerateSpec, index: int, artifacts: Artifacts, output: Path
     with phase("reading prefixes"):
         prefixes = _prefixes.get(spec.key, lambda: read_prefixes(spec, tokenizer))
     samples = generate_shard(spec, index, engine, tokenizer, prefixes)
-    columns: dict[str, list[Any]] = {
-        name: [getattr(sample, name) for sample in samples] for name in Sample._fields
-    }
     sources = prefix_sources(spec)
-    columns["source"] = [sources[sample.sample_id] for sample in samples]
-    table = pa.table(columns, schema=SAMPLES_SCHEMA)
+    table = samples_table(samples, [sources[sample.sample_id] for sample in samples])
     facts = canonical_json(engine.facts)
     pq.write_table(table.replace_schema_metadata({"engine": facts}), output / "samples.parquet")
     return _report(table, spec.seqlen, {facts})
@@ -211,8 +186,7 @@ def generate_samples(
             break
     samples = []
     for number, prefix, ids in zip(sample_ids, prefixes, token_ids, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        samples.append(Sample(number, len(prefix), ids, text))
+        samples.append(Sample(number, len(prefix), ids, text_of(ids, tokenizer)))
     return samples
 
 

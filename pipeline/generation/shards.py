@@ -6,11 +6,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.specs import GenerateSpec, ShardSpec
+from pipeline.specs import DrawSpec, GenerateSpec, ShardSpec
 from pipeline.stage import Artifacts
 
 
-def shard_samples(spec: GenerateSpec, index: int) -> range:
+def shard_samples(spec: GenerateSpec | DrawSpec, index: int) -> range:
     """Return the numbers of a shard's samples."""
     first = index * spec.shard_size
     return range(first, min(first + spec.shard_size, spec.num_samples))

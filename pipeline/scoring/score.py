@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import NonFiniteError
-from pipeline.generation.shards import join_shards
+from pipeline.generation.shards import join_shards, shard_samples
 from pipeline.models.batching import length_batches
 from pipeline.models.loading import check_shared_vocabulary, loaded
 from pipeline.models.nonfinite import nonfinite_error
@@ -21,7 +21,7 @@ from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import report
 from pipeline.scoring.mean_states import mean_states
-from pipeline.specs import MIN_K_FRACTION, SCORE_BATCH_TOKENS, ScoreSpec, ShardSpec
+from pipeline.specs import MIN_K_FRACTION, SCORE_BATCH_TOKENS, ScoreSpec
 from pipeline.stage import Artifacts, Latest
 
 LEAST_DEVIATION = 1e-4
@@ -91,15 +91,17 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
     """Score one shard of samples and write `scores.parquet`.
 
     Raises:
-        InputError: if the scorer reads the ids as other tokens than the generator, or is not
+        InputError: if the scorer reads the ids as other tokens than the samples' model, or is not
             causal.
         NonFiniteError: if a score is NaN or infinite.
     """
     chunked = _chunked.get(spec.key, lambda: _check_scorer(spec, artifacts))
     model, _ = loaded(spec.model, artifacts)
-    shard = artifacts[ShardSpec(of=spec.samples, index=index).key]
+    numbers = shard_samples(spec.samples, index)
     samples = pq.read_table(
-        shard / "samples.parquet", columns=["sample_id", "prefix_tokens", "token_ids"]
+        artifacts[spec.samples_of(index).key] / "samples.parquet",
+        columns=["sample_id", "prefix_tokens", "token_ids"],
+        filters=[("sample_id", ">=", numbers.start), ("sample_id", "<", numbers.stop)],
     ).sort_by("sample_id")
     texts = samples["token_ids"].to_pylist(), samples["prefix_tokens"].to_pylist()
     options: dict[str, Any] = {

@@ -32,14 +32,13 @@ class ShardSpec(StageSpec):
     """Its number, from 0."""
 
     def inputs(self) -> tuple[StageSpec, ...]:
-        """The model. For a score also the one shard of samples that it scores, and the generator
-        if that is another model, because their tokenizers are compared."""
+        """The model. For a score also the samples that it scores, and their own model if that is
+        another one, because the tokenizers are compared."""
         if isinstance(self.of, ScoreSpec):
-            generator = self.of.samples.model
-            samples = ShardSpec(of=self.of.samples, index=self.index)
-            models = (self.of.model,) if generator == self.of.model else (self.of.model, generator)
+            writer = self.of.samples.model
+            models = (self.of.model,) if writer == self.of.model else (self.of.model, writer)
             stages = {stage.key: stage for stage in nearest_stages(models)}
-            return (samples, *stages.values())
+            return (self.of.samples_of(self.index), *stages.values())
         return tuple(nearest_stages(self.of))
 
 
@@ -186,6 +185,47 @@ class GenerateSpec(GenerationOptions, ShardedSpec):
     def shard_count(self) -> int:
         return math.ceil(self.num_samples / self.shard_size)
 
+    @property
+    def several_sources(self) -> bool:
+        """Whether the samples have the names of several corpora."""
+        return isinstance(self.prefixes, CorpusMixture) and self.prefix_tokens > 0
+
+
+class DrawSpec(StageSpec):
+    """Draw samples of real text to choose from: a random stretch of each of `num_samples` texts.
+
+    Writes `samples.parquet` as generate does; no token counts as given, so prefix_tokens is 0. The
+    samples are the windows that `WindowsSpec` cuts from the source with `packing: sample`.
+    """
+
+    version: ClassVar[int] = 1
+    kind: Literal["draw"] = "draw"
+
+    source: Annotated[
+        HubCorpus | FileCorpus | TestbedCorpus | CorpusMixture, Field(discriminator="kind")
+    ]
+    """The texts."""
+
+    model: Model
+    """The model to prune, for its tokenizer."""
+
+    num_samples: int = Field(ge=1)
+    """Samples to draw."""
+
+    seqlen: int = Field(default=2048, ge=8)
+    """Tokens of a sample."""
+
+    seed: int = Field(default=0, ge=0)
+    """Draws the texts and the offsets."""
+
+    shard_size: int = Field(default=64, ge=1)
+    """Samples that are scored together; in the spec for the same reason as that of generate."""
+
+    @property
+    def several_sources(self) -> bool:
+        """Whether the samples have the names of several corpora."""
+        return isinstance(self.source, CorpusMixture)
+
 
 class ScoreSpec(ShardedSpec):
     """Score samples under a model.
@@ -203,11 +243,11 @@ class ScoreSpec(ShardedSpec):
     }
     kind: Literal["score"] = "score"
 
-    samples: GenerateSpec
+    samples: Annotated[GenerateSpec | DrawSpec, Field(discriminator="kind")]
     """The samples to score."""
 
     model: Model
-    """The scorer, usually the generator; another model needs the same vocabulary."""
+    """The scorer, usually the samples' own model; another one needs the same vocabulary."""
 
     include_prefix: bool = False
     """Score the given tokens too, as the paper's script does, not only the generated ones."""
@@ -218,7 +258,13 @@ class ScoreSpec(ShardedSpec):
 
     @property
     def shard_count(self) -> int:
-        return self.samples.shard_count  # one for each shard of samples
+        return math.ceil(self.samples.num_samples / self.samples.shard_size)
+
+    def samples_of(self, index: int) -> StageSpec:
+        """Return the stage that has the samples of a shard: drawn ones are one artifact."""
+        if isinstance(self.samples, DrawSpec):
+            return self.samples
+        return ShardSpec(of=self.samples, index=index)
 
 
 class WordList(Spec):
@@ -261,7 +307,8 @@ class FilterOptions(Spec):
 
     within: Within = "set"
     """Drop the share of the whole `set`, or the same share of each stratum, so that no kind of text
-    is lost: of each `source` (the corpus of the prefix), or of each `cluster` of hidden states."""
+    is lost: of each `source` (the corpus of the text or prefix), or of each `cluster` of hidden
+    states."""
 
     banned_words: WordList | None = None
     """Words and phrases: a sample with one of them, in any letter case, is dropped."""
@@ -311,14 +358,11 @@ class FilterSpec(FilterOptions, StageSpec):
 
     @model_validator(mode="after")
     def _rule_has_what_it_reads(self) -> "FilterSpec":
-        samples = self.scores.samples
-        several = isinstance(samples.prefixes, CorpusMixture) and samples.prefix_tokens > 0
-        if self.within == "source" and not several:
+        if self.within == "source" and not self.scores.samples.several_sources:
             raise InputError(
                 "within",
                 self.within,
-                "all samples have one source: mix prefixes of several corpora, or take within: "
-                "cluster",
+                "all samples have one source: mix several corpora, or take within: cluster",
             )
         if self.reads_hidden_states and not self.scores.hidden_states:
             raise InputError("scores.hidden_states", False, "this rule needs them: set it to true")
@@ -343,7 +387,7 @@ class WindowsSpec(StageSpec):
         HubCorpus | FileCorpus | TestbedCorpus | CorpusMixture | GenerateSpec | FilterSpec,
         Field(discriminator="kind"),
     ]
-    """A real corpus, several by weight, or samples that a model wrote."""
+    """A real corpus, several by weight, or samples: those that a model wrote, or a filter kept."""
 
     model: Model
     """The model to prune, for its tokenizer; samples are not tokenised again."""
@@ -398,5 +442,5 @@ class DescribeSpec(StageSpec):
 
 
 def generator_of(source: GenerateSpec | FilterSpec) -> Model:
-    """Return the model that wrote the texts."""
+    """Return the model that wrote the samples, or whose tokenizer drawn ones were cut with."""
     return source.model if isinstance(source, GenerateSpec) else source.scores.samples.model

@@ -138,10 +138,10 @@ def test_the_example_makes_batches_of_an_exported_set(
     [
         ("prune-0123", "neither filtered samples nor a pruned model"),
         (SCORES.key, "neither filtered samples nor a pruned model"),
-        (MAGNITUDE.key, "was not calibrated with generated text"),
+        (MAGNITUDE.key, "was not calibrated with filtered samples"),
     ],
 )
-def test_a_key_without_generated_text_is_refused(
+def test_a_key_without_filtered_samples_is_refused(
     store: Store, tmp_path: Path, key: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=f"key: '{key}'.*{message}"):

@@ -31,6 +31,7 @@ corpora:
   books: testbed-mismatched
 calibrations:
   web: {{corpus: {{web: 2, books: 1}}}}
+  pool: {{corpus: {{web: 2, books: 1}}, pool: 9, drop_fraction: 0.5}}
   raw: &own {{prefixes: {{web: 1, books: 1}}, num_samples: 12, shard_size: 8, redraws: 1,
              banned_words: "{folder}/words.txt", near_duplicate_similarity: 0.9}}
   chat: {{<<: *own, prompt: chat}}
@@ -38,7 +39,7 @@ cells: {{model: chat, calibration: chat, seed: 3, nsamples: 4, seqlen: 48,
         pruner: [sparsegpt, dsnot, alps], sparsity: 0.5}}
 include:
   - {{pruner: ria, sparsity: "2:4"}}
-  - {{calibration: [web, raw], pruner: wanda, sparsity: 0.6, allocation: owl}}
+  - {{calibration: [web, raw, pool], pruner: wanda, sparsity: 0.6, allocation: owl}}
   - {{calibration: raw, pruner: magnitude, allocation: owl, sparsity: 0.5,
      drop_by: [random, min-k-plus-plus, zipcal, cola, igsp], within: [source, cluster]}}
   - {{pruner: magnitude, sparsity: 0.5}}

@@ -12,17 +12,19 @@ import pytest
 import torch
 
 import pipeline
+from pipeline.data import draw as drawing
 from pipeline.data import windows as cutting
+from pipeline.data.samples import Sample
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.generation import generate as generation
-from pipeline.generation.generate import Sample
 from pipeline.pruning import outliers, prune
 from pipeline.scoring import filter as filtering
 from pipeline.scoring import score as scoring
 from pipeline.scoring.score import Score
 from pipeline.specs import (
     OWL,
+    DrawSpec,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -31,6 +33,7 @@ from pipeline.specs import (
     PerplexitySpec,
     PruneSpec,
     ScoreSpec,
+    ShardedSpec,
     ShardSpec,
     StageSpec,
     Wanda,
@@ -55,11 +58,16 @@ class Stages:
 
     def filtered(self, spec: FilterSpec) -> Path:
         samples, scores = spec.scores.samples, spec.scores
-        for stage, module in ((samples, generation), (scores, scoring)):
-            for index in range(samples.shard_count):
+        stages: list[tuple[ShardedSpec, Any]] = [(scores, scoring)]
+        if isinstance(samples, DrawSpec):
+            drawing.run(samples, self.artifacts, self.output(samples))
+        else:
+            stages.insert(0, (samples, generation))
+        for stage, module in stages:
+            for index in range(stage.shard_count):
                 output = self.output(ShardSpec(of=stage, index=index))
-                module.run_shard(stage, index, self.artifacts, output)  # type: ignore[arg-type]
-            module.run(stage, self.artifacts, self.output(stage))  # type: ignore[arg-type]
+                module.run_shard(stage, index, self.artifacts, output)
+            module.run(stage, self.artifacts, self.output(stage))
         filtering.run(spec, self.artifacts, self.output(spec))
         return self.artifacts[spec.key]
 
@@ -160,6 +168,36 @@ def test_a_rule_of_the_filter_keeps_what_it_keeps_in_a_grid(
     )
     assert [each.sample_id for each in kept] == wanted["sample_id"].to_pylist()
     assert len(kept) == 2
+
+
+@pytest.mark.parametrize("rule", ["perplexity", "zipcal", "cola"])
+def test_a_choice_from_a_pool_of_real_text_equals_the_grids(
+    model: pipeline.LanguageModel, folder: Path, text_file: Path, tmp_path: Path, rule: str
+) -> None:
+    spec = LocalModel(path=str(folder), dtype="float32")
+    settings: dict[str, Any] = {"num_samples": 4, "seqlen": 16, "seed": 3}
+    drawn = DrawSpec(source=FileCorpus(path=str(text_file)), model=spec, shard_size=2, **settings)
+    scores = ScoreSpec(samples=drawn, model=spec, hidden_states=True)
+    choose = FilterSpec(scores=scores, drop_fraction=0.5, drop_by=rule)
+    stages = Stages(tmp_path)
+    wanted = pq.read_table(stages.filtered(choose) / "samples.parquet")
+    windows = WindowsSpec(source=choose, model=spec, nsamples=2, seqlen=16)
+    cutting.run(windows, stages.artifacts, stages.output(windows))
+
+    pool = pipeline.draw(model, TEXTS, **settings)
+    states = pipeline.hidden_states(model, pool)
+    kept = pipeline.filter(
+        pool, pipeline.score(model, pool), 0.5, hidden_states=states, drop_by=rule
+    )
+    assert ids(kept) == wanted["token_ids"].to_pylist()
+    assert [sample.text for sample in kept] == wanted["text"].to_pylist()
+    found = pipeline.windows(model, kept, nsamples=2, seqlen=16)
+    assert torch.equal(found, cutting.read_windows(stages.artifacts[windows.key]))
+
+
+def test_a_pool_larger_than_the_texts_is_refused(model: pipeline.LanguageModel) -> None:
+    with pytest.raises(InputError, match=r"num_samples: 5: .*of 4 texts"):
+        pipeline.draw(model, TEXTS, num_samples=5, seqlen=16)
 
 
 def test_sources_are_strata_if_the_samples_have_any() -> None:

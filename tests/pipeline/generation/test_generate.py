@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from pipeline.data.prefixes import adds_bos, first_ids, read_prefixes, text_prefixes
+from pipeline.data.samples import Sample
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.generation import generate
-from pipeline.generation.generate import Sample, generate_samples
+from pipeline.generation.generate import generate_samples
 from pipeline.generation.sampling import (
     Draw,
     RepetitionPenalty,

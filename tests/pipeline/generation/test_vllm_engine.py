@@ -16,9 +16,10 @@ import torch
 from transformers import GenerationConfig
 
 from pipeline.data.prefixes import read_prefixes
+from pipeline.data.samples import Sample
 from pipeline.errors import EngineDiedError, InputError, NonFiniteError
 from pipeline.generation import generate, vllm_engine
-from pipeline.generation.generate import Sample, generate_samples, loaded_engine
+from pipeline.generation.generate import generate_samples, loaded_engine
 from pipeline.generation.sampling import Sampling, request_seed
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.generation.vllm_engine import (

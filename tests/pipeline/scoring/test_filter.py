@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.samples import SAMPLES_SCHEMA
 from pipeline.errors import InputError, NonFiniteError
-from pipeline.generation.generate import SAMPLES_SCHEMA
 from pipeline.scoring import filter as filtering
 from pipeline.scoring.filter import reasons_to_drop
 from pipeline.scoring.score import Score

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline.data.samples import SAMPLES_SCHEMA
 from pipeline.errors import InputError, NonFiniteError
-from pipeline.generation.generate import SAMPLES_SCHEMA
 from pipeline.models import output_layer
 from pipeline.models.output_layer import head_is_linear
 from pipeline.scoring import score

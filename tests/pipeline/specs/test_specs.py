@@ -8,6 +8,7 @@ from pipeline.specs import (
     OWL,
     RIA,
     DescribeSpec,
+    DrawSpec,
     EvaluateSpec,
     FileCorpus,
     FilterSpec,
@@ -43,6 +44,8 @@ def examples() -> dict[str, StageSpec]:
     generated = GenerateSpec(model=testbed, prefixes=corpus, num_samples=130)
     scores = ScoreSpec(samples=generated, model=testbed)
     states = ScoreSpec(samples=generated, model=testbed, hidden_states=True)
+    drawn = DrawSpec(source=corpus, model=testbed, num_samples=130)
+    of_drawn = ScoreSpec(samples=drawn, model=testbed)
     windows = WindowsSpec(source=FilterSpec(scores=scores), model=testbed, packing="concat")
     pruned = PruneSpec(
         model=testbed, pruner=Wanda(), sparsity=0.5, pattern="2:4", calibration=windows
@@ -62,6 +65,9 @@ def examples() -> dict[str, StageSpec]:
         "shard of score": scores.shards()[0],
         "filter": FilterSpec(scores=scores, drop_fraction=0.1),
         "filter by a rule that draws": FilterSpec(scores=scores, drop_by="random", seed=3),
+        "draw": drawn,
+        "shard of score of drawn samples": of_drawn.shards()[1],
+        "filter of drawn samples": FilterSpec(scores=of_drawn, drop_by="zipcal"),
         "score with hidden states": states,
         "filter within clusters": FilterSpec(scores=states, drop_by="igsp", within="cluster"),
         "windows of a file": WindowsSpec(
@@ -134,6 +140,7 @@ def test_raising_a_stages_version_changes_its_key_and_all_later_ones(
     assert rekeyed(monkeypatch, FilterSpec) == {
         "filter",
         "filter by a rule that draws",
+        "filter of drawn samples",
         "filter within clusters",
         "describe",
         "outliers",
@@ -225,6 +232,19 @@ def test_shards_cover_all_samples_and_read_only_their_own_part() -> None:
         ShardSpec(of=scores.samples, index=1).key,
         scores.model.key,  # type: ignore[union-attr]
     }
+
+
+def test_every_shard_of_scores_reads_all_drawn_samples() -> None:
+    """They are one artifact: each shard would read the corpus again."""
+    testbed = PretrainSpec(mixture={"facts": 3.0, "code": 1.0})
+    drawn = DrawSpec(source=HubCorpus(path="c"), model=testbed, num_samples=130)
+    scores = ScoreSpec(samples=drawn, model=testbed)
+    parts = scores.shards()
+    assert len(parts) == 3  # 130 samples, 64 a shard
+    assert all({spec.key for spec in part.inputs()} == {drawn.key, testbed.key} for part in parts)
+    judge = PretrainSpec(mixture={"facts": 1.0}, seed=7)
+    judged = ScoreSpec(samples=drawn, model=judge).shards()[0]
+    assert {spec.key for spec in judged.inputs()} == {drawn.key, testbed.key, judge.key}
 
 
 def test_a_scorer_that_is_not_the_generator_reads_both_models() -> None:
