@@ -16,7 +16,14 @@ import numpy as np
 import pandas as pd
 
 from analysis.design import RecordedContrast, RecordedDesign
-from analysis.metrics import MetricKind, effect_text, metric_named, p_text, value_text
+from analysis.metrics import (
+    METRIC_OF_UNIT,
+    MetricKind,
+    effect_text,
+    metric_named,
+    p_text,
+    value_text,
+)
 from analysis.replicates import Arrangement, Numbers, Replicates
 from analysis.statistics import CONFIDENCE
 
@@ -62,7 +69,7 @@ class Judgement(NamedTuple):
             interval = effect_text(effect, low, high, self.kind.unit).partition("(")[2][:-1]
             equals = "p" if p_text(p).startswith("<") else "p ="
             details = [f"95 % interval {interval}", f"{equals} {p_text(p)}"]
-        metric = {"%": "perplexity", "points": "acc", "": "kl"}[self.kind.unit]
+        metric = METRIC_OF_UNIT[self.kind.unit]
         first, second, dense = (value_text(level, metric) for level in self.levels)
         levels = f"{first} against {second}"
         details += [self.reach, levels if dense == "nan" else f"{levels}, dense {dense}"]

@@ -49,8 +49,7 @@ def declared_answer(results: Results, title: str, caveat: str) -> Answer:
     }
     main, *others = families.values()
     certainty = f"Intervals are over {'; '.join([reach, *sorted(always)])}; those of a family hold "
-    certainty += "together. "
-    certainty += " ".join([*(_texts(family) for family in others), *_sets(rankings)])
+    certainty += " ".join(["together.", *_sets(rankings)])
     figure = interval_figure(
         title,
         {
@@ -63,10 +62,11 @@ def declared_answer(results: Results, title: str, caveat: str) -> Answer:
     return Answer(
         what=_verdicts(main),
         size=_texts(main),
-        certainty=certainty.strip(),
+        certainty=certainty,
         caveat=f"{caveat} {results.design.history}",
         figure=figure,
         numbers=judgement_rows(judged, rankings),
+        secondary=" ".join(_texts(family) for family in others),
     )
 
 

@@ -50,6 +50,10 @@ class MetricKind(NamedTuple):
         return effect / 100 if self.is_share else effect
 
 
+METRIC_OF_UNIT = {"%": "perplexity", "points": "acc", "": "kl"}
+"""A metric whose levels are printed like those of all metrics of a unit."""
+
+
 def metric_named(name: str) -> MetricKind:
     """Return the properties of a metric; lm-eval's filter after a comma is ignored."""
     base = name.partition(",")[0]

@@ -1,5 +1,6 @@
 """A study: one question, the grid that answers it, and the finding."""
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from analysis.design import RecordedDesign, read_design
 from analysis.figures import png_bytes, svg_bytes
 from analysis.load import TableError, load_results
+from analysis.metrics import METRIC_OF_UNIT, effect_text, p_text, value_text
 from analysis.report import status_counts
 from analysis.requests import load_requests
 
@@ -36,15 +38,19 @@ class Answer(NamedTuple):
     numbers: pd.DataFrame
     """The estimates in the figure and the text."""
 
+    secondary: str = ""
+    """The sizes of further effects."""
+
     @property
     def finding(self) -> str:
         """The finding as one line of text."""
-        return " ".join((self.what, self.size, self.certainty, self.caveat)).replace("  ", " ")
+        parts = (self.what, self.size, self.secondary, self.certainty, self.caveat)
+        return " ".join(part for part in parts if part)
 
     @property
     def paragraph(self) -> str:
         """The finding in lines of at most 110 characters."""
-        return textwrap.fill(self.finding, 110, break_long_words=False, break_on_hyphens=False)
+        return _filled(self.finding)
 
 
 class Results(NamedTuple):
@@ -56,6 +62,10 @@ class Results(NamedTuple):
     design: RecordedDesign | None = None
     requests: pd.DataFrame | None = None
     """Results of single windows and questions of the compared cells, if the store has them."""
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 class Study(NamedTuple):
@@ -175,4 +185,31 @@ def _section(study: Study, answer: Answer | None, folder: str) -> list[str]:
     if answer is None:
         return [*head, "Not run.", "", *commands]
     figure = f"![{study.question}]({folder}/{study.name}.svg)"
-    return [*head, answer.paragraph, "", figure, "", *commands]
+    if "verdict" not in answer.numbers:
+        return [*head, answer.paragraph, "", figure, "", *commands]
+    rest = f"{answer.certainty} {answer.caveat}"
+    table = _contrasts_table(answer.numbers)
+    return [*head, _filled(answer.what), "", *table, "", _filled(rest), "", figure, "", *commands]
+
+
+def _contrasts_table(numbers: pd.DataFrame) -> list[str]:
+    """Return the judged contrasts as lines of a Markdown table."""
+    lines = [
+        "| contrast | change | 95 % interval | p | levels, dense | verdict |",
+        "|---" * 6 + "|",
+    ]
+    judged = numbers[numbers["p"].notna() | numbers["family_size"].notna()]
+    for row in judged.to_dict("records"):
+        unit = str(row["unit"])
+        change, _, interval = effect_text(row["effect"], row["low"], row["high"], unit).partition(
+            " ("
+        )
+        metric = METRIC_OF_UNIT[unit]
+        levels = [value_text(row[name], metric) for name in ("level", "level_against")]
+        dense = row["level_dense"]
+        shown = " against ".join(levels)
+        shown += "" if math.isnan(dense) else f", {value_text(dense, metric)}"
+        verdict = "; ".join(each for each in (row["verdict"], row["remarks"]) if each)
+        cells = [row["what"], change, interval.rstrip(")"), p_text(row["p"]), shown, verdict]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from analysis.__main__ import app
 from analysis.load import TableError
 from analysis.studies import STUDIES, predictor
-from analysis.study import Answer, Results
+from analysis.study import Answer, Results, write_page
 from jobs.cells import Cell
 from tests.analysis.conftest import MakeTable, Row
 from tests.analysis.from_grid import run_planted
@@ -143,6 +143,21 @@ def test_missing_results_are_named_with_the_command_that_makes_them(
     result = CliRunner().invoke(app, ["study", "amount", "--store", str(tmp_path)])
     assert result.exit_code == 1
     assert f"python -m jobs run analysis/studies/amount.yaml --store {tmp_path}" in result.output
+
+
+def test_the_page_has_each_contrast_of_a_design_in_a_row(tmp_path: Path) -> None:
+    study = STUDIES["real-sparsity"]
+    answer = study.answer(run_planted(study, tmp_path, DECLARED["real-sparsity"][0]))
+    page = write_page([(study, answer)], tmp_path / "findings").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(yaml.safe_load(study.grid_file.read_text())["design"]["contrasts"])
+    by_name = {row[0]: row for row in rows}
+    found = by_name["Japanese against mixed, 60 %"]
+    assert re.fullmatch(r"\+1[01]\.\d %", found[1])
+    assert re.fullmatch(r"\+\d+\.\d to \+\d+\.\d", found[2])
+    assert re.fullmatch(r"\d\.\d\d against \d\.\d\d, \d\.\d\d", found[4])
+    assert found[5].startswith("worse")
+    assert by_name["Japanese against mixed, 30 %"][5].startswith("equivalent")
 
 
 def test_models_that_disagree_widen_the_interval_of_a_score() -> None:
