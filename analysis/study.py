@@ -167,7 +167,8 @@ HEAD = (
     "# Findings",
     "",
     "What the studies' grids show, as `python -m analysis study all` writes it. The two commands",
-    "below a finding reproduce it. `docs/studies.md` explains how a finding is made.",
+    "below a finding reproduce it. `docs/studies.md` explains how a finding is made. Levels are",
+    "of both sides, then of the dense model: perplexities, unless a contrast says otherwise.",
     "",
 )
 
@@ -198,8 +199,7 @@ def _contrasts_table(numbers: pd.DataFrame) -> list[str]:
         "| contrast | change | 95 % interval | p | levels, dense | verdict |",
         "|---" * 6 + "|",
     ]
-    judged = numbers[numbers["p"].notna() | numbers["family_size"].notna()]
-    for row in judged.to_dict("records"):
+    for row in numbers[numbers["family_size"].notna()].to_dict("records"):
         unit = str(row["unit"])
         change, _, interval = effect_text(row["effect"], row["low"], row["high"], unit).partition(
             " ("
