@@ -423,8 +423,26 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
         own, chosen = getattr(calibration, field, None), getattr(cell, field)
         defaults[field] = own if own is None or chosen is None else chosen
     if defaults["drop_fraction"] == 0:  # all rules keep everything, so the cells are one
+        assert not isinstance(calibration, CorpusCalibration), "has no share to drop"
+        _check_share(cell, calibration)
         defaults |= {name: FilterOptions.model_fields[name].default for name in RULE_FIELDS}
     return cell.model_copy(update=defaults)
+
+
+def _check_share(cell: Cell, calibration: GeneratedCalibration | PooledCalibration) -> None:
+    """Check that a rule or a pool from which nothing is dropped is not there by oversight."""
+    if cell.drop_fraction is not None or "drop_fraction" in calibration.model_fields_set:
+        return
+    choosing = {
+        name: getattr(cell, name) or getattr(calibration, name)
+        for name in RULE_FIELDS
+        if getattr(cell, name) is not None or name in calibration.model_fields_set
+    }
+    if isinstance(calibration, PooledCalibration):
+        choosing["pool"] = calibration.pool
+    for name, value in choosing.items():
+        remedy = "is there to choose, but nothing is dropped: give drop_fraction, such as 0.2"
+        raise InputError(f"calibrations.{cell.calibration}.{name}", value, remedy)
 
 
 def _check_generator(grid: Grid, cell: Cell, generator: PrunedGenerator, where: str) -> None:

@@ -97,7 +97,10 @@ def with_fingerprints(value: _Value, field: str = "") -> _Value:
             changed: Any = value.model_copy(update={"fingerprint": found if taken.paths else None})
         case BaseModel():
             parts = {name: getattr(value, name) for name in type(value).model_fields}
-            changed = value.model_copy(update=with_fingerprints(parts, field))
+            marked = with_fingerprints(parts, field)
+            # The others are left alone: a copied field would count as one that the grid sets.
+            update = {name: each for name, each in marked.items() if each != parts[name]}
+            changed = value.model_copy(update=update)
         case dict():
             changed = {
                 name: with_fingerprints(item, _inside(field, name)) for name, item in value.items()

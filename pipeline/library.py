@@ -192,18 +192,18 @@ def hidden_states(
 def filter(
     samples: Sequence[Sample],
     scores: Sequence[Score],
-    drop_fraction: float = 0.2,
+    drop_fraction: float = 0.0,
     banned_words: Sequence[str] = (),
     hidden_states: Sequence[list[float] | None] | None = None,
     sources: Sequence[str] | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> list[Sample]:
-    """Drop a share of the samples, by default those of highest perplexity.
+    """Drop a share of the samples by a rule, by default those of highest perplexity.
 
     Args:
         scores: of each sample.
-        drop_fraction: share that the rule drops.
+        drop_fraction: share that the rule drops; the paper drops 0.2.
         banned_words: words and phrases that no sample may hold, in any letter case.
         hidden_states: of each sample, for `drop_by="cola"` and `within="cluster"`.
         sources: a name for each sample, for `within="source"`.

@@ -294,9 +294,10 @@ class FilterOptions(Spec):
 
     left_out_at_default: ClassVar[frozenset[str]] = frozenset({"drop_by", "within"})
 
-    drop_fraction: Fraction = 0.2
+    drop_fraction: Fraction = 0.0
     """Share that `drop_by` drops, exactly round(fraction * samples). Samples that are dropped for
-    other reasons do not count."""
+    other reasons do not count. The paper drops 0.2 by perplexity; that prunes worse on models
+    that calprune measured (docs/findings.md, `filter`)."""
 
     drop_by: DropBy = "perplexity"
     """What decides who is dropped. `perplexity`: the highest go. `random`: a uniform draw, the

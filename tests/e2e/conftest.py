@@ -26,7 +26,7 @@ corpora:
   heldout: {preset: testbed-pretraining, split: evaluation}
 calibrations:
   pretraining: {corpus: pretraining}
-  self-generated: {prefixes: mismatched, num_samples: 48, shard_size: 16}
+  self-generated: {prefixes: mismatched, num_samples: 48, shard_size: 16, drop_fraction: 0.2}
 cells:
   model: testbed
   calibration: [pretraining, self-generated]

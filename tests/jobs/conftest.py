@@ -27,7 +27,7 @@ def content(tmp_path: Path) -> Content:
         "calibrations": {
             "true": {"corpus": "true"},
             "notes": {"corpus": "notes"},
-            "own": {"prefixes": "other", "num_samples": 80},
+            "own": {"prefixes": "other", "num_samples": 80, "drop_fraction": 0.2},
         },
         "cells": {
             "model": "testbed",

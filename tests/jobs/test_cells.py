@@ -297,6 +297,21 @@ def test_a_filter_that_cannot_be_is_refused(
         filters_of(content, load)
 
 
+@pytest.mark.parametrize("place", ["cells", "calibration"])
+@pytest.mark.parametrize("rule", [{"drop_by": "zipcal"}, {"within": "cluster"}])
+def test_a_rule_without_a_share_to_drop_is_refused(
+    content: Content, load: Load, rule: Content, place: str
+) -> None:
+    del content["calibrations"]["own"]["drop_fraction"]
+    content["calibrations"]["own"] |= rule if place == "calibration" else {}
+    axes = rule if place == "cells" else {}
+    (name,) = rule
+    with pytest.raises(InputError, match=rf"calibrations\.own\.{name}.*give drop_fraction"):
+        filters_of(content, load, **axes)
+    (kept,) = filters_of(content, load, **axes, drop_fraction=0)
+    assert kept.drop_fraction == 0
+
+
 def test_sources_of_a_mixture_can_be_filtered_each_by_itself(content: Content, load: Load) -> None:
     content["calibrations"]["own"]["prefixes"] = {"other": 1, "true": 1}
     (found,) = filters_of(content, load, within="source")

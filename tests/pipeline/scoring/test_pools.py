@@ -206,7 +206,8 @@ def test_one_shard_and_two_keep_the_same_samples(
         stages = Stages(tmp_path / str(shards))
         stages.make(draw, drawn)
         stages.score(spec)
-        rules = ("perplexity", "min-k-plus-plus", "igsp", "cola")
+        # Not cola: clusters of nearly equal hidden states turn on the last bits of a batch.
+        rules = ("perplexity", "min-k-plus-plus", "igsp")
         chosen = [FilterSpec(scores=spec, drop_fraction=0.5, drop_by=rule) for rule in rules]
         kept.append([stages.make(filtering, each)["token_ids"].to_pylist() for each in chosen])
     assert kept[0] == kept[1]

@@ -46,7 +46,9 @@ def examples() -> dict[str, StageSpec]:
     states = ScoreSpec(samples=generated, model=testbed, hidden_states=True)
     drawn = DrawSpec(source=corpus, model=testbed, num_samples=130)
     of_drawn = ScoreSpec(samples=drawn, model=testbed)
-    windows = WindowsSpec(source=FilterSpec(scores=scores), model=testbed, packing="concat")
+    windows = WindowsSpec(
+        source=FilterSpec(scores=scores, drop_fraction=0.2), model=testbed, packing="concat"
+    )
     pruned = PruneSpec(
         model=testbed, pruner=Wanda(), sparsity=0.5, pattern="2:4", calibration=windows
     )
@@ -64,12 +66,16 @@ def examples() -> dict[str, StageSpec]:
         "score": scores,
         "shard of score": scores.shards()[0],
         "filter": FilterSpec(scores=scores, drop_fraction=0.1),
-        "filter by a rule that draws": FilterSpec(scores=scores, drop_by="random", seed=3),
+        "filter by a rule that draws": FilterSpec(
+            scores=scores, drop_fraction=0.2, drop_by="random", seed=3
+        ),
         "draw": drawn,
         "shard of score of drawn samples": of_drawn.shards()[1],
-        "filter of drawn samples": FilterSpec(scores=of_drawn, drop_by="zipcal"),
+        "filter of drawn samples": FilterSpec(scores=of_drawn, drop_fraction=0.2, drop_by="zipcal"),
         "score with hidden states": states,
-        "filter within clusters": FilterSpec(scores=states, drop_by="igsp", within="cluster"),
+        "filter within clusters": FilterSpec(
+            scores=states, drop_fraction=0.2, drop_by="igsp", within="cluster"
+        ),
         "windows of a file": WindowsSpec(
             source=FileCorpus(path="notes.jsonl", fingerprint="ab"), model=llama
         ),
