@@ -296,8 +296,8 @@ class FilterOptions(Spec):
 
     drop_fraction: Fraction = 0.0
     """Share that `drop_by` drops, exactly round(fraction * samples). Samples that are dropped for
-    other reasons do not count. The paper drops 0.2 by perplexity; that prunes worse on models
-    that calprune measured (docs/findings.md, `filter`)."""
+    other reasons do not count. The paper drops 0.2 by perplexity, which prunes worse on
+    the testbed (docs/findings.md, `filter`)."""
 
     drop_by: DropBy = "perplexity"
     """What decides who is dropped. `perplexity`: the highest go. `random`: a uniform draw, the
