@@ -42,15 +42,17 @@ MODULES = sorted(
     for pattern in ("pipeline/pruning/**/*.py", "pipeline/scoring/*.py")
     for path in ROOT.glob(pattern)
     if path.name != "__init__.py"
-) + [f"cluster/{name}.py" for name in ("graph", "leases", "limits", "schedule", "store")]
+)
+MODULES += [f"pipeline/models/{name}.py" for name in ("hidden_states", "layer_calls")]
+MODULES += [f"cluster/{name}.py" for name in ("graph", "leases", "limits", "schedule", "store")]
 
 PRUNERS = "tests/pipeline/pruning/pruners"
 FURTHER: dict[str, list[str]] = {
     "cluster/graph.py": ["tests/cluster/test_schedule.py"],
+    "pipeline/models/hidden_states.py": ["tests/pipeline/pruning/test_walk.py"],
+    "pipeline/models/layer_calls.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/allocation.py": ["tests/pipeline/pruning/test_prune.py"],
-    "pipeline/pruning/hidden_states.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/input_statistics.py": ["tests/pipeline/pruning/test_walk.py"],
-    "pipeline/pruning/layer_calls.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/observed_inputs.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/outliers.py": [
         "tests/pipeline/pruning/test_allocation.py",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.data.windows import read_windows
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.models.layer_files import LayerRecord
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.matrices import (
@@ -31,7 +32,6 @@ from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import phase
 from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
 from pipeline.pruning.finished_layers import FinishedLayers
-from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.pruning.outliers import read_outlier_ratios
 from pipeline.pruning.pruners import pruner_for
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned

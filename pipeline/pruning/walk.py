@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
+from pipeline.models.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES, TensorStore
+from pipeline.models.layer_calls import capture_batches
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
 from pipeline.models.streaming import resident
 from pipeline.progress import report
-from pipeline.pruning.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES, TensorStore
-from pipeline.pruning.layer_calls import capture_batches
 from pipeline.pruning.observed_inputs import observe_inputs
 
 BATCH_TOKENS = 2_048

@@ -23,8 +23,8 @@ from cluster.graph import Stage
 from cluster.run import run_graph
 from cluster.store import Manifest, Partial, Store
 from jobs.stages import StageWork, execute
+from pipeline.models.hidden_states import TensorStore
 from pipeline.models.layer_files import layer_file
-from pipeline.pruning.hidden_states import TensorStore
 from pipeline.specs import (
     FileCorpus,
     LocalModel,

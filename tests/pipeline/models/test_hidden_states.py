@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.pruning.hidden_states import TensorStore
+from pipeline.models.hidden_states import TensorStore
 
 CPU = torch.device("cpu")
 BYTES = 4 * 6

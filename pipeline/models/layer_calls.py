@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.pruning.hidden_states import StoredTensor, TensorStore
+from pipeline.models.hidden_states import StoredTensor, TensorStore
 
 
 @dataclass(frozen=True)
