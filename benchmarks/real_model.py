@@ -162,8 +162,8 @@ def measure_scoring(model: Any, windows: Tensor, rounds: int) -> list[Target]:
         score_samples(model, texts, ones, chunked=layer.chunked)
 
     def perplexity() -> None:
-        for places in batches(whole, tokens, model.config.vocab_size):
-            losses(layer, [whole[place] for place in places])
+        batched = batches(whole, tokens, model.config.vocab_size)
+        list(losses(layer, [[whole[place] for place in places] for places in batched]))
 
     contenders = {
         "forward": lambda: forward_pass(model, windows),

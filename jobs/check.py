@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.declared import resolve
 from jobs.grid import StageResources
+from jobs.memory import reads_by_layer
 from jobs.plan import Plan
 from pipeline.data.corpora import check_corpus
 from pipeline.data.prefixes import parts_in_turn, prefix_corpora, prefix_sources
@@ -381,7 +382,7 @@ def _overlaps(plan: Plan) -> Iterator[str]:
 
 
 def _check_tasks(plan: Plan) -> None:
-    from pipeline.evaluation.tasks import check_tasks, missing_tasks
+    from pipeline.evaluation.tasks import check_tasks, generative_tasks, missing_tasks
 
     evaluation = plan.grid.evaluate
     names = [task.name for task in evaluation.all_tasks()]
@@ -399,3 +400,12 @@ def _check_tasks(plan: Plan) -> None:
             "`lm-eval ls tasks` lists the names",
         )
     check_tasks(names, evaluation.folder)
+    for key, spec in plan.specs.items():
+        if not isinstance(spec, EvaluateSpec) or isinstance(spec.backend, Vllm):
+            continue
+        why = reads_by_layer(spec, plan.sizes, plan.graph[key].resources)
+        writing = [] if why is None else generative_tasks(names, evaluation.folder)
+        if writing:
+            remedy = f"generates, for which a model must be in memory, and {why}"
+            remedy += ": take evaluate.backend vllm, raise memory_bytes, or drop the task"
+            raise InputError("evaluate.tasks", writing[0], remedy)

@@ -24,7 +24,7 @@ from cluster.graph import Resources
 from jobs.design import Design
 from jobs.dtypes import AutoDtype, with_dtypes
 from jobs.outside import with_fingerprints
-from jobs.stages import STAGES
+from jobs.stages import HIDDEN_BYTES, STAGES
 from jobs.suites import CorpusPerplexity, GridPerplexity, SuiteUse
 from jobs.trainings import with_trainings
 from jobs.yaml_file import line_number, read_yaml
@@ -345,17 +345,21 @@ class StageResources(Spec):
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=0.0, ge=0.0)
     memory_bytes: int | None = Field(default=None, ge=1)
+    """Host memory to reserve. Without a GPU, `score`, `describe` and `evaluate` read models whose
+    weights take more than 80 % of it one decoder layer at a time."""
+
     replicas: Replicas = Replicas()
     retries: int = Field(default=2, ge=0)
     time_limit_seconds: float | None = Field(default=None, gt=0.0)
 
     device_hidden_bytes: int | None = Field(default=None, ge=0)
     """Most bytes of hidden states to hold on the device. All of them take nsamples * seqlen *
-    hidden size * bytes of the dtype. Unset, 4 GiB. Only for `prune`."""
+    hidden size * bytes of the dtype. Unset, 4 GiB. Only for stages that read a model one decoder
+    layer at a time: `prune`, `score`, `describe` and `evaluate`."""
 
     host_hidden_bytes: int | None = Field(default=None, ge=0)
     """Most bytes of further hidden states to hold in host memory; the rest goes to files in the
-    system's temporary folder (`TMPDIR`). Unset, 16 GiB. Only for `prune`."""
+    system's temporary folder (`TMPDIR`). Unset, 16 GiB. Only for these stages."""
 
     @field_validator("gpus")
     @classmethod
@@ -372,13 +376,9 @@ class StageResources(Spec):
             max_replicas=self.replicas.max,
         )
 
-    def settings(self) -> dict[str, int]:
-        """Return the budgets that are set, as the stage's `run` takes them."""
-        return self.model_dump(include=HIDDEN_BYTES, exclude_none=True)
-
-
-HIDDEN_BYTES = {"device_hidden_bytes", "host_hidden_bytes"}
-"""Budgets of pruning, on which no result depends."""
+    def settings(self, stage: str) -> dict[str, int]:
+        """Return the fields that are set and that the stage's `run` takes."""
+        return self.model_dump(include=set(STAGES[stage].settings), exclude_none=True)
 
 
 class Grid(Spec):
@@ -443,9 +443,10 @@ class Grid(Spec):
         for stage, asked in resources.items():
             if stage not in STAGES:
                 raise InputError(stage, stage, f"is no stage; {did_you_mean(stage, STAGES)}")
-            for field, budget in asked.settings().items():
-                if stage != "prune":
-                    remedy = "only prune holds hidden states: set it there, or remove it"
+            for field, budget in asked.model_dump(include=set(HIDDEN_BYTES)).items():
+                if budget is not None and field not in STAGES[stage].settings:
+                    takes = [name for name, kind in STAGES.items() if field in kind.settings]
+                    remedy = f"only {', '.join(takes)} hold hidden states: remove it"
                     raise InputError(f"{stage}.{field}", budget, remedy)
         return resources
 

@@ -20,6 +20,7 @@ from jobs.cost import (
 )
 from jobs.grid import GeneratedCalibration, Grid, lines_of
 from jobs.labels import labels
+from jobs.memory import ReadsTexts, least_gpu_bytes, reads_by_layer
 from jobs.sizes import checkpoint_parameters
 from jobs.stages import LINES, STAGES, StageWork, line_of, stage_name
 from pipeline.specs import (
@@ -161,6 +162,8 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
             console.print(f"calibrations.{name}: {_engine(calibration.backend)} generates")
     if isinstance(plan.grid.evaluate.backend, Vllm):
         console.print(f"evaluate: {_engine(plan.grid.evaluate.backend)} answers tasks")
+    for reading in _read_by_layer(plan):
+        console.print(reading, soft_wrap=True)
     for name, model in plan.grid.models.items():
         if parameters(model, plan.sizes) is None:
             console.print(f"not in the estimate: model {name}; give cost.parameters.{name}")
@@ -173,6 +176,23 @@ def _rests_on(plan: Plan) -> str:
     on_gpus = any(stage.resources.gpus for stage in plan.graph.values())
     per = [f"{CORE_FLOPS:.3g} FLOP/s a CPU core", *([f"{GPU_FLOPS:.3g} a GPU"] if on_gpus else [])]
     return f"{' and '.join(per)} that a stage asks for; a run scales it by what it measures"
+
+
+def _read_by_layer(plan: Plan) -> Iterable[str]:
+    """Return a line for each stage and model that it reads, or may read, by layer."""
+    lines: dict[str, None] = {}
+    for key, stage in plan.specs.items():
+        spec = stage.of if isinstance(stage, ShardSpec) else stage
+        if not isinstance(spec, ReadsTexts) or isinstance(stage, ShardedSpec):
+            continue
+        of = (plan.sizes, plan.graph[key].resources)
+        why, least = reads_by_layer(spec, *of), least_gpu_bytes(spec, *of)
+        if why is None and least is not None:
+            why = f"on a GPU with less than {least / 1e9:,.0f} GB"
+        if why is not None:
+            name = model_name(spec.model)
+            lines[f"{spec.kind}: reads {name} one decoder layer at a time: {why}"] = None
+    return lines
 
 
 def _engine(backend: Literal["transformers"] | Vllm) -> str:
@@ -217,7 +237,7 @@ def _stage(
     asked = grid.resources.get(name)
     joins = isinstance(spec, ShardedSpec)  # without a device
     resources = Resources() if asked is None or joins else asked.resources()
-    settings = {} if asked is None else asked.settings()
+    settings = {} if asked is None or joins else asked.settings(name)
     return Stage(
         key=spec.key,
         kind=name,

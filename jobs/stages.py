@@ -66,6 +66,10 @@ class StageKind:
     keeps_parts: bool = False
     """It keeps finished parts for the next attempt, and its `run` takes a `Partial`."""
 
+    settings: tuple[str, ...] = ()
+    """Fields of `resources.<stage>` that its `run` takes. They move no number beyond its last
+    bits."""
+
     cell_fields: tuple[str, ...] | None = None
     """Fields of a cell that it depends on; None for all."""
 
@@ -74,6 +78,12 @@ class StageKind:
         """Whether it is made in shards and joins them."""
         return issubclass(self.spec, ShardedSpec)
 
+
+HIDDEN_BYTES = ("device_hidden_bytes", "host_hidden_bytes")
+"""Budgets of stages that read a model one decoder layer at a time."""
+
+_OF_MODELS = ("memory_bytes", *HIDDEN_BYTES)
+"""Fields of `pipeline.models.memory.ModelMemory`."""
 
 _OF_TEXTS = (
     "calibration",
@@ -119,6 +129,7 @@ STAGES: dict[str, StageKind] = {
             passes=1.0,
             utilisation=(0.65, 0.5),
             keeps_model=True,
+            settings=_OF_MODELS,
             cell_fields=_OF_TEXTS,
         ),
         StageKind(
@@ -134,6 +145,7 @@ STAGES: dict[str, StageKind] = {
             fixed_seconds=2.0,
             passes=1.0,
             utilisation=(0.65, 0.5),
+            settings=_OF_MODELS,
         ),
         StageKind(
             OutliersSpec,
@@ -149,6 +161,7 @@ STAGES: dict[str, StageKind] = {
             utilisation=(0.65, 0.5),
             keeps_model=True,
             keeps_parts=True,
+            settings=HIDDEN_BYTES,
         ),
         StageKind(
             EvaluateSpec,
@@ -157,6 +170,7 @@ STAGES: dict[str, StageKind] = {
             passes=1.0,
             utilisation=(0.75, 0.4),
             keeps_parts=True,
+            settings=_OF_MODELS,
         ),
     )
 }
@@ -187,7 +201,7 @@ class StageWork(BaseModel):
     spec: Annotated[SerializeAsAny[StageSpec], BeforeValidator(_as_spec)]
 
     settings: dict[str, int] = {}
-    """Further arguments of the stage's `run`. No result depends on them."""
+    """Further arguments of the stage's `run`: `StageKind.settings`."""
 
 
 def stage_name(spec: StageSpec) -> str:
@@ -284,7 +298,7 @@ def _run(
     report: dict[str, Any]
     spec = work.spec
     if isinstance(spec, ShardSpec):
-        report = module.run_shard(spec.of, spec.index, artifacts, output)
+        report = module.run_shard(spec.of, spec.index, artifacts, output, **work.settings)
     elif STAGES[spec.kind].keeps_parts:
         report = module.run(spec, artifacts, output, partial, **work.settings)
     else:

@@ -32,7 +32,7 @@ from pipeline.generation.generate import generate_shard
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.mistakes import explained
 from pipeline.models.loading import load_model, load_tokenizer
-from pipeline.models.output_layer import check_causal
+from pipeline.models.output_layer import OutputLayer, check_causal
 from pipeline.models.vocabulary import check_ids, edge_ids, embedding_rows
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.outliers import count_outliers
@@ -366,12 +366,12 @@ def evaluate(
         answers = FinishedAnswers(b"", scratch)
         for each in measured:
             found += measure_perplexity(
-                model.model,
+                OutputLayer(model.model),
                 model.tokenizer,
                 each,
                 spec.batch_tokens,
                 answers,
-                None if dense is None else dense.model,
+                None if dense is None else OutputLayer(dense.model),
             ).metrics
         if asked:
             from pipeline.evaluation.sharing_lm import SharingLM  # lm-eval takes seconds to import

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
+from pipeline.models.streaming import resident
 
 TOKENS = 4096
 """Rows of the input of timed products."""
@@ -64,7 +65,8 @@ def speed_2_4(model: Any) -> str:
 def _matrices(model: Any, layers: int | None = None) -> Iterator[Matrix]:
     root, found = decoder_layers(model)
     for number, layer in enumerate(found[:layers]):
-        yield from matrices(f"{root}.{number}", layer)
+        with resident(layer):
+            yield from matrices(f"{root}.{number}", layer)
 
 
 def _is_2_4(weight: Tensor) -> bool:

@@ -3,7 +3,8 @@
 Both say more than accuracy, which hides answers that change both ways (arXiv 2407.09141).
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,18 +25,25 @@ class Compared(NamedTuple):
 
 @torch.inference_mode()
 def compare_with_dense(
-    pruned: OutputLayer, dense: OutputLayer, batch: list[ScoredWindow]
-) -> list[Compared]:
-    """Compare the predictions of two models for each scored token of each window.
+    pruned: OutputLayer, dense: OutputLayer, batched: Sequence[list[ScoredWindow]]
+) -> Iterator[list[Compared]]:
+    """Compare the predictions of two models for each scored token; yield for each batch the sums of
+    each window.
 
     The divergence is the sum over the vocabulary of p (log p - log q), where p is the dense
     model's probability and q the pruned one's: in float32 for each token, to about 1e-6 nats, and
     summed in float64.
-    Logits are taken in parts, `[part, vocabulary]`, of both models at a time.
+    Logits are taken in parts, `[part, vocabulary]`, of both models at a time. If decoder layers are
+    in files, the pruned model's states of all batches wait until the dense model has its own.
     """
+    both = zip(scored_logits(pruned, batched), scored_logits(dense, batched), strict=True)
+    for batch, (own, theirs) in zip(batched, both, strict=True):
+        yield _compared(zip(own, theirs, strict=True), batch)
+
+
+def _compared(parts: Iterable[Any], batch: list[ScoredWindow]) -> list[Compared]:
     losses, divergences, changes = [], [], []
-    both = zip(scored_logits(pruned, batch), scored_logits(dense, batch), strict=True)
-    for (logits, targets), (dense_logits, _) in both:
+    for (logits, targets), (dense_logits, _) in parts:
         changes.append(logits.argmax(dim=-1) != dense_logits.argmax(dim=-1))
         log_q = torch.log_softmax(logits, dim=-1)
         log_p = torch.log_softmax(dense_logits, dim=-1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 
 from pipeline import progress
 from pipeline.data.corpora import read_documents
+from pipeline.environment import scratch_folder
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.evaluation.compression import bytes_by_format, speed_2_4
 from pipeline.evaluation.divergence import Compared, compare_with_dense
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.perplexity import (
-    ScoredWindow,
     batches,
     bits_per_byte,
     losses,
@@ -38,13 +38,15 @@ from pipeline.evaluation.schemas import (
 from pipeline.evaluation.task_metrics import task_metrics
 from pipeline.evaluation.tasks import existing_folder
 from pipeline.generation.vllm_engine import vllm_version
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_tokenizer, open_model
+from pipeline.models.memory import ModelMemory
 from pipeline.models.nonfinite import nonfinite_error
 from pipeline.models.output_layer import OutputLayer, check_causal
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.specs import (
     EvaluateSpec,
     LocalTasks,
+    Model,
     PerplexitySpec,
     PruneSpec,
     Vllm,
@@ -55,7 +57,11 @@ from pipeline.stage import Artifacts, Keep
 
 
 def run(
-    spec: EvaluateSpec, artifacts: Artifacts, output: Path, keep: Keep | None = None
+    spec: EvaluateSpec,
+    artifacts: Artifacts,
+    output: Path,
+    keep: Keep | None = None,
+    **memory: Any,
 ) -> dict[str, Any]:
     """Measure all perplexities and run all tasks.
 
@@ -64,6 +70,7 @@ def run(
 
     Args:
         keep: keeps the model's answers; kept ones are not asked for again.
+        memory: fields of `pipeline.models.memory.ModelMemory`, for both models if there are two.
 
     Returns:
         The report: numbers of metrics and requests, unused tensors, and a pruned model's gains.
@@ -73,8 +80,6 @@ def run(
         NonFiniteError: if the model gives NaN or infinity, with the text and the decoder layer.
     """
     check_names(spec)
-    model = load_model(spec.model, artifacts)
-    check_causal(model)
     tokenizer = load_tokenizer(spec.model, artifacts)
     same = {
         "dtype": spec.model.dtype,
@@ -83,13 +88,23 @@ def run(
     }
     metrics: list[MetricRow] = []
     requests: list[RequestRow] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="calprune-", dir=scratch_folder()) as scratch:
+
+        def opened(which: Model, name: str) -> Any:
+            given = ModelMemory(**memory)
+            return open_model(which, artifacts, Path(scratch, name), given, 1 + spec.compares)
+
+        model = opened(spec.model, "model")
+        check_causal(model)
+        layer = OutputLayer(model)
         answers = FinishedAnswers(_model_identity(spec), Path(scratch, "answers"), keep)
-        dense = load_model(dense_model(spec.model), artifacts) if spec.compares else None
+        dense = None
+        if spec.compares:
+            dense = OutputLayer(opened(dense_model(spec.model), "dense"))
         for wanted in spec.perplexity:
             with progress.phase(f"perplexity {wanted.name}"):
                 results = measure_perplexity(
-                    model,
+                    layer,
                     tokenizer,
                     wanted,
                     spec.batch_tokens,
@@ -101,6 +116,8 @@ def run(
         del dense
         with progress.phase("measuring size and speed"):
             report = {**unexpected_tensors(model), **_gains(spec, model)}
+        if layer.streamed:
+            report["streamed"] = True
         if spec.tasks:
             ask = functools.partial(
                 task_metrics,
@@ -112,7 +129,7 @@ def run(
             if isinstance(spec.backend, Vllm):
                 from pipeline.evaluation.vllm_lm import vllm_language_model
 
-                del model  # the engine loads its own
+                del model, layer  # the engine loads its own
                 gc.collect()
                 with vllm_language_model(spec, artifacts) as engine:
                     results = ask(engine)
@@ -197,17 +214,18 @@ def _task_folder(spec: EvaluateSpec, artifacts: Artifacts) -> Path | None:
 
 
 def measure_perplexity(
-    model: Any,
+    layer: OutputLayer,
     tokenizer: Any,
     wanted: PerplexitySpec,
     batch_tokens: int,
     answers: FinishedAnswers,
-    dense: Any | None = None,
+    dense: OutputLayer | None = None,
 ) -> EvaluationResults:
     """Measure a perplexity, the bits per byte that go with it, and the loss of each window.
 
     Args:
-        dense: the model to compare with; None compares with none.
+        layer: the model's.
+        dense: that of the model to compare with; None compares with none.
 
     Raises:
         NonFiniteError: if a loss or divergence is NaN or infinite, or a loss is too large for a
@@ -215,34 +233,36 @@ def measure_perplexity(
     """
     texts = read_documents(wanted.corpus, blank=wanted.joined_by is not None)
     windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
-    layer = OutputLayer(model)
-    dense_layer = None if dense is None else OutputLayer(dense)
-    sums: dict[int, Sequence[float]] = {}
-    vocabulary = None if layer.chunked else model.config.get_text_config().vocab_size
-    for places in batches(windows, batch_tokens, vocabulary, layer.lengths):
-        batch = {place: windows[place] for place in places}
-        asked = [
-            window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch.values()
-        ]
-        if dense is not None:
-            asked.append(b"compared with the dense model")
+    vocabulary = None if layer.chunked else layer.model.config.get_text_config().vocab_size
+    places = list(batches(windows, batch_tokens, vocabulary, layer.lengths))
+    batched = [[windows[place] for place in batch] for batch in places]
+    asked = [
+        [window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch]
+        + ([] if dense is None else [b"compared with the dense model"])
+        for batch in batched
+    ]
 
-        def measure(batch: dict[int, ScoredWindow] = batch) -> list[Sequence[float]]:
-            own = list(batch.values())
-            measured: list[Sequence[float]]
-            if dense_layer is None:
-                measured = [(loss,) for loss in losses(layer, own)]
-            else:
-                measured = list(compare_with_dense(layer, dense_layer, own))
-            for (place, window), (loss, *compared) in zip(batch.items(), measured, strict=True):
+    def measure(missing: list[int]) -> Iterator[list[Sequence[float]]]:
+        unanswered = [batched[number] for number in missing]
+        measured: Iterator[list[Any]]
+        if dense is None:
+            measured = ([(loss,) for loss in each] for each in losses(layer, unanswered))
+        else:
+            measured = compare_with_dense(layer, dense, unanswered)
+        for number, batch, found in zip(missing, unanswered, measured, strict=True):
+            for place, window, (loss, *others) in zip(places[number], batch, found, strict=True):
                 where = f"{wanted.name}, window {place}"
                 if not math.isfinite(loss):
-                    raise nonfinite_error(where, model, window.ids.tolist())
-                if not all(map(math.isfinite, compared)):
-                    raise nonfinite_error(f"{where}, dense model", dense, window.ids.tolist())
-            return measured
+                    raise nonfinite_error(where, layer.model, window.ids.tolist())
+                if not all(map(math.isfinite, others)):
+                    assert dense is not None
+                    where = f"{where}, dense model"
+                    raise nonfinite_error(where, dense.model, window.ids.tolist())
+            yield found
 
-        sums |= zip(places, answers.get(asked, measure), strict=True)
+    sums: dict[int, Sequence[float]] = {}
+    for number, measured in answers.each(asked, measure):
+        sums |= zip(places[number], measured, strict=True)
         progress.report(len(sums), len(windows), "windows")
     by_metric = zip(*(sums[place] for place in range(len(windows))), strict=True)
     by_token = dict(zip(Compared._fields, map(list, by_metric), strict=False))

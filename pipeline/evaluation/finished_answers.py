@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class FinishedAnswers:
         self.model = model
         self.folder = folder
         self.kept = keep
+        if keep is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         self.resumed = 0
         """Requests that an earlier attempt had answered."""
 
@@ -35,18 +37,37 @@ class FinishedAnswers:
             requests: all that each answer depends on besides the model.
             answer: returns one JSON value per request.
         """
-        if self.kept is None:
-            return answer()
+        ((_, answers),) = self.each([requests], lambda missing: (answer() for _ in missing))
+        return answers
+
+    def each(
+        self,
+        parts: Sequence[Iterable[bytes]],
+        answer: Callable[[list[int]], Iterator[list[Any]]],
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """Yield the number and the answers of each part of the requests, the kept ones first.
+
+        Args:
+            parts: requests as `get` takes them.
+            answer: yields the answers of each part whose number it is given; each is kept at once.
+        """
+        missing: list[int] = []
+        paths = [self._path(requests) for requests in parts]
+        for number, path in enumerate(paths):
+            if self.kept is not None and self.kept.restore(path):
+                answers: list[Any] = json.loads(path.read_text(encoding="utf-8"))
+                self.resumed += len(answers)
+                yield number, answers
+            else:
+                missing.append(number)
+        for number, answers in zip(missing, answer(missing), strict=True):
+            if self.kept is not None:
+                paths[number].write_text(json.dumps(answers), encoding="utf-8")
+                self.kept.keep(paths[number])
+            yield number, answers
+
+    def _path(self, requests: Iterable[bytes]) -> Path:
         digest = hashlib.sha256(self.model)
         for request in requests:
             digest.update(len(request).to_bytes(8, "big") + request)
-        path = self.folder / f"answers-{digest.hexdigest()}.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.kept.restore(path):
-            kept: list[Any] = json.loads(path.read_text(encoding="utf-8"))
-            self.resumed += len(kept)
-            return kept
-        answers = answer()
-        path.write_text(json.dumps(answers), encoding="utf-8")
-        self.kept.keep(path)
-        return answers
+        return self.folder / f"answers-{digest.hexdigest()}.json"

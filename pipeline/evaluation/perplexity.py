@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -277,36 +277,49 @@ def batches(
 
 
 @torch.inference_mode()
-def losses(layer: OutputLayer, batch: list[ScoredWindow]) -> list[float]:
-    """Return the loss of each window in nats, summed over its scored tokens.
+def losses(layer: OutputLayer, batched: Sequence[list[ScoredWindow]]) -> Iterator[list[float]]:
+    """Yield for each batch the loss of each window in nats, summed over its scored tokens.
 
     It is taken in float32 and summed in float64.
     """
-    parts = [
-        torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        for logits, targets in scored_logits(layer, batch)
-    ]
-    return summed_by_window(torch.cat(parts), batch)
+    for batch, scored in zip(batched, scored_logits(layer, batched), strict=True):
+        parts = [
+            torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            for logits, targets in scored
+        ]
+        yield summed_by_window(torch.cat(parts), batch)
+
+
+ScoredLogits = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""Logits `[part, vocabulary]` in float32, which the caller may overwrite, and the token ids
+`[part]` that they predict, window by window."""
 
 
 def scored_logits(
-    layer: OutputLayer, batch: list[ScoredWindow]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the logits that predict the scored tokens, and these tokens, part by part.
+    layer: OutputLayer, batched: Sequence[list[ScoredWindow]]
+) -> Iterator[ScoredLogits]:
+    """Yield for each batch the logits that predict the scored tokens, and these tokens, in parts.
 
     Shorter windows are padded on the right. Equal vocabularies give equal parts.
-
-    Yields:
-        Logits `[part, vocabulary]` in float32, which the caller may overwrite, and token ids
-        `[part]`, window by window.
     """
-    longest = max(len(window.ids) for window in batch)
-    token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    scored = torch.zeros(len(batch), longest, dtype=torch.bool)
+    states = layer.states({"input_ids": _padded(batch)} for batch in batched)
+    for batch, own in zip(batched, states, strict=True):
+        yield _parts(layer, own, batch)
+
+
+def _padded(batch: list[ScoredWindow]) -> torch.Tensor:
+    """Return token ids `[windows, tokens]`."""
+    token_ids = torch.zeros(len(batch), max(len(window.ids) for window in batch), dtype=torch.int64)
     for row, window in enumerate(batch):
         token_ids[row, : len(window.ids)] = torch.from_numpy(window.ids)
+    return token_ids
+
+
+def _parts(layer: OutputLayer, states: torch.Tensor, batch: list[ScoredWindow]) -> ScoredLogits:
+    token_ids = _padded(batch)
+    scored = torch.zeros_like(token_ids, dtype=torch.bool)
+    for row, window in enumerate(batch):
         scored[row, window.first : len(window.ids)] = True
-    states, _ = layer.forward(input_ids=token_ids.to(layer.device), use_cache=False)
     rows, columns = scored.nonzero(as_tuple=True)
     targets = token_ids[scored].to(states.device)
     for part, logits in layer.logits(states, rows, columns - 1):

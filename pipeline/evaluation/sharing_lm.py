@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,9 +62,9 @@ class SharingLM(HFLM):  # type: ignore[misc]
     keys and values are used again. A batch holds documents of similar length up to a budget of
     tokens.
 
-    A model with a running state in any layer, or without keys and values, reads every request
-    whole. If positions depend on the length of the text, requests share a batch or a beginning
-    only if they have the same positions.
+    A model with a running state in any layer, without keys and values, or with its decoder layers
+    in files reads every request whole; the last kind does not generate. If positions depend on the
+    length of the text, requests share a batch or a beginning only if they have the same positions.
 
     Args:
         model: a causal language model, in evaluation mode.
@@ -92,10 +92,8 @@ class SharingLM(HFLM):  # type: ignore[misc]
             not self._layer.chunked
             and "logits_to_keep" in inspect.signature(model.forward).parameters
         )
-        first = torch.tensor([[self.prefix_token_id]], device=self.device)
-        with torch.inference_mode():
-            self._dtype = model(first, use_cache=False).logits.dtype
-        self.shares = not getattr(model, "_is_stateful", False)
+        self._dtype = self._layer.logits_dtype()
+        self.shares = not (self._layer.streamed or getattr(model, "_is_stateful", False))
         if self.shares:  # its class does not rule it out; its cache may
             cache = self._forward([(self.prefix_token_id,)], None, 1)[1]
             self.shares = type(cache) is DynamicCache and all(
@@ -138,7 +136,17 @@ class SharingLM(HFLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return HFLM's generations, kept batch by batch; one at a time if padding changes them."""
+        """Return HFLM's generations, kept batch by batch; one at a time if padding changes them.
+
+        Raises:
+            InputError: if the model's decoder layers are in files, or as `_generated` does.
+        """
+        if self._layer.streamed and requests:
+            remedy = (
+                "generates, and the model, too large for memory, is read layer by layer: take "
+                "evaluate.backend vllm, give it more memory, or drop the task"
+            )
+            raise InputError("tasks", requests[0].task_name, remedy)
         self.asked += len(requests)
         texts: list[str] = []
         alone = self._layer.lengths != NONE or sees_padding(self.model)
@@ -265,33 +273,35 @@ class SharingLM(HFLM):  # type: ignore[misc]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         parts = [DocumentRequests(requests, positions) for requests in documents.values()]
         batches = request_batches(parts, positions, self._fits, self.shares)
-        done = 0
-        for chunk in chunked_batches(batches, len(pairs) / CHUNKS):
-            asked = {
+        chunks = list(chunked_batches(batches, len(pairs) / CHUNKS))
+        asked = [
+            {
                 number: request
                 for batch in chunk
                 for document in batch.documents
                 for number, request in document.requests.items()
             }
+            for chunk in chunks
+        ]
 
-            def answer(
-                chunk: list[Batch] = chunk, asked: dict[int, ScoredRequest] = asked
-            ) -> list[Any]:
+        def answer(missing: list[int]) -> Iterator[list[Any]]:
+            by_batch = self._run([batch for place in missing for batch in chunks[place]])
+            for place in missing:
                 answers: dict[int, tuple[float, bool]] = {}
-                for batch in chunk:
-                    answers.update(self._run(batch))
-                for number, request in asked.items():
+                for _ in chunks[place]:
+                    answers.update(next(by_batch))
+                for number, request in asked[place].items():
                     if not math.isfinite(answers[number][0]):
                         what = document_name(owners[number])
                         raise nonfinite_error(what, self.model, request.input)
-                return [answers[number] for number in asked]
+                yield [answers[number] for number in asked[place]]
 
-            requests = [request.to_bytes() for request in asked.values()]
-            for number, (log_likelihood, greedy) in zip(
-                asked, self.answers.get(requests, answer), strict=True
-            ):
+        requests = [[request.to_bytes() for request in chunk.values()] for chunk in asked]
+        done = 0
+        for place, answers in self.answers.each(requests, answer):
+            for number, (log_likelihood, greedy) in zip(asked[place], answers, strict=True):
                 found[number] = (log_likelihood, greedy)
-            done += len(asked)
+            done += len(asked[place])
             report(done, len(pairs), "requests")
         self._family, self._family_cache = (), None
         return found
@@ -299,13 +309,22 @@ class SharingLM(HFLM):  # type: ignore[misc]
     def _fits(self, documents: Sequence[DocumentRequests]) -> bool:
         rows = sum(len(document.rows) for document in documents)
         longest = max(document.longest for document in documents)
-        predicted = longest - min(document.shared for document in documents)
+        shared = 0 if self._layer.streamed else min(document.shared for document in documents)
+        predicted = longest - shared
         vocabulary = self.model.config.get_text_config().vocab_size
         logits = 0 if self._layer.chunked else rows * predicted * vocabulary
         return rows * longest <= self.batch_tokens and logits <= LOGITS
 
-    def _run(self, batch: Batch) -> dict[int, tuple[float, bool]]:
-        """Return what `_answer` returns, by request number."""
+    def _run(self, batches: list[Batch]) -> Iterator[dict[int, tuple[float, bool]]]:
+        """Yield for each batch what `_answer` returns, by request number."""
+        if not self._layer.streamed:
+            yield from map(self._run_sharing, batches)
+            return
+        states = self._layer.states({"input_ids": self._padded(batch.rows)} for batch in batches)
+        for batch, own in zip(batches, states, strict=True):
+            yield self._read(batch, own, 0)
+
+    def _run_sharing(self, batch: Batch) -> dict[int, tuple[float, bool]]:
         documents, begun, rows = batch.documents, len(batch.family), batch.rows
         if batch.is_worth_sharing:
             first = [next(iter(document.rows))[begun : batch.shared] for document in documents]
@@ -323,13 +342,21 @@ class SharingLM(HFLM):  # type: ignore[misc]
             for request in document.requests.values()
         ]
         states, _ = self._forward(rest, cache, longest - min(firsts))
-        begun += longest - states.shape[1]  # tokens of a row before its first state
+        return self._read(batch, states, begun + longest - states.shape[1])
+
+    def _read(self, batch: Batch, states: Tensor, begun: int) -> dict[int, tuple[float, bool]]:
+        """Return a batch's answers by request number.
+
+        Args:
+            states: the last states of each row, `[rows, tokens, hidden]`.
+            begun: tokens of a row before its first state.
+        """
         numbers: list[int] = []
         scored: list[int] = []
         places: list[tuple[int, int]] = []
         targets: list[int] = []
         row = 0
-        for document in documents:
+        for document in batch.documents:
             for answered in document.rows.values():
                 for number in answered:
                     request = document.requests[number]
@@ -380,20 +407,20 @@ class SharingLM(HFLM):  # type: ignore[misc]
     def _forward(
         self, rows: Sequence[tuple[int, ...]], cache: Any, positions: int
     ) -> tuple[Tensor, Any]:
-        """Return the states of at least the last positions, and keys and values.
-
-        Rows are padded on the right, which no token before looks at.
-        """
-        longest = max(map(len, rows))
-        ids = torch.tensor(
-            [[*row, *itertools.repeat(0, longest - len(row))] for row in rows], device=self.device
-        )
+        """Return the states of at least the last positions, and keys and values."""
         options: dict[str, Any] = {"use_cache": self.shares}
         if cache is not None:
             options["past_key_values"] = cache
         if self._keeps_logits:
             options["logits_to_keep"] = positions
-        return self._layer.forward(input_ids=ids, **options)
+        return self._layer.forward(input_ids=self._padded(rows), **options)
+
+    def _padded(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return token ids `[rows, tokens]`, padded on the right, where no token looks."""
+        longest = max(map(len, rows))
+        return torch.tensor(
+            [[*row, *itertools.repeat(0, longest - len(row))] for row in rows], device=self.device
+        )
 
 
 @torch.inference_mode()

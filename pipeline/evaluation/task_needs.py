@@ -19,6 +19,10 @@ DISTRIBUTIONS = {"antlr4": "antlr4-python3-runtime", "bs4": "beautifulsoup4", "P
 """Modules whose distribution has another name."""
 
 
+WRITES = "generate_until"
+"""The `output_type` of tasks for which the model writes text, and of those that name none."""
+
+
 class _Function(NamedTuple):
     """`!function module.name` in a task file."""
 
@@ -87,6 +91,19 @@ def check_needs(names: Iterable[str], files: dict[str, list[Path]]) -> None:
             for function in _functions(settings):
                 for module in sorted(_imports(function.module, set())):
                     _check_installed(called, module)
+
+
+def generates(name: str, files: dict[str, list[Path]]) -> bool:
+    """Return whether a task, or one of a group or under a tag, lets the model write text.
+
+    Tasks written in Python do not say so in their files.
+    """
+    for path in _leaves(name, files, set()):
+        settings = _task_settings(path)
+        written_in_python = not settings or "class" in settings
+        if not written_in_python and settings.get("output_type", WRITES) == WRITES:
+            return True
+    return False
 
 
 def _leaves(name: str, files: dict[str, list[Path]], seen: set[str]) -> Iterator[Path]:

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.evaluation.task_needs import check_needs, lm_eval_folder, member_names, task_files
+from pipeline.evaluation.task_needs import (
+    check_needs,
+    generates,
+    lm_eval_folder,
+    member_names,
+    task_files,
+)
 from pipeline.specs import LocalTasks, TestbedTasksSpec
 from pipeline.testbed.tasks import TASK_NAMES
 
@@ -56,11 +62,30 @@ def check_tasks(names: list[str], folder: TestbedTasksSpec | LocalTasks | None) 
     Raises:
         InputError: if one cannot.
     """
-    own = task_files(existing_folder(folder.path)) if isinstance(folder, LocalTasks) else {}
-    testbed = TASK_NAMES if isinstance(folder, TestbedTasksSpec) else ()
-    others = [name for name in names if name not in testbed]
+    others = _other_names(names, folder)
     if others:
-        check_needs(others, {**_lm_eval_files(), **own})
+        check_needs(others, _files(folder))
+
+
+def generative_tasks(names: list[str], folder: TestbedTasksSpec | LocalTasks | None) -> list[str]:
+    """Return those of the names whose known tasks let the model write text.
+
+    Raises:
+        InputError: if there is no such folder.
+    """
+    others = _other_names(names, folder)
+    return [name for name in others if generates(name, _files(folder))] if others else []
+
+
+def _other_names(names: list[str], folder: TestbedTasksSpec | LocalTasks | None) -> list[str]:
+    """Return the names of tasks that are not the testbed's."""
+    testbed = TASK_NAMES if isinstance(folder, TestbedTasksSpec) else ()
+    return [name for name in names if name not in testbed]
+
+
+def _files(folder: TestbedTasksSpec | LocalTasks | None) -> dict[str, list[Path]]:
+    own = task_files(existing_folder(folder.path)) if isinstance(folder, LocalTasks) else {}
+    return {**_lm_eval_files(), **own}
 
 
 @functools.cache

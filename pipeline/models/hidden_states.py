@@ -10,11 +10,6 @@ from torch import Tensor
 
 from pipeline.environment import scratch_folder
 
-DEVICE_HIDDEN_BYTES = 4 * 2**30
-"""Enough for 128 windows of 2,048 tokens of a 70B model in half precision."""
-
-HOST_HIDDEN_BYTES = 16 * 2**30
-
 
 class StoredTensor:
     """A tensor that stays in one place, is read on the device and overwritten in place."""

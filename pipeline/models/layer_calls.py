@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,19 @@ class _PassedOn:
     """Its index in the layer's output."""
 
 
-class CapturedBatch:
-    """The hidden states of some windows on their way up, and each layer's other arguments."""
+OutputForm = Callable[[int, Tensor], Any]
+"""Wraps hidden states, given a layer's number, as that layer's output."""
 
-    def __init__(self, states: StoredTensor, arguments: list[Any], store: TensorStore) -> None:
+
+class CapturedBatch:
+    """The hidden states of some texts on their way up, and each layer's other arguments."""
+
+    def __init__(
+        self, states: StoredTensor, arguments: list[Any], form: OutputForm, store: TensorStore
+    ) -> None:
         self._states = states
         self._arguments = arguments
+        self._form = form
         self._store = store
         self._passed: dict[int, Any] = {}  # by index in the output of the layer below
 
@@ -49,16 +56,30 @@ class CapturedBatch:
 
     def advance(self, number: int, layer: nn.Module) -> None:
         """Replace the hidden states by that layer's output, and store what else it passes on to the
-        next layer. Not for the last layer."""
+        next layer."""
         output = self.forward(number, layer)
-        self._states.write(output if isinstance(output, Tensor) else output[0])
-        for each in _passed_on(self._arguments[number + 1]):
-            self._passed[each.place] = self._stored(each.place, output[each.place])
+        states = output if isinstance(output, Tensor) else output[0]
+        self._states = self._stored(self._states, states)
+        for each in _passed_on(self._arguments[number + 1 : number + 2]):
+            before = self._passed.get(each.place)
+            self._passed[each.place] = self._stored(before, output[each.place])
 
-    def _stored(self, place: int, value: Any) -> Any:
+    @contextlib.contextmanager
+    def passed_layers(self, layers: nn.ModuleList) -> Iterator[None]:
+        """Let the layers return the hidden states, so that a forward pass of the model computes
+        only what comes after the layers."""
+        states = self._states.read()
+
+        def forward(number: int, given: Any, *arguments: Any) -> Any:
+            return self._form(number, states if number + 1 == len(layers) else given)
+
+        with _replaced(layers, forward):
+            yield
+
+    def _stored(self, before: Any, value: Any) -> Any:
+        """Store a tensor in the place of one of the same shape, if there is one."""
         if not isinstance(value, Tensor):
             return value
-        before = self._passed.get(place)
         if isinstance(before, StoredTensor) and before.fits(value):
             before.write(value)
             return before
@@ -66,7 +87,10 @@ class CapturedBatch:
 
 
 def capture_batches(
-    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor], store: TensorStore
+    model: nn.Module,
+    layers: nn.ModuleList,
+    batches: Sequence[Mapping[str, Tensor]],
+    store: TensorStore,
 ) -> list[CapturedBatch]:
     """Capture the hidden states that enter the first layer, and all other arguments of each layer.
     No layer is run for it.
@@ -78,14 +102,15 @@ def capture_batches(
     they are, one to a batch.
 
     Args:
-        batches: token ids `[windows, seqlen]` each, where the model's embeddings are.
+        batches: the model's inputs, where its embeddings are: token ids `[texts, tokens]` as
+            `input_ids`, and an attention mask of the same shape if the model is to have one.
 
     Raises:
         InputError: if the model does not hand the hidden states from one layer to the next and
             call each once, or if a layer's other arguments depend on the layers below, unless they
             are outputs of the one right below.
     """
-    output = _output_form(model, layers, batches[0][:1])
+    form = _output_form(model, layers, {name: each[:1] for name, each in batches[0].items()})
     captured: list[CapturedBatch] = []
     first: Any = None
 
@@ -95,12 +120,29 @@ def capture_batches(
         return other if _equal(other, tensor) else store.store(tensor)
 
     for batch in batches:
-        calls = _calls(model, layers, batch, output, then_stop=True)
+        calls = _calls(model, layers, batch, form, then_stop=True)
         arguments = [call.arguments for call in calls]
         placed = _replaced_tensors(arguments, first, place, {})
         first = first or placed
-        captured.append(CapturedBatch(store.store(calls[0].states), placed, store))
+        captured.append(CapturedBatch(store.store(calls[0].states), placed, form, store))
     return captured
+
+
+@contextlib.contextmanager
+def skipped_layers(
+    model: nn.Module, layers: nn.ModuleList, batch: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Let the layers return the hidden states that they are given, without being run.
+
+    Args:
+        batch: inputs of the model, with which the form of the layers' output is found.
+
+    Raises:
+        InputError: if the model changes the hidden states between its layers.
+    """
+    form, _ = _accepted_form(model, layers, batch)
+    with _replaced(layers, lambda number, states, *arguments: form(number, states)):
+        yield
 
 
 class _Stop(Exception):
@@ -111,14 +153,10 @@ class _WrongFormError(Exception):
     """The model fails on a stand-in for a layer's output."""
 
 
-OutputForm = Callable[[int, Tensor], Any]
-"""Wraps hidden states, given a layer's number, as that layer's output."""
-
-
 def _calls(
     model: nn.Module,
     layers: nn.ModuleList,
-    batch: Tensor,
+    batch: Mapping[str, Tensor],
     output: OutputForm,
     then_stop: bool = False,
 ) -> list[_Call]:
@@ -132,22 +170,15 @@ def _calls(
     """
     calls: list[_Call] = []
 
-    def stand_in(number: int) -> Callable[..., Any]:
-        def forward(*positional: Any, **keywords: Any) -> Any:
-            if positional:
-                states, positional = positional[0], positional[1:]
-            else:
-                states = keywords.pop("hidden_states")
-            calls.append(_Call(number, states, (positional, keywords)))
-            if then_stop and number + 1 == len(layers):
-                raise _Stop
-            return output(number, states)
+    def record(number: int, states: Any, *arguments: Any) -> Any:
+        calls.append(_Call(number, states, arguments))
+        if then_stop and number + 1 == len(layers):
+            raise _Stop
+        return output(number, states)
 
-        return forward
-
-    with _replaced(layers, stand_in), contextlib.suppress(_Stop):
+    with _replaced(layers, record), contextlib.suppress(_Stop):
         try:
-            model(input_ids=batch, use_cache=False)
+            model(**batch, use_cache=False)
         except (
             ArithmeticError,
             AttributeError,
@@ -166,13 +197,22 @@ def _calls(
 
 
 @contextlib.contextmanager
-def _replaced(
-    layers: nn.ModuleList, forward: Callable[[int], Callable[..., Any]]
-) -> Iterator[None]:
-    """Replace the layers' forward functions. The layers stay: models read their attributes."""
+def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the layers' forward functions. The layers stay: models read their attributes.
+
+    Args:
+        forward: takes a layer's number, hidden states, and the other arguments: positional ones
+            and those by keyword.
+    """
+
+    def stand_in(number: int, *positional: Any, **keywords: Any) -> Any:
+        if positional:
+            return forward(number, positional[0], positional[1:], keywords)
+        return forward(number, keywords.pop("hidden_states"), positional, keywords)
+
     own = [vars(layer).get("forward") for layer in layers]
     for number, layer in enumerate(layers):
-        vars(layer)["forward"] = forward(number)
+        vars(layer)["forward"] = functools.partial(stand_in, number)
     try:
         yield
     finally:
@@ -182,16 +222,16 @@ def _replaced(
                 vars(layer)["forward"] = before
 
 
-def _output_form(model: nn.Module, layers: nn.ModuleList, window: Tensor) -> OutputForm:
+def _output_form(model: nn.Module, layers: nn.ModuleList, text: Mapping[str, Tensor]) -> OutputForm:
     """Find the form in which the model takes a layer's hidden states: a tensor, or the first of a
     tuple or a list. In the right one they reach the next layer unchanged."""
-    form, calls = _accepted_form(model, layers, window)
+    form, calls = _accepted_form(model, layers, text)
     for call in calls:
         if any(each.layer + 1 != call.layer for each in _passed_on(call.arguments)):
             remedy = f"passes to its decoder layer {call.layer} an output of one further below"
             raise InputError("model", type(model).__name__, f"{remedy}; cannot be walked")
     others = _calls(
-        model, layers, window, lambda number, states: form(number, torch.zeros_like(states))
+        model, layers, text, lambda number, states: form(number, torch.zeros_like(states))
     )
     for one, other in zip(calls, others, strict=True):
         if not _equal(one.arguments, other.arguments):
@@ -201,14 +241,14 @@ def _output_form(model: nn.Module, layers: nn.ModuleList, window: Tensor) -> Out
 
 
 def _accepted_form(
-    model: nn.Module, layers: nn.ModuleList, window: Tensor
+    model: nn.Module, layers: nn.ModuleList, text: Mapping[str, Tensor]
 ) -> tuple[OutputForm, list[_Call]]:
     forms: list[OutputForm] = [lambda number, states: states]
     for kind, outputs in itertools.product((tuple, list), (1, 2, 3)):
         forms.append(functools.partial(_output, kind, outputs))
     for form in forms:
         with contextlib.suppress(_WrongFormError):
-            calls = _calls(model, layers, window, form)
+            calls = _calls(model, layers, text, form)
             if all(_equal(call.states, calls[0].states) for call in calls):
                 return form, calls
     remedy = "changes the hidden states between its decoder layers; cannot be walked"
@@ -223,18 +263,24 @@ def _output(kind: type, outputs: int, number: int, states: Tensor) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether all tensors are equal; objects that are neither tensors nor collections do not
-    count."""
+    """Return whether all tensors are equal, NaN to NaN; objects that are neither tensors nor
+    collections do not count."""
     if isinstance(one, Tensor):
         return (
             isinstance(other, Tensor)
             and (one.shape, one.dtype) == (other.shape, other.dtype)
-            and one.equal(other.to(one.device))
+            and _equal_tensors(one, other.to(one.device))
         )
     if type(one) is not type(other):
         return False
     left, right = _items(one), _items(other)
     return len(left) == len(right) and all(map(_equal, left, right))
+
+
+def _equal_tensors(one: Tensor, other: Tensor) -> bool:
+    if one.equal(other):
+        return True
+    return one.is_floating_point() and one.allclose(other, rtol=0, atol=0, equal_nan=True)
 
 
 def _passed_on(value: Any) -> list[_PassedOn]:

@@ -1,27 +1,47 @@
 """Loading a model: whole or layer by layer, its tokenizer and its settings."""
 
+import os
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from pipeline.environment import scratch_folder
 from pipeline.models.inspection import (
     allows_pickle,
     check_checkpoint,
     checkpoint_location,
     loading_errors,
     read_generation_settings,
+    weightless_model,
 )
 from pipeline.models.layer_files import apply_masks
-from pipeline.models.streaming import load_streamed
+from pipeline.models.memory import DEFAULT_MODEL_MEMORY, ModelMemory, fits
+from pipeline.models.streaming import load_streamed, set_memory
 from pipeline.models.vocabulary import Vocabulary, check_shared, embedding_rows
 from pipeline.models.weight_files import whole_model
 from pipeline.progress import phase
 from pipeline.specs import Model, PruneSpec, StageSpec, canonical_json
 from pipeline.stage import Artifacts, Latest
 
-_models: Latest[tuple[Any, Any]] = Latest()
+
+class _Held(NamedTuple):
+    """What a worker keeps of a model."""
+
+    model: Any
+    tokenizer: Any = None
+    scratch: tempfile.TemporaryDirectory[str] | None = None
+    """The folder of some of its layers."""
+
+    def release(self) -> None:
+        """Remove the folder."""
+        if self.scratch is not None:
+            self.scratch.cleanup()
+
+
+_models: Latest[_Held] = Latest(release=_Held.release)
 
 
 def default_device() -> torch.device:
@@ -64,10 +84,25 @@ def loaded(model: Model, artifacts: Artifacts) -> tuple[Any, Any]:
     Raises:
         InputError: if either cannot be loaded.
     """
-    return _models.get(
+    held = _models.get(
         model_identity(model, artifacts),
-        lambda: (load_model(model, artifacts), load_tokenizer(model, artifacts)),
+        lambda: _Held(load_model(model, artifacts), load_tokenizer(model, artifacts)),
     )
+    return held.model, held.tokenizer
+
+
+def opened(model: Model, artifacts: Artifacts, memory: ModelMemory) -> Any:
+    """Return a model, whole or not, as `open_model` does; that of the last call is kept.
+
+    Raises:
+        InputError, LayerFileError: as there.
+    """
+
+    def hold() -> _Held:
+        scratch = tempfile.TemporaryDirectory(prefix="calprune-layers-", dir=scratch_folder())
+        return _Held(open_model(model, artifacts, Path(scratch.name), memory), scratch=scratch)
+
+    return _models.get((model_identity(model, artifacts), memory), hold).model
 
 
 def model_identity(spec: Model, artifacts: Artifacts) -> tuple[bytes, Path | None]:
@@ -103,6 +138,51 @@ def stream_model(
         check_checkpoint(spec, artifacts)
         model = load_streamed(location, dtype, device or default_device(), scratch, **options)
     return model.eval()
+
+
+def open_model(
+    spec: Model,
+    artifacts: Artifacts,
+    scratch: Path,
+    memory: ModelMemory = DEFAULT_MODEL_MEMORY,
+    models: int = 1,
+) -> Any:
+    """Load a model whole if its weights fit in memory, else but for its decoder layers.
+
+    Args:
+        scratch: as in `stream_model`.
+        models: how many models of this size are to be in memory at a time.
+
+    Raises:
+        InputError, LayerFileError: as `load_model` and `stream_model` do.
+    """
+    device = default_device()
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    else:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = memory.memory_bytes or machine
+    if fits(models * weight_bytes(spec, artifacts), available):
+        return load_model(spec, artifacts)
+    model = stream_model(spec, artifacts, scratch)
+    set_memory(model, memory)
+    return model
+
+
+def weight_bytes(spec: Model, artifacts: Artifacts) -> int:
+    """Return the bytes of a model's weights in memory, from its configuration.
+
+    Raises:
+        InputError: if it has none that can be read.
+    """
+    location, options = checkpoint_location(spec, artifacts)
+    with loading_errors(location):
+        config = AutoConfig.from_pretrained(location, **options)
+        model = weightless_model(config, spec)
+    model.tie_weights()
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    weights: int = sum(each.numel() for each in model.parameters())
+    return dtype.itemsize * weights
 
 
 def load_tokenizer(spec: Model, artifacts: Artifacts) -> Any:

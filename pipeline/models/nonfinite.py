@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import decoder_layers, is_finite
+from pipeline.models.output_layer import OutputLayer
 
 
 def nonfinite_error(what: str, model: Any, token_ids: Sequence[int]) -> NonFiniteError:
@@ -43,8 +44,9 @@ def first_nonfinite(model: Any, token_ids: Sequence[int]) -> str | None:
         return hook
 
     handles = [module.register_forward_hook(look(name)) for name, module in _watched(model)]
+    text = {"input_ids": torch.tensor([list(token_ids)])}
     try:
-        model(torch.tensor([list(token_ids)], device=model.device), use_cache=False)
+        list(OutputLayer(model, chunked=False).states([text]))
     finally:
         for handle in handles:
             handle.remove()

@@ -6,7 +6,8 @@ next.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.models.layer_calls import skipped_layers
+from pipeline.models.layerwise import layerwise_outputs
+from pipeline.models.matrices import decoder_layers
 from pipeline.models.positions import forget_longer_texts, length_dependence
+from pipeline.models.streaming import is_streamed, memory_of
 
 MOST_NATS = math.log(np.finfo(np.float64).max)
 """Largest loss with a perplexity in float64. A model that has collapsed has about 10 to 20."""
@@ -47,7 +52,8 @@ def check_causal(model: Any) -> None:
     half = PROBE_TOKENS // 2
     ids = torch.arange(PROBE_TOKENS, device=model.device)
     pair = torch.stack([ids, torch.cat([ids[:half], ids[half:].flip(0)])])
-    first, other = model(pair, use_cache=False).logits[:, :half].float()
+    (logits,) = OutputLayer(model, chunked=False).states([{"input_ids": pair}])
+    first, other = logits[:, :half].float()
     if (first - other).abs().mean() > MOVED * first.std():
         name = type(model).__name__
         remedy = "its logits depend on later tokens: take a causal language model, not an encoder"
@@ -64,13 +70,21 @@ def head_is_linear(model: Any) -> bool:
     if head is None or model.base_model is model:
         return False
     input_ids = torch.arange(PROBE_TOKENS, device=model.device)[None]
-    hidden = getattr(model.base_model(input_ids, use_cache=False), "last_hidden_state", None)
-    if hidden is None:
-        return False
-    expected = model(input_ids, use_cache=False).logits
+    with _files_unread(model, input_ids):
+        hidden = getattr(model.base_model(input_ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            return False
+        expected = model(input_ids, use_cache=False).logits
     return torch.allclose(
         head(hidden).float(), expected.float(), rtol=1e-5, atol=1e-6, equal_nan=True
     )
+
+
+def _files_unread(model: Any, input_ids: Tensor) -> AbstractContextManager[None]:
+    """Skip decoder layers that are in files: what comes after them takes any hidden states."""
+    if not is_streamed(model):
+        return nullcontext()
+    return skipped_layers(model, decoder_layers(model)[1], {"input_ids": input_ids})
 
 
 class OutputLayer:
@@ -83,6 +97,8 @@ class OutputLayer:
     """
 
     def __init__(self, model: Any, chunked: bool | None = None) -> None:
+        self.model = model
+        self.streamed = is_streamed(model)
         self.chunked = head_is_linear(model) if chunked is None else chunked
         self.device = model.device
         self.lengths = length_dependence(model.config)
@@ -90,8 +106,26 @@ class OutputLayer:
         self._head = model.get_output_embeddings() if self.chunked else nn.Identity()
         self._vocabulary = model.config.get_text_config().vocab_size
 
+    def states(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
+        """Yield the states of each batch, as `forward` returns them.
+
+        A model with its decoder layers in files reads each layer once for all batches.
+
+        Args:
+            batches: token ids `[rows, tokens]` as `input_ids`, and an attention mask of the same
+                shape if the model is to have one; the texts of a batch are of one group of
+                `lengths`.
+        """
+        on_device = ({name: each.to(self.device) for name, each in it.items()} for it in batches)
+        if not self.streamed:
+            for inputs in on_device:
+                yield self.forward(**inputs, use_cache=False)[0]
+            return
+        for output in layerwise_outputs(self._body, list(on_device), memory_of(self.model)):
+            yield self._states(output)
+
     def forward(self, **inputs: Any) -> tuple[Tensor, Any]:
-        """Run the model on texts of one group of `lengths`.
+        """Run a model in memory on texts of one group of `lengths`.
 
         Returns:
             States `[rows, tokens, hidden]`, or logits `[rows, tokens, vocabulary]` if not
@@ -100,8 +134,19 @@ class OutputLayer:
         if self.lengths.grows_beyond is not None:
             forget_longer_texts(self._body)
         output = self._body(**inputs)
-        states = output.last_hidden_state if self.chunked else output.logits
-        return states, output.get("past_key_values")
+        return self._states(output), output.get("past_key_values")
+
+    @torch.inference_mode()
+    def logits_dtype(self) -> torch.dtype:
+        """Return the type in which the model gives its logits."""
+        input_ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
+        with _files_unread(self.model, input_ids):
+            dtype: torch.dtype = self.model(input_ids, use_cache=False).logits.dtype
+        return dtype
+
+    def _states(self, output: Any) -> Tensor:
+        states: Tensor = output.last_hidden_state if self.chunked else output.logits
+        return states
 
     def logits(
         self, states: Tensor, rows: Tensor, columns: Tensor

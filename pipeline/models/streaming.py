@@ -1,7 +1,8 @@
 """Decoder layers that stay in their checkpoint's files until they are needed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models.matrices import decoder_layers
+from pipeline.models.memory import DEFAULT_MODEL_MEMORY, ModelMemory
 from pipeline.models.weight_files import whole_model
 
 _STORED = "stored_layer"
 """The attribute of a decoder layer that holds its `StoredLayer`."""
+
+_MEMORY = "model_memory"
+"""The attribute of a model with layers in files that holds its `ModelMemory`."""
 
 
 @dataclass
@@ -83,23 +88,57 @@ def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[N
     moved, and moved back.
     """
     stored: StoredLayer | None = vars(layer).get(_STORED)
-    home = next(layer.parameters()).device
     if stored is not None:
-        _read(layer, stored, device or stored.device)
-    elif device is not None and device != home:
+        on = device or stored.device
+        with _filled(layer, stored, _read(stored, on), on):
+            yield
+        return
+    home = next(layer.parameters()).device
+    if device is not None and device != home:
         layer.to(device)
     try:
         yield
     finally:
-        if stored is not None:
-            _drop(layer, stored)
-        elif device is not None and device != home:
+        if device is not None and device != home:
             layer.to(home)
+
+
+def each_resident(layers: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Yield decoder layers that are in files, each in memory until the next one is asked for.
+
+    Meanwhile a thread reads the next one, so two layers are in memory. For a GPU they are read to
+    pinned host memory: the copy to the device does not wait for the disk.
+    """
+    stored: list[StoredLayer] = [vars(layer)[_STORED] for layer in layers]
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(_read_to_host, stored[0])
+        for number, layer in enumerate(layers):
+            values = ahead.result()
+            if number + 1 < len(layers):
+                ahead = reader.submit(_read_to_host, stored[number + 1])
+            with _filled(layer, stored[number], values, stored[number].device):
+                yield layer
 
 
 def is_stored(layer: nn.Module) -> bool:
     """Return whether a decoder layer is in files, from which it can be read again."""
     return _STORED in vars(layer)
+
+
+def memory_of(model: nn.Module) -> ModelMemory:
+    """Return the memory that a model with its decoder layers in files was opened with."""
+    memory: ModelMemory = vars(model).get(_MEMORY, DEFAULT_MODEL_MEMORY)
+    return memory
+
+
+def set_memory(model: nn.Module, memory: ModelMemory) -> None:
+    """Note a model's memory for `memory_of`."""
+    vars(model)[_MEMORY] = memory
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Return whether a model's decoder layers are in files."""
+    return any(map(is_stored, model.modules()))
 
 
 def change(layer: nn.Module, apply: Callable[[], None]) -> None:
@@ -111,14 +150,36 @@ def change(layer: nn.Module, apply: Callable[[], None]) -> None:
         stored.changes.append(apply)
 
 
-def _read(layer: nn.Module, stored: StoredLayer, device: torch.device) -> None:
+def _read(stored: StoredLayer, device: torch.device) -> dict[str, Tensor]:
+    """Return a layer's parameters by name, in memory of their own."""
     values = {name: files[key] for name, (files, key) in stored.parameters.items()}
-    copies = {name: value.to(device, copy=True) for name, value in values.items()}
-    layer.load_state_dict(copies, strict=False, assign=True)
-    for buffer in layer.buffers():
-        buffer.data = buffer.data.to(device)
-    for apply in stored.changes:
-        apply()
+    return {name: value.to(device, copy=True) for name, value in values.items()}
+
+
+def _read_to_host(stored: StoredLayer) -> dict[str, Tensor]:
+    """Return a layer's parameters by name, in host memory from which its device copies fast."""
+    if stored.device.type != "cuda":
+        return _read(stored, stored.device)
+    values = {name: files[key] for name, (files, key) in stored.parameters.items()}
+    return {name: value.pin_memory() for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def _filled(
+    layer: nn.Module, stored: StoredLayer, values: dict[str, Tensor], device: torch.device
+) -> Iterator[None]:
+    """Give a layer its values, which are taken out of `values`, and make all changes to it; drop
+    them afterwards."""
+    moved = {name: values.pop(name).to(device, non_blocking=True) for name in list(values)}
+    layer.load_state_dict(moved, strict=False, assign=True)
+    try:
+        for buffer in layer.buffers():
+            buffer.data = buffer.data.to(device)
+        for apply in stored.changes:
+            apply()
+        yield
+    finally:
+        _drop(layer, stored)
 
 
 def _drop(layer: nn.Module, stored: StoredLayer) -> None:

@@ -1,6 +1,7 @@
 """Outlier ratios of decoder layers, by which OWL spreads a model's sparsity (arXiv 2310.05175)."""
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.windows import read_windows
+from pipeline.environment import scratch_folder
 from pipeline.errors import InputError, NonFiniteError
-from pipeline.models.loading import load_model
+from pipeline.models.loading import stream_model
 from pipeline.models.matrices import Matrix
 from pipeline.pruning.walk import Memory, walk
 from pipeline.specs import OutliersSpec
@@ -86,9 +88,10 @@ def read_outlier_ratios(artifact: Path) -> list[float]:
 
 def run(spec: OutliersSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
     """Count, and write `outliers.parquet`."""
-    model = load_model(spec.model, artifacts)
     windows = read_windows(artifacts[spec.calibration.key])
-    layers = count_outliers(model, windows, spec.threshold)
+    with tempfile.TemporaryDirectory(prefix="calprune-layers-", dir=scratch_folder()) as scratch:
+        model = stream_model(spec.model, artifacts, Path(scratch))
+        layers = count_outliers(model, windows, spec.threshold)
     columns: Mapping[str, list[Any]] = {
         "layer": list(range(len(layers))),
         "outlier_ratio": [layer.ratio for layer in layers],

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pipeline.data.windows import read_windows
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.models.layer_files import LayerRecord
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.matrices import (
@@ -27,6 +26,7 @@ from pipeline.models.matrices import (
     matrices,
     set_to_zero,
 )
+from pipeline.models.memory import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.models.streaming import resident
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import phase

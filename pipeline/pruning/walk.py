@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
-from pipeline.models.hidden_states import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES, TensorStore
+from pipeline.models.hidden_states import TensorStore
 from pipeline.models.layer_calls import capture_batches
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
+from pipeline.models.memory import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.models.streaming import resident
 from pipeline.progress import report
 from pipeline.pruning.observed_inputs import observe_inputs
@@ -175,7 +176,8 @@ def walk(
     size = memory.batch_size or max(1, tokens // windows.shape[1])
     budgets = (memory.device_hidden_bytes, memory.host_hidden_bytes)
     with TensorStore(device, *budgets) as store, _eager_experts(model):
-        batches = capture_batches(model, layers, torch.split(windows.to(home), size), store)
+        split = [{"input_ids": part} for part in torch.split(windows.to(home), size)]
+        batches = capture_batches(model, layers, split, store)
         third = 1 / (3 * len(batches))  # statistics, visit and outputs are a third of a layer each
         for number, layer in enumerate(layers[:observed]):
             report(number, len(layers), "layers")

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.data.windows import read_windows
-from pipeline.models.loading import loaded
+from pipeline.models.loading import opened
+from pipeline.models.memory import ModelMemory
 from pipeline.models.output_layer import check_causal
+from pipeline.models.streaming import is_streamed
 from pipeline.scoring.coverage import (
     effective_directions,
     entropy,
@@ -28,8 +30,11 @@ MEANS = ("loss", "min_k", "min_k_plus_plus", "distinct_1", "distinct_2", "distin
 """Scores whose mean over windows is reported; `loss` is the logarithm of the perplexity."""
 
 
-def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+def run(spec: DescribeSpec, artifacts: Artifacts, output: Path, **memory: Any) -> dict[str, Any]:
     """Score every window and write `scores.parquet`.
+
+    Args:
+        memory: fields of `pipeline.models.memory.ModelMemory`.
 
     Returns:
         `windows`; the mean of each of `MEANS` and its standard error as `<name>_error`, None with
@@ -44,7 +49,7 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
         NonFiniteError: if a score is NaN or infinite.
     """
     windows = read_windows(artifacts[spec.calibration.key])
-    model, _ = loaded(spec.model, artifacts)
+    model = opened(spec.model, artifacts, ModelMemory(**memory))
     check_causal(model)
     rows = windows.tolist()
     scores, states = score_with_states(model, rows, [1] * len(rows), name="window {}".format)
@@ -53,6 +58,8 @@ def run(spec: DescribeSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
     table = table.append_column(STATES, pa.array(states, STATES.type))
     pq.write_table(table, output / "scores.parquet")
     report: dict[str, Any] = {"windows": len(scores)}
+    if is_streamed(model):
+        report["streamed"] = True
     values = {**columns, "loss": np.log(columns["perplexity"])}
     for name in MEANS:
         column = np.asarray(values[name], dtype=np.float64)

@@ -8,6 +8,7 @@ matrix. That keeps squared distances within about 12 %, sqrt(2 / WIDTH) (Johnson
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.models.matrices import decoder_layers
 
@@ -32,29 +33,43 @@ MeanStates = npt.NDArray[np.float64]
 
 
 @contextlib.contextmanager
-def mean_states(model: Any, spans: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
-    """Take the mean hidden states of a batch's texts, which the model reads within the block.
+def mean_states(
+    model: Any, spans: Sequence[Sequence[tuple[int, int]]]
+) -> Iterator[list[list[Tensor]]]:
+    """Take the mean hidden states of texts, which the model reads batch by batch within the block.
+
+    Each layer gets the batches in order, whether one batch goes through all layers first or all
+    batches through one layer.
 
     Args:
-        spans: of each text, the first token that counts and the one after the last.
+        spans: by batch, of each text the first token that counts and the one after the last.
 
     Yields:
-        A list that gets [texts, WIDTH] float32 from each layer, in order.
+        For each batch a list that gets [texts, WIDTH] float32 from each layer, in order.
 
     Raises:
         InputError: if the model has no list of decoder layers.
     """
-    found: list[Tensor] = []
+    found: list[list[Tensor]] = [[] for _ in spans]
 
-    def take(module: object, inputs: object, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple | list) else output
-        means = [
-            states[row, first:end].float().mean(dim=0) for row, (first, end) in enumerate(spans)
-        ]
-        found.append(torch.stack(means).cpu() @ projection(states.shape[-1]))
+    def watch(layer: nn.Module) -> Any:
+        batches = itertools.count()
+
+        def take(module: object, inputs: object, output: Any) -> None:
+            if any(each.is_meta for each in layer.parameters()):
+                return  # it is in files, and passed over
+            batch = next(batches)
+            states = output[0] if isinstance(output, tuple | list) else output
+            means = [
+                states[row, first:end].float().mean(dim=0)
+                for row, (first, end) in enumerate(spans[batch])
+            ]
+            found[batch].append(torch.stack(means).cpu() @ projection(states.shape[-1]))
+
+        return layer.register_forward_hook(take)
 
     _, layers = decoder_layers(model)
-    handles = [layers[place].register_forward_hook(take) for place in chosen_layers(len(layers))]
+    handles = [watch(layers[place]) for place in chosen_layers(len(layers))]
     try:
         yield found
     finally:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,11 @@ import torch
 from pipeline.errors import NonFiniteError
 from pipeline.generation.shards import join_shards, shard_samples
 from pipeline.models.batching import length_batches
-from pipeline.models.loading import check_shared_vocabulary, loaded
+from pipeline.models.loading import check_shared_vocabulary, opened
+from pipeline.models.memory import ModelMemory
 from pipeline.models.nonfinite import nonfinite_error
 from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal
+from pipeline.models.streaming import is_streamed
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import report
 from pipeline.scoring.mean_states import mean_states
@@ -87,16 +89,21 @@ class TokenScores(NamedTuple):
     normalised: torch.Tensor
 
 
-def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -> dict[str, Any]:
+def run_shard(
+    spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path, **memory: Any
+) -> dict[str, Any]:
     """Score one shard of samples and write `scores.parquet`.
+
+    Args:
+        memory: fields of `pipeline.models.memory.ModelMemory`.
 
     Raises:
         InputError: if the scorer reads the ids as other tokens than the samples' model, or is not
             causal.
         NonFiniteError: if a score is NaN or infinite.
     """
-    chunked = _chunked.get(spec.key, lambda: _check_scorer(spec, artifacts))
-    model, _ = loaded(spec.model, artifacts)
+    model = opened(spec.model, artifacts, ModelMemory(**memory))
+    chunked = _chunked.get(spec.key, lambda: _check_scorer(spec, model, artifacts))
     numbers = shard_samples(spec.samples, index)
     samples = pq.read_table(
         artifacts[spec.samples_of(index).key] / "samples.parquet",
@@ -120,13 +127,13 @@ def run_shard(spec: ScoreSpec, index: int, artifacts: Artifacts, output: Path) -
         schema=schema.with_metadata({"logits": "chunked" if chunked else "full"}),
     )
     pq.write_table(table, output / "scores.parquet")
-    return {**_report(table), **unexpected_tensors(model)}
+    streamed = {"streamed": True} if is_streamed(model) else {}
+    return {**_report(table), **unexpected_tensors(model), **streamed}
 
 
-def _check_scorer(spec: ScoreSpec, artifacts: Artifacts) -> bool:
+def _check_scorer(spec: ScoreSpec, model: Any, artifacts: Artifacts) -> bool:
     """Check that the scorer may score these samples; return whether its logits can be chunked."""
     check_shared_vocabulary("scorer", spec.model, spec.model, spec.samples.model, artifacts)
-    model, _ = loaded(spec.model, artifacts)
     check_causal(model)
     return OutputLayer(model).chunked
 
@@ -235,29 +242,36 @@ def _score(
     scored.sort(key=lengths.__getitem__)
     scores = [Score(0)] * len(token_ids)
     done, total = 0, sum(lengths[place] for place in scored)
-    for batch in length_batches(scored, lengths, batch_tokens, layer.lengths):
-        spans = [(firsts[place], lengths[place]) for place in batch]
-        watch: contextlib.AbstractContextManager[list[torch.Tensor]] = (
-            contextlib.nullcontext([]) if states is None else mean_states(model, spans)
-        )
-        with watch as means:
-            tokens = token_scores(
-                layer, [token_ids[place] for place in batch], [first for first, _ in spans]
-            )
-        for place, own in zip(batch, tokens, strict=True):
-            if not all(values.sum().isfinite() for values in own):
-                raise nonfinite_error(name(place), model, token_ids[place])
-            loss = -float(own.log_probability.double().mean())
-            if loss > MOST_NATS:
-                raise NonFiniteError(f"{name(place)}: a loss of {loss:g} has no finite perplexity")
-            scores[place] = summary(own, token_ids[place][firsts[place] :], min_k_fraction)
-        if states is not None:
-            for place, own_states in zip(batch, torch.cat(means, dim=1), strict=True):
-                if not own_states.isfinite().all():
-                    raise nonfinite_error(name(place), model, token_ids[place])
-                states[place] = own_states.tolist()
-        done += sum(lengths[place] for place in batch)
-        report(done, total, "tokens")
+    batches = list(length_batches(scored, lengths, batch_tokens, layer.lengths))
+    texts = [[(token_ids[place], firsts[place]) for place in batch] for batch in batches]
+    watch: contextlib.AbstractContextManager[list[list[torch.Tensor]]] = contextlib.nullcontext([])
+    if states is not None:
+        spans = [[(first, len(ids)) for ids, first in batch] for batch in texts]
+        watch = mean_states(model, spans)
+    with contextlib.ExitStack() as watching:
+        means = watching.enter_context(watch)
+
+        def broken(place: int) -> NonFiniteError:
+            watching.close()  # the text is read once more
+            return nonfinite_error(name(place), model, token_ids[place])
+
+        for number, tokens in enumerate(token_scores(layer, texts)):
+            batch = batches[number]
+            for place, own in zip(batch, tokens, strict=True):
+                if not all(values.sum().isfinite() for values in own):
+                    raise broken(place)
+                loss = -float(own.log_probability.double().mean())
+                if loss > MOST_NATS:
+                    remedy = f"a loss of {loss:g} has no finite perplexity"
+                    raise NonFiniteError(f"{name(place)}: {remedy}")
+                scores[place] = summary(own, token_ids[place][firsts[place] :], min_k_fraction)
+            if states is not None:
+                for place, own_states in zip(batch, torch.cat(means[number], dim=1), strict=True):
+                    if not own_states.isfinite().all():
+                        raise broken(place)
+                    states[place] = own_states.tolist()
+            done += sum(lengths[place] for place in batch)
+            report(done, total, "tokens")
     return scores
 
 
@@ -284,24 +298,31 @@ def distinct(token_ids: Sequence[int], length: int) -> float | None:
     return len(set(runs)) / len(runs) if runs else None
 
 
-def token_scores(
-    layer: OutputLayer, token_ids: Sequence[Sequence[int]], firsts: Sequence[int]
-) -> list[TokenScores]:
-    """Score the tokens of each sample from the place in `firsts` (at least 1) on.
+_Texts = Sequence[tuple[Sequence[int], int]]
+"""The token ids of each sample of a batch, and its first token that is scored, at least 1."""
 
-    Samples are padded on the right, where causal attention does not look.
-    """
-    longest = max(len(ids) for ids in token_ids)
-    lengths = torch.tensor([len(ids) for ids in token_ids])
-    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in token_ids])
-    places = torch.arange(longest)
-    mask = places < lengths[:, None]
-    states, _ = layer.forward(
-        input_ids=padded.to(layer.device),
-        attention_mask=mask.long().to(layer.device),
-        use_cache=False,
-    )
-    wanted = mask & (places >= torch.tensor(firsts)[:, None])
+
+def token_scores(layer: OutputLayer, batches: Sequence[_Texts]) -> Iterator[list[TokenScores]]:
+    """Yield for each batch the scores of each sample's tokens."""
+    states = layer.states(map(_inputs, batches))
+    for texts, own in zip(batches, states, strict=True):
+        yield _token_scores(layer, texts, own)
+
+
+def _inputs(texts: _Texts) -> dict[str, torch.Tensor]:
+    """Return samples padded on the right, where causal attention does not look, and their mask."""
+    longest = max(len(ids) for ids, _ in texts)
+    lengths = torch.tensor([len(ids) for ids, _ in texts])
+    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in texts])
+    mask = torch.arange(longest) < lengths[:, None]
+    return {"input_ids": padded, "attention_mask": mask.long()}
+
+
+def _token_scores(layer: OutputLayer, texts: _Texts, states: torch.Tensor) -> list[TokenScores]:
+    inputs = _inputs(texts)
+    padded, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    firsts = torch.tensor([first for _, first in texts])
+    wanted = mask & (torch.arange(padded.shape[1]) >= firsts[:, None])
     rows, columns = wanted.nonzero(as_tuple=True)
     targets = padded[rows, columns].to(states.device)
     parts = [

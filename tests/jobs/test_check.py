@@ -86,6 +86,22 @@ def test_a_model_whose_layers_share_weights_is_refused_before_anything_runs(
         checked(content, load, "uniform")
 
 
+def test_a_task_that_generates_needs_a_model_in_memory(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "writes.yaml").write_text("task: writes\noutput_type: generate_until\n")
+    (tmp_path / "tasks" / "chooses.yaml").write_text("task: chooses\noutput_type: loglikelihood\n")
+    own = {"kind": "local-tasks", "path": str(tmp_path / "tasks")}
+    content["evaluate"] |= {"task_folder": own, "tasks": ["chooses", "writes"]}
+    check_plan(make_plan(load(content)))
+    content["resources"] = {"evaluate": {"memory_bytes": 1000}}
+    with pytest.raises(InputError, match=r"evaluate\.tasks: 'writes': generates, .* vllm, raise"):
+        check_plan(make_plan(load(content)))
+    content["evaluate"]["tasks"] = ["chooses"]
+    check_plan(make_plan(load(content)))
+
+
 def test_a_chat_needs_a_model_with_a_template(
     content: Content, load: Load, uneven: dict[str, str]
 ) -> None:

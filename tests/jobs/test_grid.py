@@ -118,8 +118,8 @@ def test_a_relative_path_without_a_file_is_named_with_the_folder_of_the_command(
             r"resources\.evaluate\.gpus: 1\.5: .*round it",
         ),
         (
-            {"resources": {"score": {"host_hidden_bytes": 1}}},
-            r"resources\.score\.host_hidden_bytes: 1: only prune holds hidden states",
+            {"resources": {"generate": {"host_hidden_bytes": 1}}},
+            r"generate\.host_hidden_bytes: 1: only score, describe, prune, evaluate hold hidden",
         ),
         ({"cost": {"parameters": {"tesbed": 1}}}, r"cost\.parameters: 'tesbed'.*did you mean"),
     ],

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -136,15 +137,63 @@ def test_every_stage_comes_after_its_inputs(content: Content, load: Load) -> Non
         seen.add(key)
 
 
-def test_memory_budgets_reach_every_pruning_and_change_no_key(content: Content, load: Load) -> None:
+def test_memory_budgets_reach_the_stages_that_take_them_and_change_no_key(
+    content: Content, load: Load
+) -> None:
     before = make_plan(load(content))
-    content["resources"] = {"prune": {"device_hidden_bytes": 0, "host_hidden_bytes": 7}}
+    hidden = {"device_hidden_bytes": 0, "host_hidden_bytes": 7}
+    asked = {
+        "prune": {**hidden, "memory_bytes": 10**9},
+        "evaluate": {**hidden, "memory_bytes": 10**9},
+        "score": {**hidden, "memory_bytes": 10**9},
+        "generate": {"memory_bytes": 10**9},
+    }
+    content["resources"] = asked
     plan = make_plan(load(content))
     assert plan.graph.keys() == before.graph.keys()
-    for stage in plan.graph.values():
-        budgets = {"device_hidden_bytes": 0, "host_hidden_bytes": 7}
-        expected = budgets if stage.kind == "prune" else {}
-        assert StageWork.model_validate_json(stage.payload).settings == expected
+    expected = {"prune": hidden, "evaluate": asked["evaluate"], "score": asked["score"]}
+    for key, stage in plan.graph.items():
+        settings = StageWork.model_validate_json(stage.payload).settings
+        joins = isinstance(plan.specs[key], ShardedSpec)
+        assert settings == ({} if joins else expected.get(stage.kind, {}))
+
+
+def printed(plan: Plan, folder: Path) -> str:
+    console = Console(record=True, width=120)
+    print_plan(plan, Store(str(folder)), console)
+    return console.export_text()
+
+
+def test_a_plan_says_which_models_are_larger_than_the_memory_of_which_stages(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    assert "one decoder layer at a time" not in printed(make_plan(load(content)), tmp_path)
+    plan = make_plan(load(content))
+    (dense,) = (spec for spec in plan.specs.values() if isinstance(spec, PretrainSpec))
+    size = parameters(dense, {})
+    assert size is not None
+    least = math.ceil(4 * size / 0.8)  # float32
+    for memory, by_layer in ((least, False), (least - 1, True)):
+        content["resources"] = {name: {"memory_bytes": memory} for name in ("evaluate", "score")}
+        lines = printed(make_plan(load(content)), tmp_path).splitlines()
+        for name in ("evaluate", "score"):
+            found = [line for line in lines if line.startswith(f"{name}: reads pretrain one dec")]
+            assert len(found) == by_layer
+
+
+def test_a_plan_says_on_which_gpus_models_are_larger_than_memory(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    content["models"]["large"] = {"kind": "hub-model", "name": "l", "dtype": "bfloat16"}
+    content["cells"] |= {"model": "large", "calibration": "true"}
+    content["cost"] = {"parameters": {"large": 70e9}}
+    content["resources"] = {"evaluate": {"gpus": 1, "memory_bytes": 10**9}}
+    text = printed(make_plan(load(content)), tmp_path)
+    assert "evaluate: reads l one decoder layer at a time: on a GPU with less than 175 GB" in text
+    content["evaluate"]["perplexity"][0]["kl"] = True  # the dense model beside it
+    assert "less than 350 GB" in printed(make_plan(load(content)), tmp_path)
+    content["cost"] = {"parameters": {"large": 1e9}}
+    assert "one decoder layer at a time" not in printed(make_plan(load(content)), tmp_path)
 
 
 def test_every_spec_of_a_stage_has_a_row() -> None:

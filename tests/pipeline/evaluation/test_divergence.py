@@ -95,7 +95,7 @@ def test_sums_by_window_are_those_of_the_definition_in_float64(kind: str) -> Non
     pruned, dense = pair(kind)
     layers = OutputLayer(pruned), OutputLayer(dense)
     assert layers[0].chunked == (kind == "llama")
-    found = compare_with_dense(*layers, windows())
+    (found,) = compare_with_dense(*layers, [windows()])
     for window, each in zip(windows(), found, strict=True):
         wanted = in_float64(pruned, dense, window)
         np.testing.assert_allclose(each, wanted, rtol=1e-4, atol=1e-5)
@@ -106,8 +106,8 @@ def test_sums_by_window_are_those_of_the_definition_in_float64(kind: str) -> Non
 def test_a_model_does_not_diverge_from_itself_and_its_losses_are_the_perplexitys() -> None:
     _, dense = pair("llama")
     layer = OutputLayer(dense)
-    found = compare_with_dense(layer, layer, windows())
-    assert [each.loss for each in found] == losses(layer, windows())
+    (found,) = compare_with_dense(layer, layer, [windows()])
+    assert [[each.loss for each in found]] == list(losses(layer, [windows()]))
     assert {(each.kl, each.top_token_changes) for each in found} == {(0.0, 0.0)}
 
 
@@ -126,10 +126,10 @@ def test_the_divergence_is_from_the_dense_model_and_not_the_reverse() -> None:
                 yield part, logits
 
     window = ScoredWindow(np.array([1, 2]), 1, 1, 1)
-    (found,) = compare_with_dense(Shifted(one, chunked=True), layer, [window])
+    ((found,),) = compare_with_dense(Shifted(one, chunked=True), layer, [[window]])
     n = SHAPE["vocab_size"]
     assert found.kl == pytest.approx(math.log((n + 2) / n) - math.log(3) / n, abs=1e-6)
-    (reverse,) = compare_with_dense(layer, Shifted(one, chunked=True), [window])
+    ((reverse,),) = compare_with_dense(layer, Shifted(one, chunked=True), [[window]])
     total = n + 2
     exact = 3 / total * math.log(3 * n / total) + (n - 1) / total * math.log(n / total)
     assert reverse.kl == pytest.approx(exact, abs=1e-6)
@@ -185,15 +185,15 @@ def test_an_evaluation_with_kl_adds_numbers_and_changes_none(
 def test_a_dense_model_that_gives_nan_is_the_error_and_is_named(
     pruned: dict[str, Any], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = evaluate.load_model
+    load = evaluate.open_model
 
-    def broken(spec: Any, artifacts: Any) -> Any:
-        model = load(spec, artifacts)
+    def broken(spec: Any, *rest: Any) -> Any:
+        model = load(spec, *rest)
         if not isinstance(spec, PruneSpec):
             model.model.layers[0].mlp.up_proj.weight.data.fill_(math.nan)
         return model
 
-    monkeypatch.setattr(evaluate, "load_model", broken)
+    monkeypatch.setattr(evaluate, "open_model", broken)
     with pytest.raises(NonFiniteError, match=r"probe, window \d+, dense model: .*layers\.0"):
         measured(pruned, text_file, tmp_path / "broken", kl=True)
 

@@ -15,7 +15,16 @@ from pipeline.errors import InputError, NonFiniteError
 from pipeline.evaluation.evaluate import run
 from pipeline.evaluation.schemas import METRICS_SCHEMA
 from pipeline.evaluation.tasks import task_manager
-from pipeline.specs import EvaluateSpec, FileCorpus, LocalModel, LocalTasks, TestbedTasksSpec
+from pipeline.pruning import prune
+from pipeline.specs import (
+    EvaluateSpec,
+    FileCorpus,
+    LocalModel,
+    LocalTasks,
+    Magnitude,
+    PruneSpec,
+    TestbedTasksSpec,
+)
 from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.tokenizer import train_tokenizer
 from tests.pipeline.tiny_models import tiny_llama
@@ -293,6 +302,66 @@ def test_tasks_can_be_asked_in_the_tokenizers_chat_template(
     assert values["plain"] == "none"
     assert len(values["asked"]) == 12
     assert values["plain scores"] != values["asked scores"]
+
+
+def test_a_model_larger_than_memory_gives_the_same_numbers(
+    model: LocalModel, tasks: LocalTasks, corpus: FileCorpus, tmp_path: Path
+) -> None:
+    """Of a pruned model, so that its masks, the dense model and the gains are read by layer too."""
+    pruned = PruneSpec(model=model, pruner=Magnitude(), sparsity=0.5)
+    (tmp_path / "pruned").mkdir()
+    prune.run(pruned, {}, tmp_path / "pruned")
+    text = {"corpus": corpus, "seqlen": 16}
+    spec = EvaluateSpec.model_validate(
+        {
+            "model": pruned,
+            "tasks": [{"name": "stars", "num_fewshot": 1}],
+            "task_folder": tasks,
+            "perplexity": [{**text, "name": "plain"}, {**text, "name": "compared", "kl": True}],
+            "batch_tokens": 64,
+        }
+    )
+    reports, rows = [], []
+    for number, memory in enumerate((None, 1)):
+        output = tmp_path / str(number)
+        output.mkdir()
+        options = {} if memory is None else {"memory_bytes": memory, "host_hidden_bytes": 0}
+        reports.append(run(spec, {pruned.key: tmp_path / "pruned"}, output, **options))
+        rows.append(pq.read_table(output / "requests.parquet").to_pylist())
+    whole, streamed = reports
+    assert streamed.pop("streamed") is True
+    assert not streamed.pop("shared_contexts")
+    assert whole.pop("shared_contexts")
+    assert whole == streamed
+    assert {row["metric"] for row in rows[0]} >= {"acc", "kl", "loss", "top_token_changes"}
+    for one, other in zip(*rows, strict=True):
+        for name in one:
+            if name in ("value", "log_likelihoods"):
+                assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), one
+            else:
+                assert other[name] == one[name]
+
+
+def test_a_task_that_generates_is_refused_for_a_model_larger_than_memory(
+    model: LocalModel, tasks: LocalTasks, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks.path, folder)
+    (folder / "writes.yaml").write_text(
+        TASK.format(name="writes", wording="'{{question}}'")
+        .replace("multiple_choice", "generate_until")
+        .replace("  - metric: acc\n  - metric: acc_norm\n", "  - metric: exact_match\n")
+        .replace('doc_to_choice: "{{choices}}"\n', "")
+    )
+    spec = EvaluateSpec.model_validate(
+        {
+            "model": model,
+            "tasks": [{"name": "writes", "limit": 1}],
+            "task_folder": LocalTasks(path=str(folder)),
+        }
+    )
+    with pytest.raises(InputError, match=r"tasks: 'writes': generates, .* take evaluate\.backend"):
+        run(spec, {}, tmp_path, memory_bytes=1)
 
 
 def test_an_impossible_evaluation_is_refused(

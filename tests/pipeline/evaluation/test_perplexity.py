@@ -64,9 +64,8 @@ def taken(
     windows = protocol_windows(iter(texts), TOKENIZER, protocol)
     summed = [0.0] * len(windows)
     for places in batches(windows, 256, VOCABULARY):
-        for place, loss in zip(
-            places, losses(OutputLayer(model), [windows[place] for place in places]), strict=True
-        ):
+        (found,) = losses(OutputLayer(model), [[windows[place] for place in places]])
+        for place, loss in zip(places, found, strict=True):
             summed[place] = loss
     return windows, summed
 
@@ -302,9 +301,10 @@ def test_neither_batches_nor_pieces_move_the_number(
 ) -> None:
     protocol = PerplexityProtocol(unit="text")
     windows = protocol_windows(iter(TEXTS), TOKENIZER, protocol)
-    alone = [losses(OutputLayer(model), [window])[0] for window in windows]
+    alone = [loss for (loss,) in losses(OutputLayer(model), [[window] for window in windows])]
     monkeypatch.setattr(pipeline.models.output_layer, "PART_LOGITS", 5 * VOCABULARY)
-    np.testing.assert_allclose(losses(OutputLayer(model), windows), alone, rtol=1e-5)
+    (together,) = losses(OutputLayer(model), [windows])
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +323,9 @@ def test_capped_and_scaled_logits_are_taken_from_the_whole_forward_pass(
         model = other().eval()
     windows = protocol_windows(iter(TEXTS), TOKENIZER, PerplexityProtocol(unit="text"))
     expected = [sum(losses_in_float64(model, window.ids.tolist(), 1)) for window in windows]
-    np.testing.assert_allclose(losses(OutputLayer(model), windows), expected, rtol=1e-5)
-    wrong = losses(OutputLayer(model, chunked=True), windows)
+    (found,) = losses(OutputLayer(model), [windows])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    (wrong,) = losses(OutputLayer(model, chunked=True), [windows])
     assert abs(wrong[0] / expected[0] - 1) > 0.05
 
 
@@ -339,7 +340,7 @@ def test_only_tokens_that_are_scored_have_logits_and_few_at_once(
         lambda module, inputs, output: sizes.append(output.numel() // VOCABULARY)
     )
     try:
-        losses(OutputLayer(model, chunked=True), windows)
+        list(losses(OutputLayer(model, chunked=True), [windows]))
     finally:
         hook.remove()
     assert max(sizes) == 5

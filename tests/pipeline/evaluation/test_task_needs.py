@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.evaluation.task_needs import check_needs, task_files
-from pipeline.evaluation.tasks import check_tasks
+from pipeline.evaluation.tasks import check_tasks, generative_tasks
 from pipeline.specs import LocalTasks
 
 FUNCTIONS = """\
@@ -70,6 +70,20 @@ def test_a_task_that_cannot_run_is_refused(folder: Path, line: str, reason: str)
         file.write(f"{line}\n")
     with pytest.raises(InputError, match=f"'all: one': {reason}"):
         check_tasks(["all"], LocalTasks(path=str(folder)))
+
+
+def test_tasks_that_let_the_model_write_are_known(folder: Path) -> None:
+    own = LocalTasks(path=str(folder))
+    names = ["one", "all", "few"]
+    assert generative_tasks(names, own) == names  # lm-eval's default
+    with (folder / "common.yaml").open("a") as file:
+        file.write("output_type: multiple_choice\n")
+    assert generative_tasks(names, own) == []
+    (folder / "two.yaml").write_text("task: two\noutput_type: generate_until\ntag: few\n")
+    (folder / "code.yaml").write_text("task: code\nclass: !function wording.Task\n")
+    assert generative_tasks([*names, "two", "code", "unknown"], own) == ["few", "two"]
+    of_lm_eval = ["hellaswag", "wikitext", "gsm8k", "lambada_openai", "triviaqa"]
+    assert generative_tasks(of_lm_eval, None) == ["gsm8k", "triviaqa"]
 
 
 def test_lm_evals_own_tasks_are_known(monkeypatch: pytest.MonkeyPatch) -> None:

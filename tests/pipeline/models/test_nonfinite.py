@@ -17,6 +17,7 @@ from pipeline.evaluation.evaluate import measure_perplexity
 from pipeline.evaluation.finished_answers import FinishedAnswers
 from pipeline.evaluation.sharing_lm import SharingLM
 from pipeline.models.nonfinite import first_nonfinite
+from pipeline.models.output_layer import OutputLayer
 from pipeline.scoring.score import score_samples
 from pipeline.specs import FileCorpus, PerplexitySpec
 from pipeline.testbed.tokenizer import train_tokenizer
@@ -110,10 +111,10 @@ def test_a_perplexity_is_refused_with_its_window_and_layer(sound: Any, tmp_path:
     corpus = FileCorpus(path=str(tmp_path / "texts.txt"))
     wanted = PerplexitySpec(name="texts", corpus=corpus, seqlen=16)
     nothing = FinishedAnswers(b"", tmp_path)
-    assert measure_perplexity(sound, TOKENIZER, wanted, 512, nothing).metrics
+    assert measure_perplexity(OutputLayer(sound), TOKENIZER, wanted, 512, nothing).metrics
     model = spoilt(sound, "model.layers.1.mlp.down_proj.weight")
     with pytest.raises(NonFiniteError, match=r"^texts, window 0: .*model\.layers\.1 is the first"):
-        measure_perplexity(model, TOKENIZER, wanted, 512, nothing)
+        measure_perplexity(OutputLayer(model), TOKENIZER, wanted, 512, nothing)
 
 
 def asked(kind: str, *arguments: Any) -> list[Instance]:

@@ -27,14 +27,16 @@ def drawn() -> torch.Tensor:
     return torch.randint(5, 900, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("memory", [{}, {"memory_bytes": 1}], ids=["whole", "by layer"])
 def test_the_report_has_the_means_over_windows_of_the_models_scores(
-    drawn: torch.Tensor, tiny_model_folder: Path, tmp_path: Path
+    drawn: torch.Tensor, tiny_model_folder: Path, tmp_path: Path, memory: dict[str, int]
 ) -> None:
     calibration = WindowsSpec(source=CORPUS, model=MODEL, nsamples=6, seqlen=24)
     spec = DescribeSpec(calibration=calibration, model=MODEL)
     artifacts = {calibration.key: windows_of(drawn, tmp_path / "set"), MODEL.key: tiny_model_folder}
     (tmp_path / "out").mkdir()
-    report = run(spec, artifacts, tmp_path / "out")
+    report = run(spec, artifacts, tmp_path / "out", **memory)
+    assert report.get("streamed", False) == bool(memory)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder / "model").double().eval()
     with torch.inference_mode():
         probabilities = model(drawn).logits[:, :-1].log_softmax(-1)

@@ -406,9 +406,14 @@ def test_another_model_scores_only_ids_that_mean_the_same_to_it(
         score.run_shard(ScoreSpec(samples=samples, model=unlike), 0, artifacts, tmp_path)
 
 
+@pytest.mark.parametrize("memory", [{}, {"memory_bytes": 1}], ids=["whole", "by layer"])
 @pytest.mark.parametrize("hidden_states", [False, True])
 def test_the_stage_scores_each_shard_from_its_own_samples_and_joins_them_in_order(
-    model: Any, token_ids: list[list[int]], tmp_path: Path, hidden_states: bool
+    model: Any,
+    token_ids: list[list[int]],
+    tmp_path: Path,
+    hidden_states: bool,
+    memory: dict[str, int],
 ) -> None:
     local = saved(model, tmp_path / "model")
     samples = GenerateSpec(
@@ -432,7 +437,8 @@ def test_the_stage_scores_each_shard_from_its_own_samples_and_joins_them_in_orde
         table = pa.table(columns, schema=SAMPLES_SCHEMA)
         pq.write_table(table, artifacts[written.key] / "samples.parquet")
         own = {written.key: artifacts[written.key]}
-        reports.append(score.run_shard(spec, scored.index, own, artifacts[scored.key]))
+        reports.append(score.run_shard(spec, scored.index, own, artifacts[scored.key], **memory))
+    assert [one.get("streamed", False) for one in reports] == [bool(memory)] * 3
     output = tmp_path / "joined"
     output.mkdir()
     report = score.run(spec, {part.key: artifacts[part.key] for part in spec.shards()}, output)

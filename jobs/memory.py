@@ -1,0 +1,50 @@
+"""Which stages read their models one decoder layer at a time, as far as a plan can say."""
+
+from collections.abc import Mapping
+
+from cluster.graph import Resources
+from jobs.cost import WEIGHT_BYTES, parameters
+from pipeline.models.memory import WEIGHTS_SHARE, fits
+from pipeline.specs import DescribeSpec, EvaluateSpec, ScoreSpec
+
+SMALL_GPU_BYTES = 16e9
+"""Models that fit a GPU with this memory are not mentioned: hardly any has less."""
+
+ReadsTexts = ScoreSpec | DescribeSpec | EvaluateSpec
+"""Stages that read a model by layer if it does not fit in memory. Pruning always does."""
+
+
+def reads_by_layer(
+    spec: ReadsTexts, sizes: Mapping[str, float], resources: Resources
+) -> str | None:
+    """Return why a stage reads its models by layer; None if it does not, or may not.
+
+    Args:
+        sizes: number of parameters by hub name or path of a model.
+        resources: what the stage runs on.
+    """
+    weights, memory = _weights(spec, sizes), resources.memory_bytes
+    if weights is None or memory is None or resources.gpus or fits(weights, memory):
+        return None
+    share = f"{WEIGHTS_SHARE:.0%} of {spec.kind}.memory_bytes ({memory / 1e9:,.1f} GB)"
+    return f"{weights / 1e9:,.1f} GB of weights are more than {share}"
+
+
+def least_gpu_bytes(
+    spec: ReadsTexts, sizes: Mapping[str, float], resources: Resources
+) -> float | None:
+    """Return the memory of the smallest GPU on which a stage loads its models whole.
+
+    None if it has no GPU, the models' size is unknown, or they fit almost every GPU.
+    """
+    weights = _weights(spec, sizes)
+    if weights is None or not resources.gpus or fits(weights, SMALL_GPU_BYTES):
+        return None
+    return weights / WEIGHTS_SHARE
+
+
+def _weights(spec: ReadsTexts, sizes: Mapping[str, float]) -> float | None:
+    """Return the bytes of all models that a stage needs at a time; None if unknown."""
+    size = parameters(spec.model, sizes)
+    models = 2 if isinstance(spec, EvaluateSpec) and spec.compares else 1
+    return None if size is None else models * size * WEIGHT_BYTES[spec.model.dtype]

@@ -1,0 +1,59 @@
+"""Forward passes of a model with its decoder layers in files, each read once for all texts.
+
+All batches go through one decoder layer before the next one; their hidden states wait meanwhile.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.models.hidden_states import TensorStore
+from pipeline.models.layer_calls import capture_batches
+from pipeline.models.matrices import decoder_layers
+from pipeline.models.memory import ModelMemory
+from pipeline.models.positions import forget_longer_texts, length_dependence
+from pipeline.models.streaming import each_resident
+from pipeline.progress import report
+
+
+@torch.no_grad()
+def layerwise_outputs(
+    model: Any, batches: Sequence[Mapping[str, Tensor]], memory: ModelMemory
+) -> Iterator[Any]:
+    """Yield what a model returns for each batch, to float32 rounding.
+
+    The layers are run before the first batch is yielded. What the model does before its layers is
+    done twice for each batch.
+
+    Args:
+        model: a causal language model, or its part below the output layer, in evaluation mode,
+            with its decoder layers in files.
+        batches: inputs of the model, on the device of its embeddings; the texts of a batch are of
+            one group of `LengthDependence`.
+
+    Raises:
+        InputError: as `pipeline.models.layer_calls.capture_batches` does.
+        OSError: if a layer cannot be read, or the disk is full of hidden states.
+    """
+    if not batches:
+        return
+    _, layers = decoder_layers(model)
+    device = next(each.device for each in model.parameters() if not each.is_meta)
+    waiting = (device, memory.device_hidden_bytes, memory.host_hidden_bytes)
+    with TensorStore(*waiting) as store, ExitStack() as hooks:
+        if length_dependence(model.config).grows_beyond is not None:
+            for module in (model, *layers):  # each may hold rotary tables
+                hook = module.register_forward_pre_hook(lambda own, _: forget_longer_texts(own))
+                hooks.callback(hook.remove)
+        captured = capture_batches(model, layers, batches, store)
+        for number, layer in enumerate(each_resident(list(layers))):
+            for place, batch in enumerate(captured, start=1):
+                batch.advance(number, layer)
+                report(number + place / len(captured), len(layers), "layers")
+        for inputs, batch in zip(batches, captured, strict=True):
+            with batch.passed_layers(layers):
+                output = model(**inputs, use_cache=False)
+            yield output
