@@ -19,7 +19,7 @@ PANEL = (4.6, 3.4)
 _WIDTH = 7.6
 """Inches of a figure of intervals: about a page's text, so that its letters stay readable."""
 
-_ROW, _BETWEEN_PANELS = 0.3, 0.75
+_ROW, _BETWEEN_PANELS = 0.34, 0.75
 """Inches of an interval's row, and of a panel's title, labels and gap."""
 
 

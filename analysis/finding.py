@@ -56,8 +56,8 @@ def declared_answer(results: Results, title: str, caveat: str) -> Answer:
             name: {each: as_estimate(one) for each, one in own.items()}
             for name, own in families.items()
         },
-        f"Bars: 95 % intervals over {reach}, simultaneous in a panel. Filled: a verdict of better, "
-        "worse or equal; hollow: none.",
+        f"Bars: 95 % intervals over {reach}, simultaneous in a panel. Circles: the better side; "
+        "squares: the worse. Filled: a verdict of better, worse or equal; hollow: none.",
     )
     return Answer(
         what=_verdicts(main),
