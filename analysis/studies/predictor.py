@@ -98,6 +98,7 @@ def answer(results: Results) -> Answer:
     main = predictions[MAIN]
     ranked = sorted(predictions, key=lambda name: -predictions[name].explained.effect)
     good = [name for name in ranked if predictions[name].explained.low > 0]
+    ranking = [name for name in ranked if predictions[name].rank.shown]
     direction = "lower" if main.rank.effect < 0 else "higher"
     if main.rank.shown:
         what = (
@@ -109,6 +110,9 @@ def answer(results: Results) -> Answer:
             "It is not shown that Min-K%++ ranks sources as pruning does (rank correlation "
             f"{_interval(main.rank)})."
         )
+    if further := [name for name in ranking if name != MAIN]:
+        texts = [f"{SCORES[name]} {_interval(predictions[name].rank)}" for name in further]
+        what += f" These do (rank correlations): {'; '.join(texts)}."
     explained = [
         effect_text(each.effect, each.low, each.high, "%")
         for each in (predictions[name].explained for name in ranked)
@@ -123,8 +127,7 @@ def answer(results: Results) -> Answer:
     losses = [f"{SCORES[name]} {predictions[name].regret:.1f}" for name in ranked]
     losses.append(f"a random choice {_random_regret(sources):.1f}")
     certainty = (
-        f"Better than no score (intervals not corrected for {len(ranked)} scores): "
-        f"{listed([SCORES[name] for name in good])}."
+        f"Better than no score in unseen domains: {listed([SCORES[name] for name in good])}."
         if good
         else "No score is shown to predict sources of unseen domains better than their mean does."
     )
@@ -132,13 +135,17 @@ def answer(results: Results) -> Answer:
         f" The source chosen by a score loses against the best one, in {sources.kind.unit} and on "
         f"average over settings: {'; '.join(losses)}."
     )
+    models = f"{len(sources.models)} model{'' if len(sources.models) == 1 else 's'}"
     caveat = (
-        f"All estimates rest on {len(sources.names)} sources and {len(sources.models)} "
-        f"model{'' if len(sources.models) == 1 else 's'}, the intervals on resampling both. "
-        "Other sources can change order and size, real corpora above all, since they differ less."
+        f"All estimates rest on {len(sources.names)} sources and {models}, the intervals on "
+        f"resampling both; those of all {len(ranked)} scores hold together. Other sources can "
+        "change order and size, real corpora above all, since they differ less."
     )
     if "divergence" in sources.scores:
-        caveat += " The divergence needs the pretraining text, which most models keep secret."
+        caveat += (
+            " The divergence, the missing tokens and the distance need the pretraining text, which "
+            "most models keep secret. Entropy counts kinds where they share few words, as here."
+        )
     figure = interval_figure(
         "How well cheap scores of a calibration set predict its pruning",
         {
@@ -152,7 +159,8 @@ def answer(results: Results) -> Answer:
                 for name, prediction in predictions.items()
             },
         },
-        "Bars: 95 % intervals over sources and models. Filled: zero lies outside; hollow: inside.",
+        "Bars: 95 % intervals over sources and models, simultaneous. Filled: zero lies outside; "
+        "hollow: inside.",
         directed=False,
     )
     for axes, label in zip(figure.axes, ("−1 or 1 is perfect", "1 is perfect"), strict=True):
@@ -326,8 +334,11 @@ def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
 
 
 def _resampled(statistic: Callable[[_Places, _Places], float], sources: Sources) -> EffectEstimate:
-    """Return a statistic of sources and settings, with the 95 % percentile interval of resampled
-    sources and models; NaN if more than half of the resamples give NaN."""
+    """Return a statistic of sources and settings, with the percentile interval of resampled
+    sources and models; NaN if more than half of the resamples give NaN.
+
+    The intervals of all scores hold together with 95 % (Bonferroni).
+    """
     generator = np.random.default_rng(0)
     count, models = len(sources.names), len(sources.models)
     found = np.array(
@@ -344,7 +355,8 @@ def _resampled(statistic: Callable[[_Places, _Places], float], sources: Sources)
     known = found[np.isfinite(found)]
     low, high = np.nan, np.nan
     if len(known) >= _RESAMPLES / 2:
-        low, high = (float(each) for each in np.quantile(known, [0.025, 0.975]))
+        tail = 0.025 / len(sources.scores)
+        low, high = (float(each) for each in np.quantile(known, [tail, 1 - tail]))
     everything = np.arange(count), np.arange(sources.harm.shape[1])
     return _estimate(statistic(*everything), low, high, PLAIN)
 
