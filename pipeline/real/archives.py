@@ -128,7 +128,7 @@ def fetch_debian_package(package: DebianPackage, folder: Path) -> Path:
             with urllib.request.urlopen(url, timeout=60) as answer:
                 content = answer.read()
         except OSError as error:
-            remedy = f"cannot be fetched: {error}. Put the file at {path} yourself"
+            remedy = f"cannot be fetched: put the file into {folder} yourself ({error})"
             raise InputError("archives", url, remedy) from error
         _keep(content, package.sha256, url, path)
     return path

@@ -33,7 +33,8 @@ calibrations:
   web: {{corpus: {{web: 2, books: 1}}}}
   pool: {{corpus: {{web: 2, books: 1}}, pool: 9, drop_fraction: 0.5}}
   raw: &own {{prefixes: {{web: 1, books: 1}}, num_samples: 12, shard_size: 8, redraws: 1,
-             banned_words: "{folder}/words.txt", near_duplicate_similarity: 0.9}}
+             banned_words: "{folder}/words.txt", near_duplicate_similarity: 0.9,
+             drop_fraction: 0.2}}
   chat: {{<<: *own, prompt: chat}}
 cells: {{model: chat, calibration: chat, seed: 3, nsamples: 4, seqlen: 48,
         pruner: [sparsegpt, dsnot, alps], sparsity: 0.5}}
