@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray.experimental import internal_kv
 
 from pipeline.real.prepare import prepare_real_folder
 from pipeline.testbed import pretrain
@@ -63,8 +64,12 @@ def ray_ends() -> Iterator[None]:
 
 @pytest.fixture
 def local_ray(ray_ends: None) -> None:
-    """Share one Ray among the tests; only the first after `ray_of_its_own` waits for its start."""
-    if not ray.is_initialized():
+    """Share one Ray among the tests; only the first after `ray_of_its_own` waits for its start.
+
+    A process that only looks connected, since Ray's key-value client is gone, gets another one.
+    """
+    if not (ray.is_initialized() and internal_kv._internal_kv_initialized()):
+        ray.shutdown()
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 
 
