@@ -66,7 +66,7 @@ def ray_ends() -> Iterator[None]:
 def local_ray(ray_ends: None) -> None:
     """Share one Ray among the tests; only the first after `ray_of_its_own` waits for its start.
 
-    A process that only looks connected, since Ray's key-value client is gone, gets another one.
+    `Cluster.shutdown` resets Ray's key-value client, also that of a Ray which the process shares.
     """
     if not (ray.is_initialized() and internal_kv._internal_kv_initialized()):
         ray.shutdown()
