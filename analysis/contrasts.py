@@ -17,12 +17,12 @@ import pandas as pd
 
 from analysis.design import RecordedContrast, RecordedDesign
 from analysis.metrics import (
-    METRIC_OF_UNIT,
     MetricKind,
     effect_text,
+    interval_text,
+    level_text,
     metric_named,
     p_text,
-    value_text,
 )
 from analysis.replicates import Arrangement, Numbers, Replicates
 from analysis.statistics import CONFIDENCE
@@ -66,11 +66,10 @@ class Judgement(NamedTuple):
         effect, low, high, p, _ = self.estimate
         details = ["no interval"]
         if not math.isnan(low):
-            interval = effect_text(effect, low, high, self.kind.unit).partition("(")[2][:-1]
+            interval = interval_text(low, high, self.kind.unit)
             equals = "p" if p_text(p).startswith("<") else "p ="
             details = [f"95 % interval {interval}", f"{equals} {p_text(p)}"]
-        metric = METRIC_OF_UNIT[self.kind.unit]
-        first, second, dense = (value_text(level, metric) for level in self.levels)
+        first, second, dense = (level_text(level, self.kind.unit) for level in self.levels)
         levels = f"{first} against {second}"
         details += [self.reach, levels if dense == "nan" else f"{levels}, dense {dense}"]
         shown = effect_text(effect, math.nan, math.nan, self.kind.unit)

@@ -1,7 +1,6 @@
 """What a metric's numbers mean: which way is better, how to compare and how to print them."""
 
 import math
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -50,10 +49,6 @@ class MetricKind(NamedTuple):
         return effect / 100 if self.is_share else effect
 
 
-METRIC_OF_UNIT = {"%": "perplexity", "points": "acc", "": "kl"}
-"""A metric whose levels are printed like those of all metrics of a unit."""
-
-
 def metric_named(name: str) -> MetricKind:
     """Return the properties of a metric; lm-eval's filter after a comma is ignored."""
     base = name.partition(",")[0]
@@ -78,10 +73,14 @@ def heading(task: str, metric: str, limit: int | None = None) -> str:
 
 def value_text(value: float, metric: str) -> str:
     """Return a finite value as text, a share in percent without the sign."""
-    kind = metric_named(metric)
-    if kind.is_share:
+    return level_text(value, metric_named(metric).unit)
+
+
+def level_text(value: float, unit: str) -> str:
+    """Return a finite value as text, by the unit of its metric's differences."""
+    if unit == "points":
         return f"{100 * value:.1f}"
-    return _digits(value, "", small=2 if kind.unit else 3)
+    return _digits(value, "", small=2 if unit else 3)
 
 
 def spread_text(mean: float, sd: float, metric: str) -> str:
@@ -97,11 +96,16 @@ def effect_text(effect: float, low: float, high: float, unit: str) -> str:
     """
     if not math.isfinite(effect):
         return "n/a"
-    signed = partial(_signed, small=1 if unit else 3)
-    text = f"{signed(effect)} {unit}".strip()
+    text = f"{_signed(effect, unit)} {unit}".strip()
+    interval = interval_text(low, high, unit)
+    return f"{text} ({interval})" if interval else text
+
+
+def interval_text(low: float, high: float, unit: str) -> str:
+    """Return `−5.0 to −1.4`, nothing if there is no interval."""
     if math.isnan(low) or math.isnan(high):
-        return text
-    return f"{text} ({signed(low)} to {signed(high)})"
+        return ""
+    return f"{_signed(low, unit)} to {_signed(high, unit)}"
 
 
 def p_text(p: float) -> str:
@@ -109,7 +113,8 @@ def p_text(p: float) -> str:
     return "n/a" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _signed(value: float, small: int) -> str:
+def _signed(value: float, unit: str) -> str:
+    small = 1 if unit else 3
     return "+∞" if value == math.inf else _digits(value, "+", small).replace("-", "−")
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from analysis.design import RecordedDesign, read_design
 from analysis.figures import png_bytes, svg_bytes
 from analysis.load import TableError, load_results
-from analysis.metrics import METRIC_OF_UNIT, effect_text, p_text, value_text
+from analysis.metrics import effect_text, interval_text, level_text, p_text
 from analysis.report import status_counts
 from analysis.requests import load_requests
 
@@ -201,15 +201,13 @@ def _contrasts_table(numbers: pd.DataFrame) -> list[str]:
     ]
     for row in numbers[numbers["family_size"].notna()].to_dict("records"):
         unit = str(row["unit"])
-        change, _, interval = effect_text(row["effect"], row["low"], row["high"], unit).partition(
-            " ("
-        )
-        metric = METRIC_OF_UNIT[unit]
-        levels = [value_text(row[name], metric) for name in ("level", "level_against")]
-        dense = row["level_dense"]
+        change = effect_text(row["effect"], math.nan, math.nan, unit)
+        interval = interval_text(row["low"], row["high"], unit)
+        levels = [level_text(row[name], unit) for name in ("level", "level_against")]
         shown = " against ".join(levels)
-        shown += "" if math.isnan(dense) else f", {value_text(dense, metric)}"
+        dense = row["level_dense"]
+        shown += "" if math.isnan(dense) else f", {level_text(dense, unit)}"
         verdict = "; ".join(each for each in (row["verdict"], row["remarks"]) if each)
-        cells = [row["what"], change, interval.rstrip(")"), p_text(row["p"]), shown, verdict]
+        cells = [row["what"], change, interval, p_text(row["p"]), shown, verdict]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

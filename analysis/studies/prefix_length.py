@@ -13,7 +13,7 @@ from analysis.charts import titled_figure
 from analysis.evidence import calibrated, scored
 from analysis.figures import COLOURS, GREY, STYLE
 from analysis.finding import declared_answer
-from analysis.metrics import effect_text, p_text
+from analysis.metrics import effect_text, interval_text, p_text
 from analysis.statistics import CONFIDENCE, t_interval
 from analysis.study import Answer, Results, Study
 
@@ -67,7 +67,8 @@ def _between_shapes(
     effect, least, most = (100 * math.expm1(each) for each in (mean, low, high))
     f, p_shapes = stats.f_oneway(*groups)
     shown = "It is" if p_shapes < 1 - CONFIDENCE else "It is not"
-    interval = effect_text(effect, least, most, "%").replace("(", "(95 % interval ")[:-1]
+    interval = f"{effect_text(effect, math.nan, math.nan, '%')} (95 % interval "
+    interval += interval_text(least, most, "%")
     text = (
         f"With the shape as unit, short against long: {interval}; p {_equals(p)}; {len(groups)} "
         f"shapes). {shown} shown that shapes differ by more than trainings of one (F = {f:.1f}, "

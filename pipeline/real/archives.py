@@ -102,7 +102,7 @@ def _download_source(archive: SourceArchive, folder: Path) -> Path:
 
     name, _, version = archive.requirement.partition("==")
     path = folder / f"{name}-{version}.tar.gz"
-    if not path.is_file() or _sha256(path.read_bytes()) != archive.sha256:
+    if not _has(path, archive.sha256):
         index, *further = _indexes()
         finder = PackageFinder(index_urls=[index, *further], no_binary=[":all:"])
         found = finder.find_best_match(archive.requirement).best
@@ -122,7 +122,7 @@ def fetch_debian_package(package: DebianPackage, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / package.path.rpartition("/")[2]
-    if not path.is_file() or _sha256(path.read_bytes()) != package.sha256:
+    if not _has(path, package.sha256):
         url = DEBIAN_MIRROR + package.path
         try:
             with urllib.request.urlopen(url, timeout=60) as answer:
@@ -132,6 +132,10 @@ def fetch_debian_package(package: DebianPackage, folder: Path) -> Path:
             raise InputError("archives", url, remedy) from error
         _keep(content, package.sha256, url, path)
     return path
+
+
+def _has(path: Path, sha256: str) -> bool:
+    return path.is_file() and _sha256(path.read_bytes()) == sha256
 
 
 def _keep(content: bytes, sha256: str, url: str, path: Path) -> None:
