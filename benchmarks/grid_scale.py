@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from cluster.graph import Resources, Stage
+from cluster.helpers import Helpers
 from cluster.run import run_graph
 from cluster.store import Partial, Store
 from jobs.grid import Grid
@@ -51,7 +52,12 @@ def scale_grid(cells: int) -> Grid:
 
 
 def no_work(
-    payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: Mapping[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     """Make a stage of one byte."""
     (output / "n").write_bytes(b"1")

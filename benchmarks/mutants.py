@@ -52,6 +52,9 @@ FURTHER: dict[str, list[str]] = {
     "pipeline/models/hidden_states.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/models/layer_calls.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/allocation.py": ["tests/pipeline/pruning/test_prune.py"],
+    "pipeline/pruning/changes.py": ["tests/pipeline/pruning/test_crew.py"],
+    "pipeline/pruning/groups.py": ["tests/pipeline/pruning/test_crew.py"],
+    "pipeline/pruning/helper.py": ["tests/pipeline/pruning/test_crew.py"],
     "pipeline/pruning/input_statistics.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/observed_inputs.py": ["tests/pipeline/pruning/test_walk.py"],
     "pipeline/pruning/outliers.py": [
@@ -66,6 +69,10 @@ FURTHER: dict[str, list[str]] = {
     "pipeline/pruning/walk.py": [
         "tests/pipeline/pruning/test_finished_layers.py",
         "tests/pipeline/pruning/test_prune.py",
+    ],
+    "pipeline/pruning/window_groups.py": [
+        "tests/pipeline/pruning/test_crew.py",
+        "tests/pipeline/pruning/test_walk.py",
     ],
     "pipeline/pruning/pruners/magnitude.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/masks.py": [f"{PRUNERS}/test_pruners.py"],

@@ -24,12 +24,13 @@ from benchmarks.record import write_json
 from cluster.run import Outcome, run_graph
 from cluster.session import session
 from cluster.store import Store
+from cluster.worker import Aids
 from jobs import pilot
 from jobs.cells import Cell
 from jobs.grid import Grid, load_grid
 from jobs.plan import Plan
 from jobs.recommend import read_candidates, scores_only, scoring_plan
-from jobs.stages import execute, prepared
+from jobs.stages import execute, help_make, prepared
 from pipeline.data.corpora import read_documents
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.specs import FileCorpus
@@ -162,7 +163,8 @@ def main(
     with session(None):
 
         def run(plan: Plan) -> Outcome:
-            return run_graph(plan.graph, plan.targets, execute, store, {}, prepared=prepared)
+            aids = Aids(prepared, help_make)
+            return run_graph(plan.graph, plan.targets, execute, store, {}, aids=aids)
 
         described = scoring_plan(grid)
         assert not run(scores_only(described)).failed

@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks.geometry import TESTBED
 from benchmarks.record import machine, write_json
 from cluster.graph import Resources, Stage
+from cluster.helpers import Helpers
 from cluster.run import run_graph
 from cluster.session import session
 from cluster.store import Partial, Store
@@ -38,11 +39,12 @@ def execute_and_note(
     output: Path,
     cpus: int,
     partial: Partial,
+    helpers: Helpers,
     *,
     notes: Path,
 ) -> dict[str, Any]:
     """Make a stage, and note the process, its tokens and the time."""
-    report = execute(payload, artifacts, output, cpus, partial)
+    report = execute(payload, artifacts, output, cpus, partial, helpers)
     line = f"{os.getpid()} {report['tokens_generated']} {time.time()}\n"
     with (notes / str(os.getpid())).open("a") as file:
         file.write(line)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import write_json
+from cluster.helpers import Helpers
 from cluster.run import run_graph
 from cluster.session import session
 from cluster.store import Partial, Store
@@ -62,7 +63,12 @@ def grid(folder: Path, num_samples: int, shard_size: int) -> Path:
 
 
 def do_nothing(
-    payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: Mapping[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     """Make an empty stage."""
     return {}

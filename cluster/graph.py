@@ -16,6 +16,8 @@ class Resources:
     """GPUs; a fraction shares one."""
     memory_bytes: int | None = None
     """Host memory that is reserved for it."""
+    actors: int = 1
+    """Actors that share one stage of a pool; each has these cpus, gpus and memory."""
     min_replicas: int = 1
     """Actors of a pooled stage that start together, and stay as long as any has work."""
     max_replicas: int | None = None

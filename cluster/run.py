@@ -14,20 +14,21 @@ from ray.exceptions import RayError, RayTaskError
 from cluster import leases
 from cluster.autoscaler import MAX_READY, RoomRequest
 from cluster.graph import Graph, Stage, descendants, needed, readers
+from cluster.helpers import Room, ray_options
 from cluster.limits import TimeLimitError
 from cluster.remedies import lacks_device_memory, one_line
-from cluster.schedule import EndActor, HandOver, Schedule, StartActor, bundle
+from cluster.schedule import EndActor, HandOver, Schedule, StartActor
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store, StoreError
 from cluster.watcher import UNWATCHED, Watcher
 from cluster.worker import (
+    NO_AIDS,
+    Aids,
     Execute,
     Held,
     Maker,
-    Prepared,
     Replica,
     WorkerLostError,
     make_artifact,
-    unprepared,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def run_graph(
     store: Store,
     versions: Mapping[str, str],
     *,
-    prepared: Prepared = unprepared,
+    aids: Aids = NO_AIDS,
     workers: int | None = None,
     watcher: Watcher = UNWATCHED,
 ) -> Outcome:
@@ -72,13 +73,12 @@ def run_graph(
 
     Args:
         versions: of packages; recorded with every artifact.
-        prepared: the context in which a stage is made on its worker.
         workers: the largest number of stages at work at one time; None: as the cluster has room.
         watcher: what the run reports to.
     """
     inputs = {name for stage in graph.values() for name in stage.inputs}  # also copies from the hub
     with leases.Claim(store, graph.keys() | inputs) as claim:
-        maker = Maker(execute, store.url, dict(versions), claim.run, prepared, watcher.board)
+        maker = Maker(execute, store.url, dict(versions), claim.run, aids, watcher.board)
         return _Run(graph, targets, maker, store, workers, watcher).to_the_end()
 
 
@@ -196,7 +196,7 @@ class _Run:
     def _submit(self, stage: Stage) -> ray.ObjectRef:
         if stage.pool is not None:
             return self.pools[stage.pool].submit(stage, self.maker, self.dead)
-        task = _remote_make.options(**_options(stage), max_retries=0)
+        task = _remote_make.options(**ray_options(stage.resources), max_retries=0)
         return task.remote(stage, self.maker, self.dead)
 
     def _report_replicas(self) -> None:
@@ -317,20 +317,27 @@ class _Pool:
         assert first.pool is not None
         self.name = first.pool
         self.kind = first.kind
-        self.options = _options(first)
+        self.resources = first.resources
+        self.rooms: dict[Any, Room] = {}
         self.idle: list[Any] = []
         self.serving: dict[ray.ObjectRef, Any] = {}
         self.joining: dict[ray.ObjectRef, Any] = {}
 
     def start(self) -> None:
         """Start one more actor."""
-        actor = _remote_replica.options(**self.options).remote()
+        room = Room(self.resources)
+        actor = _remote_replica.options(**room.options).remote()
+        self.rooms[actor] = room
         self.joining[actor.start.remote()] = actor
 
     def admit(self, reference: ray.ObjectRef) -> None:
         """Add an actor that has started."""
         actor = self.joining.pop(reference)
-        ray.get(reference)
+        try:
+            ray.get(reference)
+        except RayError:
+            self._end(actor)
+            raise
         self.idle.append(actor)
 
     def submit(self, stage: Stage, maker: ray.ObjectRef, dead: frozenset[str]) -> ray.ObjectRef:
@@ -346,23 +353,20 @@ class _Pool:
         if keep:
             self.idle.append(actor)
         else:
-            ray.kill(actor)
+            self._end(actor)
 
     def end(self) -> None:
         """End the actor that has been idle longest."""
-        ray.kill(self.idle.pop(0))
+        self._end(self.idle.pop(0))
 
     def release(self) -> None:
         """End all actors."""
         for actor in (*self.idle, *self.serving.values(), *self.joining.values()):
-            ray.kill(actor)
+            self._end(actor)
 
-
-def _options(stage: Stage) -> dict[str, Any]:
-    """Return a stage's resources as Ray's options for tasks and actors."""
-    asked = bundle(stage.resources)
-    options = {"num_cpus": asked["CPU"], "num_gpus": asked.get("GPU", 0.0)}
-    return options | ({"memory": asked["memory"]} if "memory" in asked else {})
+    def _end(self, actor: Any) -> None:
+        ray.kill(actor)
+        self.rooms.pop(actor).release()
 
 
 _remote_make = ray.remote(make_artifact)

@@ -68,6 +68,12 @@ def bundle(resources: Resources) -> Bundle:
     return asked
 
 
+def places(nodes: Sequence[Bundle], asked: Bundle) -> int:
+    """Return how often the empty nodes hold a bundle."""
+    each = [min(node.get(name, 0.0) / amount for name, amount in asked.items()) for node in nodes]
+    return sum(math.floor(round(times, RAY_DIGITS)) for times in each)
+
+
 @dataclass
 class _Lane:
     """Stages that compete for the same places: those of one pool, or tasks of equal resources."""
@@ -75,7 +81,7 @@ class _Lane:
     pool: str | None
     resources: Resources
     fits: bool
-    """Whether any node is large enough for its bundle."""
+    """Whether the empty nodes are enough for one of its places."""
     ready: list[Rank] = field(default_factory=list)
     """Most urgent first."""
     handed_over: int = 0
@@ -87,7 +93,9 @@ class _Lane:
     idle_since: float = 0.0
 
     def __post_init__(self) -> None:
-        self.bundle = bundle(self.resources)
+        """Add up what a place holds: a bundle for each actor that shares a stage."""
+        actors = self.resources.actors
+        self.bundle = {name: actors * each for name, each in bundle(self.resources).items()}
 
     @property
     def places(self) -> int:
@@ -139,7 +147,7 @@ class Schedule:
         names = {name for node in nodes for name in node}
         self._total = {name: sum(node.get(name, 0.0) for node in nodes) for name in names}
         for lane in self._lanes.values():
-            lane.fits = self._fits_a_node(lane.bundle)
+            lane.fits = self._fits(lane.resources)
 
     def order(self, keys: Sequence[str]) -> None:
         """Rank the stages that are to be made. None is ready before `add`.
@@ -236,25 +244,23 @@ class Schedule:
         Args:
             most: the most ready stages to return.
         """
-        taken = [lane.bundle for lane in self._lanes.values() for _ in range(lane.places)]
+        lanes = self._lanes.values()
+        taken = [each for lane in lanes for each in lane.places * _bundles(lane.resources)]
         if self.workers is not None:
-            most = max(0, min(most, self.workers - len(taken)))
-        ready = heapq.merge(*(_without_place(lane) for lane in self._lanes.values()))
-        return taken, [bundle(self.graph[key].resources) for *_, key in islice(ready, most)]
+            most = max(0, min(most, self.workers - sum(lane.places for lane in lanes)))
+        ready = heapq.merge(*(_without_place(lane) for lane in lanes))
+        stages = [self.graph[key] for *_, key in islice(ready, most)]
+        return taken, [each for stage in stages for each in _bundles(stage.resources)]
 
     def _lane(self, key: str) -> _Lane:
         stage = self.graph[key]
-        asked = bundle(stage.resources)
-        name = stage.pool or tuple(asked.items())
+        name = stage.pool or tuple(bundle(stage.resources).items())
         if name not in self._lanes:
-            self._lanes[name] = _Lane(stage.pool, stage.resources, self._fits_a_node(asked))
+            self._lanes[name] = _Lane(stage.pool, stage.resources, self._fits(stage.resources))
         return self._lanes[name]
 
-    def _fits_a_node(self, asked: Bundle) -> bool:
-        return any(
-            all(amount <= node.get(name, 0.0) for name, amount in asked.items())
-            for node in self._nodes
-        )
+    def _fits(self, resources: Resources) -> bool:
+        return places(self._nodes, bundle(resources)) >= resources.actors
 
     def _free(self) -> Bundle:
         """Return the cluster's resources less those in use by this run; below zero, something waits
@@ -327,6 +333,11 @@ def _turn(lane: _Lane) -> tuple[object, ...]:
     assert rank is not None
     nobody_waits, path, *rest = rank
     return (nobody_waits, path - (START_SECONDS if lane.idle else 0.0), *rest)
+
+
+def _bundles(resources: Resources) -> list[Bundle]:
+    """Return what a stage holds, one bundle for each of its actors."""
+    return resources.actors * [bundle(resources)]
 
 
 def _without_place(lane: _Lane) -> list[Rank]:

@@ -13,6 +13,7 @@ from ray._private import ray_constants
 from cluster.address import NoRayError, check_cluster_address
 from cluster.credentials import has_credentials, set_credentials
 from cluster.graph import Resources
+from cluster.schedule import bundle, places
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,15 @@ def check_resources(wanted: Mapping[str, Resources]) -> None:
         ResourceError: if none can. On a cluster that may grow this is only a warning.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    grows = "RAY_ADDRESS" in os.environ or len(nodes) > 1
     for kind, resources in wanted.items():
+        there = places(nodes, bundle(resources))
+        if 0 < there < resources.actors:
+            _refuse(
+                f"resources.{kind}.actors: {resources.actors}: the cluster has room for {there}; "
+                "lower it or add nodes",
+                grows,
+            )
         for field, name, amount in (
             ("cpus", "CPU", float(resources.cpus)),
             ("gpus", "GPU", resources.gpus),
@@ -140,10 +149,14 @@ def check_resources(wanted: Mapping[str, Resources]) -> None:
             largest = max((node.get(name, 0.0) for node in nodes), default=0.0)
             if amount <= largest:
                 continue
-            message = (
+            _refuse(
                 f"resources.{kind}.{field}: {amount:g}: the largest node has {largest:g} {name}; "
-                "lower it or add a node"
+                "lower it or add a node",
+                grows,
             )
-            if "RAY_ADDRESS" not in os.environ and len(nodes) == 1:
-                raise ResourceError(message)
-            logger.warning("%s (waiting for the cluster to grow)", message)
+
+
+def _refuse(message: str, grows: bool) -> None:
+    if not grows:
+        raise ResourceError(message)
+    logger.warning("%s (waiting for the cluster to grow)", message)

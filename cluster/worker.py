@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from cluster import leases
 from cluster.board import Board, WritePosition
 from cluster.graph import Stage
+from cluster.helpers import Help, Helpers, helpers_of
 from cluster.limits import time_limit
 from cluster.memory import PeakMemory
 from cluster.scratch import own_scratch
@@ -29,7 +30,8 @@ class WorkerLostError(RuntimeError):
 class Execute(Protocol):
     """Makes one stage: reads `artifacts` (folders by key), writes `output`, returns a report.
 
-    `cpus` is the number of threads. In `partial` it may keep files for the next attempt.
+    `cpus` is the number of threads. In `partial` it may keep files for the next attempt; `helpers`
+    are the stage's further actors.
     """
 
     def __call__(
@@ -39,6 +41,7 @@ class Execute(Protocol):
         output: Path,
         cpus: int,
         partial: Partial,
+        helpers: Helpers,
     ) -> dict[str, Any]: ...
 
 
@@ -61,6 +64,19 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Aids:
+    """What surrounds the making of stages."""
+
+    prepared: Prepared = unprepared
+    """The context in which a stage is made."""
+    help: Help | None = None
+    """Makes a helper's part in a stage that several actors share."""
+
+
+NO_AIDS = Aids()
+
+
+@dataclass(frozen=True)
 class Maker:
     """What is the same for all stages of a run."""
 
@@ -69,7 +85,7 @@ class Maker:
     """URL."""
     versions: dict[str, str]
     run: str
-    prepared: Prepared = unprepared
+    aids: Aids = NO_AIDS
     board: Board | None = None
 
 
@@ -93,14 +109,23 @@ def make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest 
 
 def _make(stage: Stage, maker: Maker, store: Store) -> Manifest:
     write: WritePosition = _write_nothing if maker.board is None else maker.board.start(stage.key)
-    with maker.prepared(stage.kind, write):
+    with maker.aids.prepared(stage.kind, write):
         started = time.monotonic()
         write("reading inputs", 0, 0, "")
         artifacts = {key: store.fetch(key) for key in stage.inputs}
         write("", 0, 0, "")
-        with store.attempt(stage.key) as attempt, PeakMemory() as memory:
+        with (
+            helpers_of(stage, maker.aids.help, maker.store, maker.aids.prepared) as helpers,
+            store.attempt(stage.key) as attempt,
+            PeakMemory() as memory,
+        ):
             report = maker.execute(
-                stage.payload, artifacts, attempt.folder, stage.resources.cpus, attempt.partial
+                stage.payload,
+                artifacts,
+                attempt.folder,
+                stage.resources.cpus,
+                attempt.partial,
+                helpers,
             )
             write("storing", 0, 0, "")
             return attempt.commit(

@@ -193,6 +193,9 @@ def prune_spec(
         return None
     allocation = cell.allocation or Uniform()
     calibrated = data_taker(cell.pruner, allocation) is not None
+    if calibrated and cell.nsamples is not None and grid.window_groups > cell.nsamples:
+        remedy = f"a cell has {cell.nsamples} windows (nsamples), fewer than groups: lower it"
+        raise InputError("window_groups", grid.window_groups, remedy)
     return PruneSpec(
         model=grid.models[cell.model],
         pruner=cell.pruner,
@@ -203,6 +206,7 @@ def prune_spec(
         if calibrated
         else None,
         checkpoint=grid.checkpoints and not cell.pruner.updates_weights,
+        window_groups=grid.window_groups if calibrated else 1,
     )
 
 

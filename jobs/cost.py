@@ -139,7 +139,7 @@ def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> 
         tokens += spec.pruner.column_passes * math.sqrt(size / (12 * LAYERS))
         if isinstance(spec.allocation, FirstLayers):
             tokens *= spec.allocation.share
-    passes = 2.0 * size * tokens / rate(name, cost, resources)
+    passes = 2.0 * size * tokens / rate(name, cost, resources) / resources.actors
     return fixed + each * size + passes
 
 

@@ -348,6 +348,10 @@ class StageResources(Spec):
     """Host memory to reserve. Without a GPU, `score`, `describe` and `evaluate` read models whose
     weights take more than 80 % of it one decoder layer at a time."""
 
+    actors: int = Field(default=1, ge=1)
+    """Actors that share one stage, each with these cpus, gpus and memory: `prune` and `outliers`
+    with at least as many `window_groups`. `replicas` counts stages side by side."""
+
     replicas: Replicas = Replicas()
     retries: int = Field(default=2, ge=0)
     time_limit_seconds: float | None = Field(default=None, gt=0.0)
@@ -415,6 +419,11 @@ class Grid(Spec):
     """Store every pruned model as an ordinary checkpoint even if masks suffice: sixteen times the
     bytes in half precision. `export` makes one for a single model."""
 
+    window_groups: int = Field(default=1, ge=1)
+    """Groups of calibration windows whose statistics are added in a fixed order: as many actors
+    can share a pruning (`resources.prune.actors`). Another number moves last bits, and is in the
+    key."""
+
     resources: dict[str, StageResources] = Field(default_factory=dict)
     """By the name of a stage."""
 
@@ -448,7 +457,22 @@ class Grid(Spec):
                     takes = [name for name, kind in STAGES.items() if field in kind.settings]
                     remedy = f"only {', '.join(takes)} hold hidden states: remove it"
                     raise InputError(f"{stage}.{field}", budget, remedy)
+            if asked.actors > 1 and not STAGES[stage].shared:
+                takes = [name for name, kind in STAGES.items() if kind.shared]
+                remedy = f"actors share only {' and '.join(takes)}: remove it"
+                raise InputError(f"{stage}.actors", asked.actors, remedy)
         return resources
+
+    @model_validator(mode="after")
+    def _each_actor_has_windows(self) -> "Grid":
+        for stage, asked in self.resources.items():
+            if asked.actors > self.window_groups:
+                remedy = (
+                    f"each actor takes groups of windows, and window_groups is "
+                    f"{self.window_groups}: raise that, or lower this"
+                )
+                raise InputError(f"resources.{stage}.actors", asked.actors, remedy)
+        return self
 
     @model_validator(mode="after")
     def _name_the_presets_that_are_measured(self) -> "Grid":

@@ -1,7 +1,7 @@
 """From a grid to the deduplicated graph of its stages."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rich.console import Console
@@ -25,7 +25,9 @@ from jobs.sizes import checkpoint_parameters
 from jobs.stages import LINES, STAGES, StageWork, line_of, stage_name
 from pipeline.specs import (
     GenerateSpec,
+    OutliersSpec,
     PretrainSpec,
+    PruneSpec,
     ShardedSpec,
     ShardSpec,
     StageSpec,
@@ -237,6 +239,7 @@ def _stage(
     asked = grid.resources.get(name)
     joins = isinstance(spec, ShardedSpec)  # without a device
     resources = Resources() if asked is None or joins else asked.resources()
+    resources = replace(resources, actors=min(resources.actors, _groups(spec)))
     settings = {} if asked is None or joins else asked.settings(name)
     return Stage(
         key=spec.key,
@@ -247,17 +250,30 @@ def _stage(
         inputs=inputs,
         resources=resources,
         seconds=expected_seconds(spec, grid.cost, sizes, resources),
-        pool=_pool(spec),
+        pool=_pool(spec, shared=resources.actors > 1),
     )
 
 
-def _pool(spec: StageSpec) -> str | None:
+def _groups(spec: StageSpec) -> int:
+    """Return how many actors can share a stage."""
+    match spec:
+        case PruneSpec():
+            return spec.window_groups if spec.pruner.calibrated else 1
+        case OutliersSpec():
+            return spec.window_groups
+        case _:
+            return 1
+
+
+def _pool(spec: StageSpec, shared: bool) -> str | None:
     """Name what an actor keeps loaded: a model, or an engine for its longest text and batch."""
     name = stage_name(spec)
-    if not STAGES[name].keeps_model or isinstance(spec, ShardedSpec):
+    keeps = STAGES[name].keeps_model or shared  # only actors of a pool have helpers
+    if not keeps or isinstance(spec, ShardedSpec):
         return None
     made: Any = spec.of if isinstance(spec, ShardSpec) else spec
     engine = ""
     if isinstance(made, GenerateSpec) and isinstance(made.backend, Vllm):
         engine = f" {made.backend} {made.seqlen} {made.shard_size}"
-    return f"{name} {made.model}{engine}"
+    actors = " shared" if shared else ""
+    return f"{name} {made.model}{engine}{actors}"

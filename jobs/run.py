@@ -12,10 +12,11 @@ from cluster.graph import needed
 from cluster.run import Outcome, run_graph
 from cluster.session import check_resources, session
 from cluster.store import Store
+from cluster.worker import Aids
 from jobs.fetch import with_copies
 from jobs.plan import Plan
 from jobs.progress import progress_of, recall
-from jobs.stages import execute, prepared
+from jobs.stages import execute, help_make, prepared
 from jobs.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
                 execute,
                 store,
                 versions,
-                prepared=prepared,
+                aids=Aids(prepared, help_make),
                 workers=workers,
                 watcher=watch,
             )

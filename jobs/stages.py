@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
 from cluster.heap import keep_freed_memory
+from cluster.helpers import NO_HELPERS, Helpers
 from cluster.store import Partial
 from cluster.worker import WorkerLostError
 from jobs.outside import hub_reads
@@ -65,6 +66,10 @@ class StageKind:
 
     keeps_parts: bool = False
     """It keeps finished parts for the next attempt, and its `run` takes a `Partial`."""
+
+    shared: bool = False
+    """Several actors can share one: its `run` takes `helpers`, and its module has a function
+    `helper`, which makes a helper's part."""
 
     settings: tuple[str, ...] = ()
     """Fields of `resources.<stage>` that its `run` takes. They move no number beyond its last
@@ -153,6 +158,7 @@ STAGES: dict[str, StageKind] = {
             fixed_seconds=2.0,
             passes=2.0,
             utilisation=(0.65, 0.5),
+            shared=True,
         ),
         StageKind(
             PruneSpec,
@@ -161,6 +167,7 @@ STAGES: dict[str, StageKind] = {
             utilisation=(0.65, 0.5),
             keeps_model=True,
             keeps_parts=True,
+            shared=True,
             settings=HIDDEN_BYTES,
         ),
         StageKind(
@@ -223,7 +230,12 @@ def prepared(kind: str, reporter: Reporter) -> Iterator[None]:
 
 
 def execute(
-    payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: Mapping[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers = NO_HELPERS,
 ) -> dict[str, Any]:
     """Make one stage in `output`.
 
@@ -232,31 +244,54 @@ def execute(
         artifacts: key to folder of each input.
         cpus: threads for tensors; fixed because sums depend on how they are split.
         partial: finished parts of an attempt that died; pruning and evaluating take hours.
+        helpers: actors that share the stage, each with a part from `help_make`.
 
     Raises:
         InputError: if the inputs do not fit the spec, or the node's environment would change
             numbers.
         WorkerLostError: if this process cannot make further stages.
     """
-    check_environment()
-    keep_freed_memory()
     work = StageWork.model_validate_json(payload)
     spec = work.spec
-    module = _module(stage_name(spec))
-    torch = _imported("torch")
-    torch.set_num_threads(cpus)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    module, torch = _ready(spec, cpus)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     report: dict[str, Any]
     try:
         with used(_copies(spec, artifacts)):
-            report = _run(module, work, artifacts, output, partial)
+            report = _run(module, work, artifacts, output, partial, helpers)
     except EngineDiedError as error:
         raise WorkerLostError(str(error)) from error
     if torch.cuda.is_available():
         report = {**report, "peak_device_bytes": torch.cuda.max_memory_allocated()}
     return report
+
+
+def help_make(
+    payload: str, artifacts: Mapping[str, Path], cpus: int, member: int, members: int
+) -> Any:
+    """Return a helper's part in a stage that several actors share.
+
+    Args:
+        payload: as of `execute`.
+        member: its number among all actors, from 1: the first one makes the stage.
+        members: how many there are.
+    """
+    work = StageWork.model_validate_json(payload)
+    module, _ = _ready(work.spec, cpus)
+    with used(_copies(work.spec, artifacts)):
+        return module.helper(work.spec, artifacts, member, members, **work.settings)
+
+
+def _ready(spec: StageSpec, cpus: int) -> tuple[ModuleType, ModuleType]:
+    """Return the module that makes a stage, and torch, set up for it."""
+    check_environment()
+    keep_freed_memory()
+    module = _module(stage_name(spec))
+    torch = _imported("torch")
+    torch.set_num_threads(cpus)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return module, torch
 
 
 def _module(kind: str) -> ModuleType:
@@ -294,13 +329,17 @@ def _run(
     artifacts: Mapping[str, Path],
     output: Path,
     partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     report: dict[str, Any]
     spec = work.spec
     if isinstance(spec, ShardSpec):
         report = module.run_shard(spec.of, spec.index, artifacts, output, **work.settings)
-    elif STAGES[spec.kind].keeps_parts:
-        report = module.run(spec, artifacts, output, partial, **work.settings)
-    else:
-        report = module.run(spec, artifacts, output, **work.settings)
+        return report
+    kind, given = STAGES[spec.kind], dict[str, Any](work.settings)
+    if kind.keeps_parts:
+        given["keep"] = partial
+    if kind.shared:
+        given["helpers"] = helpers
+    report = module.run(spec, artifacts, output, **given)
     return report

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 Artifacts = Mapping[str, Path]
 """A stage's input artifacts, key to local folder."""
@@ -18,6 +18,45 @@ class Keep(Protocol):
 
     def restore(self, path: Path) -> bool:
         """Restore the kept file of that name to `path`; False if it is missing or damaged."""
+
+
+class Helpers(Protocol):
+    """Further processes, each with a device of its own, that share the work of a stage."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    def call(self, helper: int, method: str, *arguments: Any, returns: int = 1) -> Any:
+        """Start a method of the object that a helper made for the stage, after those before it.
+
+        Args:
+            arguments: values, which are copied at once, or promises of other calls.
+            returns: how many values the method returns, as a tuple if there are several.
+
+        Returns:
+            A promise of the value; a list of promises if there are several.
+        """
+
+    def value(self, promise: Any) -> Any:
+        """Wait for a call, and return its value; raises what the call has raised."""
+
+
+class NoHelpers:
+    """Stands for the helpers of a stage that works alone."""
+
+    count = 0
+
+    def call(self, helper: int, method: str, *arguments: Any, returns: int = 1) -> Any:
+        """Raise an error."""
+        raise IndexError(f"there is no helper {helper}")
+
+    def value(self, promise: Any) -> Any:
+        """Raise an error."""
+        raise LookupError("there is no helper whose call could have ended")
+
+
+NO_HELPERS = NoHelpers()
 
 
 class Latest(Generic[Value]):

@@ -9,6 +9,7 @@ pattern holds in another order of the columns, `<name>.permutation` `[columns]` 
 
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,8 +51,8 @@ def layer_file(number: int) -> str:
 
 def write_masks(path: Path, masks: Mapping[str, Tensor], record: LayerRecord) -> None:
     """Write a layer's masks, matrix name to `[rows, columns]`; True sets a weight to zero."""
-    packed = {name: torch.from_numpy(_packed(mask)) for name, mask in masks.items()}
-    _save(path, packed, masks, record)
+    bits = {name: torch.from_numpy(packed(mask)) for name, mask in masks.items()}
+    _save(path, bits, masks, record)
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], record: LayerRecord) -> None:
@@ -90,7 +91,10 @@ def apply_layer_file(path: Path, found: Sequence[Matrix]) -> LayerRecord:
         for matrix in found:
             tensor = file.get_tensor(matrix.name)
             if tensor.dtype == torch.uint8:
-                mask = _unpacked(path, matrix, tensor)
+                try:
+                    mask = unpacked(tensor, matrix.weight.shape)
+                except ValueError as error:
+                    raise LayerFileError(f"{path}: the mask of {matrix.name} {error}") from error
                 set_to_zero(matrix.weight, mask.to(matrix.weight.device))
             else:
                 matrix.weight.copy_(tensor)
@@ -136,18 +140,21 @@ def _save(
     save_file(tensors | orders, path, metadata=metadata)
 
 
-def _packed(mask: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def packed(mask: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Return a mask in bits, as a layer file has it."""
     return np.packbits(mask.flatten().cpu().numpy())
 
 
-def _unpacked(path: Path, matrix: Matrix, packed: Tensor) -> Tensor:
-    count = matrix.weight.numel()
-    if packed.shape != (-(-count // 8),):
-        raise LayerFileError(
-            f"{path}: the mask of {matrix.name} has {packed.numel()} bytes for {count} weights"
-        )
-    bits = np.unpackbits(packed.numpy(), count=count)
-    return torch.from_numpy(bits).bool().view(matrix.weight.shape)
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the mask of a shape `[rows, columns]` from its bits.
+
+    Raises:
+        ValueError: if the bits are too few or too many.
+    """
+    count = math.prod(shape)
+    if bits.shape != (-(-count // 8),):
+        raise ValueError(f"has {bits.numel()} bytes for {count} weights")
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().view(*shape)
 
 
 def _check_names(path: Path, there: set[str], wanted: set[str]) -> None:

@@ -35,6 +35,10 @@ class Matrix:
     tokens: int = 0
     """Tokens that the statistics were summed over."""
 
+    elsewhere: Callable[[], Any] | None = None
+    """Waits for another process, which has the statistics, and returns what it made of the matrix;
+    None if the statistics are here."""
+
     @property
     def starved(self) -> bool:
         """Whether it is an expert's, with too few tokens for its statistics to be used."""

@@ -1,8 +1,10 @@
 """Statistics of a linear layer's input, gathered batch by batch."""
 
 from abc import ABC, abstractmethod
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +40,19 @@ class Statistic(ABC):
     @abstractmethod
     def value(self) -> Tensor:
         """The statistic so far, in float32."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle tensors as arrays in host memory, which pass between processes without a copy."""
+        return {
+            name: value.cpu().numpy() if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore it on the CPU, with memory of its own: what another process sent cannot be
+        written to."""
+        for name, value in state.items():
+            vars(self)[name] = torch.tensor(value) if isinstance(value, np.ndarray) else value
 
 
 class _Sum(Statistic):

@@ -15,86 +15,92 @@ from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import STARVED_TOKENS, Matrix, is_finite
 from pipeline.pruning.input_statistics import STATISTICS, Statistic
 
-Observe = Callable[[Callable[[], object]], None]
-"""Runs the layer on one batch, and adds its inputs to the statistics."""
 
+class InputSums:
+    """Statistics of the inputs of some matrices, one for all that read the same tensor.
 
-@contextlib.contextmanager
-def observe_inputs(
-    found: Sequence[Matrix], statistics: Sequence[str], windows: int
-) -> Iterator[Observe]:
-    """Gather statistics of the matrices' inputs over the batches that are observed in the context;
-    on leaving it the matrices have them.
-
-    From the second batch on, a layer without experts runs only until each matrix was multiplied as
-    often as in the first batch: of the last product only the input is needed.
-
-    Matrices that read the same tensor share its statistics. An expert that saw fewer than
-    `pipeline.models.matrices.STARVED_TOKENS` tokens gets uniform ones instead, those of an input
-    that has every feature once: every input counts the same.
+    It can be pickled for another process, on whose CPU it is then.
 
     Args:
-        windows: of the whole calibration set.
-
-    Raises:
-        InputError: if a matrix, or a tensor of experts, is in none of the layer's products.
-        NonFiniteError: if an input is NaN or infinite.
+        statistics: names from `pipeline.pruning.input_statistics.STATISTICS`.
+        windows: of the whole calibration set, even if this sees only a part of it.
     """
-    sums = _Sums(found, statistics, windows)
-    yield _Products(found, sums.add).observe
-    sums.hand_over()
 
-
-class _Sums:
-    """The statistics of each matrix's input, one for all that read the same tensor."""
-
-    def __init__(self, found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> None:
-        self._found = found
+    def __init__(self, statistics: Sequence[str], windows: int) -> None:
         self._statistics = statistics
         self._windows = windows
-        self._sums: list[dict[str, Statistic] | None] = [None] * len(found)
-        self._followers: set[int] = set()
-        self._inputs: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._tokens: Counter[str] = Counter()
+        self._leaders: dict[str, str] = {}  # by matrix: the first one that read the same tensor
+        self._sums: dict[str, dict[str, Statistic]] = {}  # by leader
 
-    def add(self, place: int, inputs: Tensor) -> None:
-        """Add a product's input `[..., in_features]` to the sums of the matrix in that place."""
+    def add(self, name: str, inputs: Tensor, leader: str) -> None:
+        """Add a product's input `[..., in_features]`.
+
+        Args:
+            leader: the first matrix that read it.
+        """
         width = inputs.shape[-1]
-        self._found[place].tokens += inputs.numel() // width
-        if self._sums[place] is None:  # in the first batch: which matrices share an input
-            reference, leader = self._inputs.get(id(inputs), (None, place))
-            if reference is not None and reference() is inputs:
-                self._sums[place] = self._sums[leader]
-                self._followers.add(place)
-            else:
-                self._sums[place] = self._new(width, inputs.device)
-                self._inputs[id(inputs)] = weakref.ref(inputs), place
-        if place not in self._followers:
+        self._tokens[name] += inputs.numel() // width
+        if self._leaders.setdefault(name, leader) == name:
+            if name not in self._sums:
+                self._sums[name] = self._new(width, inputs.device)
             exact = inputs.float()
-            for statistic in (self._sums[place] or {}).values():
+            for statistic in self._sums[name].values():
                 statistic.update(exact)
 
-    def hand_over(self) -> None:
-        """Give the matrices their statistics; raises what `observe_inputs` does."""
-        self._check_that_all_took_part()
+    def merge(self, other: "InputSums") -> None:
+        """Add the tokens that another one has seen; it must not be used afterwards."""
+        self._tokens += other._tokens
+        for leader, sums in other._sums.items():
+            own = self._sums.setdefault(leader, sums)
+            if own is not sums:
+                for name, statistic in own.items():
+                    statistic.merge(sums[name])
+        for name, leader in other._leaders.items():
+            known = self._leaders.setdefault(name, leader)
+            assert known == leader, f"{name} shares its input with {known} and with {leader}"
+
+    def of(self, names: Sequence[str]) -> "InputSums":
+        """Return the part for these matrices, with the tokens of all; it shares the statistics."""
+        part = InputSums(self._statistics, self._windows)
+        part._tokens = Counter(self._tokens)
+        part._leaders = {name: self._leaders[name] for name in names if name in self._leaders}
+        part._sums = {leader: self._sums[leader] for leader in part._leaders.values()}
+        return part
+
+    def hand_over(self, found: Sequence[Matrix]) -> None:
+        """Give matrices their statistics.
+
+        An expert that saw fewer than `pipeline.models.matrices.STARVED_TOKENS` tokens gets uniform
+        ones instead, those of an input that has every feature once: every input counts the same.
+
+        Raises:
+            InputError: if a matrix, or a tensor of experts, is in none of the layer's products.
+            NonFiniteError: if an input is NaN or infinite.
+        """
+        self._check_that_all_took_part(found)
+        totals = {leader: _totals(sums) for leader, sums in self._sums.items()}
         uniform: dict[int, dict[str, Tensor]] = {}
-        for matrix, sums in zip(self._found, self._sums, strict=True):
-            matrix.statistics = _totals(sums or {})
-            for name, total in matrix.statistics.items():
+        for matrix in found:
+            name, device = matrix.name, matrix.weight.device
+            matrix.tokens = self._tokens[name]
+            matrix.statistics = _on(device, totals.get(self._leaders.get(name, name), {}))
+            for statistic, total in matrix.statistics.items():
                 if not is_finite(total):
-                    raise NonFiniteError(f"{matrix.name}: its input has NaN or infinite {name}")
+                    raise NonFiniteError(f"{name}: its input has NaN or infinite {statistic}")
             if matrix.is_expert and matrix.tokens < STARVED_TOKENS:
                 width = matrix.weight.shape[1]
                 if width not in uniform:
-                    uniform[width] = self._uniform(width, matrix.weight.device)
+                    uniform[width] = self._uniform(width, device)
                 matrix.statistics = uniform[width]
 
-    def _check_that_all_took_part(self) -> None:
-        forms = {_form(each.name) for each in self._found if each.is_expert and each.tokens}
-        for matrix in self._found:
+    def _check_that_all_took_part(self, found: Sequence[Matrix]) -> None:
+        forms = {_form(name) for name in self._tokens}
+        for matrix in found:
             if matrix.is_expert and _form(matrix.name) not in forms:
                 remedy = "the inputs of its experts cannot be observed; it cannot be pruned"
                 raise InputError("model", matrix.name, remedy)
-            if not matrix.is_expert and not matrix.tokens:
+            if not matrix.is_expert and not self._tokens[matrix.name]:
                 remedy = "takes no part in the forward pass; it cannot be pruned"
                 raise InputError("model", matrix.name, remedy)
 
@@ -112,6 +118,10 @@ def _totals(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
     return {name: statistic.value for name, statistic in sums.items()}
 
 
+def _on(device: torch.device, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: total.to(device) for name, total in totals.items()}
+
+
 def _form(name: str) -> str:
     """Return a matrix's name without numbers, which all experts share."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
@@ -124,19 +134,28 @@ class _LastProduct(Exception):
     """Ends a forward pass after the last product to observe."""
 
 
-class _Products(TorchFunctionMode):
-    """Finds each product of activations with one of the matrices, however the model writes it:
-    experts are multiplied slice by slice and have no module to put a hook on.
+class InputObserver(TorchFunctionMode):
+    """Sums the inputs of a decoder layer's matrices, batch by batch.
+
+    It finds each product of activations with one of the matrices, however the model writes it:
+    experts are multiplied slice by slice and have no module to put a hook on. From the second batch
+    on, a layer without experts runs only until each matrix was multiplied as often as in the first
+    batch: of the last product only the input is needed.
 
     Args:
-        add: is called with the matrix's index and its input.
+        found: the layer's matrices.
+        statistics: as of `InputSums`.
+        windows: as there.
     """
 
-    def __init__(self, found: Sequence[Matrix], add: Callable[[int, Tensor], None]) -> None:
+    def __init__(self, found: Sequence[Matrix], statistics: Sequence[str], windows: int) -> None:
         super().__init__()
+        self._found = found
         self._places = {_storage(matrix.weight): place for place, matrix in enumerate(found)}
-        self._add = add
-        self._experts = [matrix.is_expert for matrix in found]
+        self._asked = statistics, windows
+        self._sums = InputSums(*self._asked)
+        self._leaders: dict[str, str] = {}
+        self._inputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by identity
         self._seen: Counter[int] = Counter()
         self._whole: Counter[int] | None = None  # products of one batch, known after the first
 
@@ -145,8 +164,23 @@ class _Products(TorchFunctionMode):
         self._seen = Counter()
         with self, contextlib.suppress(_LastProduct):
             run()
-        if self._whole is None and not any(self._experts):
+        if self._whole is None and not any(matrix.is_expert for matrix in self._found):
             self._whole = self._seen
+
+    def take(self) -> InputSums:
+        """Return the sums over the batches since the last call."""
+        taken, self._sums = self._sums, InputSums(*self._asked)
+        return taken
+
+    def _add(self, place: int, inputs: Tensor) -> None:
+        name = self._found[place].name
+        if name not in self._leaders:  # with its first product
+            reference, leader = self._inputs.get(id(inputs), (None, name))
+            if reference is None or reference() is not inputs:
+                self._inputs[id(inputs)] = weakref.ref(inputs), name
+                leader = name
+            self._leaders[name] = leader
+        self._sums.add(name, inputs, self._leaders[name])
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -156,7 +190,7 @@ class _Products(TorchFunctionMode):
             for inputs, weight in _FACTORS[function](*args, **kwargs):
                 place = self._places.get(_storage(weight))
                 if place is not None:
-                    if function in _PADDED and self._experts[place]:
+                    if function in _PADDED and self._found[place].is_expert:
                         inputs = inputs[inputs.any(dim=1)]
                     self._add(place, inputs)
                     self._seen[place] += 1

@@ -17,9 +17,16 @@ from pipeline.environment import scratch_folder
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.loading import stream_model
 from pipeline.models.matrices import Matrix
-from pipeline.pruning.walk import Memory, walk
+from pipeline.pruning.crew import Crew
+from pipeline.pruning.groups import Share
+from pipeline.pruning.helper import Helper
+from pipeline.pruning.shared_model import shared_model
+from pipeline.pruning.walk import walk
+from pipeline.pruning.window_groups import DEFAULT_MEMORY, Memory
 from pipeline.specs import OutliersSpec
-from pipeline.stage import Artifacts
+from pipeline.stage import NO_HELPERS, Artifacts, Helpers
+
+_STATISTICS = ("squared_norms",)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class LayerOutliers:
 
 
 def count_outliers(
-    model: nn.Module, windows: Tensor, threshold: float, batch_size: int | None = None
+    model: nn.Module, windows: Tensor, threshold: float, memory: Memory = DEFAULT_MEMORY
 ) -> list[LayerOutliers]:
     """Count the outliers in each decoder layer of a model, which stays as it is.
 
@@ -47,7 +54,6 @@ def count_outliers(
     Args:
         model: a causal language model, in evaluation mode.
         windows: the calibration set, token ids `[nsamples, seqlen]`.
-        batch_size: as in `pipeline.pruning.walk.Memory`.
 
     Raises:
         InputError: if the threshold is not above 0, the windows do not suit the model, or the model
@@ -64,7 +70,7 @@ def count_outliers(
         outliers = sum(int((_scores(matrix) > threshold * mean).sum()) for matrix in found)
         layers.append(LayerOutliers(outliers, weights))
 
-    walk(model, windows, ("squared_norms",), visit, Memory(batch_size=batch_size))
+    walk(model, windows, _STATISTICS, visit, memory)
     return layers
 
 
@@ -86,12 +92,19 @@ def read_outlier_ratios(artifact: Path) -> list[float]:
     return ratios
 
 
-def run(spec: OutliersSpec, artifacts: Artifacts, output: Path) -> dict[str, Any]:
-    """Count, and write `outliers.parquet`."""
+def run(
+    spec: OutliersSpec, artifacts: Artifacts, output: Path, helpers: Helpers = NO_HELPERS
+) -> dict[str, Any]:
+    """Count, and write `outliers.parquet`.
+
+    Args:
+        helpers: processes that share the work; each has called `helper`.
+    """
+    crew = Crew(spec.window_groups, helpers)
     windows = read_windows(artifacts[spec.calibration.key])
     with tempfile.TemporaryDirectory(prefix="calprune-layers-", dir=scratch_folder()) as scratch:
         model = stream_model(spec.model, artifacts, Path(scratch))
-        layers = count_outliers(model, windows, spec.threshold)
+        layers = count_outliers(model, windows, spec.threshold, Memory(crew=crew))
     columns: Mapping[str, list[Any]] = {
         "layer": list(range(len(layers))),
         "outlier_ratio": [layer.ratio for layer in layers],
@@ -100,3 +113,15 @@ def run(spec: OutliersSpec, artifacts: Artifacts, output: Path) -> dict[str, Any
     pq.write_table(pa.table(columns), output / "outliers.parquet")
     weights = sum(layer.weights for layer in layers)
     return {"outlier_ratio": sum(layer.outliers for layer in layers) / weights}
+
+
+def helper(spec: OutliersSpec, artifacts: Artifacts, member: int, members: int) -> Helper:
+    """Return a helper's part in counting outliers: it only observes inputs.
+
+    Args:
+        member: its number among all processes, from 1: the first one leads.
+        members: how many there are.
+    """
+    windows = read_windows(artifacts[spec.calibration.key])
+    share = Share(spec.window_groups, member, members)
+    return Helper(shared_model(spec.model, artifacts), windows, _STATISTICS, share)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,17 @@ from pipeline.models.streaming import resident
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import phase
 from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
+from pipeline.pruning.crew import Crew
 from pipeline.pruning.finished_layers import FinishedLayers
+from pipeline.pruning.groups import Share
+from pipeline.pruning.helper import Helper
 from pipeline.pruning.outliers import read_outlier_ratios
 from pipeline.pruning.pruners import pruner_for
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.shared_model import shared_model
 from pipeline.pruning.sparsity_check import MatrixSparsity, check_sparsity, count_zeros
-from pipeline.pruning.walk import DEFAULT_MEMORY, Memory, check_windows, layer_sizes, walk
+from pipeline.pruning.walk import check_windows, layer_sizes, walk
+from pipeline.pruning.window_groups import DEFAULT_MEMORY, Memory
 from pipeline.specs import (
     Allocation,
     Pattern,
@@ -45,7 +49,7 @@ from pipeline.specs import (
     PruneSpec,
     Uniform,
 )
-from pipeline.stage import Artifacts, Keep
+from pipeline.stage import NO_HELPERS, Artifacts, Helpers, Keep
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,25 @@ class PruneReport:
         """Share of zeros over all pruned matrices."""
         weights = sum(each.rows * each.columns for each in self.matrices)
         return sum(each.zeros for each in self.matrices) / weights
+
+
+@dataclass(frozen=True)
+class _Decisions:
+    """What is decided before the first layer."""
+
+    pruner: MatrixPruner
+    options: Mapping[str, Pruner]
+    """By the name of a matrix."""
+    allocated: Allocated
+
+    def prune(self, number: int, matrix: Matrix) -> Pruned:
+        """Prune a matrix of the decoder layer with that number, in place."""
+        if number >= self.allocated.pruned_layers:  # and without statistics
+            return Pruned(torch.zeros_like(matrix.weight, dtype=torch.bool))
+        options, target = self.options[matrix.name], self.allocated.layers[number]
+        pruned = _prune_matrix(matrix, self.pruner, options, target)
+        starved = {"starved_tokens": float(matrix.tokens)} if matrix.starved else {}
+        return replace(pruned, weight=None, facts={**pruned.facts, **starved})
 
 
 def prune_model(
@@ -111,8 +134,12 @@ def prune_model(
     if windows is not None:
         check_windows(model, windows)
     paths, dense = _checked_weights(model, target.pattern)
-    options = matrix_pruner.options_by_matrix(pruner, paths)
-    allocated = allocate(allocation, target, layer_sizes(model), outlier_ratios)
+    decisions = _Decisions(
+        matrix_pruner,
+        matrix_pruner.options_by_matrix(pruner, paths),
+        allocate(allocation, target, layer_sizes(model), outlier_ratios),
+    )
+    allocated = decisions.allocated
     counted: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
     numbers: dict[str, int] = {}
@@ -124,22 +151,18 @@ def prune_model(
         numbers[matrix.name] = number
 
     def visit(number: int, found: list[Matrix]) -> None:
-        masks: dict[str, Tensor] = {}
+        own = [matrix for matrix in found if matrix.elsewhere is None]  # before waiting for others
+        pruned = {matrix.name: decisions.prune(number, matrix) for matrix in own}
         for matrix in found:
-            name = matrix.name
-            if number >= allocated.pruned_layers:  # and without statistics
-                masks[name] = torch.zeros_like(matrix.weight, dtype=torch.bool)
-                facts[name] = {}
-                count(number, matrix)
-                continue
-            pruned = _prune_matrix(matrix, matrix_pruner, options[name], allocated.layers[number])
-            masks[name], facts[name] = pruned.mask, dict(pruned.facts)
-            if matrix.starved:
-                facts[name]["starved_tokens"] = float(matrix.tokens)
-            if pruned.permutation is not None:
-                permutations[name] = pruned.permutation.cpu()
+            if matrix.elsewhere is not None:
+                pruned[matrix.name] = matrix.elsewhere()
+            facts[matrix.name] = pruned[matrix.name].facts
+            permutation = pruned[matrix.name].permutation
+            if permutation is not None:
+                permutations[matrix.name] = permutation.cpu()
             count(number, matrix)
         if finished is not None:
+            masks = {matrix.name: pruned[matrix.name].mask for matrix in found}
             finished.save(number, found, masks, LayerRecord(facts, permutations))
 
     def restore(number: int, found: list[Matrix]) -> bool:
@@ -222,6 +245,7 @@ def run(
     artifacts: Artifacts,
     output: Path,
     keep: Keep | None = None,
+    helpers: Helpers = NO_HELPERS,
     device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
     host_hidden_bytes: int = HOST_HIDDEN_BYTES,
 ) -> dict[str, Any]:
@@ -232,7 +256,8 @@ def run(
     Args:
         keep: keeps every decoder layer that is done; layers that it already has are not pruned
             again. None keeps none.
-        device_hidden_bytes: as in `pipeline.pruning.walk.Memory`.
+        helpers: processes that share the work; each has called `helper`.
+        device_hidden_bytes: as in `pipeline.pruning.window_groups.Memory`.
         host_hidden_bytes: as there.
     """
     scratch = output / "scratch"
@@ -247,18 +272,18 @@ def run(
         keep=keep,
         checkpoint=checkpoint,
     )
-    windows = None
-    if spec.calibration is not None and spec.pruner.calibrated:
-        windows = read_windows(artifacts[spec.calibration.key])
-    outliers = spec.outliers
+    masks = not spec.pruner.updates_weights
+    crew = Crew(spec.window_groups, helpers, spread=True, masks=masks)
     report = prune_model(
         model,
-        windows,
+        _windows(spec, artifacts),
         spec.pruner,
         LayerTarget.parse(spec.sparsity, spec.pattern),
         spec.allocation,
-        outlier_ratios=None if outliers is None else read_outlier_ratios(artifacts[outliers.key]),
-        memory=Memory(device_hidden_bytes=device_hidden_bytes, host_hidden_bytes=host_hidden_bytes),
+        outlier_ratios=_outlier_ratios(spec, artifacts),
+        memory=Memory(
+            device_hidden_bytes=device_hidden_bytes, host_hidden_bytes=host_hidden_bytes, crew=crew
+        ),
         finished=finished,
     )
     if checkpoint is not None:
@@ -278,6 +303,57 @@ def run(
         **_allocation_summary(spec.allocation, report.allocated),
         **_summary(report.facts),
     }
+
+
+def helper(
+    spec: PruneSpec,
+    artifacts: Artifacts,
+    member: int,
+    members: int,
+    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES,
+    host_hidden_bytes: int = HOST_HIDDEN_BYTES,
+) -> Helper:
+    """Return a helper's part in a pruning; the arguments are those of `run`.
+
+    Args:
+        member: its number among all processes, from 1: the first one leads.
+        members: how many there are.
+    """
+    model = shared_model(spec.model, artifacts)
+    windows = _windows(spec, artifacts)
+    assert windows is not None, "a pruning without data has no helpers"
+    root, layers = decoder_layers(model)
+    paths = {
+        matrix.name: matrix.name.removeprefix(f"{root}.{number}.")
+        for number, layer in enumerate(layers)
+        for matrix in matrices(f"{root}.{number}", layer)
+    }
+    pruner, target = pruner_for(spec.pruner), LayerTarget.parse(spec.sparsity, spec.pattern)
+    decisions = _Decisions(
+        pruner,
+        pruner.options_by_matrix(spec.pruner, paths),
+        allocate(spec.allocation, target, layer_sizes(model), _outlier_ratios(spec, artifacts)),
+    )
+    return Helper(
+        model,
+        windows,
+        pruner.statistics,
+        Share(spec.window_groups, member, members),
+        decisions.prune,
+        masks=not spec.pruner.updates_weights,
+        memory=Memory(device_hidden_bytes=device_hidden_bytes, host_hidden_bytes=host_hidden_bytes),
+    )
+
+
+def _windows(spec: PruneSpec, artifacts: Artifacts) -> Tensor | None:
+    if spec.calibration is None or not spec.pruner.calibrated:
+        return None
+    return read_windows(artifacts[spec.calibration.key])
+
+
+def _outlier_ratios(spec: PruneSpec, artifacts: Artifacts) -> list[float] | None:
+    outliers = spec.outliers
+    return None if outliers is None else read_outlier_ratios(artifacts[outliers.key])
 
 
 def _table(report: PruneReport) -> pa.Table:

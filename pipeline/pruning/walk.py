@@ -1,9 +1,6 @@
 """The walk through a decoder, layer by layer, each seeing the pruned layers below it."""
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,44 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
-from pipeline.models.hidden_states import TensorStore
-from pipeline.models.layer_calls import capture_batches
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
-from pipeline.models.memory import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.models.streaming import resident
 from pipeline.progress import report
-from pipeline.pruning.observed_inputs import observe_inputs
-
-BATCH_TOKENS = 2_048
-"""Tokens of a batch on a CPU unless its size is given: their activations stay in its cache. Fixed,
-since sums depend on how they are split."""
-
-ACCELERATOR_BATCH_TOKENS = 16_384
-"""The same on any other device, which needs more tokens to be busy."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Where a walk runs, and how much it holds there at a time."""
-
-    device: torch.device | None = None
-    """Where layers are run and visited; None is where the model is. A layer that is elsewhere is
-    moved there for its turn, and back; one that is still in the checkpoint's files is read for its
-    turn, and let go with what was done to it."""
-
-    device_hidden_bytes: int = DEVICE_HIDDEN_BYTES
-    """Bytes of hidden states to hold on that device. No result depends on it."""
-
-    host_hidden_bytes: int = HOST_HIDDEN_BYTES
-    """Bytes beyond that to hold in host memory; the rest goes to files in the system's temporary
-    folder. No result depends on it."""
-
-    batch_size: int | None = None
-    """Windows of a forward pass; None takes as many as have `BATCH_TOKENS` tokens, or
-    `ACCELERATOR_BATCH_TOKENS` where the device is no CPU, but at least one."""
-
-
-DEFAULT_MEMORY = Memory()
+from pipeline.pruning.crew import Crew
+from pipeline.pruning.window_groups import DEFAULT_MEMORY, Memory, WindowGroups
 
 Visit = Callable[[int, list[Matrix]], None]
 """Prunes the matrices of the decoder layer with that number, in place."""
@@ -172,39 +136,26 @@ def walk(
     if windows is None or not statistics or not observed:
         visit_unobserved(0)
         return
-    tokens = BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
-    size = memory.batch_size or max(1, tokens // windows.shape[1])
-    budgets = (memory.device_hidden_bytes, memory.host_hidden_bytes)
-    with TensorStore(device, *budgets) as store, _eager_experts(model):
-        split = [{"input_ids": part} for part in torch.split(windows.to(home), size)]
-        batches = capture_batches(model, layers, split, store)
-        third = 1 / (3 * len(batches))  # statistics, visit and outputs are a third of a layer each
+    crew = memory.crew or Crew()
+    asked = (windows, statistics, memory, crew.share)
+    with WindowGroups(model, layers, *asked) as groups:
         for number, layer in enumerate(layers[:observed]):
             report(number, len(layers), "layers")
             with resident(layer, device):
                 found = matrices(f"{root}.{number}", layer)
                 if not restore(number, found):
-                    with observe_inputs(found, statistics, len(windows)) as observe:
-                        for place, batch in enumerate(batches, start=1):
-                            observe(functools.partial(batch.forward, number, layer))
-                            report(number + place * third, len(layers), "layers")
+                    crew.observe(number, found)
+                    own = groups.observe(number, layer, found, _third(number, len(layers), 0))
+                    crew.hand_over(number, found, own)
+                    del own
                     visit(number, found)
-                if number + 1 < observed:
-                    for place, batch in enumerate(batches, start=1):  # with the layer pruned
-                        batch.advance(number, layer)
-                        report(number + 2 / 3 + place * third, len(layers), "layers")
+                if number + 1 < observed:  # with the layer pruned
+                    crew.advance(number, found)
+                    groups.advance(number, layer, _third(number, len(layers), 2))
     visit_unobserved(observed)
 
 
-@contextlib.contextmanager
-def _eager_experts(model: Any) -> Iterator[None]:
-    """Run experts one after another, each on its own slice, so that their inputs can be seen."""
-    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    if before is None:
-        yield
-        return
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
+def _third(number: int, layers: int, before: int) -> Callable[[float], None]:
+    """Return what reports a share of a layer's statistics or outputs: with the visit between them
+    they are a third of its work each."""
+    return lambda share: report(number + (before + share) / 3, layers, "layers")

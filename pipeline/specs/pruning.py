@@ -97,6 +97,11 @@ class OutliersSpec(StageSpec):
     threshold: float = Field(gt=0.0)
     """A score above this many times its layer's mean is an outlier."""
 
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"window_groups"})
+
+    window_groups: int = Field(default=1, ge=1)
+    """As of a pruning."""
+
 
 class Pattern(NamedTuple):
     """N:M: of every M adjacent inputs of a row, N are kept."""
@@ -168,6 +173,12 @@ class PruneSpec(StageSpec):
     checkpoint: bool = False
     """Store an ordinary checkpoint where masks would do."""
 
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"window_groups"})
+
+    window_groups: int = Field(default=1, ge=1)
+    """Groups of windows whose statistics are summed apart and then added: as many processes can
+    share the pruning. It can move last bits of the statistics; the number of processes cannot."""
+
     @property
     def stores_masks(self) -> bool:
         """Whether the artifact holds masks, and needs the model that they are for."""
@@ -199,6 +210,11 @@ class PruneSpec(StageSpec):
             raise ValueError(f"{needs_data} needs a calibration set")
         if needs_data is None and self.calibration is not None:
             raise ValueError(f"pruner {self.pruner.name} takes no data: leave calibration out")
+        windows = 1 if self.calibration is None else self.calibration.nsamples
+        if self.window_groups > max(1, windows):
+            raise ValueError(
+                f"window_groups {self.window_groups} is more than the windows, {windows}: lower it"
+            )
         if self.pruner.updates_weights and self.checkpoint:
             raise ValueError(
                 f"pruner {self.pruner.name} leaves a checkpoint anyway: leave checkpoint out"
@@ -220,6 +236,7 @@ class PruneSpec(StageSpec):
             model=self.model,
             calibration=self.calibration,
             threshold=self.allocation.threshold,
+            window_groups=self.window_groups,
         )
 
     @cached_property

@@ -10,9 +10,11 @@ import ray
 
 from cluster.board import Board, Position, WritePosition
 from cluster.graph import Graph, Stage
+from cluster.helpers import Helpers
 from cluster.run import run_graph
 from cluster.store import Partial, Store
 from cluster.watcher import Watcher
+from cluster.worker import Aids
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -29,7 +31,12 @@ def prepared(kind: str, write: WritePosition) -> Iterator[None]:
 
 
 def work(
-    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: dict[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     """Wait for the file that the payload names."""
     _writers[-1]("loading the model", 0, 0, "")
@@ -109,7 +116,7 @@ def test_a_stage_that_waits_for_room_is_not_at_work(tmp_path: Path, board: Board
     store = Store(str(tmp_path / "store"))
     graph = stages(str(go), 4)
     outcome = run_graph(
-        graph, list(graph), work, store, {}, prepared=prepared, watcher=Watcher(board)
+        graph, list(graph), work, store, {}, aids=Aids(prepared), watcher=Watcher(board)
     )
     looker.join()
     assert len(outcome.made) == 4
@@ -125,7 +132,7 @@ def test_a_run_continues_without_its_board(tmp_path: Path) -> None:
     graph = stages(str(tmp_path / "go"), 3)
     store = Store(str(tmp_path / "store"))
     outcome = run_graph(
-        graph, list(graph), work, store, {}, prepared=prepared, watcher=Watcher(board)
+        graph, list(graph), work, store, {}, aids=Aids(prepared), watcher=Watcher(board)
     )
     assert len(outcome.made) == 3
     assert board.read() == {}

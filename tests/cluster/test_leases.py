@@ -13,6 +13,7 @@ import pytest
 from cluster import leases, run
 from cluster.garbage import collect, find
 from cluster.graph import Graph, Stage
+from cluster.helpers import Helpers
 from cluster.run import Outcome
 from cluster.store import Partial, Store
 
@@ -45,7 +46,12 @@ def stage(key: str, payload: str, *inputs: str) -> Stage:
 
 
 def note(
-    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: dict[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     """Take a while, and leave a line in a file."""
     folder, _, seconds = payload.partition(" ")

@@ -11,6 +11,7 @@ from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from cluster import run
 from cluster.graph import Resources, Stage
+from cluster.helpers import Helpers
 from cluster.limits import TimeLimitError, time_limit
 from cluster.remedies import one_line
 from cluster.store import Partial, Store
@@ -33,7 +34,12 @@ def stage(kind: str, payload: str, pool: str | None = None, **resources: Any) ->
 
 
 def misbehave(
-    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: dict[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     word, _, path = payload.partition(" ")
     with Path(path).open("a") as file:

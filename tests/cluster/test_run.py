@@ -14,10 +14,11 @@ import ray
 
 from cluster import worker
 from cluster.graph import Graph, Resources, Stage
+from cluster.helpers import Helpers
 from cluster.run import run_graph
 from cluster.store import Failure, Manifest, Partial, Store
 from cluster.watcher import Watcher
-from cluster.worker import Maker, Replica, WorkerLostError, WritePosition, _make
+from cluster.worker import Aids, Maker, Replica, WorkerLostError, WritePosition, _make
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -43,7 +44,12 @@ def graph(*stages: Stage) -> Graph:
 
 
 def add(
-    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: dict[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     """Write its own number plus those of its inputs; some payloads are incidents."""
     word, _, argument = payload.partition(" ")
@@ -132,7 +138,7 @@ def test_seconds_begin_after_a_process_is_prepared(
         return add(*given)
 
     store = Store(str(tmp_path / "store"))
-    maker = Maker(execute, store.url, VERSIONS, "run", prepared)
+    maker = Maker(execute, store.url, VERSIONS, "run", Aids(prepared))
     made = _make(stage("a-1", "1"), maker, store)
     assert kinds == ["a"]
     assert made.seconds == 7
@@ -143,7 +149,9 @@ def test_a_process_that_cannot_be_prepared_is_a_recorded_failure(tmp_path: Path)
         raise ModuleNotFoundError(f"no module for {kind}")
 
     store = Store(str(tmp_path / "store"))
-    outcome = run_graph(graph(stage("a-1", "1")), ["a-1"], add, store, VERSIONS, prepared=prepared)
+    outcome = run_graph(
+        graph(stage("a-1", "1")), ["a-1"], add, store, VERSIONS, aids=Aids(prepared)
+    )
     assert outcome.failed["a-1"].error == "ModuleNotFoundError: no module for a"
 
 
@@ -158,7 +166,12 @@ def test_stages_in_the_store_are_not_made_again(tmp_path: Path) -> None:
 
 
 def claims(
-    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: dict[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     """Report the artifacts that runs under way claim to use."""
     uses = Path(partial.store.root, "uses").glob("*.json")
@@ -270,7 +283,12 @@ def test_a_worker_that_always_dies_is_a_failure_and_not_a_hang(tmp_path: Path) -
 
 
 def _kill_oneself(
-    payload: str, artifacts: dict[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: dict[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     os.kill(os.getpid(), signal.SIGKILL)
     return {}

@@ -83,7 +83,7 @@ from cluster.graph import Resources, Stage
 from cluster.store import Store
 from cluster.worker import Maker, make_artifact
 
-def execute(payload, artifacts, output, cpus, partial):
+def execute(payload, artifacts, output, cpus, partial, helpers):
     scratch = Path(os.environ["CALPRUNE_SCRATCH"])
     assert scratch.is_dir()
     assert scratch in output.parents, output

@@ -13,9 +13,11 @@ import pytest
 
 from cluster.board import WritePosition
 from cluster.graph import Stage
+from cluster.helpers import Helpers
 from cluster.run import run_graph
 from cluster.store import Partial, Store
 from cluster.watcher import Watcher
+from cluster.worker import Aids
 from jobs.grid import Grid
 from jobs.plan import make_plan
 
@@ -36,6 +38,7 @@ def executing(
     output: Path,
     cpus: int,
     partial: Partial,
+    helpers: Helpers,
     *,
     notes: Path,
 ) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def test_nothing_that_others_wait_for_begins_after_what_nobody_waits_for(
         functools.partial(executing, notes=notes),
         Store(str(tmp_path / "store")),
         {},
-        prepared=functools.partial(preparing, notes=notes),
+        aids=Aids(functools.partial(preparing, notes=notes)),
         watcher=Timer(),
     )
     assert outcome.failed == {}

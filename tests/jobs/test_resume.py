@@ -18,8 +18,9 @@ import transformers
 from tokenizers import Tokenizer, models
 
 import pipeline.pruning.prune
-import pipeline.pruning.walk
+import pipeline.pruning.window_groups
 from cluster.graph import Stage
+from cluster.helpers import Helpers
 from cluster.run import run_graph
 from cluster.store import Manifest, Partial, Store
 from jobs.stages import StageWork, execute
@@ -124,7 +125,7 @@ def test_memory_budgets_reach_the_pruning_and_change_no_byte(
             asked.append((device_bytes, host_bytes))
             super().__init__(device, device_bytes, host_bytes)
 
-    monkeypatch.setattr(pipeline.pruning.walk, "TensorStore", NotingStore)
+    monkeypatch.setattr(pipeline.pruning.window_groups, "TensorStore", NotingStore)
     settings = {"device_hidden_bytes": 0, "host_hidden_bytes": 7}
     manifest = prune(spec, calibration, Store(str(tmp_path / "other")), settings)
     assert asked == [(0, 7)]
@@ -263,7 +264,12 @@ def test_a_worker_that_is_killed_within_a_pruning_loses_only_one_layer(
     marker = tmp_path / "died"
 
     def windows_then_dying_prune(
-        payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+        payload: str,
+        artifacts: Mapping[str, Path],
+        output: Path,
+        cpus: int,
+        partial: Partial,
+        helpers: Helpers,
     ) -> dict[str, Any]:
         if payload == "windows":
             content = (calibration / "windows.parquet").read_bytes()

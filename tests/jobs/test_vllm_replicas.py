@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from cluster.graph import needed
+from cluster.helpers import Helpers
 from cluster.run import run_graph
 from cluster.store import Partial, Store
-from cluster.worker import Maker, Replica
+from cluster.worker import Aids, Maker, Replica
 from jobs.check import check_plan
 from jobs.grid import Grid
 from jobs.plan import Plan, make_plan
@@ -35,6 +36,7 @@ def execute_or_die(
     output: Path,
     cpus: int,
     partial: Partial,
+    helpers: Helpers,
     *,
     victim: str,
     notes: Path,
@@ -131,7 +133,7 @@ def test_a_replica_killed_within_a_shard_costs_only_that_shard_and_changes_no_by
     assert len(set(caches)) == len(caches)
 
     alone = Store(str(tmp_path / "alone"))
-    maker = Maker(execute, alone.url, versions={}, run="alone", prepared=prepared)
+    maker = Maker(execute, alone.url, versions={}, run="alone", aids=Aids(prepared))
     with without_flask():
         for key in needed(plan.graph, windows, ()):
             Replica().make(plan.graph[key], maker, frozenset())

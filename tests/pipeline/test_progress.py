@@ -8,7 +8,8 @@ from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.generation.vllm_engine import reported_steps
 from pipeline.progress import TokenStream, counted, phase, report, reporting
-from pipeline.pruning.walk import Memory, walk
+from pipeline.pruning.walk import walk
+from pipeline.pruning.window_groups import Memory
 from pipeline.scoring.score import score_samples
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.graph import Graph, Resources, Stage
+from cluster.helpers import Helpers
 from cluster.store import Partial, Store
 
 SHARDS = 4
@@ -50,7 +51,12 @@ def grid(log: Path, seconds: float) -> Graph:
 
 
 def execute(
-    payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+    payload: str,
+    artifacts: Mapping[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
 ) -> dict[str, Any]:
     """Log the beginning, take the time, and write a digest of the key and all inputs."""
     fields = json.loads(payload)

@@ -18,7 +18,8 @@ from torch.nn import functional
 from pipeline.models.matrices import STARVED_TOKENS, Matrix, decoder_layers, matrices
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model, run
-from pipeline.pruning.walk import Memory, walk
+from pipeline.pruning.walk import walk
+from pipeline.pruning.window_groups import Memory
 from pipeline.specs import (
     FileCorpus,
     LocalModel,

@@ -20,7 +20,7 @@ from pipeline.models.streaming import load_streamed
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import PruneReport, prune_model
-from pipeline.pruning.walk import Memory
+from pipeline.pruning.window_groups import Memory
 from pipeline.specs import Uniform, Wanda
 from tests.pipeline.models.families import FAMILIES, NOT_BUILT, dense_model, model_of, windows
 

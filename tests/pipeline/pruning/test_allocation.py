@@ -23,6 +23,7 @@ from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.walk import layer_sizes
+from pipeline.pruning.window_groups import Memory
 from pipeline.specs import (
     OWL,
     Allocation,
@@ -349,7 +350,7 @@ def outlier_ratios_by_brute_force(model: Any, data: Tensor, threshold: float) ->
 
 @pytest.mark.parametrize("threshold", [5.0, 2.5])
 def test_outlier_ratios_are_those_of_all_scores_of_a_layer_together(threshold: float) -> None:
-    found = count_outliers(small_model(), windows(), threshold, batch_size=3)
+    found = count_outliers(small_model(), windows(), threshold, Memory(batch_size=3))
     expected = outlier_ratios_by_brute_force(small_model(), windows(), threshold)
     assert [layer.ratio for layer in found] == expected
     assert len(set(expected)) == 4

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.matrices import Matrix, matrices
-from pipeline.pruning.observed_inputs import observe_inputs
+from pipeline.pruning.observed_inputs import InputObserver
 
 
 class Twice(nn.Module):
@@ -33,9 +33,10 @@ def test_statistics_are_of_every_product_though_later_batches_end_at_the_last(ag
     layer = Twice(again)
     found = matrices("", layer)
     batches = [torch.randn(2, 5, 6) for _ in range(3)]
-    with observe_inputs(found, ("squared_norms",), 6) as observe:
-        for batch in batches:
-            observe(functools.partial(layer, batch))
+    observer = InputObserver(found, ("squared_norms",), 6)
+    for batch in batches:
+        observer.observe(functools.partial(layer, batch))
+    observer.take().hand_over(found)
     assert layer.outputs == 1
     states = torch.cat(batches).double().flatten(0, 1)
     first, last = layer.first.weight.double(), layer.last.weight.double()
@@ -53,8 +54,9 @@ def test_a_matrix_on_the_left_of_its_product_reads_the_columns_of_the_right() ->
     """Mamba multiplies like this."""
     torch.manual_seed(0)
     matrix, states = Matrix("in_proj", torch.randn(4, 6)), torch.randn(6, 5)
-    with observe_inputs([matrix], ("squared_norms",), 1) as observe:
-        observe(lambda: matrix.weight @ states)
+    observer = InputObserver([matrix], ("squared_norms",), 1)
+    observer.observe(lambda: matrix.weight @ states)
+    observer.take().hand_over([matrix])
     wanted = states.square().sum(dim=1)
     torch.testing.assert_close(matrix.statistics["squared_norms"], wanted)
     assert matrix.tokens == 5
@@ -68,8 +70,9 @@ def test_only_rows_of_zeros_are_no_tokens_of_an_expert() -> None:
     states[:, :, 1:4] *= torch.rand(2, 50, 3) < 0.5
     states[0, 40:] = states[1, :15] = 0
     experts = [Matrix(f"experts.{i}", stacked[i].T, is_expert=True) for i in range(2)]
-    with observe_inputs(experts, ("squared_norms",), 1) as observe:
-        observe(lambda: torch.bmm(states, stacked))
+    observer = InputObserver(experts, ("squared_norms",), 1)
+    observer.observe(lambda: torch.bmm(states, stacked))
+    observer.take().hand_over(experts)
     assert [expert.tokens for expert in experts] == [40, 35]
     for expert, rows in zip(experts, states, strict=True):
         torch.testing.assert_close(expert.statistics["squared_norms"], rows.square().sum(dim=0))

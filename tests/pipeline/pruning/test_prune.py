@@ -17,7 +17,8 @@ from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.sparsity_check import SparsityError, check_sparsity, count_zeros
-from pipeline.pruning.walk import Memory, walk
+from pipeline.pruning.walk import walk
+from pipeline.pruning.window_groups import Memory
 from pipeline.specs import (
     OWL,
     FirstLayers,
@@ -92,7 +93,9 @@ def test_every_inner_matrix_is_pruned_and_all_else_is_untouched(name: str, prune
 
 def test_batches_of_any_size_give_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pruned_model("llama", Wanda())
-    monkeypatch.setattr("pipeline.pruning.walk.BATCH_TOKENS", 3 * 24)  # batches of 3, 3, 3 and 1
+    monkeypatch.setattr(
+        "pipeline.pruning.window_groups.BATCH_TOKENS", 3 * 24
+    )  # batches of 3, 3, 3 and 1
     parts = pruned_model("llama", Wanda())
     for name, linear in inner_linears(whole).items():
         same = (linear.weight == 0) == (inner_linears(parts)[name].weight == 0)

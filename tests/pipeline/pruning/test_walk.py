@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import Matrix, decoder_layers
 from pipeline.progress import reporting
-from pipeline.pruning.walk import Memory, layer_sizes, walk
+from pipeline.pruning.walk import layer_sizes, walk
+from pipeline.pruning.window_groups import Memory
 from tests.pipeline.tiny_models import random_model, windows
 
 SMALL: dict[str, Any] = {
@@ -90,7 +91,7 @@ def test_statistics_do_not_depend_on_the_batch_size(batch_size: int | None) -> N
 def test_windows_go_through_one_by_one_if_a_batch_is_shorter_than_two(
     batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.pruning.walk.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("pipeline.pruning.window_groups.BATCH_TOKENS", batch_tokens)
     model, sizes = random_model(CONFIGS["llama"]), set()
     model.model.layers[0].mlp.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
     walk(model, windows(), ("squared_norms",), lambda number, found: None)

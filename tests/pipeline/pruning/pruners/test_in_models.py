@@ -11,7 +11,8 @@ from pipeline.errors import InputError
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.pruning.sparsity_check import SparsityError, check_sparsity
-from pipeline.pruning.walk import Memory, walk
+from pipeline.pruning.walk import walk
+from pipeline.pruning.window_groups import Memory
 from pipeline.specs import ALPS, RIA, DSnoT, Pattern, Pruner, Uniform, Wanda
 from tests.pipeline.tiny_models import random_model, windows
 
