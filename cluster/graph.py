@@ -109,19 +109,11 @@ def longest_paths(graph: Graph, keys: Sequence[str]) -> dict[str, float]:
     return paths
 
 
-def descendant_counts(graph: Graph, keys: Iterable[str]) -> dict[str, int]:
-    """Return for each of these stages how many of the others descend from it.
-
-    Args:
-        keys: each after its inputs.
-    """
-    order = list(keys)
-    below = dict.fromkeys(order, 0)  # sets of positions, as the bits of an integer
-    counts: dict[str, int] = {}
-    for position in reversed(range(len(order))):
-        key = order[position]
-        reached = below.pop(key)
-        counts[key] = reached.bit_count()
-        for name in set(graph[key].inputs) & below.keys():
-            below[name] |= reached | 1 << position
+def reader_counts(graph: Graph, keys: Sequence[str]) -> dict[str, int]:
+    """Return for each of these stages how many of the others read it."""
+    counts = dict.fromkeys(keys, 0)
+    for key in keys:
+        for name in set(graph[key].inputs):
+            if name in counts:
+                counts[name] += 1
     return counts

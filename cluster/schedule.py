@@ -6,14 +6,16 @@ begins before one that nobody waits for. Nothing here uses Ray or the time of da
 schedules simulated clusters.
 """
 
-import bisect
 import heapq
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from cluster.graph import Graph, Resources, Stage, descendant_counts, longest_paths
+from sortedcontainers import SortedList
+
+from cluster.graph import Graph, Resources, Stage, longest_paths, reader_counts
 
 SURPLUS_SHARE = 0.02
 """Share of the cluster that is handed over beyond its room, so that no worker of a large cluster
@@ -34,7 +36,7 @@ Bundle = dict[str, float]
 
 Rank = tuple[bool, float, int, int, str]
 """The smaller, the more urgent: whether nobody waits for the stage, minus the seconds of its
-longest remaining path, minus the number of its descendants, its place in the plan, its key."""
+longest remaining path, minus the number of its readers, its place in the plan, its key."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ def places(nodes: Sequence[Bundle], asked: Bundle) -> int:
 class _Lane:
     """Stages that compete for the same places: those of one pool, or tasks of equal resources."""
 
+    number: int
     pool: str | None
     resources: Resources
     fits: bool
     """Whether the empty nodes are enough for one of its places."""
-    ready: list[Rank] = field(default_factory=list)
-    """Most urgent first."""
+    ready: SortedList = field(default_factory=SortedList)
+    """`Rank`s, most urgent first."""
     handed_over: int = 0
     """Stages with Ray: at work, or waiting for room there."""
     idle: int = 0
@@ -91,6 +94,8 @@ class _Lane:
     joining: int = 0
     """Actors that have not started yet."""
     idle_since: float = 0.0
+    queued: tuple[SortedList, Rank] | None = None
+    """Its queue in the schedule, and its entry there."""
 
     def __post_init__(self) -> None:
         """Add up what a place holds: a bundle for each actor that shares a stage."""
@@ -117,16 +122,21 @@ class _Lane:
     @property
     def next(self) -> Rank | None:
         """Return the most urgent stage that an idle actor can take, or that has no place yet."""
+        ready: Sequence[Rank] = self.ready
         if self.idle:
-            return self.ready[0] if self.ready else None
-        if self.joining < len(self.ready):
-            return self.ready[self.joining]
+            return ready[0] if ready else None
+        if self.joining < len(ready):
+            return ready[self.joining]
         few = self.pool is not None and self.places < self.resources.min_replicas
-        return self.ready[-1] if few and self.ready else None
+        return ready[-1] if few and ready else None
 
 
 class Schedule:
-    """Decides what to do next; its caller carries out the steps and reports their results."""
+    """Decides what to do next; its caller carries out the steps and reports their results.
+
+    A step must not cost more in a large grid, which may have thousands of pools. So it counts no
+    lane again that has not changed, and looks at one lane of each queue only.
+    """
 
     def __init__(self, graph: Graph, workers: int | None = None) -> None:
         """
@@ -138,6 +148,16 @@ class Schedule:
         self._nodes: list[Bundle] = []
         self._total: Bundle = {}
         self._lanes: dict[object, _Lane] = {}
+        self._at_work = 0
+        """Stages with Ray."""
+        self._joining = 0
+        """Actors that have not started yet and fit a node."""
+        self._used: defaultdict[str, float] = defaultdict(float)
+        self._idle: dict[int, _Lane] = {}
+        """Lanes with idle actors, by number."""
+        self._queues: defaultdict[object, SortedList] = defaultdict(SortedList)
+        """Ranks of what is next in the other lanes. In one queue all need the same: if the first
+        cannot begin, none can."""
         self._ranks: dict[str, Rank] = {}
         self._awaited: set[str] = set()
 
@@ -146,8 +166,12 @@ class Schedule:
         self._nodes = list(nodes)
         names = {name for node in nodes for name in node}
         self._total = {name: sum(node.get(name, 0.0) for node in nodes) for name in names}
-        for lane in self._lanes.values():
-            lane.fits = self._fits(lane.resources)
+        lanes = self._lanes.values()
+        fits = {asked: self._fits(asked) for asked in {lane.resources for lane in lanes}}
+        self._joining, self._used = 0, defaultdict(float)
+        for lane in lanes:
+            lane.fits = fits[lane.resources]
+            self._count(lane, lane.joining, lane.places)
 
     def order(self, keys: Sequence[str]) -> None:
         """Rank the stages that are to be made. None is ready before `add`.
@@ -155,45 +179,47 @@ class Schedule:
         Args:
             keys: each after its inputs.
         """
-        paths, ahead = longest_paths(self.graph, keys), descendant_counts(self.graph, keys)
+        paths, read = longest_paths(self.graph, keys), reader_counts(self.graph, keys)
         self._ranks = {
-            key: (not ahead[key], -paths[key], -ahead[key], place, key)
+            key: (not read[key], -paths[key], -read[key], place, key)
             for place, key in enumerate(keys)
         }
-        self._awaited = {key for key in keys if ahead[key]}
+        self._awaited = {key for key in keys if read[key]}
         for lane in self._lanes.values():
             lane.ready.clear()
+            self._queue(lane)
 
     def add(self, key: str) -> None:
         """Make a stage ready."""
-        bisect.insort(self._lane(key).ready, self._ranks[key])
+        lane = self._lane(key)
+        lane.ready.add(self._ranks[key])
+        self._queue(lane)
 
     def discard(self, key: str) -> None:
         """Forget a stage that is made, or will not be."""
         self._awaited.discard(key)
-        ready, rank = self._lane(key).ready, self._ranks[key]
-        place = bisect.bisect_left(ready, rank)
-        if place < len(ready) and ready[place] == rank:
-            del ready[place]
+        lane = self._lane(key)
+        lane.ready.discard(self._ranks[key])
+        self._queue(lane)
 
     def returned(self, key: str, now: float, *, actor_lost: bool = False) -> None:
         """Record that Ray has returned a stage, made or not."""
         lane = self._lane(key)
-        lane.handed_over -= 1
         if lane.pool is not None and not actor_lost:
-            lane.idle += 1
             lane.idle_since = now
+            self._change(lane, handed_over=-1, idle=1)
+        else:
+            self._change(lane, handed_over=-1)
 
     def joined(self, pool: str, now: float) -> None:
         """Record that an actor has started."""
         lane = self._lanes[pool]
-        lane.joining -= 1
-        lane.idle += 1
         lane.idle_since = now
+        self._change(lane, joining=-1, idle=1)
 
     def lost(self, pool: str) -> None:
         """Record that an actor ended before it had started."""
-        self._lanes[pool].joining -= 1
+        self._change(self._lanes[pool], joining=-1)
 
     def first(self, pool: str) -> str | None:
         """Return the key of a pool's most urgent ready stage, or None."""
@@ -206,18 +232,16 @@ class Schedule:
         Args:
             now: seconds of a monotonic clock.
         """
-        at_work = sum(lane.handed_over for lane in self._lanes.values())
-        soon = at_work + sum(lane.joining for lane in self._lanes.values() if lane.fits)
+        soon = self._at_work + self._joining
         most = math.inf if self.workers is None else self.workers
-        if at_work >= most:
+        if self._at_work >= most:
             return self._end_idle(now)
         free, lacking = self._free(), set[str]()
-        open_lanes = [lane for lane in self._lanes.values() if lane.next is not None]
-        for lane in sorted(open_lanes, key=_turn):
+        for lane in self._in_turn():
             nobody_waits = lane.next is not None and lane.next[0]
             if lane.idle and not (nobody_waits and soon >= most):
                 return self._hand_over(lane)
-            if lane.idle or lane.full or soon >= most:
+            if lane.idle or soon >= most:
                 continue
             if nobody_waits and lacking & lane.bundle.keys():
                 continue
@@ -256,22 +280,64 @@ class Schedule:
         stage = self.graph[key]
         name = stage.pool or tuple(bundle(stage.resources).items())
         if name not in self._lanes:
-            self._lanes[name] = _Lane(stage.pool, stage.resources, self._fits(stage.resources))
+            lane = _Lane(len(self._lanes), stage.pool, stage.resources, self._fits(stage.resources))
+            self._lanes[name] = lane
+            self._count(lane, 0, 0)
         return self._lanes[name]
 
     def _fits(self, resources: Resources) -> bool:
         return places(self._nodes, bundle(resources)) >= resources.actors
 
+    def _change(
+        self, lane: _Lane, *, handed_over: int = 0, idle: int = 0, joining: int = 0
+    ) -> None:
+        """Add to the numbers of a lane."""
+        lane.handed_over += handed_over
+        lane.idle += idle
+        lane.joining += joining
+        self._at_work += handed_over
+        self._count(lane, joining, handed_over + idle + joining)
+        self._queue(lane)
+
+    def _count(self, lane: _Lane, joining: int, places: int) -> None:
+        """Add actors that join, and places, to those of the cluster."""
+        held = places if lane.fits else 0  # what is with Ray and fits no node holds nothing
+        self._joining += joining if lane.fits else 0
+        for name, amount in lane.bundle.items():
+            self._used[name] += held * amount
+
+    def _queue(self, lane: _Lane) -> None:
+        """Find the lane's place among those that may begin something."""
+        if lane.queued is not None:
+            queue, entry = lane.queued
+            queue.remove(entry)
+            lane.queued = None
+        self._idle.pop(lane.number, None)
+        following = lane.next
+        if lane.idle:
+            self._idle[lane.number] = lane
+        elif following is not None and not lane.full:
+            queue = self._queues[lane.resources, lane.pool is None, lane.places > 0]
+            queue.add(following)
+            lane.queued = queue, following
+
+    def _in_turn(self) -> list[_Lane]:
+        """Return the lanes that may begin something, the most urgent first."""
+        first = [self._lane(queue[0][-1]) for queue in self._queues.values() if queue]
+        return sorted([*first, *(lane for lane in self._idle.values() if lane.ready)], key=_turn)
+
+    def _with_idle(self) -> Iterator[_Lane]:
+        """Yield the lanes with idle actors, the oldest first."""
+        for number in sorted(self._idle):
+            yield self._idle[number]
+
     def _free(self) -> Bundle:
         """Return the cluster's resources less those in use by this run; below zero, something waits
         with Ray."""
-        lanes = self._lanes.values()
-        free = {name: self._total.get(name, 0.0) for lane in lanes for name in lane.bundle}
-        for lane in lanes:
-            if lane.fits:  # otherwise what is with Ray holds nothing
-                for name, amount in lane.bundle.items():
-                    free[name] -= lane.places * amount
-        return {name: round(amount, RAY_DIGITS) for name, amount in free.items()}
+        return {
+            name: round(self._total.get(name, 0.0) - used, RAY_DIGITS)
+            for name, used in self._used.items()
+        }
 
     def _within_surplus(self, lane: _Lane, free: Bundle) -> bool:
         """Return whether a stage may wait with Ray. A further actor of a pool may not: it would
@@ -286,21 +352,18 @@ class Schedule:
     def _begin(self, lane: _Lane) -> HandOver | StartActor:
         if lane.pool is None:
             return self._hand_over(lane)
-        lane.joining += 1
+        self._change(lane, joining=1)
         return StartActor(self.graph[lane.ready[0][-1]])
 
     def _hand_over(self, lane: _Lane) -> HandOver:
         key = lane.ready.pop(0)[-1]
-        lane.handed_over += 1
-        lane.idle -= lane.pool is not None
+        self._change(lane, handed_over=1, idle=0 if lane.pool is None else -1)
         return HandOver(self.graph[key])
 
     def _victim(self, lane: _Lane, short: set[str], free: Bundle) -> _Lane | None:
         """Return a pool whose idle actors can make room for the lane's next stage: one without
         work, or else the least urgent; None if ending all idle actors would not be enough."""
-        others = [
-            other for other in self._lanes.values() if other.spare and short & {*other.bundle}
-        ]
+        others = [other for other in self._with_idle() if other.spare and short & {*other.bundle}]
         enough = all(
             lane.bundle[name]
             <= free[name] + sum(other.spare * other.bundle.get(name, 0.0) for other in others)
@@ -312,13 +375,13 @@ class Schedule:
 
     def _end(self, lane: _Lane) -> EndActor:
         assert lane.pool is not None
-        lane.idle -= 1
+        self._change(lane, idle=-1)
         return EndActor(lane.pool)
 
     def _end_idle(self, now: float) -> EndActor | None:
         """End an idle actor that has no work for long, or whose place something with Ray needs."""
         free = self._free()
-        for lane in self._lanes.values():
+        for lane in self._with_idle():
             waited_for = any(free[name] < 0 for name in lane.bundle)
             if lane.spare and (
                 waited_for or (not lane.ready and now - lane.idle_since > IDLE_SECONDS)
@@ -340,10 +403,10 @@ def _bundles(resources: Resources) -> list[Bundle]:
     return resources.actors * [bundle(resources)]
 
 
-def _without_place(lane: _Lane) -> list[Rank]:
-    """Return the ready stages that need another place."""
-    if lane.pool is None:
-        return lane.ready
-    most = lane.resources.max_replicas
-    beyond = lane.ready[lane.idle + lane.joining :]
-    return beyond if most is None else beyond[: max(0, most - lane.places)]
+def _without_place(lane: _Lane) -> Iterator[Rank]:
+    """Yield the ready stages that need another place."""
+    first, last = 0, None
+    if lane.pool is not None:
+        most, first = lane.resources.max_replicas, lane.idle + lane.joining
+        last = None if most is None else first + max(0, most - lane.places)
+    yield from lane.ready.islice(first, last)
