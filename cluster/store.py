@@ -141,10 +141,10 @@ class Store:
         cached = {"use_listings_cache": False} if "://" in url else {}
         self.fs, root = fsspec.core.url_to_fs(url, **cached)
         self.local = isinstance(self.fs, LocalFileSystem)
-        protocols = self.fs.protocol
-        self._folders = OBJECT_STORES.isdisjoint(
-            {protocols} if isinstance(protocols, str) else protocols
-        )
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else {*self.fs.protocol}
+        self._folders = OBJECT_STORES.isdisjoint(protocols)
+        # s3fs asks for a file's size before it reads it, to read a large one in parts.
+        self._reading = {"max_concurrency": 1} if "s3" in protocols else {}
         self.root = os.path.abspath(root) if self.local else root.rstrip("/")
         self.url = self.root if self.local else url
         if self.local and os.path.isfile(self.root):
@@ -198,11 +198,17 @@ class Store:
 
     def attempts(self) -> list[str]:
         """Return the full paths of the folders of all attempts, whole or not."""
-        return [path.rstrip("/") for path in self.fs.glob(self._path("data/*/*"))]
+        if self._folders:
+            return [path.rstrip("/") for path in self.fs.glob(self._path("data/*/*"))]
+        # A pattern would take a request for each artifact, a flat listing one for 1,000 files.
+        folder = self._path("data")
+        depth = folder.count("/") + 3
+        found = ("/".join(path.split("/")[:depth]) for path in self.fs.find(folder))
+        return list(dict.fromkeys(found))
 
     def kept(self) -> list[str]:
         """Return the full paths of the files that unfinished attempts have kept."""
-        paths: list[str] = self.fs.glob(self._path("partial/*/*"))
+        paths: list[str] = self.fs.find(self._path("partial"))
         return paths
 
     # -------------------------------------------------------------------------------- artifacts
@@ -346,7 +352,7 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """Return the content of one file, or None if it does not exist."""
         try:
-            content: bytes = self.fs.cat_file(self._path(name))
+            content: bytes = self.fs.cat_file(self._path(name), **self._reading)
         except FileNotFoundError:
             return None
         return content
@@ -479,11 +485,17 @@ class Attempt:
 
 
 class Partial:
-    """Finished files of an artifact that is being made, kept in case the attempt dies."""
+    """Finished files of an artifact that is being made, kept in case the attempt dies.
+
+    The store is asked once, at the first use, which files there are: nobody else makes the
+    artifact meanwhile. Most stages keep nothing and need no request.
+    """
 
     def __init__(self, store: Store, key: str) -> None:
         self.store = store
         self.folder = f"partial/{key}"
+        self._kept: list[str] | None = None
+        """Full paths, the oldest first; None before the first use."""
 
     def keep(self, path: Path) -> None:
         """Keep a file under its name. It must not change afterwards."""
@@ -496,6 +508,9 @@ class Partial:
             os.replace(temporary, target)
         else:
             self.store.fs.put_file(str(path), target)
+        kept = self._paths()
+        if target not in kept:
+            kept.append(target)
 
     def restore(self, path: Path) -> bool:
         """Restore the file that was kept under the name of `path`.
@@ -503,7 +518,7 @@ class Partial:
         Returns:
             Whether an undamaged one was found. Damaged ones are logged and removed.
         """
-        for kept in self._paths():
+        for kept in list(self._paths()):
             digest, _, name = kept.rsplit("/", 1)[-1].partition("-")[2].partition("-")
             if name != path.name:
                 continue
@@ -519,11 +534,15 @@ class Partial:
             logger.warning("%s is damaged; it is made again", kept)
             path.unlink()
             self.store.fs.rm_file(kept)
+            self._paths().remove(kept)
         return False
 
     def clear(self) -> None:
-        """Remove all files that were kept."""
-        for kept in self._paths():
+        """Remove the files that were kept, if this attempt kept or restored any; `Store.sweep`
+        removes others."""
+        if self._kept is None:
+            return
+        for kept in self._kept:
             with contextlib.suppress(FileNotFoundError):
                 self.store.fs.rm_file(kept)
         if self.store.local:
@@ -531,11 +550,13 @@ class Partial:
                 os.rmdir(self.store._path(self.folder))
 
     def _paths(self) -> list[str]:
-        folder = self.store._path(self.folder)
-        try:
-            return sorted(self.store.fs.ls(folder, detail=False))
-        except FileNotFoundError:
-            return []
+        if self._kept is None:
+            try:
+                found = self.store.fs.ls(self.store._path(self.folder), detail=False)
+            except FileNotFoundError:
+                found = []
+            self._kept = sorted(found)
+        return self._kept
 
 
 def _link_or_copy(source: str, target: str) -> None:

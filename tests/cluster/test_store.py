@@ -1,18 +1,21 @@
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.store import CorruptArtifactError, Failure, Manifest, Store, StoreError
+from cluster.graph import Stage
+from cluster.store import CorruptArtifactError, Failure, Manifest, Partial, Store, StoreError
+from cluster.worker import Maker, make_artifact
 from tests.s3 import BUCKET, S3Server
 
 FACTS: dict[str, Any] = {
@@ -293,6 +296,53 @@ def test_the_sweep_leaves_stages_under_a_lease(tmp_path: Path) -> None:
     store.remove("leases/windows-1.json")
     store.sweep()
     assert contents(store) == {}
+
+
+def requests(of: S3Server, store: Store) -> list[str]:
+    """Return the requests since the last call: method, and path without the store and attempt."""
+    taken = [request.replace(f"/{store.root}/", "") for request in of.requests]
+    of.requests.clear()
+    return [re.sub(r"(data/[^/]+)/[^/]+", r"\1", request) for request in taken]
+
+
+def test_a_stage_makes_no_request_that_it_can_do_without(s3: S3Server) -> None:
+    store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    put(store, "input", a=b"alpha")
+
+    def execute(
+        payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+    ) -> dict[str, Any]:
+        (output / "b").write_bytes(b"beta")
+        return {}
+
+    stage = Stage(key="k", kind="k", label="", spec={}, payload="", inputs=("input",))
+    requests(s3, store)
+    make_artifact(stage, Maker(execute, store.url, {}, "run"), frozenset())
+    assert requests(s3, store) == [
+        "PUT leases/k.json",  # fails if there is one
+        "GET manifests/k.json",  # another run may have made it
+        "GET manifests/input.json",
+        "GET data/input/deep/a",
+        "PUT data/k/b",
+        "PUT manifests/k.json",
+        "DELETE failures/k.json",
+        "GET leases/k.json",  # it may have been taken over
+        "DELETE leases/k.json",
+    ]
+
+
+def test_neither_artifacts_nor_kept_files_are_listed_one_at_a_time(s3: S3Server) -> None:
+    store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    for number in range(5):
+        put(store, f"k-{number}", a=b"alpha")
+    s3.requests.clear()
+    found = store.attempts()
+    assert len(s3.requests) == 1
+    assert sorted(path.rsplit("/", 2)[-2] for path in found) == [f"k-{n}" for n in range(5)]
+    s3.requests.clear()
+    with store.attempt("prune-1") as attempt:
+        assert not any(attempt.partial.restore(attempt.folder / f"l-{n}") for n in range(9))
+    assert len(s3.requests) <= 2  # s3fs looks twice for an empty folder
 
 
 def test_throttling_and_server_errors_are_retried(s3: S3Server) -> None:
