@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from types import TracebackType
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0
 """Between two looks at the cluster, when the metrics are set too."""
+
+LOOK_SHARE = 0.05
+"""The most of a core that looks may take, beside the driver's own work: a forecast of 100,000
+stages takes two seconds."""
 
 SUMMARY_SECONDS = 30.0
 """Between two summaries in a log."""
@@ -116,8 +121,11 @@ class Watch(Watcher):
 
     def _look_repeatedly(self) -> None:
         summarized = self.progress.began
-        while not self._over.wait(LOOK_SECONDS):
+        pause = LOOK_SECONDS
+        while not self._over.wait(pause):
+            started = time.thread_time()
             self.look()
+            pause = max(LOOK_SECONDS, (time.thread_time() - started) / LOOK_SHARE)
             if self._live is None:
                 self._log_started()
             now = self.progress.began + self.progress.seconds
