@@ -10,7 +10,7 @@ import heapq
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -214,6 +214,7 @@ class Simulation:
     start_seconds: float = 0.0
     """Seconds of a new actor before its first stage."""
     workers: int | None = None
+    make_schedule: Callable[[Graph, int | None], Schedule] = Schedule
     times: dict[str, Times] = field(default_factory=dict)
 
     def run(self) -> float:
@@ -225,7 +226,7 @@ class Simulation:
         self.idle: defaultdict[str, list[_Waiting]] = defaultdict(list)
         self.events: list[tuple[float, int, str | None, _Waiting]] = []
         self.count = iter(range(10**9))
-        self.schedule = Schedule(graph, self.workers)
+        self.schedule = self.make_schedule(graph, self.workers)
         self.schedule.resize(self.case.nodes)
         self.schedule.order(needed(graph, graph, ()))
         left = {key: len(set(stage.inputs)) for key, stage in graph.items()}
@@ -277,9 +278,13 @@ class Simulation:
             self._place()
 
     def _place(self) -> None:
+        too_large: set[Resources] = set()
         for asked in list(self.queue):
+            if asked.stage.resources in too_large:
+                continue
             place = _first_fit(bundle(asked.stage.resources), self.free)
             if place is None:
+                too_large.add(asked.stage.resources)
                 continue
             self.queue.remove(asked)
             asked.place = place

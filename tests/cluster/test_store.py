@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.grid_scale import count_requests
 from cluster.graph import Stage
 from cluster.store import CorruptArtifactError, Failure, Manifest, Partial, Store, StoreError
 from cluster.worker import Maker, make_artifact
@@ -329,6 +330,15 @@ def test_a_stage_makes_no_request_that_it_can_do_without(s3: S3Server) -> None:
         "GET leases/k.json",  # it may have been taken over
         "DELETE leases/k.json",
     ]
+
+
+def test_the_requests_of_a_stage_do_not_grow_with_the_store(s3: S3Server) -> None:
+    s3.requests.clear()
+    (few, begin_few), (many, begin_many) = (count_requests(s3, stages) for stages in (3, 9))
+    assert few["PUT"] == 3 * 3
+    assert many["PUT"] == 3 * 9
+    assert many["GET"] - few["GET"] == 4 * 6  # the lease, two manifests, the input
+    assert begin_few == begin_many
 
 
 def test_neither_artifacts_nor_kept_files_are_listed_one_at_a_time(s3: S3Server) -> None:
