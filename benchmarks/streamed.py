@@ -18,11 +18,13 @@ import typer
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from benchmarks.footprint import own_bytes
 from benchmarks.real_model import on_cpu, real_windows
 from benchmarks.record import machine, write_json
 from benchmarks.tables import targets_table
 from benchmarks.targets import Target
 from benchmarks.timing import median_seconds
+from cluster.heap import keep_freed_memory
 from pipeline.evaluation.perplexity import ScoredWindow, batches, losses
 from pipeline.models.loading import stream_model
 from pipeline.models.output_layer import OutputLayer
@@ -107,14 +109,15 @@ def peak_bytes(folder: Path, windows: list[ScoredWindow]) -> int:
     Pages of mapped files do not count: the system may drop them.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a worker does; without it glibc's heap grows with every layer
     torch.ones(256, 256) @ torch.ones(256, 256)  # sets up the libraries
-    before = _own_bytes()
+    before = own_bytes()
     peak, done = before, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(timeout=0.01):
-            peak = max(peak, _own_bytes())
+            peak = max(peak, own_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -123,12 +126,6 @@ def peak_bytes(folder: Path, windows: list[ScoredWindow]) -> int:
     done.set()
     watcher.join()
     return peak - before
-
-
-def _own_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
 
 
 def main(

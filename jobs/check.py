@@ -2,15 +2,18 @@
 
 import contextlib
 import importlib.util
+import logging
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from cluster.session import ResourceError
 from jobs.declared import resolve
 from jobs.grid import StageResources
-from jobs.memory import reads_by_layer
-from jobs.plan import Plan
+from jobs.memory import SMALL_GPU_BYTES, reads_by_layer
+from jobs.plan import Plan, footprints, machine_bytes
 from pipeline.data.corpora import check_corpus
 from pipeline.data.prefixes import parts_in_turn, prefix_corpora, prefix_sources
 from pipeline.data.presets import CORPUS_PRESETS
@@ -44,6 +47,8 @@ from pipeline.specs import (
     generator_of,
 )
 from pipeline.testbed.world import check_mixture
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_FIELDS = {"world", "mixture", "vocab_size", "seed"}
 """Fields of a testbed model that its tokenizer depends on."""
@@ -114,6 +119,8 @@ def check_plan(plan: Plan) -> list[str]:
     for path in sorted(lists):
         read_words(path)
     _check_tasks(plan)
+    for note in _check_memory(plan):
+        notes[note] = None
     return list(notes)
 
 
@@ -409,3 +416,104 @@ def _check_tasks(plan: Plan) -> None:
             remedy = f"generates, for which a model must be in memory, and {why}"
             remedy += ": take evaluate.backend vllm, raise memory_bytes, or drop the task"
             raise InputError("evaluate.tasks", writing[0], remedy)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+GPU_BYTES = {
+    "T4": 16e9,
+    "V100": 32e9,
+    "A10G": 24e9,
+    "L4": 24e9,
+    "L40S": 48e9,
+    "A100": 80e9,
+    "A100-40G": 40e9,
+    "A100-80G": 80e9,
+    "H100": 80e9,
+    "H200": 141e9,
+    "B200": 192e9,
+}
+"""Memory of a GPU by Ray's name of its type; the largest of those with this name."""
+
+_REMEDIES = {
+    "generate": "take backend vllm with a larger tensor_parallel_size, or a larger node",
+    "prune": "take a larger one, or fewer experts: pruning holds one decoder layer already",
+    "outliers": "take a larger one: it holds one decoder layer already",
+}
+_READING_REMEDY = "take a larger one: it holds two decoder layers already"
+
+
+def _check_memory(plan: Plan) -> Iterator[str]:
+    """Yield a warning for each kind of stage without a GPU that reserves less than it takes.
+
+    Raises:
+        InputError: if that is less than the weights that it holds at a time.
+    """
+    for (kind, name), found in footprints(plan, plan.specs, None, machine_bytes()).items():
+        asked = plan.grid.resources.get(kind, StageResources())
+        if asked.memory_bytes is None or asked.gpus:
+            continue
+        field, peak = f"resources.{kind}.memory_bytes", found.peaks[1]
+        if found.weights > asked.memory_bytes:
+            how = "weights that it holds at a time" if found.streamed else "weights"
+            remedy = f"{name} has {_gigabytes(found.weights)} of {how}: raise it, or give it a GPU"
+            raise InputError(field, asked.memory_bytes, remedy)
+        if peak > asked.memory_bytes:
+            yield f"{field}: {asked.memory_bytes}: {name} takes about {_gigabytes(peak)}: raise it"
+
+
+def check_room(
+    plan: Plan, keys: Collection[str], nodes: Sequence[Mapping[str, float]], may_grow: bool
+) -> None:
+    """Check that some node of a cluster has the memory for each stage; warn where it may not.
+
+    Args:
+        keys: of the stages to make.
+        nodes: the resources of each node, as Ray names them.
+        may_grow: whether nodes may join.
+
+    Raises:
+        ResourceError: if the weights alone that a stage holds are more than any node has, and no
+            node may join.
+    """
+    host = max((_host_bytes(node) for node in nodes), default=0.0)
+    gpus = [_gpu_bytes(node) for node in nodes if node.get("GPU")]
+    known = [size for size in gpus if size is not None]
+    gpu = max(known) if gpus and len(known) == len(gpus) else None
+    for (kind, name), found in footprints(plan, keys, gpu, host).items():
+        of_device, of_host, _ = found.peaks
+        where, peak, size = (
+            ("GPU", of_device, gpu) if found.device else ("host", of_host, host or None)
+        )
+        takes = f"resources.{kind}: {name} takes about {_gigabytes(peak)} of {where} memory"
+        if size is None:
+            if found.device and peak > SMALL_GPU_BYTES:
+                logger.warning("%s; the GPUs' type and memory are unknown", takes)
+            continue
+        if peak <= size:
+            continue
+        remedy = _REMEDIES.get(kind, _READING_REMEDY)
+        message = f"{takes}, and the largest has {_gigabytes(size)}: {remedy}"
+        if found.weights > size and not may_grow:
+            raise ResourceError(message)
+        logger.warning("%s", message)
+
+
+def nodes_may_grow(nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Return whether nodes may join: a cluster's, but not a local Ray's."""
+    return "RAY_ADDRESS" in os.environ or len(nodes) != 1
+
+
+def _host_bytes(node: Mapping[str, float]) -> float:
+    """Return a node's memory, with the part that Ray keeps for objects."""
+    return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)
+
+
+def _gpu_bytes(node: Mapping[str, float]) -> float | None:
+    prefix = "accelerator_type:"
+    types = [name.removeprefix(prefix) for name in node if name.startswith(prefix)]
+    return GPU_BYTES.get(types[0]) if types else None
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"

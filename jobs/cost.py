@@ -215,14 +215,15 @@ def _tokens(spec: StageSpec) -> float:
                 (2 if entry.kl else 1) * (entry.max_windows or MANY_WINDOWS) * entry.seqlen
                 for entry in spec.perplexity
             )
-            return texts + sum(_task_tokens(spec, task) for task in spec.tasks)
+            return texts + sum(task_tokens(spec, task) for task in spec.tasks)
         case PruneSpec():
             return 0.0  # it takes no data
         case _:
             raise TypeError(f"the tokens of a stage {spec.kind} are not known")
 
 
-def _task_tokens(spec: EvaluateSpec, task: TaskSpec) -> float:
+def task_tokens(spec: EvaluateSpec, task: TaskSpec) -> float:
+    """Estimate the tokens of a task's questions, with all choices."""
     if isinstance(spec.task_folder, TestbedTasksSpec):
         return spec.task_folder.questions * TESTBED_QUESTION_TOKENS
     if isinstance(spec.task_folder, LocalTasks):

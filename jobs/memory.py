@@ -14,6 +14,27 @@ ReadsTexts = ScoreSpec | DescribeSpec | EvaluateSpec
 """Stages that read a model by layer if it does not fit in memory. Pruning always does."""
 
 
+def weight_bytes(spec: ReadsTexts, weights: float) -> float:
+    """Return the bytes of all models that a stage needs at a time.
+
+    Args:
+        weights: of one model.
+    """
+    models = 2 if isinstance(spec, EvaluateSpec) and spec.compares else 1
+    return models * weights * WEIGHT_BYTES[spec.model.dtype]
+
+
+def is_streamed(spec: ReadsTexts, weights: float, memory: float | None) -> bool:
+    """Return whether a stage reads its models by layer.
+
+    Args:
+        weights: of one model.
+        memory: bytes of the GPU, or of the host for a stage without one; None takes the smallest
+            GPU that is common.
+    """
+    return not fits(weight_bytes(spec, weights), SMALL_GPU_BYTES if memory is None else memory)
+
+
 def reads_by_layer(
     spec: ReadsTexts, sizes: Mapping[str, float], resources: Resources
 ) -> str | None:
@@ -23,11 +44,11 @@ def reads_by_layer(
         sizes: number of parameters by hub name or path of a model.
         resources: what the stage runs on.
     """
-    weights, memory = _weights(spec, sizes), resources.memory_bytes
-    if weights is None or memory is None or resources.gpus or fits(weights, memory):
+    size, memory = parameters(spec.model, sizes), resources.memory_bytes
+    if size is None or memory is None or resources.gpus or not is_streamed(spec, size, memory):
         return None
     share = f"{WEIGHTS_SHARE:.0%} of {spec.kind}.memory_bytes ({memory / 1e9:,.1f} GB)"
-    return f"{weights / 1e9:,.1f} GB of weights are more than {share}"
+    return f"{weight_bytes(spec, size) / 1e9:,.1f} GB of weights are more than {share}"
 
 
 def least_gpu_bytes(
@@ -37,14 +58,7 @@ def least_gpu_bytes(
 
     None if it has no GPU, the models' size is unknown, or they fit almost every GPU.
     """
-    weights = _weights(spec, sizes)
-    if weights is None or not resources.gpus or fits(weights, SMALL_GPU_BYTES):
-        return None
-    return weights / WEIGHTS_SHARE
-
-
-def _weights(spec: ReadsTexts, sizes: Mapping[str, float]) -> float | None:
-    """Return the bytes of all models that a stage needs at a time; None if unknown."""
     size = parameters(spec.model, sizes)
-    models = 2 if isinstance(spec, EvaluateSpec) and spec.compares else 1
-    return None if size is None else models * size * WEIGHT_BYTES[spec.model.dtype]
+    if size is None or not resources.gpus or not is_streamed(spec, size, SMALL_GPU_BYTES):
+        return None
+    return weight_bytes(spec, size) / WEIGHTS_SHARE

@@ -1,5 +1,6 @@
 """From a grid to the deduplicated graph of its stages."""
 
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,10 +19,11 @@ from jobs.cost import (
     model_name,
     parameters,
 )
+from jobs.footprint import Footprint, Shape, footprint, pretrained_shape, shape_of
 from jobs.grid import GeneratedCalibration, Grid, lines_of
 from jobs.labels import labels
 from jobs.memory import ReadsTexts, least_gpu_bytes, reads_by_layer
-from jobs.sizes import checkpoint_parameters
+from jobs.sizes import checkpoint_parameters, tensor_shapes
 from jobs.stages import LINES, STAGES, StageWork, line_of, stage_name
 from pipeline.specs import (
     GenerateSpec,
@@ -50,6 +52,8 @@ class Plan:
     graph: Graph
     sizes: dict[str, float]
     """Parameters by a model's hub name or path, if known."""
+    shapes: dict[str, Shape]
+    """Shapes by the same names, if the model's files or its configuration are here."""
 
     @property
     def targets(self) -> list[str]:
@@ -84,8 +88,19 @@ def make_plan(grid: Grid, of_cells: Iterable[Cell] | None = None) -> Plan:
     named = labels(cells, descriptions, specs, inputs)
     graph = {key: _stage(grid, spec, inputs[key], named[key], sizes) for key, spec in specs.items()}
     return Plan(
-        grid=grid, cells=cells, descriptions=descriptions, specs=specs, graph=graph, sizes=sizes
+        grid=grid,
+        cells=cells,
+        descriptions=descriptions,
+        specs=specs,
+        graph=graph,
+        sizes=sizes,
+        shapes=model_shapes(grid),
     )
+
+
+def machine_bytes() -> int:
+    """Return this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)
@@ -164,11 +179,33 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
             console.print(f"calibrations.{name}: {_engine(calibration.backend)} generates")
     if isinstance(plan.grid.evaluate.backend, Vllm):
         console.print(f"evaluate: {_engine(plan.grid.evaluate.backend)} answers tasks")
+    _print_footprints(plan, console)
     for reading in _read_by_layer(plan):
         console.print(reading, soft_wrap=True)
     for name, model in plan.grid.models.items():
         if parameters(model, plan.sizes) is None:
             console.print(f"not in the estimate: model {name}; give cost.parameters.{name}")
+
+
+def _print_footprints(plan: Plan, console: Console) -> None:
+    """Print what a stage of each kind takes at its peak."""
+    machine = machine_bytes()
+    found = footprints(plan, plan.specs, None, machine)
+    if not found:
+        return
+    table = Table(title="largest peak of a stage, estimated (docs/scale.md)")
+    for heading in ("stage", "model", "weights"):
+        table.add_column(heading)
+    for heading in ("GPU GB", "host GB", "temporary GB"):
+        table.add_column(heading, justify="right")
+    for (kind, name), each in found.items():
+        amounts = [f"{size / 1e9:,.2f}" if size else "-" for size in each.peaks]
+        table.add_row(kind, name, "by layer" if each.streamed else "whole", *amounts)
+    console.print(table)
+    console.print(
+        f"this machine has {machine / 1e9:,.1f} GB; a run compares with the cluster's nodes",
+        soft_wrap=True,
+    )
 
 
 def _rests_on(plan: Plan) -> str:
@@ -226,6 +263,54 @@ def model_sizes(grid: Grid) -> dict[str, float]:
         if size is not None:
             sizes[model_name(model)] = size
     return sizes
+
+
+def model_shapes(grid: Grid) -> dict[str, Shape]:
+    """Return shapes by hub name or path; for the testbed's models by their kind, the largest."""
+    shapes: dict[str, Shape] = {}
+    for model in grid.models.values():
+        if isinstance(model, PretrainSpec):
+            shape: Shape | None = pretrained_shape(model)
+        else:
+            tensors = tensor_shapes(model)
+            shape = None if tensors is None else shape_of(tensors)
+        name = model_name(model)
+        if shape is not None and (name not in shapes or shapes[name].weights < shape.weights):
+            shapes[name] = shape
+    return shapes
+
+
+def footprints(
+    plan: Plan, keys: Iterable[str], gpu_bytes: float | None, host_bytes: float
+) -> dict[tuple[str, str], Footprint]:
+    """Return the largest footprint by kind of stage and name of the model, if its shape is known.
+
+    Args:
+        keys: of the stages.
+        gpu_bytes: memory of a GPU, if it is known.
+        host_bytes: memory of a node.
+    """
+    largest: dict[tuple[str, str], Footprint] = {}
+    for key in keys:
+        stage = plan.specs[key]
+        made: Any = stage.of if isinstance(stage, ShardSpec) else stage
+        name = model_name(made.model) if hasattr(made, "model") else None
+        if name not in plan.shapes:
+            continue
+        resources = plan.graph[key].resources
+        memory = gpu_bytes if resources.gpus else resources.memory_bytes or host_bytes
+        asked = plan.grid.resources.get(made.kind)
+        found = footprint(
+            stage,
+            plan.shapes[name],
+            resources,
+            memory,
+            {} if asked is None else asked.settings(made.kind),
+        )
+        if found is not None:
+            place = made.kind, name
+            largest[place] = max(largest.get(place, found), found, key=lambda each: each.peaks)
+    return largest
 
 
 def _stage(

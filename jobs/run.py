@@ -3,6 +3,8 @@
 import logging
 from importlib import metadata
 
+import ray
+
 import cluster
 import jobs
 import pipeline
@@ -13,6 +15,7 @@ from cluster.run import Outcome, run_graph
 from cluster.session import check_resources, session
 from cluster.store import Store
 from cluster.worker import Aids
+from jobs.check import check_room, nodes_may_grow
 from jobs.fetch import with_copies
 from jobs.plan import Plan
 from jobs.progress import progress_of, recall
@@ -61,6 +64,8 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
         board = Board()
         with Watch(progress, plan.grid.name, board, workers) as watch:
             check_resources({plan.graph[key].kind: plan.graph[key].resources for key in missing})
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            check_room(plan, missing, nodes, nodes_may_grow(nodes))
             return run_graph(
                 graph,
                 targets,

@@ -1,8 +1,9 @@
-"""Count a checkpoint's parameters from its files, without loading or downloading it."""
+"""Read the shapes of a checkpoint's tensors from its files, without loading or downloading it."""
 
 import functools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from jobs.cost import WEIGHT_BYTES
 from pipeline.hub import local_folder
 from pipeline.specs import HubModel, LocalModel
+
+TensorShapes = Mapping[str, tuple[int, ...]]
+"""The shape of every tensor of a checkpoint, by name."""
 
 
 def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
@@ -25,29 +29,39 @@ def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
     folder = local_folder(model)
     if folder is None:
         return None
-    for count in (_in_safetensors, _in_pickles):
-        found = count(folder)
+    if _in_safetensors(folder) is None:
+        found = _in_pickles(folder)
         if found is not None:
-            return float(found)
-    return _of_config(str(folder), model.trust_remote_code)
+            return found
+    shapes = tensor_shapes(model)
+    return None if shapes is None else float(sum(map(math.prod, shapes.values())))
 
 
-def _in_safetensors(folder: Path) -> int | None:
-    """Count by the headers, which have every tensor's shape."""
+def tensor_shapes(model: HubModel | LocalModel) -> TensorShapes | None:
+    """Return the shapes in the headers of a model's safetensors files, else those of a model that
+    its configuration makes; None if there are no such files."""
+    folder = local_folder(model)
+    if folder is None:
+        return None
+    found = _in_safetensors(folder)
+    return _of_config(str(folder), model.trust_remote_code) if found is None else found
+
+
+def _in_safetensors(folder: Path) -> TensorShapes | None:
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     files = [whole] if whole.is_file() else list(folder.glob("*.safetensors"))
+    found: dict[str, tuple[int, ...]] = {}
     try:
         if index.is_file():
             names = set(json.loads(index.read_text())["weight_map"].values())
             files = [folder / name for name in names]
-        return sum(map(_tensors, files)) if files else None
+        for file in files:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    found[name] = tuple(tensors.get_slice(name).get_shape())
     except (OSError, ValueError, KeyError, SafetensorError):  # a run reports what is wrong
         return None
-
-
-def _tensors(file: Path) -> int:
-    with safe_open(file, framework="numpy") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return found or None
 
 
 def _in_pickles(folder: Path) -> float | None:
@@ -69,8 +83,8 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 @functools.cache
-def _of_config(folder: str, trust_remote_code: bool) -> float | None:
-    """Count by a model without weights; this imports torch, which takes seconds."""
+def _of_config(folder: str, trust_remote_code: bool) -> TensorShapes | None:
+    """Take the shapes of a model without weights; this imports torch, which takes seconds."""
     if _config(Path(folder)) is None:
         return None
     from transformers import AutoConfig
@@ -84,4 +98,4 @@ def _of_config(folder: str, trust_remote_code: bool) -> float | None:
     except (OSError, ValueError, KeyError, ImportError):  # `check_plan` reports what is wrong
         return None
     model.tie_weights()
-    return float(sum(parameter.numel() for parameter in model.parameters()))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
