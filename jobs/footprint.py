@@ -38,7 +38,7 @@ DEVICE_LIBRARY_BYTES = 1.0e9
 """GPU memory of the CUDA context and its libraries' workspaces. Assumed, not measured."""
 
 BATCH_TOKENS = (2_048, 16_384)
-"""Tokens of a batch of a pruning on a CPU and on a GPU, as in `pipeline.pruning.walk`."""
+"""Tokens of a batch of a pruning on a CPU and on a GPU, as in `pipeline.pruning.window_groups`."""
 
 LOGITS = (2**23, 2**25)
 """Logits of a call of the output layer on both, as in `pipeline.models.output_layer`."""

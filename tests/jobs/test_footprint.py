@@ -184,9 +184,12 @@ def test_an_engine_spreads_a_model_over_its_gpus() -> None:
 def test_sizes_of_batches_are_those_of_the_walk_and_the_output_layer() -> None:
     from jobs import footprint as model
     from pipeline.models import output_layer
-    from pipeline.pruning import walk
+    from pipeline.pruning import window_groups
 
-    assert model.BATCH_TOKENS == (walk.BATCH_TOKENS, walk.ACCELERATOR_BATCH_TOKENS)
+    assert model.BATCH_TOKENS == (
+        window_groups.BATCH_TOKENS,
+        window_groups.ACCELERATOR_BATCH_TOKENS,
+    )
     assert model.LOGITS == (output_layer.LAYER_LOGITS, output_layer.ACCELERATOR_LOGITS)
     assert model.SCORED_LOGITS == (output_layer.PART_LOGITS, output_layer.ACCELERATOR_LOGITS)
 
