@@ -13,7 +13,7 @@ from analysis.design import RecordedDesign, read_design
 from analysis.figures import png_bytes, svg_bytes
 from analysis.load import TableError, load_results
 from analysis.metrics import effect_text, interval_text, level_text, p_text
-from analysis.report import status_counts
+from analysis.report import grid_notes, status_counts
 from analysis.requests import load_requests
 
 
@@ -109,7 +109,8 @@ def run_study(study: Study, location: str, grid: str | None = None) -> Answer:
         raise TableError(f"study {study.name}: {location} has no results: {remedy}") from error
     except TableError as error:
         raise TableError(f"study {study.name}: {error}: {remedy}") from error
-    return answer._replace(caveat=" ".join([answer.caveat, _left_out(results.table)]).strip())
+    further = [*grid_notes(results.table), _left_out(results.table)]
+    return answer._replace(caveat=" ".join([answer.caveat, *further]).strip())
 
 
 def read_results(location: str, grid: str) -> Results:

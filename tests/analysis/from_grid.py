@@ -39,7 +39,7 @@ def run_planted(study: Study, folder: Path, effect: Effect) -> Results:
     between = SPREAD if len(plan.grid.models) > 1 else 0.0  # to one model it would be an effect
     rows: list[Row] = []
     for cell in plan.cells.values():
-        fields = {**cell_fields(plan.grid.name, cell), **seconds(cell)}
+        fields = {**cell_fields(plan.grid.name, cell), "note": plan.grid.note, **seconds(cell)}
         for task, metric, kl in measures:
             dense = level = 1.5 + of_model.setdefault(("", cell.model, ""), chance.normal(0, 0.1))
             dense -= 0.3

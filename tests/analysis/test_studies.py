@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from analysis.__main__ import app
 from analysis.load import TableError
 from analysis.studies import STUDIES, predictor
-from analysis.study import Answer, Results, write_page
+from analysis.study import Answer, Results, run_study, write_page
 from jobs.cells import Cell
 from tests.analysis.conftest import MakeTable, Row
 from tests.analysis.from_grid import run_planted
@@ -196,3 +196,9 @@ def test_a_study_prints_its_finding_and_writes_its_figure_and_numbers(tmp_path: 
     assert figure.startswith(b"<?xml")
     numbers = pd.read_csv(tmp_path / "out" / "similarity.csv")
     assert {"what", "effect", "low", "high", "p", "models", "unit"} <= set(numbers)
+
+
+def test_a_finding_discloses_what_its_grid_notes(tmp_path: Path) -> None:
+    run_planted(STUDIES["real-filter"], tmp_path, lambda cell, task: 0.0)
+    finding = run_study(STUDIES["real-filter"], str(tmp_path)).finding
+    assert "whose weights were 4-bit (Q4_1) and are dequantized" in finding
