@@ -18,14 +18,17 @@ from pipeline.models.memory import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.specs import (
     SCORE_BATCH_TOKENS,
     DescribeSpec,
+    DSnoT,
     EvaluateSpec,
     GenerateSpec,
+    Magnitude,
     OutliersSpec,
     PretrainSpec,
     PruneSpec,
     ScoreSpec,
     ShardedSpec,
     ShardSpec,
+    SparseGPT,
     StageSpec,
     Vllm,
     WindowsSpec,
@@ -55,15 +58,6 @@ WEIGHT_PARTS = ("outside the layers", "decoder layers", "weights")
 SHARED_INPUTS = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 """Matrices that read the same input, by the first part of their names. Of models with other names
 each matrix counts with an input of its own."""
-
-COLUMN_MATRICES = {"sparsegpt": 4, "alps": 14}
-"""Matrices `[in_features, in_features]` in float32 that a pruner holds besides the Hessians:
-SparseGPT the damped Hessian, its factor, a flipped copy and the inverse; ALPS the scaled Hessian,
-and the eigenvectors with their workspace in float64."""
-
-MATRIX_BYTES = {"magnitude": 9, "wanda": 13, "ria": 17, "sparsegpt": 14, "dsnot": 40, "alps": 36}
-"""Bytes a weight, besides its copy in float32, while a matrix is pruned: scores, the copies in
-which they are ranked, and masks."""
 
 
 @dataclass(frozen=True)
@@ -274,10 +268,10 @@ def statistics_of(spec: PruneSpec | OutliersSpec) -> str:
     """Return the largest statistic that a pruning needs: `hessian`, `vectors`, or `none`."""
     if isinstance(spec, OutliersSpec):
         return "vectors"
-    name = spec.pruner.name
-    if name in ("sparsegpt", "alps") or getattr(spec.pruner, "initial", None) == "sparsegpt":
+    pruner = spec.pruner
+    if pruner.column_matrices or (isinstance(pruner, DSnoT) and pruner.initial == "sparsegpt"):
         return "hessian"
-    return "vectors" if spec.pruner.calibrated else "none"
+    return "vectors" if pruner.calibrated else "none"
 
 
 def _pruning(
@@ -316,17 +310,16 @@ def _pruning(
 
 
 def _matrix_bytes(spec: PruneSpec | OutliersSpec, shape: Shape, each: int) -> float:
-    name = spec.pruner.name if isinstance(spec, PruneSpec) else "magnitude"
+    pruner = spec.pruner if isinstance(spec, PruneSpec) else Magnitude()  # scores take as much
+    squares = pruner.column_matrices
+    if isinstance(pruner, DSnoT) and pruner.initial == "sparsegpt":
+        squares = SparseGPT.column_matrices
     copy = 4 * (each != 4)
-    squares = COLUMN_MATRICES.get(name, 0)
-    if isinstance(spec, PruneSpec) and statistics_of(spec) == "hessian" and name == "dsnot":
-        squares = COLUMN_MATRICES["sparsegpt"]
-    factor = squares * 4
     # The factor's parts are freed, but for one, before the columns are visited.
     return max(
         max(
-            factor * matrix.columns**2 + copy * matrix.weights,
-            4 * (squares > 0) * matrix.columns**2 + (copy + MATRIX_BYTES[name]) * matrix.weights,
+            4 * squares * matrix.columns**2 + copy * matrix.weights,
+            4 * (squares > 0) * matrix.columns**2 + (copy + pruner.matrix_bytes) * matrix.weights,
         )
         for matrix in shape.matrices
     )
@@ -451,20 +444,25 @@ def _kept(parts: Mapping[str, float]) -> dict[str, float]:
 def exchanged_bytes(spec: PruneSpec, shape: Shape, actors: int) -> tuple[float, float]:
     """Return the bytes that actors sharing one pruning receive: the busiest one, and all.
 
-    Matrices go to the actor with the fewest weights so far, large ones first. For each input of its
-    matrices an actor receives the statistics of all others, and of each other matrix the mask, in
-    bits, or the weights.
+    Each matrix is pruned by one actor, large ones first by the one with the fewest weights so far.
+    For each input of its matrices the actors add their statistics in pairs until two are left,
+    which it receives. One actor has a part in the additions of every level. Everybody receives the
+    mask of each other matrix in bits, or its weights.
     """
+    if actors == 1:
+        return 0.0, 0.0
     kind, each = statistics_of(spec), WEIGHT_BYTES[spec.dtype]
     result = MASK_BYTES if spec.stores_masks else each
     own: list[list[Matrix]] = [[] for _ in range(actors)]
     for matrix in sorted(shape.matrices, key=lambda matrix: -matrix.weights):
         min(own, key=lambda held: sum(other.weights for other in held)).append(matrix)
     everything = sum(matrix.weights for matrix in shape.matrices)
-    received = []
+    weights = [sum(matrix.weights for matrix in held) for held in own]
+    sums = []
     for held in own:
-        inputs = {matrix.input: matrix.columns for matrix in held}
-        sums = 0 if kind == "none" else sum(statistic_bytes(kind, w) for w in inputs.values())
-        others = everything - sum(matrix.weights for matrix in held)
-        received.append(shape.layers * ((actors - 1) * sums + result * others))
-    return max(received), sum(received)
+        widths = {matrix.input: matrix.columns for matrix in held}.values()
+        sums.append(0 if kind == "none" else sum(statistic_bytes(kind, w) for w in widths))
+    levels, last = math.ceil(math.log2(actors)) - 1, min(2, actors - 1)
+    busiest = levels * sum(sums) + last * max(sums) + result * (everything - min(weights))
+    added = sum(sums) * (actors - 2 + last)
+    return shape.layers * busiest, shape.layers * (added + result * (actors - 1) * everything)

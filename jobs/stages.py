@@ -251,6 +251,7 @@ def execute(
             numbers.
         WorkerLostError: if this process cannot make further stages.
     """
+    check_environment()
     work = StageWork.model_validate_json(payload)
     spec = work.spec
     module, torch = _ready(spec, cpus)
@@ -277,6 +278,7 @@ def help_make(
         member: its number among all actors, from 1: the first one makes the stage.
         members: how many there are.
     """
+    check_environment()
     work = StageWork.model_validate_json(payload)
     module, _ = _ready(work.spec, cpus)
     with used(_copies(work.spec, artifacts)):
@@ -285,7 +287,6 @@ def help_make(
 
 def _ready(spec: StageSpec, cpus: int) -> tuple[ModuleType, ModuleType]:
     """Return the module that makes a stage, and torch, set up for it."""
-    check_environment()
     keep_freed_memory()
     module = _module(stage_name(spec))
     torch = _imported("torch")

@@ -61,17 +61,14 @@ class Crew:
         Args:
             own: the sums over the groups of this process.
         """
-        self._pruned = []
-        for helper, names in enumerate(self._owners[1:] if self.spread else []):
-            theirs = [
-                promises[helper + 1]
-                for place, promises in enumerate(self._observed)
-                if place != helper  # it has its own
-            ]
-            sums = [parts_of(own, names), *theirs]
-            self._pruned.append(self.helpers.call(helper, "prune", number, names, *sums, returns=2))
-        observed = [self.helpers.value(promises[0]) for promises in self._observed]
-        whole = total([parts_of(own, self._owners[0]), *observed], self.groups)
+        owners = self._owners if self.spread else self._owners[:1]
+        ours, *theirs = [self._added(own, owner) for owner in range(len(owners))]
+        self._pruned = [  # once all sums are under way: a helper does one thing after the other
+            self.helpers.call(helper, "prune", number, owners[helper + 1], *sums, returns=2)
+            for helper, sums in enumerate(theirs)
+        ]
+        here = [each if isinstance(each, dict) else self.helpers.value(each) for each in ours]
+        whole = total(here, self.groups)
         whole.hand_over([matrix for matrix in found if matrix.name in self._owners[0]])
         for helper, names in enumerate(self._owners[1:]):
             for matrix in found:
@@ -87,6 +84,24 @@ class Crew:
             others = [sent[0] for place, sent in enumerate(self._pruned) if place != helper]
             self._advanced.append(self.helpers.call(helper, "advance", number, changes, *others))
         self._pruned = []
+
+    def _added(self, own: Sums, owner: int) -> list[Any]:
+        """Return two promises or values whose sum an owner needs.
+
+        Helpers add them in pairs, so that nobody receives what all the others have: a Hessian of a
+        large model takes gigabytes.
+        """
+        held = [(0, parts_of(own, self._owners[owner]))]
+        held += [(place, each[owner]) for place, each in enumerate(self._observed, start=1)]
+        while len(held) > 2:
+            pairs = [held[place : place + 2] for place in range(0, len(held), 2)]
+            held = [
+                (pair[-1][0], self.helpers.call(pair[1][0] - 1, "add", pair[0][1], pair[1][1]))
+                if len(pair) == 2
+                else pair[0]
+                for pair in pairs
+            ]
+        return [each for _, each in held]
 
     def _wait(self) -> None:
         for promise in self._advanced:

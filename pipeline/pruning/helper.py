@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
 from pipeline.models.streaming import resident
 from pipeline.pruning.changes import Change, apply_change, change_of
-from pipeline.pruning.groups import Share, Sums, parts_of, total
+from pipeline.pruning.groups import Share, Sums, merge, parts_of, total
 from pipeline.pruning.pruners.base import Pruned
 from pipeline.pruning.window_groups import DEFAULT_MEMORY, Memory, WindowGroups
 
@@ -48,16 +48,19 @@ class Helper:
         self._inside = ExitStack()
         self._number: int | None = None
         self._found: list[Matrix] = []
-        self._own: Sums = {}
 
     @torch.no_grad()
     def observe(self, number: int, owners: Sequence[Sequence[str]]) -> tuple[Sums, ...]:
         """Return sums of a decoder layer's inputs, for each process those of its matrices."""
         self._enter(number)
         sums = self._windows.observe(number, self._layers[number], self._found)
-        parts = [parts_of(sums, names) for names in owners]
-        self._own, parts[self._share.member] = parts[self._share.member], {}
-        return tuple(parts)
+        return tuple(parts_of(sums, names) for names in owners)
+
+    def add(self, one: Sums, other: Sums) -> Sums:
+        """Return sums over the groups of both."""
+        both = one | other
+        merge(both, 0, self._share.groups)
+        return both
 
     @torch.no_grad()
     def prune(
@@ -66,13 +69,13 @@ class Helper:
         """Prune matrices of a decoder layer that was observed.
 
         Args:
-            sums: what the other processes observed of these matrices' inputs.
+            sums: over all groups, of these matrices' inputs.
 
         Returns:
             By name of the matrix its change, and its record.
         """
         assert self._work is not None, "this helper only observes inputs"
-        whole = total([self._own, *sums], self._share.groups)
+        whole = total(sums, self._share.groups)
         own = [matrix for matrix in self._found if matrix.name in names]
         whole.hand_over(own)
         changes: dict[str, Change] = {}

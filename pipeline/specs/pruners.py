@@ -28,6 +28,14 @@ class PrunerSpec(Spec):
     """For estimates: its work that does not grow with the calibration set, such as an inverse, in
     passes of as many tokens as a matrix has inputs."""
 
+    matrix_bytes: ClassVar[int] = 40
+    """For estimates: bytes a weight, besides its copy in float32, while a matrix is pruned: scores,
+    the copies in which they are ranked, and masks. Unless it is known, that of the largest."""
+
+    column_matrices: ClassVar[int] = 0
+    """For estimates: matrices `[in_features, in_features]` in float32 that it holds besides the
+    Hessian."""
+
     def check_pattern(self, patterned: bool) -> None:
         """Check that the options mean something with an N:M pattern, or without one.
 
@@ -42,12 +50,14 @@ class Magnitude(PrunerSpec):
     name: Literal["magnitude"] = "magnitude"
     calibrated: ClassVar[bool] = False
     forward_passes: ClassVar[float] = 0.0
+    matrix_bytes: ClassVar[int] = 9
 
 
 class Wanda(PrunerSpec):
     """Smallest |W| * ||X||_2 in each output row (arXiv 2306.11695)."""
 
     name: Literal["wanda"] = "wanda"
+    matrix_bytes: ClassVar[int] = 13
 
     variant: bool = False
     """Remove the same share of score mass in each row instead of the same number of weights: rows
@@ -66,6 +76,8 @@ class SparseGPT(PrunerSpec):
     updates_weights: ClassVar[bool] = True
     forward_passes: ClassVar[float] = 2.7
     column_passes: ClassVar[float] = 4.0
+    matrix_bytes: ClassVar[int] = 14
+    column_matrices: ClassVar[int] = 4  # damped, its factor, a flipped copy and the inverse
 
     damping: float = Field(default=0.01, gt=0.0)
     """Added to the Hessian's diagonal, as a share of its mean."""
@@ -115,6 +127,7 @@ class RIA(PrunerSpec):
 
     name: Literal["ria"] = "ria"
     version: ClassVar[int] = 2
+    matrix_bytes: ClassVar[int] = 17
 
     activation_power: float = Field(default=0.5, ge=0.0)
     """Power of ||X||_2."""
@@ -138,6 +151,8 @@ class ALPS(PrunerSpec):
     updates_weights: ClassVar[bool] = True
     forward_passes: ClassVar[float] = 8.0
     column_passes: ClassVar[float] = 16.0
+    matrix_bytes: ClassVar[int] = 36
+    column_matrices: ClassVar[int] = 14  # scaled, and eigenvectors with workspace in float64
 
     damping: float = Field(default=0.01, gt=0.0)
     """Added to the Hessian's diagonal, as a share of its mean."""

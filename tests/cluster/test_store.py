@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.grid_scale import count_requests
 from cluster.graph import Stage
+from cluster.helpers import Helpers
 from cluster.store import CorruptArtifactError, Failure, Manifest, Partial, Store, StoreError
 from cluster.worker import Maker, make_artifact
 from tests.s3 import BUCKET, S3Server
@@ -311,7 +312,12 @@ def test_a_stage_makes_no_request_that_it_can_do_without(s3: S3Server) -> None:
     put(store, "input", a=b"alpha")
 
     def execute(
-        payload: str, artifacts: Mapping[str, Path], output: Path, cpus: int, partial: Partial
+        payload: str,
+        artifacts: Mapping[str, Path],
+        output: Path,
+        cpus: int,
+        partial: Partial,
+        helpers: Helpers,
     ) -> dict[str, Any]:
         (output / "b").write_bytes(b"beta")
         return {}

@@ -95,7 +95,7 @@ def test_a_task_that_generates_needs_a_model_in_memory(
     own = {"kind": "local-tasks", "path": str(tmp_path / "tasks")}
     content["evaluate"] |= {"task_folder": own, "tasks": ["chooses", "writes"]}
     check_plan(make_plan(load(content)))
-    content["resources"] = {"evaluate": {"memory_bytes": 1000}}
+    content["resources"] = {"evaluate": {"memory_bytes": 700_000}}  # of 656,640 at most 80 %
     with pytest.raises(InputError, match=r"evaluate\.tasks: 'writes': generates, .* vllm, raise"):
         check_plan(make_plan(load(content)))
     content["evaluate"]["tasks"] = ["chooses"]

@@ -197,13 +197,15 @@ def test_sizes_of_batches_are_those_of_the_walk_and_the_output_layer() -> None:
 def test_actors_receive_the_statistics_of_their_matrices_and_the_others_masks() -> None:
     wanda, sparsegpt = pruning(Wanda()), pruning(SparseGPT())
     assert exchanged_bytes(wanda, SMALL, 1) == (0, 0)
-    # seven matrices, each with an actor of its own; an eighth prunes none
+    # Seven matrices, each with an actor of its own; an eighth prunes none. For each matrix six
+    # sums are received to be added, on two levels, and two by the actor that prunes it.
     everything = sum(matrix.weights for matrix in SMALL.matrices)
     widths = [32] * 6 + [48]
-    _, masks = exchanged_bytes(wanda, SMALL, 8)
-    assert masks == 3 * (7 * 4 * sum(widths) + 7 * everything / 8)
+    most, masks = exchanged_bytes(wanda, SMALL, 8)
+    assert masks == 3 * (8 * 4 * sum(widths) + 7 * everything / 8)
+    assert most == 3 * (2 * 4 * sum(widths) + 2 * 4 * 48 + everything / 8)
     _, weights = exchanged_bytes(sparsegpt, SMALL, 8)
-    assert weights == 3 * (7 * 4 * sum(width**2 for width in widths) + 7 * everything * 2)
+    assert weights == 3 * (8 * 4 * sum(width**2 for width in widths) + 7 * everything * 2)
 
 
 # ------------------------------------------------------------------------------------------- plans
