@@ -62,10 +62,14 @@ def inside(name: str, *words: str) -> subprocess.Popen[str]:
 
 
 def start(name: str, *options: str) -> subprocess.Popen[str]:
-    """Start a node in the foreground, so that ending it ends no other Ray on the machine."""
+    """Start a node in the foreground, so that ending it ends no other Ray on the machine, and wait
+    until it has joined the cluster."""
     ray = str(Path(sys.executable).with_name("ray"))
     address = f"--node-ip-address={ADDRESSES[name]}"
-    return inside(name, ray, "start", "--block", address, "--num-cpus=2", *options)
+    node = inside(name, ray, "start", "--block", address, *options)
+    assert node.stdout is not None
+    assert any("Ray runtime started" in line for line in node.stdout), node.communicate()
+    return node
 
 
 @pytest.mark.usefixtures("namespaces")
@@ -77,9 +81,10 @@ def test_reachable_nodes_do_the_work_of_a_node_behind_a_cut_cable(
     log, store = tmp_path / "log", Store(str(tmp_path / "store"))
     address = f"{ADDRESSES[HEAD]}:6379"
     options = ["--address", address, "--store", store.url, "--log", str(log), "--seconds", "1"]
-    started = [start(HEAD, "--head", "--port=6379", "--include-dashboard=false")]
+    head = ["--head", "--port=6379", "--include-dashboard=false"]
+    started = [start(HEAD, *head, "--num-cpus=1")]  # so that the second stage goes to the node
     try:
-        node = start(NODE, f"--address={address}")
+        node = start(NODE, f"--address={address}", "--num-cpus=2")
         started.append(node)
         driver = inside(HEAD, sys.executable, "-m", "tests.soak.drive", *options)
         started.append(driver)
