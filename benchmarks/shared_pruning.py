@@ -25,13 +25,14 @@ from cluster.worker import Aids
 from jobs.grid import load_grid
 from jobs.plan import Plan, make_plan
 from jobs.stages import execute, help_make, prepared
+from pipeline.real.prepare import REAL_FOLDER
 
 PRUNERS = ("wanda", "sparsegpt")
 
 
 def plan_of(folder: Path, nsamples: int, seqlen: int, actors: int) -> Plan:
     """Plan one pruning by each pruner, shared by so many actors."""
-    real = Path(".calprune-real").resolve()
+    real = Path(REAL_FOLDER).resolve()
     content = {
         "name": "shared",
         "models": {"real": {"kind": "local-model", "path": str(real / "model")}},

@@ -24,6 +24,10 @@ WritePosition = Callable[[str, float, float, str], None]
 both."""
 
 
+def write_nothing(phase: str, done: float, total: float, unit: str) -> None:
+    """Ignore a stage's position."""
+
+
 @dataclass(frozen=True)
 class Position:
     """How far a stage is on its worker."""

@@ -15,6 +15,7 @@ from ray.util import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.board import write_nothing
 from cluster.graph import Resources, Stage
 from cluster.schedule import bundle
 from cluster.scratch import own_scratch
@@ -101,8 +102,10 @@ class _Helper:
     ) -> None:
         """Read the stage's inputs, and make the part."""
         own_scratch()
-        self._within.enter_context(prepared(stage.kind, _write_nothing))
-        artifacts = {key: Store(store).fetch(key) for key in stage.inputs}
+        # The position of the first process is shown.
+        self._within.enter_context(prepared(stage.kind, write_nothing))
+        opened = Store(store)
+        artifacts = {key: opened.fetch(key) for key in stage.inputs}
         self._part = help(stage.payload, artifacts, stage.resources.cpus, member, members)
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -171,7 +174,3 @@ def helpers_of(stage: Stage, help: Help | None, store: str, prepared: Any) -> It
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def _write_nothing(phase: str, done: float, total: float, unit: str) -> None:
-    """Ignore a helper's position: that of the first process is shown."""

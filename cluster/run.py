@@ -18,6 +18,7 @@ from cluster.helpers import Room, ray_options
 from cluster.limits import TimeLimitError
 from cluster.remedies import lacks_device_memory, one_line
 from cluster.schedule import EndActor, HandOver, Schedule, StartActor
+from cluster.session import alive_nodes
 from cluster.store import CorruptArtifactError, Failure, Manifest, Store, StoreError
 from cluster.watcher import UNWATCHED, Watcher
 from cluster.worker import (
@@ -149,7 +150,7 @@ class _Run:
         if now - self.resized < RESIZE_SECONDS:
             return
         self.resized = now
-        self.schedule.resize([node["Resources"] for node in ray.nodes() if node["Alive"]])
+        self.schedule.resize(alive_nodes())
         self.request.update(*self.schedule.demand(MAX_READY), now)
 
     def _wait(self) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,7 @@ from ray._private import ray_constants
 from cluster.address import NoRayError, check_cluster_address
 from cluster.credentials import has_credentials, set_credentials
 from cluster.graph import Resources
-from cluster.schedule import bundle, places
+from cluster.schedule import Bundle, bundle, places
 
 logger = logging.getLogger(__name__)
 
@@ -126,14 +126,24 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
+def alive_nodes() -> list[Bundle]:
+    """Return the resources of each node of the cluster, as Ray names them."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def nodes_may_grow(nodes: Sequence[Bundle]) -> bool:
+    """Return whether nodes may join: a cluster's, but not a local Ray's."""
+    return "RAY_ADDRESS" in os.environ or len(nodes) != 1
+
+
 def check_resources(wanted: Mapping[str, Resources]) -> None:
     """Check that some node can hold each kind of stage.
 
     Raises:
         ResourceError: if none can. On a cluster that may grow this is only a warning.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    grows = "RAY_ADDRESS" in os.environ or len(nodes) > 1
+    nodes = alive_nodes()
+    grows = nodes_may_grow(nodes)
     for kind, resources in wanted.items():
         there = places(nodes, bundle(resources))
         if 0 < there < resources.actors:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import leases
-from cluster.board import Board, WritePosition
+from cluster.board import Board, WritePosition, write_nothing
 from cluster.graph import Stage
 from cluster.helpers import Help, Helpers, helpers_of
 from cluster.limits import time_limit
@@ -108,7 +108,7 @@ def make_artifact(stage: Stage, maker: Maker, dead: frozenset[str]) -> Manifest 
 
 
 def _make(stage: Stage, maker: Maker, store: Store) -> Manifest:
-    write: WritePosition = _write_nothing if maker.board is None else maker.board.start(stage.key)
+    write: WritePosition = write_nothing if maker.board is None else maker.board.start(stage.key)
     with maker.aids.prepared(stage.kind, write):
         started = time.monotonic()
         write("reading inputs", 0, 0, "")
@@ -137,10 +137,6 @@ def _make(stage: Stage, maker: Maker, store: Store) -> Manifest:
                 versions=maker.versions,
                 host=platform.node(),
             )
-
-
-def _write_nothing(phase: str, done: float, total: float, unit: str) -> None:
-    """Ignore a stage's position."""
 
 
 class Replica:

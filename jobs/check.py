@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import logging
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -497,11 +496,6 @@ def check_room(
         if found.weights > size and not may_grow:
             raise ResourceError(message)
         logger.warning("%s", message)
-
-
-def nodes_may_grow(nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Return whether nodes may join: a cluster's, but not a local Ray's."""
-    return "RAY_ADDRESS" in os.environ or len(nodes) != 1
 
 
 def _host_bytes(node: Mapping[str, float]) -> float:

@@ -24,6 +24,7 @@ from pipeline.specs import (
     Magnitude,
     OutliersSpec,
     PretrainSpec,
+    Pruner,
     PruneSpec,
     ScoreSpec,
     ShardedSpec,
@@ -268,10 +269,15 @@ def statistics_of(spec: PruneSpec | OutliersSpec) -> str:
     """Return the largest statistic that a pruning needs: `hessian`, `vectors`, or `none`."""
     if isinstance(spec, OutliersSpec):
         return "vectors"
-    pruner = spec.pruner
-    if pruner.column_matrices or (isinstance(pruner, DSnoT) and pruner.initial == "sparsegpt"):
+    if _column_matrices(spec.pruner):
         return "hessian"
-    return "vectors" if pruner.calibrated else "none"
+    return "vectors" if spec.pruner.calibrated else "none"
+
+
+def _column_matrices(pruner: Pruner) -> int:
+    if isinstance(pruner, DSnoT) and pruner.initial == "sparsegpt":
+        return SparseGPT.column_matrices
+    return pruner.column_matrices
 
 
 def _pruning(
@@ -311,9 +317,7 @@ def _pruning(
 
 def _matrix_bytes(spec: PruneSpec | OutliersSpec, shape: Shape, each: int) -> float:
     pruner = spec.pruner if isinstance(spec, PruneSpec) else Magnitude()  # scores take as much
-    squares = pruner.column_matrices
-    if isinstance(pruner, DSnoT) and pruner.initial == "sparsegpt":
-        squares = SparseGPT.column_matrices
+    squares = _column_matrices(pruner)
     copy = 4 * (each != 4)
     # The factor's parts are freed, but for one, before the columns are visited.
     return max(

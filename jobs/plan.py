@@ -291,6 +291,8 @@ def footprints(
         host_bytes: memory of a node.
     """
     largest: dict[tuple[str, str], Footprint] = {}
+    asked = plan.grid.resources
+    budgets = {kind: each.settings(kind) for kind, each in asked.items()}
     for key in keys:
         stage = plan.specs[key]
         made: Any = stage.of if isinstance(stage, ShardSpec) else stage
@@ -299,14 +301,8 @@ def footprints(
             continue
         resources = plan.graph[key].resources
         memory = gpu_bytes if resources.gpus else resources.memory_bytes or host_bytes
-        asked = plan.grid.resources.get(made.kind)
-        found = footprint(
-            stage,
-            plan.shapes[name],
-            resources,
-            memory,
-            {} if asked is None else asked.settings(made.kind),
-        )
+        budget = budgets.get(made.kind)
+        found = footprint(stage, plan.shapes[name], resources, memory, budget)
         if found is not None:
             place = made.kind, name
             largest[place] = max(largest.get(place, found), found, key=lambda each: each.peaks)

@@ -3,8 +3,6 @@
 import logging
 from importlib import metadata
 
-import ray
-
 import cluster
 import jobs
 import pipeline
@@ -12,10 +10,10 @@ from cluster import leases
 from cluster.board import Board
 from cluster.graph import needed
 from cluster.run import Outcome, run_graph
-from cluster.session import check_resources, session
+from cluster.session import alive_nodes, check_resources, nodes_may_grow, session
 from cluster.store import Store
 from cluster.worker import Aids
-from jobs.check import check_room, nodes_may_grow
+from jobs.check import check_room
 from jobs.fetch import with_copies
 from jobs.plan import Plan
 from jobs.progress import progress_of, recall
@@ -64,7 +62,7 @@ def run_grid(plan: Plan, store: Store, address: str | None, workers: int | None)
         board = Board()
         with Watch(progress, plan.grid.name, board, workers) as watch:
             check_resources({plan.graph[key].kind: plan.graph[key].resources for key in missing})
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = alive_nodes()
             check_room(plan, missing, nodes, nodes_may_grow(nodes))
             return run_graph(
                 graph,

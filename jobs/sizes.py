@@ -29,11 +29,12 @@ def checkpoint_parameters(model: HubModel | LocalModel) -> float | None:
     folder = local_folder(model)
     if folder is None:
         return None
-    if _in_safetensors(folder) is None:
+    shapes = _in_safetensors(folder)
+    if shapes is None:
         found = _in_pickles(folder)
         if found is not None:
             return found
-    shapes = tensor_shapes(model)
+        shapes = _of_config(str(folder), model.trust_remote_code)
     return None if shapes is None else float(sum(map(math.prod, shapes.values())))
 
 

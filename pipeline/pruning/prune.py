@@ -133,12 +133,8 @@ def prune_model(
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
     if windows is not None:
         check_windows(model, windows)
-    paths, dense = _checked_weights(model, target.pattern)
-    decisions = _Decisions(
-        matrix_pruner,
-        matrix_pruner.options_by_matrix(pruner, paths),
-        allocate(allocation, target, layer_sizes(model), outlier_ratios),
-    )
+    dense = _checked_weights(model, target.pattern)
+    decisions = _decided(model, pruner, target, allocation, outlier_ratios)
     allocated = decisions.allocated
     counted: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
@@ -188,16 +184,31 @@ def prune_model(
     return PruneReport(counted, facts, allocated, numbers, permutations, dense, len(resumed))
 
 
-def _checked_weights(
-    model: nn.Module, pattern: Pattern | None
-) -> tuple[dict[str, str], list[Dense]]:
-    """Check all weights before any forward pass.
-
-    Returns:
-        By the name of each matrix its path inside its decoder layer, and all other parameters.
-    """
+def _decided(
+    model: nn.Module,
+    pruner: Pruner,
+    target: LayerTarget,
+    allocation: Allocation,
+    outlier_ratios: Sequence[float] | None,
+) -> _Decisions:
+    """Decide by the model's form alone, so that all processes of a pruning decide alike."""
     root, layers = decoder_layers(model)
-    paths: dict[str, str] = {}
+    paths = {  # inside their decoder layers
+        matrix.name: matrix.name.removeprefix(f"{root}.{number}.")
+        for number, layer in enumerate(layers)
+        for matrix in matrices(f"{root}.{number}", layer)
+    }
+    matrix_pruner = pruner_for(pruner)
+    return _Decisions(
+        matrix_pruner,
+        matrix_pruner.options_by_matrix(pruner, paths),
+        allocate(allocation, target, layer_sizes(model), outlier_ratios),
+    )
+
+
+def _checked_weights(model: nn.Module, pattern: Pattern | None) -> list[Dense]:
+    """Check all weights before any forward pass; return all parameters that are not pruned."""
+    root, layers = decoder_layers(model)
     dense = [
         Dense(name, tuple(parameter.shape), "outside the decoder layers")
         for name, parameter in model.named_parameters()
@@ -208,9 +219,8 @@ def _checked_weights(
             with resident(layer):
                 for matrix in matrices(f"{root}.{number}", layer):
                     _check_matrix(matrix, pattern)
-                    paths[matrix.name] = matrix.name.removeprefix(f"{root}.{number}.")
                 dense += kept_dense(f"{root}.{number}", layer)
-    return paths, dense
+    return dense
 
 
 def _check_matrix(matrix: Matrix, pattern: Pattern | None) -> None:
@@ -322,22 +332,13 @@ def helper(
     model = shared_model(spec.model, artifacts)
     windows = _windows(spec, artifacts)
     assert windows is not None, "a pruning without data has no helpers"
-    root, layers = decoder_layers(model)
-    paths = {
-        matrix.name: matrix.name.removeprefix(f"{root}.{number}.")
-        for number, layer in enumerate(layers)
-        for matrix in matrices(f"{root}.{number}", layer)
-    }
-    pruner, target = pruner_for(spec.pruner), LayerTarget.parse(spec.sparsity, spec.pattern)
-    decisions = _Decisions(
-        pruner,
-        pruner.options_by_matrix(spec.pruner, paths),
-        allocate(spec.allocation, target, layer_sizes(model), _outlier_ratios(spec, artifacts)),
-    )
+    target = LayerTarget.parse(spec.sparsity, spec.pattern)
+    ratios = _outlier_ratios(spec, artifacts)
+    decisions = _decided(model, spec.pruner, target, spec.allocation, ratios)
     return Helper(
         model,
         windows,
-        pruner.statistics,
+        decisions.pruner.statistics,
         Share(spec.window_groups, member, members),
         decisions.prune,
         masks=not spec.pruner.updates_weights,

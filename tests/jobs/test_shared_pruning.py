@@ -84,16 +84,12 @@ def test_two_actors_give_the_bytes_of_one_even_if_one_is_killed(
         part.observe = observe_or_die
         return part
 
-    aids = Aids(prepared_quietly, dying_once)
+    aids = Aids(prepared, dying_once)
     outcome = run_graph(shared.graph, shared.targets, execute, stores[1], {}, aids=aids)
     assert not outcome.failed
     assert marker.exists()
     assert sum(outcome.repeated.values()) == 1
     assert bytes_of(shared, stores[1]) == bytes_of(alone, stores[0])
-
-
-def prepared_quietly(kind: str, write: Any) -> Any:
-    return prepared(kind, write)
 
 
 def test_only_stages_with_statistics_are_shared(small: Content, load: Load) -> None:
