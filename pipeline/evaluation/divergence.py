@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.evaluation.perplexity import ScoredWindow, scored_logits, summed_by_window
-from pipeline.models.output_layer import OutputLayer
+from pipeline.models.output_layer import OutputLayer, joined
 
 
 class Compared(NamedTuple):
@@ -42,12 +42,21 @@ def compare_with_dense(
 
 
 def _compared(parts: Iterable[Any], batch: list[ScoredWindow]) -> list[Compared]:
-    losses, divergences, changes = [], [], []
-    for (logits, targets), (dense_logits, _) in parts:
-        changes.append(logits.argmax(dim=-1) != dense_logits.argmax(dim=-1))
-        log_q = torch.log_softmax(logits, dim=-1)
-        log_p = torch.log_softmax(dense_logits, dim=-1)
-        losses.append(-log_q.gather(1, targets[:, None])[:, 0])
-        divergences.append((log_p - log_q).mul_(log_p.exp()).sum(dim=-1))
-    sums = (summed_by_window(torch.cat(each), batch) for each in (losses, divergences, changes))
+    by_part = (
+        _compared_part(logits, targets, dense_logits)
+        for (logits, targets), (dense_logits, _) in parts
+    )
+    by_token = joined(by_part, sum(window.scored for window in batch))
+    sums = (summed_by_window(each, batch) for each in by_token)
     return [Compared(*each) for each in zip(*sums, strict=True)]
+
+
+def _compared_part(
+    logits: torch.Tensor, targets: torch.Tensor, dense_logits: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return the fields of `Compared` of each token, `[part]`."""
+    changes = logits.argmax(dim=-1) != dense_logits.argmax(dim=-1)
+    log_q = torch.log_softmax(logits, dim=-1)
+    log_p = torch.log_softmax(dense_logits, dim=-1)
+    losses = -log_q.gather(1, targets[:, None])[:, 0]
+    return losses, (log_p - log_q).mul_(log_p.exp()).sum(dim=-1), changes

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.batching import length_batches
-from pipeline.models.output_layer import MOST_NATS, OutputLayer
+from pipeline.models.output_layer import MOST_NATS, OutputLayer, joined
 from pipeline.models.positions import NONE, LengthDependence
 from pipeline.specs import PerplexityProtocol
 
@@ -283,11 +283,12 @@ def losses(layer: OutputLayer, batched: Sequence[list[ScoredWindow]]) -> Iterato
     It is taken in float32 and summed in float64.
     """
     for batch, scored in zip(batched, scored_logits(layer, batched), strict=True):
-        parts = [
-            torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        parts = (
+            (torch.nn.functional.cross_entropy(logits, targets, reduction="none"),)
             for logits, targets in scored
-        ]
-        yield summed_by_window(torch.cat(parts), batch)
+        )
+        (found,) = joined(parts, sum(window.scored for window in batch))
+        yield summed_by_window(found, batch)
 
 
 ScoredLogits = Iterator[tuple[torch.Tensor, torch.Tensor]]

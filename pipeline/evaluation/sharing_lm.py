@@ -35,7 +35,7 @@ from pipeline.evaluation.shared_beginnings import (
 )
 from pipeline.models.chat import TEMPLATE_ARGUMENTS
 from pipeline.models.nonfinite import nonfinite_error
-from pipeline.models.output_layer import MOVED, PROBE_TOKENS, OutputLayer
+from pipeline.models.output_layer import MOVED, PROBE_TOKENS, OutputLayer, joined
 from pipeline.models.positions import NONE
 from pipeline.models.vocabulary import end_ids
 from pipeline.progress import report
@@ -386,12 +386,15 @@ class SharingLM(HFLM):  # type: ignore[misc]
         """
         rows, columns = torch.tensor(places).unbind(dim=1)
         wanted = torch.tensor(targets, device=states.device)
-        values, greedy = [], []
-        for part, logits in self._layer.logits(states, rows, columns):
+
+        def answers(part: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
             logs = logits.log_softmax(dim=-1).to(self._dtype)
-            values.append(logs.gather(1, wanted[part, None]).squeeze(1))
-            greedy.append(logs.argmax(dim=-1) == wanted[part])
-        return torch.cat(values).cpu(), torch.cat(greedy).cpu()
+            values = logs.gather(1, wanted[part, None]).squeeze(1)
+            return values, logs.argmax(dim=-1) == wanted[part]
+
+        parts = (answers(*each) for each in self._layer.logits(states, rows, columns))
+        values, greedy = joined(parts, len(rows))
+        return values.cpu(), greedy.cpu()
 
     def _begun(self, family: tuple[int, ...], rows: int) -> Any:
         """Return the keys and values of the family's tokens for some rows; None without tokens."""

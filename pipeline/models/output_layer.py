@@ -42,6 +42,24 @@ ACCELERATOR_LOGITS = 2**25
 """Logits per call and per part on a GPU, which fewer do not keep busy."""
 
 
+def joined(parts: Iterable[tuple[Tensor, ...]], positions: int) -> list[Tensor]:
+    """Return values of all positions, each kind `[positions]`, from those of part after part.
+
+    They are written to tensors that exist from the first part on. Small results that are kept one
+    by one come to lie where the part's logits were, so that the next ones need a new place: the
+    process grew by all logits of a batch.
+    """
+    whole: list[Tensor] = []
+    start = 0
+    for values in parts:
+        whole = whole or [torch.empty(positions, dtype=v.dtype, device=v.device) for v in values]
+        end = start + len(values[0])
+        for all_values, own in zip(whole, values, strict=True):
+            all_values[start:end] = own
+        start = end
+    return whole
+
+
 @torch.inference_mode()
 def check_causal(model: Any) -> None:
     """Check that a model predicts a token only from those before it.

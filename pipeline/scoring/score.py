@@ -18,7 +18,7 @@ from pipeline.models.batching import length_batches
 from pipeline.models.loading import check_shared_vocabulary, opened
 from pipeline.models.memory import ModelMemory
 from pipeline.models.nonfinite import nonfinite_error
-from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal
+from pipeline.models.output_layer import MOST_NATS, OutputLayer, check_causal, joined
 from pipeline.models.streaming import is_streamed
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import report
@@ -325,15 +325,14 @@ def _token_scores(layer: OutputLayer, texts: _Texts, states: torch.Tensor) -> li
     wanted = mask & (torch.arange(padded.shape[1]) >= firsts[:, None])
     rows, columns = wanted.nonzero(as_tuple=True)
     targets = padded[rows, columns].to(states.device)
-    parts = [
+    parts = (
         position_scores(logits, targets[part])
         for part, logits in layer.logits(states, rows, columns - 1)
-    ]
+    )
+    by_token = joined(parts, len(rows))
     counts = wanted.sum(dim=1).tolist()
-    log_probability = torch.cat([part.log_probability for part in parts]).cpu()
-    normalised = torch.cat([part.normalised for part in parts]).cpu()
-    pairs = zip(torch.split(log_probability, counts), torch.split(normalised, counts), strict=True)
-    return [TokenScores(*pair) for pair in pairs]
+    by_text = (torch.split(each.cpu(), counts) for each in by_token)
+    return [TokenScores(*each) for each in zip(*by_text, strict=True)]
 
 
 def position_scores(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
