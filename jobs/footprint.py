@@ -14,7 +14,15 @@ from cluster.graph import Resources
 from jobs.cost import MANY_WINDOWS, MASK_BYTES, WEIGHT_BYTES, task_tokens
 from jobs.memory import ReadsTexts, is_streamed
 from jobs.sizes import TensorShapes
-from pipeline.models.memory import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
+from pipeline.models.memory import (
+    ACCELERATOR_BATCH_TOKENS,
+    ACCELERATOR_LOGITS,
+    BATCH_TOKENS,
+    DEVICE_HIDDEN_BYTES,
+    HOST_HIDDEN_BYTES,
+    LAYER_LOGITS,
+    PART_LOGITS,
+)
 from pipeline.specs import (
     SCORE_BATCH_TOKENS,
     DescribeSpec,
@@ -41,14 +49,10 @@ LIBRARY_BYTES = 0.45e9
 DEVICE_LIBRARY_BYTES = 1.0e9
 """GPU memory of the CUDA context and its libraries' workspaces. Assumed, not measured."""
 
-BATCH_TOKENS = (2_048, 16_384)
-"""Tokens of a batch of a pruning on a CPU and on a GPU, as in `pipeline.pruning.window_groups`."""
-
-LOGITS = (2**23, 2**25)
-"""Logits of a call of the output layer on both, as in `pipeline.models.output_layer`."""
-
-SCORED_LOGITS = (2**19, 2**25)
-"""Logits that are scored at a time, as there."""
+FREE_PAGES, MOST_FREE_PAGES = 2.0, 256e6
+"""Free memory that the C library keeps on a CPU between the blocks of batches, in times of the
+activations, and at most. Measured (`benchmarks.footprint`), not derived: it differs by a half from
+run to run."""
 
 SCORE_COPIES = 4
 """Tensors in float32 of as many numbers that scoring holds."""
@@ -289,10 +293,8 @@ def _pruning(
     statistics = statistics_of(spec)
     calibration = spec.calibration
     windows = calibration if isinstance(calibration, WindowsSpec) else None
-    parts: dict[str, float] = {
-        "outside the layers": each * shape.outside_weights,
-        "decoder layers": each * shape.layer_weights,
-    }
+    layers, host = _two_layers(shape, each, gpu)
+    parts = {"outside the layers": each * shape.outside_weights, **layers}
     work: dict[str, float] = {"a matrix": _matrix_bytes(spec, shape, each)}
     states = 0.0
     if windows is not None and statistics != "none":
@@ -300,12 +302,12 @@ def _pruning(
             statistic_bytes(statistics, width) for width in shape.inputs.values()
         )
         states = windows.nsamples * windows.seqlen * shape.hidden * each
-        tokens = max(windows.seqlen, BATCH_TOKENS[gpu] // windows.seqlen * windows.seqlen)
+        batch = ACCELERATOR_BATCH_TOKENS if gpu else BATCH_TOKENS
+        tokens = max(windows.seqlen, batch // windows.seqlen * windows.seqlen)
         tokens = min(tokens, windows.nsamples * windows.seqlen)
         exact = 4 * shape.widest * (1 + (each < 4))  # squares, and a copy in float32
         observed = tokens * (each * (shape.widest + 2 * shape.hidden) + exact)
         work["activations"] = max(_activations(tokens, shape, each), observed)
-    host: dict[str, float] = {}
     artifact = 0.0
     if isinstance(spec, PruneSpec):
         artifact = shape.weights * (MASK_BYTES if spec.stores_masks else each)
@@ -313,6 +315,15 @@ def _pruning(
         written = {"a written layer": shape.layer_weights * (1.0 if spec.stores_masks else each)}
         (host if gpu else work).update(written)
     return _placed(parts, work, states, budgets, gpu, host, artifact, streamed=True)
+
+
+def _two_layers(shape: Shape, each: int, gpu: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the parts of a layer at work and the next one, on the device and in its host: for a
+    GPU the next one waits in pinned memory, and so does the one at work until it is copied."""
+    layer = float(each * shape.layer_weights)
+    if gpu:
+        return {"decoder layers": layer}, {"decoder layers, read ahead": 2 * layer}
+    return {"decoder layers": 2 * layer}, {}
 
 
 def _matrix_bytes(spec: PruneSpec | OutliersSpec, shape: Shape, each: int) -> float:
@@ -350,14 +361,14 @@ def _reading(
     longest, batch, tokens = _texts(spec)
     batch = min(max(longest, batch // longest * longest), tokens)
     passes: dict[str, float] = {"activations": _activations(batch, shape, each)}
-    logits = min(LOGITS[gpu], batch * shape.vocabulary)
-    scored = min(SCORED_LOGITS[gpu], logits)
+    logits = min(ACCELERATOR_LOGITS if gpu else LAYER_LOGITS, batch * shape.vocabulary)
+    scored = min(ACCELERATOR_LOGITS if gpu else PART_LOGITS, logits)
     states = batch * shape.hidden * each * 2
     passes["logits"] = states + models * logits * each + SCORE_COPIES * 4 * scored * models
     parts: dict[str, float] = {"outside the layers": models * each * shape.outside_weights}
     if streamed:
-        parts["decoder layers"] = (1 if gpu else 2) * each * shape.layer_weights
-        waiting = {"decoder layers, read ahead": 2 * each * shape.layer_weights} if gpu else {}
+        layers, waiting = _two_layers(shape, each, gpu)
+        parts |= layers
         hidden = models * tokens * shape.hidden * each
         return _placed(parts, passes, hidden, budgets, gpu, waiting, 0.0, streamed=True)
     parts["decoder layers"] = models * each * (shape.weights - shape.outside_weights)
@@ -437,6 +448,8 @@ def _placed(
         waiting = {**host, "hidden states": second, "libraries": LIBRARY_BYTES}
     else:
         device["hidden states"] += second
+        free = FREE_PAGES * work.get("activations", 0.0)
+        device["free pages of the heap"] = min(free, MOST_FREE_PAGES)
         waiting, device = {**device, **host, "libraries": LIBRARY_BYTES}, {}
     return Footprint(_kept(device), _kept(waiting), _kept(disk), streamed)
 

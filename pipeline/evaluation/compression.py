@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
-from pipeline.models.streaming import resident
+from pipeline.models.streaming import each_resident
 
 TOKENS = 4096
 """Rows of the input of timed products."""
@@ -64,9 +64,8 @@ def speed_2_4(model: Any) -> str:
 
 def _matrices(model: Any, layers: int | None = None) -> Iterator[Matrix]:
     root, found = decoder_layers(model)
-    for number, layer in enumerate(found[:layers]):
-        with resident(layer):
-            yield from matrices(f"{root}.{number}", layer)
+    for number, layer in enumerate(each_resident(found[:layers])):
+        yield from matrices(f"{root}.{number}", layer)
 
 
 def _is_2_4(weight: Tensor) -> bool:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from pipeline.models.loading import load_tokenizer, stream_model
 from pipeline.models.matrices import decoder_layers
-from pipeline.models.streaming import resident
+from pipeline.models.streaming import each_resident
 from pipeline.specs import Model
 from pipeline.stage import Artifacts
 
@@ -82,9 +82,8 @@ def write_checkpoint(spec: Model, artifacts: Artifacts, folder: Path) -> None:
     scratch = folder / "scratch"
     model = stream_model(spec, artifacts, scratch, torch.device("cpu"))
     checkpoint = Checkpoint(model, folder)
-    for number, layer in enumerate(checkpoint.layers):
-        with resident(layer):
-            checkpoint.write_layer(number)
+    for number, _ in enumerate(each_resident(checkpoint.layers)):
+        checkpoint.write_layer(number)
     checkpoint.finish()
     tokenizer.save_pretrained(folder)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -49,7 +49,7 @@ def layerwise_outputs(
                 hook = module.register_forward_pre_hook(lambda own, _: forget_longer_texts(own))
                 hooks.callback(hook.remove)
         captured = capture_batches(model, layers, batches, store)
-        for number, layer in enumerate(each_resident(list(layers))):
+        for number, layer in enumerate(each_resident(layers)):
             for place, batch in enumerate(captured, start=1):
                 batch.advance(number, layer)
                 report(number + place / len(captured), len(layers), "layers")

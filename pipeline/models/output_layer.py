@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 from pipeline.models.layer_calls import skipped_layers
 from pipeline.models.layerwise import layerwise_outputs
 from pipeline.models.matrices import decoder_layers
+from pipeline.models.memory import ACCELERATOR_LOGITS, LAYER_LOGITS, PART_LOGITS
 from pipeline.models.positions import forget_longer_texts, length_dependence
 from pipeline.models.streaming import is_streamed, memory_of
 
@@ -29,17 +30,6 @@ PROBE_TOKENS = 16
 
 MOVED = 0.05
 """Mean change of logits, as a share of their standard deviation, that no rounding explains."""
-
-LAYER_LOGITS = 2**23
-"""Logits per call of the output layer on a CPU: with a quarter a call takes 1.3 times as long."""
-
-PART_LOGITS = 2**19
-"""Logits per part on a CPU: 2 MiB in float32, which stay in its cache. In parts of `LAYER_LOGITS`
-scores took 1.14 times the CPU time in float32 and 1.6 times in bfloat16, losses 1.0 and 1.13 times
-(hidden size 576, 49,152 entries, one thread with AVX-512)."""
-
-ACCELERATOR_LOGITS = 2**25
-"""Logits per call and per part on a GPU, which fewer do not keep busy."""
 
 
 def joined(parts: Iterable[tuple[Tensor, ...]], positions: int) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Decoder layers that stay in their checkpoint's files until they are needed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ class StoredLayer:
 
     changes: list[Callable[[], None]] = field(default_factory=list)
     """Functions that change the layer, called in order when it has been read."""
+
+    ahead: Future[dict[str, Tensor]] | None = None
+    """The parameters' values, if a thread reads them already."""
 
 
 def load_streamed(
@@ -90,7 +94,9 @@ def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[N
     stored: StoredLayer | None = vars(layer).get(_STORED)
     if stored is not None:
         on = device or stored.device
-        with _filled(layer, stored, _read(stored, on), on):
+        ahead, stored.ahead = stored.ahead, None
+        values = _read(stored, on) if ahead is None else ahead.result()
+        with _filled(layer, stored, values, on):
             yield
         return
     home = next(layer.parameters()).device
@@ -103,21 +109,30 @@ def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[N
             layer.to(home)
 
 
-def each_resident(layers: Sequence[nn.Module]) -> Iterator[nn.Module]:
-    """Yield decoder layers that are in files, each in memory until the next one is asked for.
+def each_resident(layers: nn.ModuleList, device: torch.device | None = None) -> Iterator[nn.Module]:
+    """Yield decoder layers, each held as by `resident` until the next one is asked for.
 
-    Meanwhile a thread reads the next one, so two layers are in memory. For a GPU they are read to
-    pinned host memory: the copy to the device does not wait for the disk.
+    Meanwhile the next one is read from its files, so two layers are in memory.
     """
-    stored: list[StoredLayer] = [vars(layer)[_STORED] for layer in layers]
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = reader.submit(_read_to_host, stored[0])
-        for number, layer in enumerate(layers):
-            values = ahead.result()
-            if number + 1 < len(layers):
-                ahead = reader.submit(_read_to_host, stored[number + 1])
-            with _filled(layer, stored[number], values, stored[number].device):
-                yield layer
+    for number, layer in enumerate(layers):
+        with resident(layer, device):
+            read_ahead(layers, number + 1)
+            yield layer
+
+
+def read_ahead(layers: nn.ModuleList, number: int) -> None:
+    """Start to read a decoder layer for `resident`, if there is one with that number in files.
+
+    For a GPU it is read to pinned host memory: the copy to the device does not wait for the disk.
+    """
+    stored: StoredLayer | None = vars(layers[number]).get(_STORED) if number < len(layers) else None
+    if stored is not None and stored.ahead is None:
+        stored.ahead = _reader().submit(_read_to_host, stored)
+
+
+@functools.cache
+def _reader() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
 
 
 def is_stored(layer: nn.Module) -> bool:

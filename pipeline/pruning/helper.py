@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
-from pipeline.models.streaming import resident
+from pipeline.models.streaming import read_ahead, resident
 from pipeline.pruning.changes import Change, apply_change, change_of
 from pipeline.pruning.groups import Share, Sums, merge, parts_of, total
 from pipeline.pruning.pruners.base import Pruned
@@ -107,6 +107,7 @@ class Helper:
         """Hold the layer until `_leave`."""
         if self._number != number:
             self._inside.enter_context(resident(self._layers[number]))
+            read_ahead(self._layers, number + 1)
             self._found = matrices(f"{self._root}.{number}", self._layers[number])
             self._number = number
 

@@ -27,7 +27,7 @@ from pipeline.models.matrices import (
     set_to_zero,
 )
 from pipeline.models.memory import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
-from pipeline.models.streaming import resident
+from pipeline.models.streaming import each_resident
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import phase
 from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
@@ -215,11 +215,10 @@ def _checked_weights(model: nn.Module, pattern: Pattern | None) -> list[Dense]:
         if not name.startswith(f"{root}.")
     ]
     with phase("checking the weights"):
-        for number, layer in enumerate(layers):
-            with resident(layer):
-                for matrix in matrices(f"{root}.{number}", layer):
-                    _check_matrix(matrix, pattern)
-                dense += kept_dense(f"{root}.{number}", layer)
+        for number, layer in enumerate(each_resident(layers)):
+            for matrix in matrices(f"{root}.{number}", layer):
+                _check_matrix(matrix, pattern)
+            dense += kept_dense(f"{root}.{number}", layer)
     return dense
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
-from pipeline.models.streaming import resident
+from pipeline.models.streaming import read_ahead, resident
 from pipeline.progress import report
 from pipeline.pruning.crew import Crew
 from pipeline.pruning.window_groups import DEFAULT_MEMORY, Memory, WindowGroups
@@ -129,6 +129,7 @@ def walk(
         for number in range(first, len(layers)):
             report(number, len(layers), "layers")
             with resident(layers[number], device):
+                read_ahead(layers, number + 1)
                 found = matrices(f"{root}.{number}", layers[number])
                 if not restore(number, found):
                     visit(number, found)
@@ -142,6 +143,7 @@ def walk(
         for number, layer in enumerate(layers[:observed]):
             report(number, len(layers), "layers")
             with resident(layer, device):
+                read_ahead(layers, number + 1)
                 found = matrices(f"{root}.{number}", layer)
                 if not restore(number, found):
                     crew.observe(number, found)
@@ -152,6 +154,7 @@ def walk(
                 if number + 1 < observed:  # with the layer pruned
                     crew.advance(number, found)
                     groups.advance(number, layer, _third(number, len(layers), 2))
+                del found  # with it the layer, now that the next one is in memory
     visit_unobserved(observed)
 
 

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from pipeline.models.hidden_states import TensorStore
 from pipeline.models.layer_calls import CapturedBatch, capture_batches
 from pipeline.models.matrices import Matrix
-from pipeline.models.memory import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
+from pipeline.models.memory import (
+    ACCELERATOR_BATCH_TOKENS,
+    BATCH_TOKENS,
+    DEVICE_HIDDEN_BYTES,
+    HOST_HIDDEN_BYTES,
+)
 from pipeline.pruning.crew import Crew
 from pipeline.pruning.groups import Share, Sums, merge
 from pipeline.pruning.observed_inputs import InputObserver
-
-BATCH_TOKENS = 2_048
-"""Tokens of a batch on a CPU unless its size is given: their activations stay in its cache. Fixed,
-since sums depend on how they are split."""
-
-ACCELERATOR_BATCH_TOKENS = 16_384
-"""The same on any other device, which needs more tokens to be busy."""
 
 
 @dataclass(frozen=True)

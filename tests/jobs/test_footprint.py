@@ -127,6 +127,10 @@ def test_a_pruning_holds_one_layer_its_statistics_and_the_hidden_states_of_all_w
         assert found.device["statistics"] == statistics
         assert found.device["hidden states"] == 128 * 2048 * 32 * 2
         assert found.host["libraries"] == LIBRARY_BYTES
+        assert found.host["decoder layers, read ahead"] == 2 * 2 * LAYER
+        on_cpu = footprint(pruning(pruner), SMALL, Resources(), 80e9)
+        assert on_cpu is not None
+        assert on_cpu.host["decoder layers"] == 2 * 2 * LAYER
 
 
 def test_hidden_states_wait_where_the_budgets_have_room() -> None:
@@ -179,19 +183,6 @@ def test_an_engine_spreads_a_model_over_its_gpus() -> None:
     assert footprint(spec, SMALL, Resources(), None) is None  # it joins the shards
     assert found is not None
     assert found.device["weights"] == 2 * SMALL.weights / 4
-
-
-def test_sizes_of_batches_are_those_of_the_walk_and_the_output_layer() -> None:
-    from jobs import footprint as model
-    from pipeline.models import output_layer
-    from pipeline.pruning import window_groups
-
-    assert model.BATCH_TOKENS == (
-        window_groups.BATCH_TOKENS,
-        window_groups.ACCELERATOR_BATCH_TOKENS,
-    )
-    assert model.LOGITS == (output_layer.LAYER_LOGITS, output_layer.ACCELERATOR_LOGITS)
-    assert model.SCORED_LOGITS == (output_layer.PART_LOGITS, output_layer.ACCELERATOR_LOGITS)
 
 
 def test_actors_receive_the_statistics_of_their_matrices_and_the_others_masks() -> None:

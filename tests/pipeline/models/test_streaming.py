@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 from pipeline.models.checkpoint import INDEX, write_checkpoint
 from pipeline.models.layer_files import apply_masks, layer_file
 from pipeline.models.matrices import decoder_layers, matrices
-from pipeline.models.streaming import load_streamed, resident
+from pipeline.models.streaming import load_streamed, read_ahead, resident
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import prune_model, run
@@ -165,6 +167,37 @@ def test_only_the_layer_at_work_is_in_memory(dense: Dense, tmp_path: Path) -> No
                 assert torch.equal(parameter, wanted[name]), name
 
 
+def test_a_layer_is_read_while_the_one_below_is_held(dense: Dense, tmp_path: Path) -> None:
+    model = streamed(dense.folder, tmp_path / "scratch")
+    _, layers = decoder_layers(model)
+    _, whole = decoder_layers(in_memory(dense.folder))
+    stored = vars(layers[1])["stored_layer"]
+    reads: list[str] = []
+
+    class Counted(dict[str, torch.Tensor]):
+        def __init__(self, files: Mapping[str, torch.Tensor]) -> None:
+            self.files = files
+
+        def __getitem__(self, name: str) -> torch.Tensor:
+            reads.append(threading.current_thread().name)
+            return self.files[name]
+
+    stored.parameters = {
+        name: (Counted(files), key) for name, (files, key) in stored.parameters.items()
+    }
+    for _ in range(2):  # what was read ahead is used once
+        with resident(layers[0]):
+            read_ahead(layers, 1)
+            read_ahead(layers, 1)
+            stored.ahead.result(timeout=60)
+        with resident(layers[1]):
+            read_ahead(layers, 2)
+            for name, parameter in layers[1].named_parameters():
+                assert torch.equal(parameter, whole[1].get_parameter(name)), name
+    assert len(reads) == 2 * len(stored.parameters)
+    assert not any("MainThread" in name for name in reads)
+
+
 def test_generation_settings_that_contradict_each_other_are_copied_unchanged(
     tmp_path: Path,
 ) -> None:
@@ -231,6 +264,7 @@ def test_layers_are_released_when_pruning_fails(tmp_path: Path) -> None:
 LAYERS = 40
 MEASURED = """
 import sys
+import threading
 from pathlib import Path
 import torch
 from cluster.memory import PeakMemory
