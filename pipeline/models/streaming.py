@@ -95,7 +95,7 @@ def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[N
     if stored is not None:
         on = device or stored.device
         ahead, stored.ahead = stored.ahead, None
-        values = _read(stored, on) if ahead is None else ahead.result()
+        values = _read(stored) if ahead is None else ahead.result()
         with _filled(layer, stored, values, on):
             yield
         return
@@ -127,7 +127,7 @@ def read_ahead(layers: nn.ModuleList, number: int) -> None:
     """
     stored: StoredLayer | None = vars(layers[number]).get(_STORED) if number < len(layers) else None
     if stored is not None and stored.ahead is None:
-        stored.ahead = _reader().submit(_read_to_host, stored)
+        stored.ahead = _reader().submit(_read, stored)
 
 
 @functools.cache
@@ -165,18 +165,12 @@ def change(layer: nn.Module, apply: Callable[[], None]) -> None:
         stored.changes.append(apply)
 
 
-def _read(stored: StoredLayer, device: torch.device) -> dict[str, Tensor]:
-    """Return a layer's parameters by name, in memory of their own."""
-    values = {name: files[key] for name, (files, key) in stored.parameters.items()}
-    return {name: value.to(device, copy=True) for name, value in values.items()}
-
-
-def _read_to_host(stored: StoredLayer) -> dict[str, Tensor]:
+def _read(stored: StoredLayer) -> dict[str, Tensor]:
     """Return a layer's parameters by name, in host memory from which its device copies fast."""
-    if stored.device.type != "cuda":
-        return _read(stored, stored.device)
     values = {name: files[key] for name, (files, key) in stored.parameters.items()}
-    return {name: value.pin_memory() for name, value in values.items()}
+    if stored.device.type == "cuda":
+        return {name: value.pin_memory() for name, value in values.items()}
+    return {name: value.to(stored.device, copy=True) for name, value in values.items()}
 
 
 @contextlib.contextmanager

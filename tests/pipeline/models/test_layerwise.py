@@ -154,7 +154,7 @@ def test_positions_that_depend_on_the_length_are_those_of_a_text_alone(
 
 def test_no_batch_reads_no_layer(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = OutputLayer(in_files(llama))
-    monkeypatch.setattr(streaming, "_read_to_host", lambda stored: pytest.fail("it was read"))
+    monkeypatch.setattr(streaming, "_read", lambda stored: pytest.fail("it was read"))
     assert list(layer.states([])) == []
 
 
@@ -201,7 +201,7 @@ def test_each_layer_is_read_once_while_the_one_before_it_runs(
     numbers = {id(vars(layer)["stored_layer"]): place for place, layer in enumerate(layers)}
     begun = [threading.Event() for _ in range(len(layers) + 1)]
     begun[-1].set()  # there is no layer above the last
-    read_one, drop = streaming._read_to_host, streaming._drop
+    read_one, drop = streaming._read, streaming._drop
     inside = absent(model)
 
     def reading(stored: Any) -> Any:
@@ -223,7 +223,7 @@ def test_each_layer_is_read_once_while_the_one_before_it_runs(
             assert begun[number + 1].wait(timeout=600)
             ran.append(number)
 
-    monkeypatch.setattr(streaming, "_read_to_host", reading)
+    monkeypatch.setattr(streaming, "_read", reading)
     monkeypatch.setattr(streaming, "_drop", dropping)
     for number, layer in enumerate(layers):
         layer.register_forward_pre_hook(functools.partial(running, number))
