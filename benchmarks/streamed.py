@@ -27,15 +27,12 @@ from benchmarks.timing import median_seconds
 from cluster.heap import keep_freed_memory
 from pipeline.evaluation.perplexity import ScoredWindow, batches, losses
 from pipeline.models.loading import stream_model
+from pipeline.models.memory import BATCH_TOKENS
 from pipeline.models.output_layer import OutputLayer
 from pipeline.real.prepare import REAL_FOLDER
 from pipeline.specs import LocalModel
 
 _CPU = torch.device("cpu")
-
-_BATCH_TOKENS = 2_048
-"""Tokens of a batch, as in pruning on a CPU. With the 16,384 of `EvaluateSpec` the activations of
-this small model would take more memory than its layers."""
 
 _SLOWER = 1.3
 """The longest time by layer, in times of the model in memory."""
@@ -68,7 +65,7 @@ def windows_of(folder: Path, nsamples: int, seqlen: int) -> list[ScoredWindow]:
 def window_losses(model: Any, windows: list[ScoredWindow]) -> list[float]:
     """Return the loss of each window, all of one length."""
     layer = OutputLayer(model)
-    places = batches(windows, _BATCH_TOKENS, None, layer.lengths)
+    places = batches(windows, BATCH_TOKENS, None, layer.lengths)
     batched = [[windows[place] for place in batch] for batch in places]
     return [loss for batch in losses(layer, batched) for loss in batch]
 

@@ -359,6 +359,8 @@ def _reading(
     models = 2 if isinstance(spec, EvaluateSpec) and spec.compares else 1
     streamed = is_streamed(spec, shape.weights, memory)
     longest, batch, tokens = _texts(spec)
+    if streamed and not gpu:
+        batch = min(batch, BATCH_TOKENS)
     batch = min(max(longest, batch // longest * longest), tokens)
     passes: dict[str, float] = {"activations": _activations(batch, shape, each)}
     logits = min(ACCELERATOR_LOGITS if gpu else LAYER_LOGITS, batch * shape.vocabulary)

@@ -234,7 +234,8 @@ def measure_perplexity(
     texts = read_documents(wanted.corpus, blank=wanted.joined_by is not None)
     windows = protocol_windows((document.text for document in texts), tokenizer, wanted)
     vocabulary = None if layer.chunked else layer.model.config.get_text_config().vocab_size
-    places = list(batches(windows, batch_tokens, vocabulary, layer.lengths))
+    tokens = layer.batch_tokens(batch_tokens)
+    places = list(batches(windows, tokens, vocabulary, layer.lengths))
     batched = [[windows[place] for place in batch] for batch in places]
     asked = [
         [window.first.to_bytes(8, "big") + window.ids.tobytes() for window in batch]

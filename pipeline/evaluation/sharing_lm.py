@@ -68,7 +68,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
 
     Args:
         model: a causal language model, in evaluation mode.
-        batch_tokens: tokens of a forward pass, padding included.
+        batch_tokens: most tokens of a forward pass, padding included.
         answers: keeps the answers.
     """
 
@@ -84,10 +84,10 @@ class SharingLM(HFLM):  # type: ignore[misc]
         # Only the end tokens of the checkpoint's settings count: a penalty would change answers.
         ends = end_ids(model.generation_config, tokenizer)
         model.generation_config = GenerationConfig(eos_token_id=ends or None)
-        self.batch_tokens = batch_tokens
         self.answers = answers
         self.asked = 0
         self._layer = OutputLayer(model)
+        self.batch_tokens = self._layer.batch_tokens(batch_tokens)
         self._keeps_logits = (
             not self._layer.chunked
             and "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -13,11 +13,12 @@ DEVICE_HIDDEN_BYTES = 4 * 2**30
 HOST_HIDDEN_BYTES = 16 * 2**30
 
 BATCH_TOKENS = 2_048
-"""Tokens of a batch of a pruning on a CPU unless its size is given: their activations stay in its
-cache. Fixed, since sums depend on how they are split."""
+"""Tokens of a batch on a CPU of a pruning, unless its size is given, and at most of any other stage
+that reads its model by layer: their activations stay in its cache, and those of more take more
+memory than the layers. Fixed, since sums depend on how they are split."""
 
 ACCELERATOR_BATCH_TOKENS = 16_384
-"""The same on any other device, which needs more tokens to be busy."""
+"""Those of a pruning on any other device, which needs more tokens to be busy."""
 
 LAYER_LOGITS = 2**23
 """Logits per call of the output layer on a CPU: with a quarter a call takes 1.3 times as long."""

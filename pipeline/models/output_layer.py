@@ -18,7 +18,12 @@ from pipeline.errors import InputError
 from pipeline.models.layer_calls import skipped_layers
 from pipeline.models.layerwise import layerwise_outputs
 from pipeline.models.matrices import decoder_layers
-from pipeline.models.memory import ACCELERATOR_LOGITS, LAYER_LOGITS, PART_LOGITS
+from pipeline.models.memory import (
+    ACCELERATOR_LOGITS,
+    BATCH_TOKENS,
+    LAYER_LOGITS,
+    PART_LOGITS,
+)
 from pipeline.models.positions import forget_longer_texts, length_dependence
 from pipeline.models.streaming import is_streamed, memory_of
 
@@ -113,6 +118,11 @@ class OutputLayer:
         self._body = model.base_model if self.chunked else model
         self._head = model.get_output_embeddings() if self.chunked else nn.Identity()
         self._vocabulary = model.config.get_text_config().vocab_size
+
+    def batch_tokens(self, asked: int) -> int:
+        """Return how many tokens to pass at a time where a stage may pass so many."""
+        is_small = self.streamed and self.device.type == "cpu"
+        return min(asked, BATCH_TOKENS) if is_small else asked
 
     def states(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
         """Yield the states of each batch, as `forward` returns them.

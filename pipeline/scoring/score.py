@@ -242,7 +242,8 @@ def _score(
     scored.sort(key=lengths.__getitem__)
     scores = [Score(0)] * len(token_ids)
     done, total = 0, sum(lengths[place] for place in scored)
-    batches = list(length_batches(scored, lengths, batch_tokens, layer.lengths))
+    tokens_at_once = layer.batch_tokens(batch_tokens)
+    batches = list(length_batches(scored, lengths, tokens_at_once, layer.lengths))
     texts = [[(token_ids[place], firsts[place]) for place in batch] for batch in batches]
     watch: contextlib.AbstractContextManager[list[list[torch.Tensor]]] = contextlib.nullcontext([])
     if states is not None:
