@@ -3,8 +3,8 @@
 Both say more than accuracy, which hides answers that change both ways (arXiv 2407.09141).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -38,23 +38,18 @@ def compare_with_dense(
     """
     both = zip(scored_logits(pruned, batched), scored_logits(dense, batched), strict=True)
     for batch, (own, theirs) in zip(batched, both, strict=True):
-        yield _compared(zip(own, theirs, strict=True), batch)
+        by_token = joined(map(_compared, own, theirs), sum(window.scored for window in batch))
+        sums = (summed_by_window(each, batch) for each in by_token)
+        yield [Compared(*each) for each in zip(*sums, strict=True)]
 
 
-def _compared(parts: Iterable[Any], batch: list[ScoredWindow]) -> list[Compared]:
-    by_part = (
-        _compared_part(logits, targets, dense_logits)
-        for (logits, targets), (dense_logits, _) in parts
-    )
-    by_token = joined(by_part, sum(window.scored for window in batch))
-    sums = (summed_by_window(each, batch) for each in by_token)
-    return [Compared(*each) for each in zip(*sums, strict=True)]
+_Part = tuple[torch.Tensor, torch.Tensor]
+"""Logits `[part, vocabulary]`, and the token ids `[part]` that they predict."""
 
 
-def _compared_part(
-    logits: torch.Tensor, targets: torch.Tensor, dense_logits: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _compared(own: _Part, theirs: _Part) -> tuple[torch.Tensor, ...]:
     """Return the fields of `Compared` of each token, `[part]`."""
+    (logits, targets), (dense_logits, _) = own, theirs
     changes = logits.argmax(dim=-1) != dense_logits.argmax(dim=-1)
     log_q = torch.log_softmax(logits, dim=-1)
     log_p = torch.log_softmax(dense_logits, dim=-1)

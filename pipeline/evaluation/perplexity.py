@@ -283,12 +283,13 @@ def losses(layer: OutputLayer, batched: Sequence[list[ScoredWindow]]) -> Iterato
     It is taken in float32 and summed in float64.
     """
     for batch, scored in zip(batched, scored_logits(layer, batched), strict=True):
-        parts = (
-            (torch.nn.functional.cross_entropy(logits, targets, reduction="none"),)
-            for logits, targets in scored
-        )
+        parts = itertools.starmap(_part_losses, scored)
         (found,) = joined(parts, sum(window.scored for window in batch))
         yield summed_by_window(found, batch)
+
+
+def _part_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.nn.functional.cross_entropy(logits, targets, reduction="none"),)
 
 
 ScoredLogits = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -325,6 +326,7 @@ def _parts(layer: OutputLayer, states: torch.Tensor, batch: list[ScoredWindow]) 
     targets = token_ids[scored].to(states.device)
     for part, logits in layer.logits(states, rows, columns - 1):
         yield logits, targets[part]
+        del logits  # before the next ones are made
 
 
 def summed_by_window(values: torch.Tensor, batch: list[ScoredWindow]) -> list[float]:

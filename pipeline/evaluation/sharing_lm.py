@@ -392,7 +392,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
             values = logs.gather(1, wanted[part, None]).squeeze(1)
             return values, logs.argmax(dim=-1) == wanted[part]
 
-        parts = (answers(*each) for each in self._layer.logits(states, rows, columns))
+        parts = itertools.starmap(answers, self._layer.logits(states, rows, columns))
         values, greedy = joined(parts, len(rows))
         return values.cpu(), greedy.cpu()
 

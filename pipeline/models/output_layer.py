@@ -191,3 +191,4 @@ class OutputLayer:
             for place, own in enumerate(logits.split(part)):
                 first = start + place * part
                 yield slice(first, first + len(own)), own.float()
+            del logits, own  # before the next ones are made

@@ -326,10 +326,11 @@ def _token_scores(layer: OutputLayer, texts: _Texts, states: torch.Tensor) -> li
     wanted = mask & (torch.arange(padded.shape[1]) >= firsts[:, None])
     rows, columns = wanted.nonzero(as_tuple=True)
     targets = padded[rows, columns].to(states.device)
-    parts = (
-        position_scores(logits, targets[part])
-        for part, logits in layer.logits(states, rows, columns - 1)
-    )
+
+    def scored(part: slice, logits: torch.Tensor) -> TokenScores:
+        return position_scores(logits, targets[part])
+
+    parts = itertools.starmap(scored, layer.logits(states, rows, columns - 1))
     by_token = joined(parts, len(rows))
     counts = wanted.sum(dim=1).tolist()
     by_text = (torch.split(each.cpu(), counts) for each in by_token)
