@@ -2,9 +2,10 @@
 
 The model is that of `python -m jobs prepare`, stored in bfloat16 and used in float32, so that none
 of its weights is a page of a mapped file, which the system may drop. Each stage runs in a process
-of its own: without a limit, and in a cgroup that has the memory of the libraries and a share of the
-model's bytes. What both made is compared. At last the whole model is loaded in the cgroup, where
-the system must end the process. Needs Linux, root, and the memory controller of cgroups.
+of its own: without a limit, and in a cgroup that has little more than what `plan` says of the stage
+with its model read by layer. What both made is compared. At last the whole model is loaded in the
+largest of these cgroups, where the system must end the process. Needs Linux, root, and the memory
+controller of cgroups.
 """
 
 import contextlib
@@ -26,8 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.real_model import on_cpu
+from cluster.graph import Resources
 from cluster.heap import keep_freed_memory
-from jobs.footprint import LIBRARY_BYTES
+from jobs.footprint import LIBRARY_BYTES, footprint, shape_of
+from jobs.sizes import tensor_shapes
 from jobs.stages import STAGES
 from pipeline.real.prepare import REAL_FOLDER
 from pipeline.specs import (
@@ -161,14 +164,15 @@ def difference(one: Path, other: Path) -> float | None:
 
 def main(
     folder: Annotated[Path, typer.Option(help="What `jobs prepare` made.")] = Path(REAL_FOLDER),
-    share: Annotated[float, typer.Option(help="Of the model's bytes.")] = 0.6,
+    margin: Annotated[float, typer.Option(help="The limit, in times what `plan` says.")] = 1.1,
     nsamples: Annotated[int, typer.Option(min=1)] = 64,
     seqlen: Annotated[int, typer.Option(min=2)] = 512,
 ) -> None:
     """Compare stages under a memory limit with those without one."""
     table = Table()
-    for heading in ("stage", "CPU s", "limited", "wall s", "limited", "difference"):
+    for heading in ("stage", "limit MB", "of the model", "CPU s", "limited", "wall s", "limited"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
+    table.add_column("difference")
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "model")
         loaded = on_cpu(folder / "model", "bfloat16")
@@ -177,35 +181,49 @@ def main(
             shutil.copy(path, copy)
         size = 4 * sum(parameter.numel() for parameter in loaded.parameters())
         del loaded
-        limit = int(LIBRARY_BYTES + share * size)
         model = LocalModel(path=str(copy), dtype="float32")
+        shape = shape_of(tensor_shapes(model) or {})
+        assert shape is not None
         windows, found = stages(model, folder / "text", nsamples, seqlen)
         inputs = {windows.key: Path(scratch, "windows")}
         assert run(windows, {}, inputs[windows.key]).exit_code == 0
-        with memory_group(limit) as start:
-            for number, spec in enumerate(found):
-                free, held = (Path(scratch, f"{way}-{number}") for way in ("free", "limited"))
-                ample = run(spec, inputs, free)
-                limited = run(spec, inputs, held, int(share * size), start)
-                assert ample.exit_code == 0
-                name = spec.pruner.name if isinstance(spec, PruneSpec) else spec.kind
-                if limited.exit_code:
-                    table.add_row(name, f"{ample.cpu:.1f}", f"ended by {-limited.exit_code}")
-                    continue
-                apart = difference(free, held)
-                table.add_row(
-                    name,
-                    f"{ample.cpu:.1f}",
-                    f"{limited.cpu / ample.cpu:.2f} x",
-                    f"{ample.wall:.1f}",
-                    f"{limited.wall / ample.wall:.2f} x",
-                    "equal bytes" if apart is None else f"{apart:.1e}",
-                )
+        limits = []
+        for number, spec in enumerate(found):
+            little = 1  # a byte: read by layer
+            planned = footprint(spec, shape, Resources(), little)
+            assert planned is not None
+            limits.append(int(margin * planned.peaks[1]))
+            free, held = (Path(scratch, f"{way}-{number}") for way in ("free", "limited"))
+            ample = run(spec, inputs, free)
+            assert ample.exit_code == 0
+            with memory_group(limits[-1]) as start:
+                limited = run(spec, inputs, held, little, start)
+            beyond = (limits[-1] - LIBRARY_BYTES) / size
+            table.add_row(
+                spec.pruner.name if isinstance(spec, PruneSpec) else spec.kind,
+                f"{limits[-1] / 1e6:,.0f}",
+                f"{beyond:.0%}",
+                *(
+                    [f"ended by signal {-limited.exit_code}"]
+                    if limited.exit_code
+                    else _figures(ample, limited, difference(free, held))
+                ),
+            )
+        with memory_group(max(limits)) as start:
             whole = run(found[-1], inputs, Path(scratch, "whole"), AMPLE, start)
-            table.add_row("evaluate, whole", "", f"ended by {-whole.exit_code}")
-    console = Console(width=100)
-    console.print(f"{limit / 1e6:,.0f} MB: libraries and {share:.0%} of {size / 1e6:,.0f} MB")
-    console.print(table)
+        ended = f"ended by signal {-whole.exit_code}" if whole.exit_code else "not ended"
+        table.add_row("evaluate, whole", f"{max(limits) / 1e6:,.0f}", "", ended)
+    Console(width=120).print(table)
+
+
+def _figures(ample: Ran, limited: Ran, apart: float | None) -> list[str]:
+    return [
+        f"{ample.cpu:.1f}",
+        f"{limited.cpu / ample.cpu:.2f} x",
+        f"{ample.wall:.1f}",
+        f"{limited.wall / ample.wall:.2f} x",
+        "equal bytes" if apart is None else f"{apart:.0e}",
+    ]
 
 
 if __name__ == "__main__":

@@ -371,7 +371,8 @@ def _reading(
     if streamed:
         layers, waiting = _two_layers(shape, each, gpu)
         parts |= layers
-        hidden = models * tokens * shape.hidden * each
+        budgets = (models * budgets[0], models * budgets[1])  # each model has its own
+        hidden = min(models * tokens * shape.hidden * each, sum(budgets))  # more pass in parts
         return _placed(parts, passes, hidden, budgets, gpu, waiting, 0.0, streamed=True)
     parts["decoder layers"] = models * each * (shape.weights - shape.outside_weights)
     waiting = {"the model while it is loaded": each * shape.weights} if gpu else {}

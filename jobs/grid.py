@@ -362,8 +362,9 @@ class StageResources(Spec):
     layer at a time: `prune`, `score`, `describe` and `evaluate`."""
 
     host_hidden_bytes: int | None = Field(default=None, ge=0)
-    """Most bytes of further hidden states to hold in host memory; the rest goes to files in the
-    system's temporary folder (`TMPDIR`). Unset, 16 GiB. Only for these stages."""
+    """Most bytes of further hidden states to hold in host memory. Of a pruning the rest goes to
+    files in the system's temporary folder (`TMPDIR`); the other stages pass further texts later,
+    and read the model again. Unset, 16 GiB. Only for these stages."""
 
     @field_validator("gpus")
     @classmethod

@@ -1,6 +1,6 @@
-"""Forward passes of a model with its decoder layers in files, each read once for all texts.
+"""Forward passes of a model with its decoder layers in files, each read once for many texts.
 
-All batches go through one decoder layer before the next one; their hidden states wait meanwhile.
+All of these go through one decoder layer before the next one; their hidden states wait meanwhile.
 """
 
 import ctypes
@@ -37,8 +37,13 @@ def layerwise_outputs(
 ) -> Iterator[Any]:
     """Yield what a model returns for each batch, to float32 rounding.
 
-    The layers are run before the first batch is yielded. What the model does before its layers is
-    done twice for each batch.
+    Batches pass together as far as memory has room for their hidden states, then the next ones. To
+    read the layers again costs less than to write the states to files and read them at every layer,
+    and who keeps what is yielded loses no more than one such part. A batch that is larger than that
+    memory passes alone, with its states in files.
+
+    The layers are run before the first batch of a part is yielded. What the model does before its
+    layers is done twice for each batch.
 
     Args:
         model: a causal language model, or its part below the output layer, in evaluation mode,
@@ -50,11 +55,37 @@ def layerwise_outputs(
         InputError: as `pipeline.models.layer_calls.capture_batches` does.
         OSError: if a layer cannot be read, or the disk is full of hidden states.
     """
-    if not batches:
-        return
+    token = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    sizes = [batch["input_ids"].numel() * token for batch in batches]
+    parts = list(_parts(sizes, memory.device_hidden_bytes + memory.host_hidden_bytes))
+    for number, part in enumerate(parts):
+        yield from _part_outputs(model, batches[part], memory, (number, len(parts)))
+
+
+def _parts(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """Yield runs of batches, each of one batch or with states of at most `limit` bytes."""
+    first = total = 0
+    for number, size in enumerate(sizes):
+        if number > first and total + size > limit:
+            yield slice(first, number)
+            first, total = number, 0
+        total += size
+    if sizes:
+        yield slice(first, len(sizes))
+
+
+def _part_outputs(
+    model: Any, batches: Sequence[Mapping[str, Tensor]], memory: ModelMemory, part: tuple[int, int]
+) -> Iterator[Any]:
+    """Run all layers on some batches, then yield what the model returns for each.
+
+    Args:
+        part: number of this part, and of all, for progress.
+    """
     _, layers = decoder_layers(model)
     device = next(each.device for each in model.parameters() if not each.is_meta)
     waiting = (device, memory.device_hidden_bytes, memory.host_hidden_bytes)
+    done, total = part[0] * len(layers), part[1] * len(layers)
     with TensorStore(*waiting) as store, ExitStack() as hooks:
         if length_dependence(model.config).grows_beyond is not None:
             for module in (model, *layers):  # each may hold rotary tables
@@ -64,7 +95,7 @@ def layerwise_outputs(
         for number, layer in enumerate(each_resident(layers)):
             for place, batch in enumerate(captured, start=1):
                 batch.advance(number, layer)
-                report(number + place / len(captured), len(layers), "layers")
+                report(done + number + place / len(captured), total, "layers")
             if device.type == "cpu":
                 _return_freed_memory()
         for inputs, batch in zip(batches, captured, strict=True):

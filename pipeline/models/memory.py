@@ -43,8 +43,7 @@ class ModelMemory:
     """Bytes of hidden states to hold on the device of a model that does not fit."""
 
     host_hidden_bytes: int = HOST_HIDDEN_BYTES
-    """Bytes beyond that to hold in host memory; the rest goes to files in the system's temporary
-    folder."""
+    """Bytes beyond that to hold in host memory; texts that need more pass later."""
 
 
 DEFAULT_MODEL_MEMORY = ModelMemory()

@@ -127,7 +127,8 @@ class OutputLayer:
     def states(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
         """Yield the states of each batch, as `forward` returns them.
 
-        A model with its decoder layers in files reads each layer once for all batches.
+        A model with its decoder layers in files reads each layer once for as many batches as there
+        is memory for their hidden states.
 
         Args:
             batches: token ids `[rows, tokens]` as `input_ids`, and an attention mask of the same

@@ -168,6 +168,11 @@ def test_a_perplexity_holds_two_layers_or_the_whole_model_and_both_models_for_kl
         assert whole.weights == models * 2 * SMALL.weights
         assert streamed.host["decoder layers"] == 2 * 2 * LAYER
         assert streamed.host["hidden states"] == models * 10 * 64 * 32 * 2
+        budgets = {"device_hidden_bytes": 1000, "host_hidden_bytes": 5000}
+        in_parts = footprint(spec, SMALL, Resources(), 1, budgets)
+        assert in_parts is not None
+        assert in_parts.host["hidden states"] == models * 6000
+        assert not in_parts.disk
 
 
 def test_an_engine_spreads_a_model_over_its_gpus() -> None:

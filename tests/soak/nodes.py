@@ -50,6 +50,17 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
         self.workers[self.workers.index(node)] = self._add()
 
+    def join(self) -> None:
+        """Add a node."""
+        self.workers.append(self._add())
+
+    def remove(self, node: Any, *, by_plan: bool) -> None:
+        """End a node, with a signal first if it is by plan."""
+        self.workers.remove(node)
+        if not by_plan:
+            self.kill(node)
+        self.cluster.remove_node(node, allow_graceful=by_plan)
+
     def at_work(self, what: str) -> list[int]:
         """Return the processes that make stages: tasks `make_artifact`, actors `Replica`."""
         return [process for node in self.workers for process in self.at_work_on(node, what)]
