@@ -9,6 +9,7 @@ a choice at random, by Min-K%++, and by full prunings on the probe; and its cost
 import itertools
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -120,9 +121,17 @@ def seconds(plans: Sequence[Plan], store: Store) -> float:
     return sum(manifest.seconds for manifest in made if manifest is not None)
 
 
-def mean_and_interval(rows: Sequence[Choice], value: Callable[[Choice], float]) -> str:
+def mean_and_interval(
+    rows: Sequence[Choice],
+    value: Callable[[Choice], float],
+    possible: tuple[float, float] = (-math.inf, math.inf),
+) -> str:
     """Return a mean in percent with Student's interval: over models, each a mean over its texts, or
-    over the texts of one model."""
+    over the texts of one model.
+
+    Args:
+        possible: the lowest and the highest mean that there can be.
+    """
     by_model: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         by_model[row.model].append(100 * value(row))
@@ -134,7 +143,7 @@ def mean_and_interval(rows: Sequence[Choice], value: Callable[[Choice], float]) 
     )
     half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
     over = "models" if several else "texts of one model"
-    low, high = means.mean() - half, means.mean() + half
+    low, high = np.clip([means.mean() - half, means.mean() + half], *possible)
     return f"{means.mean():.1f} ({low:.1f} to {high:.1f}, over {len(means)} {over})"
 
 
@@ -200,9 +209,9 @@ def main(
         own_rows = list(group)
         table.add_row(
             way,
-            mean_and_interval(own_rows, lambda row: row.loss),
+            mean_and_interval(own_rows, lambda row: row.loss, (0, math.inf)),
             mean_and_interval(own_rows, lambda row: row.loss - by_pilot[row.model, row.text]),
-            mean_and_interval(own_rows, lambda row: row.right),
+            mean_and_interval(own_rows, lambda row: row.right, (0, 100)),
         )
     console = Console(width=140)
     console.print(table)

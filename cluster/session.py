@@ -20,12 +20,11 @@ logger = logging.getLogger(__name__)
 KEEP_DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 """With the value 0, Ray leaves CUDA_VISIBLE_DEVICES alone for stages that ask for no GPU."""
 
-KEEPALIVE = {
-    "RAY_grpc_client_keepalive_time_ms": "20000",
-    "RAY_grpc_client_keepalive_timeout_ms": "20000",
-}
-"""How soon a driver notices that a connection is dead, as behind a cut cable. By Ray's own values
-it would wait seven minutes for a task on a node that the cluster has long given up."""
+KEEPALIVE = {"RAY_grpc_client_keepalive_timeout_ms": "20000"}
+"""How long a driver waits for the answer to a ping before it counts a connection as dead, as behind
+a cut cable; by Ray's own value two minutes. It pings every five minutes. With pings more often than
+that, workers of nodes that were not started with the same setting end the connection, and with it
+every stage that takes longer than three pings."""
 
 
 class ResourceError(RuntimeError):

@@ -24,6 +24,8 @@ def test_texts_of_a_model_are_averaged_before_models_are_compared() -> None:
     ]
     # 10 % and 30 %: 20 % with t = 12.706 at one degree of freedom times 10 %.
     assert mean_and_interval(rows, lambda row: row.loss) == "20.0 (-107.1 to 147.1, over 2 models)"
+    clipped = mean_and_interval(rows, lambda row: row.loss, (0, 100))
+    assert clipped == "20.0 (0.0 to 100.0, over 2 models)"
     of_one = mean_and_interval(rows[:2], lambda row: row.loss)
     assert of_one == "10.0 (-117.1 to 137.1, over 2 texts of one model)"
 

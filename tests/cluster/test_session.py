@@ -13,7 +13,7 @@ import pytest
 
 from cluster import address as module
 from cluster.address import NoRayError
-from cluster.session import session
+from cluster.session import session, set_keepalive
 
 PROGRAM = """
 import json, os, psutil, ray
@@ -133,3 +133,14 @@ def test_a_temporary_folder_with_a_long_name_is_explained(
     message = r"TMPDIR: .*set RAY_TMPDIR to a short folder"
     with pytest.raises(NoRayError, match=message), session(None):
         pass
+
+
+def test_a_driver_pings_no_more_often_than_nodes_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a ping every 20 s a node that was started without that setting ended every task after
+    83 s: a gRPC server allows one in five minutes."""
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    set_keepalive()
+    every, answer = (f"RAY_grpc_client_keepalive_{name}_ms" for name in ("time", "timeout"))
+    assert int(variables.get(every, "300000")) >= 300_000
+    assert int(variables[answer]) < 120_000
