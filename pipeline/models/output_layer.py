@@ -43,6 +43,9 @@ def joined(parts: Iterable[tuple[Tensor, ...]], positions: int) -> list[Tensor]:
     They are written to tensors that exist from the first part on. Small results that are kept one
     by one come to lie where the part's logits were, so that the next ones need a new place: the
     process grew by all logits of a batch.
+
+    Raises:
+        ValueError: if the parts have another number of positions.
     """
     whole: list[Tensor] = []
     start = 0
@@ -52,6 +55,8 @@ def joined(parts: Iterable[tuple[Tensor, ...]], positions: int) -> list[Tensor]:
         for all_values, own in zip(whole, values, strict=True):
             all_values[start:end] = own
         start = end
+    if start != positions:
+        raise ValueError(f"there are values of {start} positions instead of {positions}")
     return whole
 
 

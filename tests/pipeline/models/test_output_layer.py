@@ -42,6 +42,8 @@ def test_values_of_parts_are_joined_in_order() -> None:
     found = joined(parts(), 7)
     assert torch.equal(found[0], first)
     assert torch.equal(found[1], second)
+    with pytest.raises(ValueError, match="7 positions instead of 8"):
+        joined(parts(), 8)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="KiB on Linux, bytes on a Mac")
