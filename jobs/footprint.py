@@ -51,8 +51,8 @@ DEVICE_LIBRARY_BYTES = 1.0e9
 
 FREE_PAGES, MOST_FREE_PAGES = 2.0, 256e6
 """Free memory that the C library keeps on a CPU between the blocks of batches, in times of the
-activations, and at most. Measured (`benchmarks.footprint`), not derived: it differs by a half from
-run to run."""
+activations, and at most. Measured (`benchmarks.footprint`), not derived: it differs from run to
+run."""
 
 SCORE_COPIES = 4
 """Tensors in float32 of as many numbers that scoring holds."""
