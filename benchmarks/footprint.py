@@ -81,16 +81,23 @@ def save_model(folder: Path, layers: int, hidden: int, mlp: int, heads: tuple[in
         shutil.copy(path, folder)
 
 
-def stages_of(model: LocalModel, text: Path, nsamples: int, seqlen: int) -> Iterator[StageSpec]:
-    """Yield the stages to measure: prunings, scores and a perplexity."""
-    windows = WindowsSpec(
-        source=HubCorpus(path="none"), model=model, nsamples=nsamples, seqlen=seqlen
-    )
+def stages_of(windows: WindowsSpec, text: Path) -> Iterator[StageSpec]:
+    """Yield the stages to measure: prunings, scores and a perplexity.
+
+    Args:
+        windows: a calibration set; the model and the sizes are its own.
+        text: for the perplexity.
+    """
+    model = windows.model
     for pruner in (Wanda(), SparseGPT()):
         yield PruneSpec(model=model, pruner=pruner, sparsity=0.5, calibration=windows)
     yield DescribeSpec(model=model, calibration=windows)
-    corpus = FileCorpus(path=str(text))
-    entry = PerplexitySpec(name="text", corpus=corpus, seqlen=seqlen, max_windows=nsamples)
+    entry = PerplexitySpec(
+        name="text",
+        corpus=FileCorpus(path=str(text)),
+        seqlen=windows.seqlen,
+        max_windows=windows.nsamples,
+    )
     yield EvaluateSpec(model=model, perplexity=(entry,), tasks=())
 
 
@@ -143,7 +150,10 @@ def measure(folder: Path, nsamples: int, seqlen: int, rate: float) -> Iterator[M
     text = folder / "text.txt"
     text.write_text("\n".join(f"line {n} of a text about nothing" for n in range(20_000)))
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for spec in stages_of(model, text, nsamples, seqlen):
+    calibrated = WindowsSpec(
+        source=HubCorpus(path="none"), model=model, nsamples=nsamples, seqlen=seqlen
+    )
+    for spec in stages_of(calibrated, text):
         artifacts: dict[str, Path] = {}
         calibration = getattr(spec, "calibration", None)
         if calibration is not None:

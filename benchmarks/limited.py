@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.footprint import stages_of
 from benchmarks.real_model import on_cpu
 from cluster.graph import Resources
 from cluster.heap import keep_freed_memory
@@ -33,18 +34,7 @@ from jobs.footprint import LIBRARY_BYTES, footprint, shape_of
 from jobs.sizes import tensor_shapes
 from jobs.stages import STAGES
 from pipeline.real.prepare import REAL_FOLDER
-from pipeline.specs import (
-    DescribeSpec,
-    EvaluateSpec,
-    FileCorpus,
-    LocalModel,
-    PerplexitySpec,
-    PruneSpec,
-    SparseGPT,
-    StageSpec,
-    Wanda,
-    WindowsSpec,
-)
+from pipeline.specs import FileCorpus, LocalModel, PruneSpec, StageSpec, WindowsSpec
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -91,24 +81,6 @@ def memory_group(limit: int) -> Iterator[Start]:
         yield start
     finally:
         group.rmdir()
-
-
-def stages(
-    model: LocalModel, texts: Path, nsamples: int, seqlen: int
-) -> tuple[WindowsSpec, list[StageSpec]]:
-    """Return a calibration set, and stages of all kinds that read a model by layer."""
-    train, held_out = (
-        FileCorpus(path=str(texts / f"wikipedia-{part}.jsonl")) for part in ("train", "heldout")
-    )
-    windows = WindowsSpec(source=train, model=model, nsamples=nsamples, seqlen=seqlen)
-    entry = PerplexitySpec(name="text", corpus=held_out, seqlen=seqlen, max_windows=nsamples)
-    found: list[StageSpec] = [
-        PruneSpec(model=model, pruner=pruner, sparsity=0.5, calibration=windows)
-        for pruner in (Wanda(), SparseGPT())
-    ]
-    found.append(DescribeSpec(model=model, calibration=windows))
-    found.append(EvaluateSpec(model=model, perplexity=(entry,), tasks=()))
-    return windows, found
 
 
 def run(
@@ -158,7 +130,8 @@ def difference(one: Path, other: Path) -> float | None:
         tables = [pq.read_table(folder / name).to_pandas() for folder in (one, other)]
         for column in tables[0].select_dtypes("number"):
             ours, theirs = (table[column].to_numpy(np.float64) for table in tables)
-            largest = max(largest, float(np.max(np.abs(ours / theirs - 1), where=theirs != 0)))
+            apart = np.abs(ours - theirs) / np.maximum(np.abs(theirs), np.finfo(np.float64).tiny)
+            largest = max(largest, float(np.nanmax(apart, initial=0.0)))
     return largest
 
 
@@ -184,7 +157,13 @@ def main(
         model = LocalModel(path=str(copy), dtype="float32")
         shape = shape_of(tensor_shapes(model) or {})
         assert shape is not None
-        windows, found = stages(model, folder / "text", nsamples, seqlen)
+        train, held_out = (
+            folder / "text" / f"wikipedia-{part}.jsonl" for part in ("train", "heldout")
+        )
+        windows = WindowsSpec(
+            source=FileCorpus(path=str(train)), model=model, nsamples=nsamples, seqlen=seqlen
+        )
+        found = list(stages_of(windows, held_out))
         inputs = {windows.key: Path(scratch, "windows")}
         assert run(windows, {}, inputs[windows.key]).exit_code == 0
         limits = []

@@ -109,13 +109,13 @@ def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[N
             layer.to(home)
 
 
-def each_resident(layers: nn.ModuleList, device: torch.device | None = None) -> Iterator[nn.Module]:
+def each_resident(layers: nn.ModuleList) -> Iterator[nn.Module]:
     """Yield decoder layers, each held as by `resident` until the next one is asked for.
 
     Meanwhile the next one is read from its files, so two layers are in memory.
     """
     for number, layer in enumerate(layers):
-        with resident(layer, device):
+        with resident(layer):
             read_ahead(layers, number + 1)
             yield layer
 
