@@ -367,13 +367,14 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(path, recursive=True)
 
-    def names(self, folder: str) -> set[str]:
-        """Return the names of the JSON files in a folder, without `.json`."""
+    def names(self, folder: str, ending: str = ".json") -> set[str]:
+        """Return the names of the files with an ending in a folder, without the ending."""
         try:
             paths = self.fs.ls(self._path(folder), detail=False)
         except FileNotFoundError:
             return set()
-        return {name[:-5] for path in paths if (name := path.rsplit("/", 1)[-1]).endswith(".json")}
+        found = (path.rsplit("/", 1)[-1] for path in paths)
+        return {name.removesuffix(ending) for name in found if name.endswith(ending)}
 
     # ----------------------------------------------------------------------------------- inside
 

@@ -1,10 +1,9 @@
-"""The command line: `python -m jobs plan|run|gather|show|export|submit|...`; see `--help`.
+"""The command line: `python -m jobs prune|plan|run|show|best|submit|...`; see `--help`.
 
 Installed as `calprune`.
 """
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,20 +26,21 @@ from cluster.submission import (
     stop_job,
 )
 from jobs.check import check_plan
-from jobs.console import console
+from jobs.console import AsJson, console, print_json
 from jobs.cost import parameters
 from jobs.declared import print_design, record_design
 from jobs.export import export
 from jobs.export_calibration import export_calibration
 from jobs.fetch import copies, fetch, hub_items, model_copies
 from jobs.gather import gather, write_table
-from jobs.grid import Grid, lines_of, load_grid, refuse_credentials
-from jobs.plan import Plan, make_plan, print_plan
+from jobs.grid import Grid, lines_of, load_grid
+from jobs.model_commands import best, calibrate, init, prune
+from jobs.plan import Plan, make_plan, plan_counts, print_plan
 from jobs.run import run_grid
 from jobs.sample import write_samples
-from jobs.show import print_results, print_state
+from jobs.show import print_results, print_state, state_of
 from jobs.store_commands import store_app
-from jobs.stores import StoreUrl, open_store
+from jobs.stores import StoreUrl, check_shared, open_store, writable_store
 from jobs.submit import submit_grid
 from pipeline.errors import InputError
 from pipeline.hub import used
@@ -49,13 +49,16 @@ from pipeline.real.prepare import REAL_FOLDER, prepare_books, prepare_real_folde
 logger = logging.getLogger("jobs")
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Find out which calibration data prunes a language model best.",
 )
 
-app.add_typer(store_app, name="store")
+_ONE_MODEL, _GRIDS, _CLUSTER, _KEPT = "One model", "A grid of cells", "A cluster", "What was made"
+app.command(rich_help_panel=_ONE_MODEL)(prune)
+app.command(rich_help_panel=_ONE_MODEL)(calibrate)
+app.command(rich_help_panel=_GRIDS)(init)
+app.command(rich_help_panel=_GRIDS)(best)
 
 GridFile = Annotated[Path, typer.Argument(help="Grid file in YAML.", show_default=False)]
 Workers = Annotated[
@@ -74,15 +77,18 @@ JobServer = Annotated[
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the job to end.")]
 
 
-@app.command()
-def plan(grid: GridFile, store: StoreUrl = ".calprune") -> None:
+@app.command(rich_help_panel=_GRIDS)
+def plan(grid: GridFile, store: StoreUrl = ".calprune", as_json: AsJson = False) -> None:
     """Print cells, unique stages, what the store holds and the estimated time; run nothing."""
     planned = _checked_plan(grid, store)
+    if as_json:
+        print_json(plan_counts(planned, open_store(store).keys()), console)
+        return
     print_plan(planned, open_store(store), console)
     print_design(planned, console)
 
 
-@app.command(name="prepare")
+@app.command(name="prepare", rich_help_panel=_GRIDS)
 def prepare_real(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")] = Path(REAL_FOLDER),
     books: Annotated[
@@ -102,19 +108,19 @@ def prepare_real(
     console.print(f"{'made' if made else 'already there'}: {folder}", soft_wrap=True)
 
 
-@app.command(name="fetch")
+@app.command(name="fetch", rich_help_panel=_GRIDS)
 def fetch_copies(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Copy a grid's models, corpora and task data sets from the hub into the store, once.
 
     A run then reads the copies; if the store holds all of them, workers do not contact the hub.
     """
-    kept = _writable_store(store)
+    kept = writable_store(store)
     planned = make_plan(load_grid(grid))
     fetched = fetch(planned, kept)
     console.print(f"{len(fetched)} fetched, {len(hub_items(planned))} in the store")
 
 
-@app.command(name="run")
+@app.command(name="run", rich_help_panel=_GRIDS)
 def run_and_print(
     grid: GridFile,
     store: StoreUrl = ".calprune",
@@ -135,7 +141,7 @@ def run_and_print(
     Exits with 1 if stages failed; run it again to retry them.
     """
     planned = _checked_plan(grid, store)
-    kept = _writable_store(store)
+    kept = writable_store(store)
     record_design(planned, kept)
     outcome = run_grid(planned, kept, address, workers)
     _show(planned, kept)
@@ -148,7 +154,7 @@ def run_and_print(
         raise typer.Exit(1)
 
 
-@app.command(name="gather")
+@app.command(name="gather", rich_help_panel=_GRIDS)
 def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     """Write the table of a grid's results so far."""
     kept = open_store(store)
@@ -157,18 +163,21 @@ def gather_results(grid: GridFile, store: StoreUrl = ".calprune") -> None:
     console.print(write_table(gather(planned, kept), planned.grid.name, kept))
 
 
-@app.command()
-def show(grid: GridFile, store: StoreUrl = ".calprune") -> None:
+@app.command(rich_help_panel=_GRIDS)
+def show(grid: GridFile, store: StoreUrl = ".calprune", as_json: AsJson = False) -> None:
     """Print which stages are done, under way, failed or missing, and the results so far.
 
     Reads only the store, not the cluster.
     """
     kept, planned = open_store(store), make_plan(load_grid(grid))
+    if as_json:
+        print_json({"grid": planned.grid.name, "stages": state_of(planned, kept)}, console)
+        return
     print_state(planned, kept, console)
     print_results(gather(planned, kept), console)
 
 
-@app.command()
+@app.command(rich_help_panel=_GRIDS)
 def recommend(
     grid: GridFile,
     store: StoreUrl = ".calprune",
@@ -197,12 +206,12 @@ def recommend(
     from jobs.recommend import print_ranking, scores_only, scoring_plan
 
     if probe is not None:
-        _recommend_by_pilot(load_grid(grid), probe, _writable_store(store), address)
+        _recommend_by_pilot(load_grid(grid), probe, writable_store(store), address)
         return
     planned = scoring_plan(load_grid(grid))
     for note in check_plan(planned):
         logger.warning("%s", note)
-    kept = _writable_store(store)
+    kept = writable_store(store)
     outcome = run_grid(scores_only(planned), kept, address, None)
     print_ranking(planned, kept, record, console)
     if outcome.failed:
@@ -227,7 +236,7 @@ def _recommend_by_pilot(grid: Grid, probe: str, store: Store, address: str | Non
         raise typer.Exit(1)
 
 
-@app.command(name="export")
+@app.command(name="export", rich_help_panel=_KEPT)
 def export_model(
     key: Annotated[
         str, typer.Argument(help="Value of prune_key in the results.", show_default=False)
@@ -240,7 +249,7 @@ def export_model(
     console.print(f"checkpoint: {folder}", soft_wrap=True)
 
 
-@app.command(name="export-calibration")
+@app.command(name="export-calibration", rich_help_panel=_KEPT)
 def export_calibration_set(
     key: Annotated[
         str,
@@ -257,7 +266,7 @@ def export_calibration_set(
     console.print(f"{samples} samples: {folder}", soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_CLUSTER)
 def submit(
     grid: GridFile,
     store: Annotated[
@@ -284,7 +293,7 @@ def submit(
     no_wait: NoWait = False,
 ) -> None:
     """Send a grid and its code to a cluster, follow the log and exit with the job's exit code."""
-    _check_shared(store)
+    check_shared(store)
     client = connect(address)
     job = submit_grid(client, grid, store, workers=workers, extras=extra or (), variables=env or ())
     logger.info("submitted: %s", job)
@@ -292,14 +301,18 @@ def submit(
         _follow(client, job)
 
 
-@app.command()
-def status(job: JobName, address: JobServer = None) -> None:
+@app.command(rich_help_panel=_CLUSTER)
+def status(job: JobName, address: JobServer = None, as_json: AsJson = False) -> None:
     """Print a job's status."""
     found = job_details(connect(address), job)
+    if as_json:
+        state = {"job": job, "status": found.status.value.lower(), "message": found.message}
+        print_json(state, console)
+        return
     console.print(f"{job}: {found.status.value.lower()}: {found.message}", soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_CLUSTER)
 def logs(job: JobName, address: JobServer = None, no_wait: NoWait = False) -> None:
     """Follow a job's log from its beginning and exit with the job's exit code."""
     client = connect(address)
@@ -309,11 +322,14 @@ def logs(job: JobName, address: JobServer = None, no_wait: NoWait = False) -> No
         _follow(client, job)
 
 
-@app.command()
+@app.command(rich_help_panel=_CLUSTER)
 def stop(job: JobName, address: JobServer = None) -> None:
     """Stop a job; keep what it has made."""
     ended = "is being stopped" if stop_job(connect(address), job) else "had ended"
     console.print(f"{job} {ended}", soft_wrap=True)
+
+
+app.add_typer(store_app, name="store", rich_help_panel=_KEPT)
 
 
 def _follow(client: Client, job: str) -> None:
@@ -341,25 +357,6 @@ def _checked_plan(grid: Path, store: str) -> Plan:
         if any(parameters(model, planned.sizes) is None for model in read.models.values()):
             planned = make_plan(read)  # the check has downloaded model configurations to the cache
     return planned
-
-
-def _writable_store(url: str) -> Store:
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        _check_shared(url)
-    store = open_store(url)
-    store.check_writable()
-    return store
-
-
-def _check_shared(url: str) -> None:
-    refuse_credentials("store", url)
-    if "://" not in url and not Path(url).is_absolute():
-        raise InputError(
-            "store",
-            url,
-            "is inside the job's working directory, which is deleted with the job; "
-            "give an absolute path or a URL that every node reaches",
-        )
 
 
 def _show(planned: Plan, store: Store) -> None:

@@ -9,6 +9,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from cluster.store import CorruptArtifactError, Manifest, Store
+from jobs.before_after import measured_in
+from jobs.model_card import model_card
 from pipeline.errors import InputError
 from pipeline.files import fingerprint
 from pipeline.specs import LocalModel, Model, PruneSpec, StageSpec, spec_fields
@@ -19,7 +21,8 @@ AnyStage = TypeVar("AnyStage", bound=StageSpec)
 
 
 def export(store: Store, key: str, folder: Path) -> None:
-    """Write the pruned model `key` to `folder` as an ordinary checkpoint with its tokenizer.
+    """Write the pruned model `key` to `folder` as an ordinary checkpoint with its tokenizer and a
+    card, which has what the store's results tables say of it.
 
     Raises:
         InputError: if the store has no such model, if it or the dense model under its masks is
@@ -37,10 +40,14 @@ def export(store: Store, key: str, folder: Path) -> None:
     check_unused(folder)
     _check_dense(spec)
     artifacts = fetched(store, key, (spec, *spec.rests_on()))
+    from transformers.utils.logging import disable_progress_bar
+
     from pipeline.models.checkpoint import write_checkpoint
 
+    disable_progress_bar()  # one for each shard
     with whole_folder(folder) as partial:
         write_checkpoint(spec, artifacts, partial)
+        (partial / "README.md").write_text(model_card(manifest, spec, measured_in(store, key)))
 
 
 def check_unused(folder: Path) -> None:

@@ -535,16 +535,28 @@ def read_grid(path: Path) -> Grid:
     content = read_yaml("grid", path)
     if not isinstance(content, dict):
         raise InputError("grid", str(path), "must be a mapping with name, models, cells, evaluate")
+    try:
+        grid = grid_of(content)
+    except InputError as error:
+        raise located(error, path) from error
+    grid._path = path
+    return grid
+
+
+def grid_of(content: Mapping[str, Any]) -> Grid:
+    """Return the grid with a file's content, without fingerprints.
+
+    Raises:
+        InputError: naming field, value and remedy.
+    """
     _refuse_credentials(content, ())
     try:
         grid = Grid.model_validate(content)
     except ValidationError as error:
-        raise located(explained(error, (), content), path) from error
-    grid._path = path
+        raise explained(error, (), content) from error
     for name in grid.cost.parameters:
         if name not in grid.models:
-            mistake = InputError("cost.parameters", name, did_you_mean(name, grid.models))
-            raise located(mistake, path)
+            raise InputError("cost.parameters", name, did_you_mean(name, grid.models))
     return grid
 
 
@@ -567,7 +579,7 @@ def _refuse_credentials(value: object, where: tuple[str, ...]) -> None:
     match value:
         case str():
             refuse_credentials(".".join(where), value)
-        case dict():
+        case Mapping():
             for name, item in value.items():
                 _refuse_credentials(item, (*where, str(name)))
         case list():

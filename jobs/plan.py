@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rich.console import Console
@@ -54,11 +54,8 @@ class Plan:
     """Parameters by a model's hub name or path, if known."""
     shapes: dict[str, Shape]
     """Shapes by the same names, if the model's files or its configuration are here."""
-
-    @property
-    def targets(self) -> list[str]:
-        """Keys of the stages that the grid is for."""
-        return list(dict.fromkeys([*self.cells, *self.descriptions.values()]))
+    targets: list[str]
+    """Keys of the stages that it is for."""
 
 
 def make_plan(grid: Grid, of_cells: Iterable[Cell] | None = None) -> Plan:
@@ -95,6 +92,20 @@ def make_plan(grid: Grid, of_cells: Iterable[Cell] | None = None) -> Plan:
         graph=graph,
         sizes=sizes,
         shapes=model_shapes(grid),
+        targets=list(dict.fromkeys([*cells, *descriptions.values()])),
+    )
+
+
+def plan_for(plan: Plan, targets: Collection[str]) -> Plan:
+    """Return the part of a plan that makes some of its stages; it has no cells."""
+    keys = set(needed(plan.graph, targets, ()))
+    return replace(
+        plan,
+        cells={},
+        descriptions={},
+        specs={key: spec for key, spec in plan.specs.items() if key in keys},
+        graph={key: stage for key, stage in plan.graph.items() if key in keys},
+        targets=list(dict.fromkeys(targets)),
     )
 
 
@@ -144,6 +155,12 @@ def count_stages(plan: Plan, stored: Collection[str]) -> list[StageCount]:
             )
         )
     return [line for line in lines if line.unique]
+
+
+def plan_counts(plan: Plan, stored: Collection[str]) -> dict[str, Any]:
+    """Return what `print_plan` counts, for programs."""
+    stages = {line.stage: asdict(line) for line in count_stages(plan, stored)}
+    return {"grid": plan.grid.name, "cells": len(plan.cells), "stages": stages}
 
 
 def print_plan(plan: Plan, store: Store, console: Console) -> None:

@@ -6,7 +6,6 @@ ranks the candidates. There is no ranking where the record does not carry one: i
 no better than chance, if it is of another model, or if a candidate lies outside it.
 """
 
-import dataclasses
 import io
 import json
 import math
@@ -24,7 +23,7 @@ from scipy import stats
 from cluster.store import Store
 from jobs.cells import GENERATED_FIELDS, candidate_names
 from jobs.grid import Description, Grid
-from jobs.plan import Plan, make_plan
+from jobs.plan import Plan, make_plan, plan_for
 from pipeline.errors import InputError
 
 _Values = npt.NDArray[np.float64]
@@ -103,7 +102,7 @@ def scoring_plan(grid: Grid) -> Plan:
 
 def scores_only(plan: Plan) -> Plan:
     """The part of a plan that makes descriptions."""
-    return dataclasses.replace(plan, cells={})
+    return plan_for(plan, plan.descriptions.values())
 
 
 def print_ranking(plan: Plan, store: Store, record_grid: str, console: Console) -> None:

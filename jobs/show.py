@@ -26,22 +26,31 @@ _EVEN_OVERLAP = math.exp(-1)
 all of them. A larger share means that there was less text."""
 
 
-def print_state(plan: Plan, store: Store, console: Console) -> None:
-    """Print the state of each kind of stage, from the store alone, so on any machine."""
+STATES = ("done", "under way", "failed", "missing")
+
+
+def state_of(plan: Plan, store: Store) -> dict[str, dict[str, int]]:
+    """Return how many stages of each kind are in each of `STATES`, from the store alone."""
     done = store.keys() & plan.graph.keys()
     under_way = (store.names("leases") & plan.graph.keys()) - done
     failed = (store.names("failures") & plan.graph.keys()) - done - under_way
-    counts = {line: [0, 0, 0, 0] for line in LINES}
+    counts = {line: dict.fromkeys(STATES, 0) for line in LINES}
     for key, spec in plan.specs.items():
-        states = (key in done, key in under_way, key in failed)
-        counts[line_of(spec)][states.index(True) if any(states) else 3] += 1
-    table = Table(title=f"{plan.grid.name}: {len(done)} of {len(plan.graph)} stages are done")
+        states = (key in done, key in under_way, key in failed, True)
+        counts[line_of(spec)][STATES[states.index(True)]] += 1
+    return {line: numbers for line, numbers in counts.items() if any(numbers.values())}
+
+
+def print_state(plan: Plan, store: Store, console: Console) -> None:
+    """Print the state of each kind of stage, from the store alone, so on any machine."""
+    counts = state_of(plan, store)
+    done = sum(numbers["done"] for numbers in counts.values())
+    table = Table(title=f"{plan.grid.name}: {done} of {len(plan.graph)} stages are done")
     table.add_column("stage")
-    for heading in ("done", "under way", "failed", "missing"):
+    for heading in STATES:
         table.add_column(heading, justify="right")
     for line, numbers in counts.items():
-        if any(numbers):
-            table.add_row(line, *map(str, numbers))
+        table.add_row(line, *map(str, numbers.values()))
     console.print(table)
 
 

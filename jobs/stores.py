@@ -1,11 +1,14 @@
 """Stores as the command line names them."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster.store import Store
 from jobs.grid import refuse_credentials
+from pipeline.errors import InputError
 from pipeline.files import locate, readable
 
 StoreUrl = Annotated[
@@ -31,3 +34,33 @@ def open_store(url: str) -> Store:
         with readable("store", url):
             store.names("runs")
     return store
+
+
+def writable_store(url: str) -> Store:
+    """Open the store that a run writes to.
+
+    Raises:
+        InputError: as `open_store`, or if a job would lose the store with its working directory.
+        StoreError: if it cannot be written to.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        check_shared(url)
+    store = open_store(url)
+    store.check_writable()
+    return store
+
+
+def check_shared(url: str) -> None:
+    """Check that a store is not inside a job's working directory.
+
+    Raises:
+        InputError: if it is, or the URL holds credentials.
+    """
+    refuse_credentials("store", url)
+    if "://" not in url and not Path(url).is_absolute():
+        raise InputError(
+            "store",
+            url,
+            "is inside the job's working directory, which is deleted with the job; "
+            "give an absolute path or a URL that every node reaches",
+        )

@@ -42,18 +42,21 @@ def save_dense(folder: Path) -> None:
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    vocabulary = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(folder)
+    vocabulary = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="</s>")
+    tokenizer.save_pretrained(folder)
 
 
 def put(store: Store, spec: StageSpec) -> None:
     """Make an artifact; the dense model is not trained."""
+    report: dict[str, Any] = {}
     with store.attempt(spec.key) as attempt:
         if isinstance(spec, PruneSpec):
-            run(spec, {part.key: store.fetch(part.key) for part in spec.inputs()}, attempt.folder)
+            artifacts = {part.key: store.fetch(part.key) for part in spec.inputs()}
+            report = run(spec, artifacts, attempt.folder)
         else:
             save_dense(attempt.folder / "model")
-        attempt.commit(kind=spec.kind, spec=spec.lineage, **FACTS)
+        attempt.commit(kind=spec.kind, spec=spec.lineage, **{**FACTS, "report": report})
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def test_an_exported_model_is_the_pruned_one_with_its_tokenizer(
         assert torch.equal(weight, expected[name]), name
     zeros = (expected["model.layers.1.mlp.up_proj.weight"] == 0).float().mean()
     assert float(zeros) == spec.sparsity
-    assert len(transformers.AutoTokenizer.from_pretrained(folder)) == 2
+    assert len(transformers.AutoTokenizer.from_pretrained(folder)) == 3
 
 
 def test_the_command_line_prints_the_folder_of_the_checkpoint(store: Store, tmp_path: Path) -> None:
