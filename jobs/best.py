@@ -107,10 +107,11 @@ def best_cell(plan: Plan, store: Store, model: str | None, sparsity: str | None)
         raise InputError("grid", plan.grid.name, f"every cell at {target} failed: show says why")
     measured = {cell: _by_task(store, keys[cell]) for cell in sound}
     metric = _shared_metric(list(measured.values()))
+    telling = _telling_tasks([own[metric] for own in measured.values()], plan.grid.name)
     by_name: dict[str, dict[Cell, list[_Values]]] = {}
     for cell in sound:
         own = measured[cell][metric]
-        by_name.setdefault(names[cell], {})[cell] = [own[task] for task in sorted(own)]
+        by_name.setdefault(names[cell], {})[cell] = [own[task] for task in telling]
     seeds = {tuple(sorted(str(cell.seed) for cell in own)) for own in by_name.values()}
     values = {
         name: [np.stack(each) for each in zip(*own.values(), strict=True)]
@@ -202,3 +203,16 @@ def _shared_metric(measured: Sequence[Mapping[str, Mapping[str, _Values]]]) -> s
             return metric
     remedy = f"its cells share none of {', '.join(METRICS)}: measure a perplexity"
     raise InputError("evaluate", None, remedy)
+
+
+def _telling_tasks(measured: Sequence[Mapping[str, _Values]], grid: str) -> list[str]:
+    """Return the texts or tasks on which not all cells have the same numbers."""
+    telling = [
+        task
+        for task in sorted(measured[0])
+        if any(not np.array_equal(own[task], measured[0][task]) for own in measured)
+    ]
+    if not telling and len(measured) > 1:
+        remedy = "all cells have the same number on every text and task: measure something else"
+        raise InputError("grid", grid, remedy)
+    return telling or sorted(measured[0])
