@@ -32,8 +32,10 @@ def write_json(path: Path | None, record: object) -> None:
 
 
 def _plain(value: object) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if not is_dataclass(value):
         return value
     derived = [name for name, each in vars(type(value)).items() if isinstance(each, property)]

@@ -3,8 +3,6 @@
 All of these go through one decoder layer before the next one; their hidden states wait meanwhile.
 """
 
-import ctypes
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,16 +17,6 @@ from pipeline.models.memory import ModelMemory
 from pipeline.models.positions import forget_longer_texts, length_dependence
 from pipeline.models.streaming import each_resident
 from pipeline.progress import report
-
-
-def _return_freed_memory() -> None:
-    """Give free pages of the C library's heap back to the system, if it is glibc.
-
-    Blocks of many sizes leave pages between them that nothing else fits, as much again as the
-    activations, and models are read by layer because memory is short. A call takes milliseconds.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @torch.no_grad()
@@ -96,8 +84,6 @@ def _part_outputs(
             for place, batch in enumerate(captured, start=1):
                 batch.advance(number, layer)
                 report(done + number + place / len(captured), total, "layers")
-            if device.type == "cpu":
-                _return_freed_memory()
         for inputs, batch in zip(batches, captured, strict=True):
             with batch.passed_layers(layers):
                 output = model(**inputs, use_cache=False)
