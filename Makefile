@@ -18,12 +18,8 @@ VLLM_TORCH := 2.13.0+cpu
 
 .PHONY: demo demo-picture demo-testbed test test-quick check docs bench setup clean help
 
-PROMPT := The history of the city begins
-
 demo: $(STAMP)  ## prune a real language model 27 ways: table, texts, advice and report
-	$(BIN)/python -m jobs prepare
-	$(BIN)/python -m jobs run jobs/grids/demo.yaml --store $(STORE) --prompt "$(PROMPT)"
-	$(BIN)/python -m analysis report $(STORE) --grid demo --reference wikipedia
+	$(BIN)/python -m jobs demo --store $(STORE)
 
 demo-picture: demo  ## the README's picture of the demo's result
 	cp $(STORE)/report/demo/figures/smollm2_overview.svg docs/demo.svg

@@ -27,7 +27,7 @@ from tests.s3 import BUCKET, s3_server
 from tests.soak.nodes import PROJECT, Nodes, nodes
 
 MOST_NODES = 3
-SECONDS = (3.0, 9.0)
+SECONDS = (10.0, 30.0)
 """The least and the most between two changes."""
 
 KINDS = ("python", "wikipedia")
