@@ -8,7 +8,6 @@ import typer
 
 from cluster.store import Store
 from jobs.before_after import as_table, before_after, losses
-from jobs.best import best_cell, print_best
 from jobs.check import check_plan
 from jobs.console import AsJson, console, print_json
 from jobs.export import check_unused, export
@@ -163,6 +162,8 @@ def best(
     as_json: AsJson = False,
 ) -> None:
     """Choose the best pruned model of a finished grid, say why, and export it."""
+    from jobs.best import best_cell, print_best  # imported late, as it brings scipy
+
     kept = open_store(store)
     if folder is not None:
         check_unused(folder)

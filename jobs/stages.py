@@ -302,19 +302,34 @@ def _module(kind: str) -> ModuleType:
 
 
 def _imported(name: str) -> ModuleType:
-    """Import a module without garbage collection.
+    """Import a module without garbage collection and without scikit-learn.
 
     An import makes many objects and no garbage. Searching them would take a fifth of the time
-    before a process's first stage, and later a second now and then.
+    before a process's first stage, and later a second now and then. scikit-learn takes another
+    fifth: transformers imports it, if it is installed, for a way of generating that no stage uses.
     """
     first = "torch" not in sys.modules
     gc.disable()
     try:
-        return importlib.import_module(name)
+        with _hidden("sklearn"):
+            return importlib.import_module(name)
     finally:
         if first:  # a later freeze would keep what earlier stages left
             gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Let a package seem not to be installed, unless it is imported already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def _copies(spec: StageSpec, artifacts: Mapping[str, Path]) -> dict[HubItem, Path]:

@@ -23,7 +23,7 @@ from jobs.stages import execute
 from tests.e2e.conftest import Finished, begin, environment
 
 SMALLER: dict[str, dict[str, Any]] = {
-    "generator": {},
+    "generator": {"seed": 0},
     "predictor": {
         "calibration": ["pretraining", "facts", "code", "recipes", "arithmetic", "self-generated"],
         "sparsity": 0.6,
