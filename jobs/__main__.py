@@ -28,13 +28,13 @@ from cluster.submission import (
 from jobs import demo
 from jobs.check import check_plan
 from jobs.console import AsJson, console, print_json
-from jobs.cost import parameters
 from jobs.declared import print_design, record_design
 from jobs.export import export
 from jobs.export_calibration import export_calibration
-from jobs.fetch import copies, fetch, hub_items, model_copies
+from jobs.fetch import fetch, hub_items
 from jobs.gather import gather, write_table
-from jobs.grid import Grid, lines_of, load_grid
+from jobs.grid import Grid, load_grid
+from jobs.library import StagesFailedError, checked_plan
 from jobs.model_commands import best, calibrate, init, prune
 from jobs.plan import Plan, make_plan, plan_counts, print_plan
 from jobs.run import run_grid
@@ -44,7 +44,6 @@ from jobs.store_commands import store_app
 from jobs.stores import StoreUrl, check_shared, open_store, writable_store
 from jobs.submit import submit_grid
 from pipeline.errors import InputError
-from pipeline.hub import used
 from pipeline.real.prepare import REAL_FOLDER, prepare_books, prepare_real_folder
 
 logger = logging.getLogger("jobs")
@@ -359,17 +358,8 @@ def _follow(client: Client, job: str) -> None:
 
 
 def _checked_plan(grid: Path, store: str) -> Plan:
-    """Return the plan of a grid after checking it, and log the check's warnings."""
     logger.info("reading and checking %s", grid)
-    read, kept = load_grid(grid), open_store(store)
-    with used(model_copies(read, kept) if kept.local else {}):
-        planned = make_plan(read)
-    with lines_of(read), used(copies(planned, kept) if kept.local else {}):
-        for note in check_plan(planned):
-            logger.warning("%s", note)
-        if any(parameters(model, planned.sizes) is None for model in read.models.values()):
-            planned = make_plan(read)  # the check has downloaded model configurations to the cache
-    return planned
+    return checked_plan(load_grid(grid), store)
 
 
 def _show(planned: Plan, store: Store) -> None:
@@ -391,6 +381,9 @@ def main() -> None:
     set_credentials()
     try:
         app()
+    except StagesFailedError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
     except (InputError, StoreError, ResourceError, NoRayError, JobServerError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)

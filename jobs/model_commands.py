@@ -6,21 +6,13 @@ from typing import Annotated
 
 import typer
 
-from cluster.store import Store
-from jobs.before_after import as_table, before_after, losses
-from jobs.check import check_plan
+from jobs import library
+from jobs.before_after import as_table, losses
 from jobs.console import AsJson, console, print_json
-from jobs.export import check_unused, export
-from jobs.export_calibration import export_calibration
-from jobs.fetch import copies
-from jobs.gather import gather, write_table
 from jobs.grid import load_grid
 from jobs.new_grid import write_grid
-from jobs.one_model import OneModel, calibration_plan, pruning_plan, this_machine
-from jobs.plan import Plan, make_plan
-from jobs.run import run_grid
-from jobs.stores import StoreUrl, open_store, writable_store
-from pipeline.hub import used
+from jobs.one_model import OneModel
+from jobs.stores import StoreUrl
 
 logger = logging.getLogger("jobs")
 
@@ -98,15 +90,10 @@ def prune(
         nsamples=nsamples,
         seqlen=seqlen,
         seed=seed,
+        cpus=cpus,
+        gpus=gpus,
     )
-    check_unused(folder)
-    plan, key = pruning_plan(_with_devices(asked, cpus, gpus, address))
-    kept = writable_store(store)
-    _run(plan, kept, address)
-    results = gather(plan, kept)
-    write_table(results, plan.grid.name, kept)
-    export(kept, key, folder)
-    measured = before_after(results, key)
+    key, measured = library.prune(asked, folder, store, address=address)
     if as_json:
         numbers = [each._asdict() for each in measured]
         print_json({"folder": str(folder), "prune_key": key, "measured": numbers}, console)
@@ -134,13 +121,16 @@ def calibrate(
 
     Run the same command again to continue it.
     """
-    asked = OneModel(model, ("self",), tuple(prefixes or ()), nsamples=nsamples, seqlen=seqlen)
-    asked = _with_devices(asked._replace(seed=seed), cpus, gpus, address)
-    check_unused(folder)
-    plan, key = calibration_plan(asked)
-    kept = writable_store(store)
-    _run(plan, kept, address)
-    samples = export_calibration(kept, key, folder)
+    asked = OneModel(
+        model,
+        prefixes=tuple(prefixes or ()),
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        cpus=cpus,
+        gpus=gpus,
+    )
+    key, samples = library.calibrate(asked, folder, store, address=address)
     if as_json:
         print_json({"folder": str(folder), "key": key, "samples": samples}, console)
     else:
@@ -162,16 +152,11 @@ def best(
     as_json: AsJson = False,
 ) -> None:
     """Choose the best pruned model of a finished grid, say why, and export it."""
-    from jobs.best import best_cell, print_best  # imported late, as it brings scipy
+    from jobs.best import print_best  # imported late, as it brings scipy
 
-    kept = open_store(store)
-    if folder is not None:
-        check_unused(folder)
-    found = best_cell(make_plan(load_grid(grid)), kept, model, sparsity)
+    found = library.best(load_grid(grid), store, model=model, sparsity=sparsity, folder=folder)
     if not as_json:
         print_best(found, console)
-    if folder is not None:
-        export(kept, found.prune_key, folder)
     if as_json:
         candidates = [each._asdict() for each in found.standings]
         answer = {
@@ -205,26 +190,3 @@ def init(
     """Write a commented grid file for some models and texts."""
     write_grid(file, models, tuple(text or ()), tuple(probe or ()))
     console.print(f"grid: {file}", soft_wrap=True)
-
-
-def _with_devices(
-    asked: OneModel, cpus: int | None, gpus: float | None, address: str | None
-) -> OneModel:
-    of_stage = this_machine() if address is None else (1, 1.0)
-    default = 1 if gpus else of_stage[0]
-    return asked._replace(
-        cpus=default if cpus is None else cpus, gpus=of_stage[1] if gpus is None else gpus
-    )
-
-
-def _run(plan: Plan, store: Store, address: str | None) -> None:
-    """Check a plan and run it; exit with 1 if a stage failed."""
-    with used(copies(plan, store) if store.local else {}):
-        for note in check_plan(plan):
-            logger.warning("%s", note)
-    outcome = run_grid(plan, store, address, None)
-    if outcome.failed:
-        for failure in outcome.failed.values():
-            logger.error("%s: %s", failure.kind, failure.error)
-        logger.error("%d stages failed; run the same command to retry them", len(outcome.failed))
-        raise typer.Exit(1)

@@ -64,9 +64,9 @@ class OneModel(NamedTuple):
     """None takes `LONGEST`, or what the model takes if that is less."""
 
     seed: int = 0
-    cpus: int = 1
-    gpus: float = 0.0
-    """For each stage that runs the model."""
+    cpus: int | None = None
+    gpus: float | None = None
+    """For each stage that runs the model; None takes what `with_devices` says."""
 
 
 def this_machine() -> tuple[int, float]:
@@ -78,6 +78,18 @@ def this_machine() -> tuple[int, float]:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)), 0.0
     return os.cpu_count() or 1, 0.0
+
+
+def with_devices(asked: OneModel, address: str | None) -> OneModel:
+    """Return it with the devices of a stage: those of this machine, or one GPU of a cluster.
+
+    Args:
+        address: of a cluster; None is a local one.
+    """
+    cpus, gpus = this_machine() if address is None else (1, 1.0)
+    gpus = gpus if asked.gpus is None else asked.gpus
+    cpus = (1 if gpus else cpus) if asked.cpus is None else asked.cpus
+    return asked._replace(cpus=cpus, gpus=gpus)
 
 
 def pruning_plan(asked: OneModel) -> tuple[Plan, str]:
@@ -128,7 +140,7 @@ def grid_content(asked: OneModel, probe: tuple[str, ...]) -> dict[str, Any]:
     names = named_texts((*read, *probe))
     label, calibration = _calibration(asked, [names[text] for text in read])
     seqlen = longest(asked.model, model) if asked.seqlen is None else asked.seqlen
-    needs = {"cpus": asked.cpus, "gpus": asked.gpus}
+    needs = {"cpus": asked.cpus or 1, "gpus": asked.gpus or 0.0}
     return {
         "name": f"prune-{name}-{asked.pruner}-{asked.sparsity.replace(':', '-')}",
         "models": {name: model},

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import TracebackType
 
 import ray
@@ -36,8 +37,9 @@ SUMMARY_SECONDS = 30.0
 class Watch(Watcher):
     """Reports a run from entry to exit, with a line for every stage that ends.
 
-    A terminal shows all figures at its foot. A log gets them every `SUMMARY_SECONDS`, and a line
-    for every stage that is still at work when the watch first sees it.
+    A terminal, or a notebook with ipywidgets, shows all figures at its foot. A log gets them every
+    `SUMMARY_SECONDS`, and a line for every stage that is still at work when the watch first sees
+    it.
     """
 
     def __init__(
@@ -61,9 +63,9 @@ class Watch(Watcher):
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look_repeatedly, daemon=True)
         self._live: Live | None = None
-        if sys.stderr.isatty():
-            view = self._view
-            self._live = Live(get_renderable=view, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        if sys.stderr.isatty() or _redraws(console):
+            self._live = Live(get_renderable=self._view, console=console, transient=True)
 
     def __enter__(self) -> "Watch":
         if self._live is not None:
@@ -148,6 +150,11 @@ class Watch(Watcher):
 
     def _view(self) -> Group:
         return self.progress.view(self.busy)
+
+
+def _redraws(console: Console) -> bool:
+    """Return whether a notebook can draw again what is below a cell; rich does so by a widget."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 class RunMetrics:
