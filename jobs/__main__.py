@@ -35,6 +35,7 @@ from jobs.fetch import fetch, hub_items
 from jobs.gather import gather, write_table
 from jobs.grid import Grid, load_grid
 from jobs.library import StagesFailedError, checked_plan
+from jobs.live_page import Page, serve
 from jobs.model_commands import best, calibrate, init, prune
 from jobs.plan import Plan, make_plan, plan_counts, print_plan
 from jobs.run import run_grid
@@ -187,6 +188,33 @@ def show(grid: GridFile, store: StoreUrl = ".calprune", as_json: AsJson = False)
         return
     print_state(planned, kept, console)
     print_results(gather(planned, kept), console)
+
+
+@app.command(rich_help_panel=_GRIDS)
+def page(
+    grid: GridFile,
+    store: StoreUrl = ".calprune",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; whoever reaches it can read the page.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, help="0 takes a free one.")] = 8269,
+) -> None:
+    """Serve a page that shows how far a grid is, and its results so far, until Ctrl-C.
+
+    Reads only the store, so it runs on any machine and for submitted grids too.
+    """
+    found = Page(make_plan(load_grid(grid)), open_store(store))
+
+    def ready(address: str) -> None:
+        console.print(f"page: {address} (Ctrl-C ends it)", soft_wrap=True)
+
+    try:
+        serve(found, host, port, ready)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+    except OSError as error:
+        remedy = f"cannot listen there ({error.strerror}): give another --port"
+        raise InputError("port", port, remedy) from error
 
 
 @app.command(rich_help_panel=_GRIDS)
