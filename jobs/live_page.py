@@ -27,8 +27,6 @@ RECENT_SECONDS = 600.0
 MOST_SHOWN = 50
 """The most failures, and stages at work, that a page lists."""
 
-_COLUMNS = ("cell", "status", "task", "metric", "value")
-
 
 class Page:
     """What a grid's page shows. Artifacts never change, so each is read once."""
@@ -64,6 +62,7 @@ class Page:
             found = store.failure(key)
             if found is not None:
                 failures.append({"label": plan.graph[key].label, "error": found.error, "key": key})
+        columns, rows = self._table(done)
         return {
             "grid": plan.grid.name,
             "note": plan.grid.note,
@@ -74,31 +73,36 @@ class Page:
             "failures": failures,
             "recent": self._recent(now),
             "seconds_left": seconds_left(plan, self._made, now),
-            "columns": _COLUMNS,
-            "results": self._rows(done),
+            "columns": columns,
+            "results": rows,
         }
 
     def _recent(self, now: float) -> int:
         """Return how many stages ended in the last `RECENT_SECONDS`."""
         return sum(now - made.finished <= RECENT_SECONDS for made in self._made.values())
 
-    def _rows(self, done: set[str]) -> list[list[Any]]:
-        """Return the results so far, a row for each cell, task and metric."""
-        dense = {key: cell for key, cell in self.plan.cells.items() if cell.pruner is None}
-        new = {
-            key: cell
-            for key, cell in self.plan.cells.items()
-            if key in done and key not in self._results
-        }
+    def _table(self, done: set[str]) -> tuple[list[str], list[list[Any]]]:
+        """Return the results so far: headings, and a row for each cell."""
+        cells = self.plan.cells
+        dense = {key: cell for key, cell in cells.items() if cell.pruner is None}
+        new = {key: cell for key, cell in cells.items() if key in done and key not in self._results}
         if new:
             part = dataclasses.replace(self.plan, cells={**dense, **new})
-            for key in new:
-                self._results[key] = []
+            self._results |= {key: [] for key in new}
             for row in gather(part, self.store).to_pylist():
                 if row["evaluate_key"] in new:
                     self._results[row["evaluate_key"]].append(row)
-        kept = (row for key in self.plan.cells for row in self._results.get(key, ()))
-        return [[row[column] for column in _COLUMNS] for row in kept]
+        known = {key: self._results[key] for key in cells if key in self._results}
+        metrics = dict.fromkeys(
+            (row["task"], row["metric"]) for rows in known.values() for row in rows if row["metric"]
+        )
+        table = []
+        for key, rows in known.items():
+            values = {(row["task"], row["metric"]): row["value"] for row in rows}
+            lost = None if rows[0]["status"] == "ok" else rows[0]["status"]
+            label = self.plan.graph[key].label.removeprefix("evaluate ")
+            table.append([label, *(values.get(metric, lost) for metric in metrics)])
+        return ["cell", *(" ".join(metric) for metric in metrics)], table
 
 
 def seconds_left(plan: Plan, made: dict[str, Manifest], now: float) -> float | None:

@@ -52,9 +52,11 @@ def test_a_page_shows_what_is_made_under_way_failed_and_missing(plan: Plan, stor
     }
     assert [each["error"] for each in state["failures"]] == ["no room: <b>lower</b> it"]
     assert len(state["at_work"]) == 1
-    metrics = {row[3] for row in state["results"]}
-    assert metrics == {"perplexity", "kl"}
-    assert len({row[0] for row in state["results"]}) == len(plan.cells) // 2
+    assert state["columns"] == ["cell", "true perplexity", "true kl"]
+    assert len(state["results"]) == len(plan.cells) // 2
+    assert state["results"][0][0] == "dense"
+    assert state["results"][0][2] is None
+    assert all(row[0].startswith("magnitude") and row[2] > 0 for row in state["results"][1:3])
 
 
 def test_results_of_cells_that_end_later_are_added(
@@ -67,7 +69,7 @@ def test_results_of_cells_that_end_later_are_added(
     plant(dataclasses.replace(plan, cells=rest), store, quality)
     after = page.state()["results"]
     assert after[: len(before)] == before
-    assert len({row[0] for row in after}) == len(plan.cells)
+    assert len({row[0] for row in after}) == len(after) == len(plan.cells)
 
 
 def test_looks_at_the_store_are_rare_however_many_browsers_ask(
