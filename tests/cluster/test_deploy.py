@@ -1,5 +1,6 @@
 """The files that start a cluster, checked as far as possible without a cloud."""
 
+import json
 import re
 import subprocess
 import sys
@@ -109,3 +110,18 @@ def test_no_file_opens_a_port_to_all_or_holds_a_secret() -> None:
         text = path.read_text()
         assert "0.0.0.0" not in text, path
         assert not re.search(r"hf_[A-Za-z0-9]{8}|AKIA[A-Z0-9]{8}|password:", text), path
+
+
+def test_the_dashboard_asks_only_for_metrics_that_a_run_has() -> None:
+    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"ray_calprune_\w+", target["expr"])
+    }
+    rows = (PROJECT / "docs" / "running.md").read_text().splitlines()
+    known = {name for row in rows for name in re.findall(r"`(ray_calprune_\w+)`", row)}
+    assert len(asked) >= 8
+    assert asked <= known
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
