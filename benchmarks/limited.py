@@ -140,6 +140,7 @@ def main(
     margin: Annotated[float, typer.Option(help="The limit, in times what `plan` says.")] = 1.1,
     nsamples: Annotated[int, typer.Option(min=1)] = 64,
     seqlen: Annotated[int, typer.Option(min=2)] = 512,
+    stage: Annotated[str, typer.Option(help="Only stages of this kind.")] = "",
 ) -> None:
     """Compare stages under a memory limit with those without one."""
     table = Table()
@@ -163,7 +164,7 @@ def main(
         windows = WindowsSpec(
             source=FileCorpus(path=str(train)), model=model, nsamples=nsamples, seqlen=seqlen
         )
-        found = list(stages_of(windows, held_out))
+        found = [spec for spec in stages_of(windows, held_out) if stage in (spec.kind, "")]
         inputs = {windows.key: Path(scratch, "windows")}
         assert run(windows, {}, inputs[windows.key]).exit_code == 0
         limits = []
