@@ -1,14 +1,11 @@
 """The command line on the real model: two cells, from the registry's archives to a sentence."""
 
-import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import transformers
 
 from tests.e2e.conftest import Finished, calprune, environment
 
@@ -47,7 +44,17 @@ def grid(real_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(grid: Path) -> tuple[Path, Finished]:
     store = grid.parent / "store"
-    return store, calprune("run", grid, "--store", store, "--prompt", "The capital of France is")
+    words = [
+        "run",
+        grid,
+        "--workers",
+        "1",
+        "--store",
+        store,
+        "--prompt",
+        "The capital of France is",
+    ]
+    return store, calprune(*words)
 
 
 def test_the_dense_and_the_pruned_model_are_measured(finished: tuple[Path, Finished]) -> None:
@@ -76,34 +83,6 @@ def test_the_report_tells_the_note(finished: tuple[Path, Finished]) -> None:
     assert "One small model whose weights were 4-bit." in done.stdout
     assert "One small model whose weights were 4-bit." in page
     assert "smollm2_overview" in " ".join(str(path) for path in store.rglob("*.svg"))
-
-
-def test_one_command_makes_a_pruned_checkpoint_that_says_what_it_lost(
-    real_folder: Path, tmp_path: Path, calprune_inside: Callable[..., Finished]
-) -> None:
-    text, folder = real_folder / "text", tmp_path / "pruned"
-    words = ["prune", real_folder / "model", "--sparsity", "2:4", "--out", folder, "--json"]
-    words += ["--prefixes", text / "wikipedia-train.jsonl"]
-    words += ["--probe", text / "python-heldout.jsonl"]
-    words += ["--nsamples", "4", "--seqlen", "32", "--cpus", "1", "--store", tmp_path / "store"]
-    done = calprune(*words)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    measured = {each["metric"]: each for each in answer["measured"]}
-    assert 5 < measured["perplexity"]["dense"] < measured["perplexity"]["pruned"]
-    assert 0.1 < measured["kl"]["pruned"] < 5
-    card = (folder / "README.md").read_text()
-    assert answer["prune_key"] in card
-    assert "pruned to 2:4 by wanda" in card
-    assert f"{measured['kl']['pruned']:.3g} nats a token" in card
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    weight = model.model.layers[7].mlp.up_proj.weight.detach()
-    zeros = (weight.unflatten(1, (-1, 4)) == 0).sum(dim=-1)
-    assert zeros.shape == (1536, 144)
-    assert zeros.min() == 2  # a weight of four bits may have been zero before
-    again = calprune_inside(*words)
-    assert again.returncode == 2
-    assert "exists already; name a new or an empty folder" in again.stderr
 
 
 def test_the_example_prunes_it_without_a_grid(real_folder: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_all_rules_run_side_by_side_and_stand_in_the_table(
     plan: Plan, tmp_path: Path, local_ray: None
 ) -> None:
     store = Store(str(tmp_path / "store"))
-    assert not run_graph(plan.graph, plan.targets, execute, store, {}).failed
+    assert not run_graph(plan.graph, plan.targets, execute, store, {}, workers=1).failed
     write_table(gather(plan, store), plan.grid.name, store)
     content = store.read(f"results/{plan.grid.name}.csv")
     assert content is not None

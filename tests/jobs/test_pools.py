@@ -206,7 +206,7 @@ def test_every_rule_prunes_with_its_choice_from_the_pool(
     plan = make_plan(load(pooled))
     assert not check_plan(plan)
     store = Store(str(tmp_path / "store"))
-    assert not run_graph(plan.graph, plan.targets, execute, store, {}).failed
+    assert not run_graph(plan.graph, plan.targets, execute, store, {}, workers=1).failed
 
     table = gather(plan, store).to_pandas()
     pruned = table[(table["metric"] == "perplexity") & (table["pruner"] == "wanda")]

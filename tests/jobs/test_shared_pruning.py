@@ -67,7 +67,7 @@ def test_two_actors_give_the_bytes_of_one_even_if_one_is_killed(
     prunings = [key for key, spec in alone.specs.items() if spec.kind == "prune"]
     assert alone.targets == shared.targets
     stores = [Store(str(tmp_path / name)) for name in ("alone", "shared")]
-    assert not run_graph(alone.graph, prunings, execute, stores[0], {}).failed
+    assert not run_graph(alone.graph, prunings, execute, stores[0], {}, workers=1).failed
 
     marker = tmp_path / "killed"
 
