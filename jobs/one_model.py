@@ -99,10 +99,11 @@ def pruning_plan(asked: OneModel) -> tuple[Plan, str]:
     Raises:
         InputError: naming field, value and remedy.
     """
-    seen = sorted({*asked.probe} & {*asked.calibration})
-    if seen:
-        remedy = "is what it is pruned with, so it would look too good: name held-out text"
-        raise InputError("probe", seen[0], remedy)
+    read = {_place(text) for text in asked.calibration}
+    for text in asked.probe:
+        if _place(text) in read:
+            remedy = "is what it is pruned with, so it would look too good: name held-out text"
+            raise InputError("probe", text, remedy)
     plan = make_plan(_grid(asked, asked.probe or (PROBE,)))
     _check_prefixes(asked, plan)
     if not asked.probe:
@@ -122,6 +123,11 @@ def calibration_plan(asked: OneModel) -> tuple[Plan, str]:
     _check_prefixes(asked, plan)
     (key,) = (key for key, spec in plan.specs.items() if isinstance(spec, FilterSpec))
     return plan_for(plan, [key]), key
+
+
+def _place(text: str) -> str:
+    """Return a file's whole path; a preset, a URL or `self` as it is."""
+    return str(Path(text).resolve()) if Path(text).exists() else text
 
 
 def _grid(asked: OneModel, probe: Iterable[str]) -> Grid:

@@ -132,6 +132,12 @@ def test_a_mistake_is_named(
     assert message in str(mistake.value)
 
 
+def test_a_probe_that_is_the_calibration_data_is_found_by_any_path(model: str, text: str) -> None:
+    other = str(Path(text).parent / "tiny" / ".." / "text.txt")
+    with pytest.raises(InputError, match=r"probe: .*is what it is pruned with"):
+        pruning_plan(asked(model, calibration=(text,), probe=(other,)))
+
+
 @pytest.mark.usefixtures("no_hub")
 def test_default_texts_out_of_reach_are_refused_before_any_work(
     model: str, text: str, probe: str
