@@ -45,7 +45,7 @@ calprune.run(grid, STORE)
 # %% A row for each cell, a column for each number.
 table = analysis.load_results(STORE, grid="first")
 wide = analysis.wide(table)
-print(wide[["method", "source", "seed", "heldout perplexity", "heldout kl"]].to_string())
+print(wide[["method", "source", "seed", "heldout: perplexity", "heldout: kl"]].to_string())
 
 # %% The best cell, and how sure that is.
 print(calprune.best(grid, STORE, sparsity="0.5", folder="best").reason)
