@@ -40,7 +40,7 @@ from jobs.model_commands import best, calibrate, init, prune
 from jobs.plan import Plan, make_plan, plan_counts, print_plan
 from jobs.run import run_grid
 from jobs.sample import write_samples
-from jobs.show import print_results, print_state, state_of
+from jobs.show import count_states, print_results, print_state, states_of
 from jobs.store_commands import store_app
 from jobs.stores import StoreUrl, check_shared, open_store, writable_store
 from jobs.submit import submit_grid
@@ -184,7 +184,8 @@ def show(grid: GridFile, store: StoreUrl = ".calprune", as_json: AsJson = False)
     """
     kept, planned = open_store(store), make_plan(load_grid(grid))
     if as_json:
-        print_json({"grid": planned.grid.name, "stages": state_of(planned, kept)}, console)
+        stages = count_states(planned, states_of(planned, kept))
+        print_json({"grid": planned.grid.name, "stages": stages}, console)
         return
     print_state(planned, kept, console)
     print_results(gather(planned, kept), console)

@@ -34,7 +34,7 @@ class Best(NamedTuple):
 
     model: str
     target: str
-    """`50%`, or N:M."""
+    """The share, such as 0.5, or N:M."""
     prune_key: str
     """Of the candidate's seed with the lowest number."""
     cell: Cell
@@ -145,7 +145,7 @@ def print_best(best: Best, console: Console) -> None:
 
 
 def target_of(cell: Cell) -> str:
-    """Return a cell's target: `50%`, or N:M."""
+    """Return a cell's target: the share, such as 0.5, or N:M."""
     return cell.pattern or f"{cell.sparsity:.4g}"
 
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from cluster.run import Outcome
 from cluster.store import Store
 from jobs.before_after import BeforeAfter, before_after
@@ -100,16 +102,12 @@ def run(
     kept = writable_store(store)
     record_design(plan, kept)
     run_grid(plan, kept, address, workers)
-    return results(grid, store)
+    return _frame(_written(plan, kept))
 
 
 def results(grid: Grid, store: str = STORE) -> "pd.DataFrame":
     """Return a grid's results so far, and write its table: a row for each cell, task and metric."""
-    kept, plan = open_store(store), make_plan(grid)
-    table = gather(plan, kept)
-    write_table(table, grid.name, kept)
-    frame: pd.DataFrame = table.to_pandas()
-    return frame
+    return _frame(_written(make_plan(grid), open_store(store)))
 
 
 def best(
@@ -151,8 +149,7 @@ def prune(
     check_unused(Path(folder))
     plan, key = pruning_plan(with_devices(asked, address))
     kept = _run_all(plan, store, address)
-    table = gather(plan, kept)
-    write_table(table, plan.grid.name, kept)
+    table = _written(plan, kept)
     export(kept, key, Path(folder))
     return key, before_after(table, key)
 
@@ -173,6 +170,18 @@ def calibrate(
     plan, key = calibration_plan(with_devices(asked, address))
     kept = _run_all(plan, store, address)
     return key, export_calibration(kept, key, Path(folder))
+
+
+def _written(plan: Plan, store: Store) -> pa.Table:
+    """Return a grid's results so far, after writing their table."""
+    table = gather(plan, store)
+    write_table(table, plan.grid.name, store)
+    return table
+
+
+def _frame(table: pa.Table) -> "pd.DataFrame":
+    frame: pd.DataFrame = table.to_pandas()
+    return frame
 
 
 def _run_all(plan: Plan, store: str, address: str | None) -> Store:

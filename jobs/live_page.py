@@ -14,7 +14,7 @@ from typing import Any
 from cluster.store import Manifest, Store
 from jobs.gather import gather
 from jobs.plan import Plan
-from jobs.show import STATES, state_of
+from jobs.show import STATES, count_states, states_of
 
 PAGE = Path(__file__).with_name("live_page.html")
 
@@ -50,26 +50,26 @@ class Page:
 
     def _look(self, now: float) -> dict[str, Any]:
         plan, store = self.plan, self.store
-        done = store.keys() & plan.graph.keys()
-        for key in done - self._made.keys():
-            manifest = store.manifest(key)
-            if manifest is not None:
+        states = states_of(plan, store)
+        done, under_way, failed = (
+            [key for key, state in states.items() if state == name] for name in STATES[:3]
+        )
+        for key in done:
+            if key not in self._made and (manifest := store.manifest(key)) is not None:
                 self._made[key] = manifest
-        under_way = (store.names("leases") & plan.graph.keys()) - done
-        failed = (store.names("failures") & plan.graph.keys()) - done - under_way
         failures = []
-        for key in sorted(failed)[:MOST_SHOWN]:
+        for key in failed[:MOST_SHOWN]:
             found = store.failure(key)
             if found is not None:
                 failures.append({"label": plan.graph[key].label, "error": found.error, "key": key})
-        columns, rows = self._table(done)
+        columns, rows = self._table(set(done))
         return {
             "grid": plan.grid.name,
             "note": plan.grid.note,
             "store": store.url,
             "states": STATES,
-            "stages": state_of(plan, store),
-            "at_work": [plan.graph[key].label for key in sorted(under_way)][:MOST_SHOWN],
+            "stages": count_states(plan, states),
+            "at_work": [plan.graph[key].label for key in under_way[:MOST_SHOWN]],
             "failures": failures,
             "recent": self._recent(now),
             "seconds_left": seconds_left(plan, self._made, now),

@@ -1,6 +1,7 @@
 """Print the state of a grid and its results."""
 
 import math
+from collections.abc import Mapping
 
 import pyarrow as pa
 from rich.console import Console
@@ -29,21 +30,27 @@ all of them. A larger share means that there was less text."""
 STATES = ("done", "under way", "failed", "missing")
 
 
-def state_of(plan: Plan, store: Store) -> dict[str, dict[str, int]]:
-    """Return how many stages of each kind are in each of `STATES`, from the store alone."""
-    done = store.keys() & plan.graph.keys()
-    under_way = (store.names("leases") & plan.graph.keys()) - done
-    failed = (store.names("failures") & plan.graph.keys()) - done - under_way
+def states_of(plan: Plan, store: Store) -> dict[str, str]:
+    """Return which of `STATES` each stage is in, by key, from the store alone."""
+    done, under_way, failed = store.keys(), store.names("leases"), store.names("failures")
+    states = {}
+    for key in plan.graph:
+        is_in = (key in done, key in under_way, key in failed, True)
+        states[key] = STATES[is_in.index(True)]
+    return states
+
+
+def count_states(plan: Plan, states: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """Return how many stages of each kind are in each of `STATES`."""
     counts = {line: dict.fromkeys(STATES, 0) for line in LINES}
     for key, spec in plan.specs.items():
-        states = (key in done, key in under_way, key in failed, True)
-        counts[line_of(spec)][STATES[states.index(True)]] += 1
+        counts[line_of(spec)][states[key]] += 1
     return {line: numbers for line, numbers in counts.items() if any(numbers.values())}
 
 
 def print_state(plan: Plan, store: Store, console: Console) -> None:
     """Print the state of each kind of stage, from the store alone, so on any machine."""
-    counts = state_of(plan, store)
+    counts = count_states(plan, states_of(plan, store))
     done = sum(numbers["done"] for numbers in counts.values())
     table = Table(title=f"{plan.grid.name}: {done} of {len(plan.graph)} stages are done")
     table.add_column("stage")

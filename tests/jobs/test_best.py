@@ -24,7 +24,7 @@ from jobs.model_card import model_card
 from jobs.plan import Plan, make_plan
 from pipeline.errors import InputError
 from pipeline.evaluation.schemas import METRICS_SCHEMA, REQUESTS_SCHEMA
-from pipeline.specs import PruneSpec
+from pipeline.specs import EvaluateSpec, PruneSpec
 
 Content = dict[str, Any]
 Level = Callable[[Any], float]
@@ -106,12 +106,11 @@ def test_the_planted_best_is_found_and_its_best_seed(plan: Plan, store: Store) -
     assert (found.cell.calibration, found.cell.seed, found.metric) == ("own", 0, "kl")
     assert [each.name.split()[0] for each in found.standings] == ["wanda", "wanda", "magnitude"]
     assert found.seeds == 1  # magnitude has no seeds, so they do not pair
-    spec = next(
-        spec
-        for key, cell in plan.cells.items()
-        if cell == found.cell and isinstance(spec := plan.specs[key].model, PruneSpec)  # type: ignore[attr-defined]
-    )
-    assert spec.key == found.prune_key
+    (key,) = (key for key, cell in plan.cells.items() if cell == found.cell)
+    spec = plan.specs[key]
+    assert isinstance(spec, EvaluateSpec)
+    assert isinstance(spec.model, PruneSpec)
+    assert spec.model.key == found.prune_key
     assert "each other one is shown to be worse" in found.reason
 
 
