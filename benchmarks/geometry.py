@@ -24,6 +24,21 @@ class Geometry:
     seqlen: int
     """Tokens of a window."""
 
+    @classmethod
+    def of(cls, config: Any, nsamples: int, seqlen: int) -> "Geometry":
+        """Return the shape of a Llama with this transformers config, and of its windows."""
+        return cls(
+            config.name_or_path,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            key_value_heads=config.num_key_value_heads,
+            vocabulary=config.vocab_size,
+            nsamples=nsamples,
+            seqlen=seqlen,
+        )
+
     @property
     def tokens(self) -> int:
         """Calibration tokens."""

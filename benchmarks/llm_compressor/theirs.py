@@ -7,7 +7,6 @@ imports nothing of calprune.
 import argparse
 import json
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,6 @@ arguments.output.write_text(
             "cpu_seconds": seconds,
             "sparsity": sum(int((weight == 0).sum()) for weight in pruned)
             / sum(weight.numel() for weight in pruned),
-            "version": metadata.version("llmcompressor"),
         }
     )
 )
