@@ -1,5 +1,6 @@
 """From the results table to answers: loading, statistics, figures and a report."""
 
+from analysis.compare import compare_grids
 from analysis.load import TableError, load_results
 from analysis.paired import compare_selections
 from analysis.paper import paper_table, published
@@ -10,6 +11,7 @@ from analysis.wide import wide
 
 __all__ = [
     "TableError",
+    "compare_grids",
     "compare_selections",
     "load_requests",
     "load_results",

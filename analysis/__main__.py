@@ -1,4 +1,4 @@
-"""The command line: `python -m analysis report|study`, installed as `calprune-analysis`."""
+"""The command line: `python -m analysis report|compare|study`, installed as `calprune-analysis`."""
 
 import sys
 from pathlib import Path
@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.advice import advise
+from analysis.compare import compare_grids
 from analysis.labels import in_order
-from analysis.load import TableError, load_results
+from analysis.load import TableError, load_results, load_texts
 from analysis.metrics import heading
 from analysis.report import chosen_reference, grid_notes, status_counts, write_report
 from analysis.statistics import with_mean_accuracy
@@ -65,12 +66,56 @@ def report_grid(
         note = "It is the first of the table; choose another with --reference."
     _print(console, name, table, label, note)
     folder = _default_output(location, name) if output is None else output
-    page = write_report(table, folder, label, note)
+    page = write_report(table, folder, label, note, load_texts(location, name))
     for advice in advise(table):
         console.print(Text(str(advice), "bold"))
     for grid_note in grid_notes(table):
         console.print(grid_note, markup=False, highlight=False)
     console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command(name="compare")
+def compare_two(
+    first: Annotated[
+        str,
+        typer.Argument(
+            metavar="FIRST",
+            help="A store's folder or fsspec URL, or one Parquet file; the reference.",
+            show_default=False,
+        ),
+    ],
+    second: Annotated[
+        str, typer.Argument(metavar="SECOND", help="The other one.", show_default=False)
+    ],
+    grid: Annotated[
+        str | None, typer.Option(help="Grid of the first; default: the only one.")
+    ] = None,
+    other_grid: Annotated[
+        str | None, typer.Option(help="Grid of the second; default: that of the first.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder to write.", show_default="comparison in this folder")
+    ] = Path("comparison"),
+) -> None:
+    """Compare two grids, or one grid in two stores: print what differs, and write a page.
+
+    Cells are paired by model, pruner, sparsity, calibration and seed.
+    """
+    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
+    one = load_results(first, grid)
+    name = _only_grid(one, first)
+    other = load_results(second, other_grid or name)
+    other_name = other_grid or name
+    names = (name, other_name) if name != other_name else (first, second)
+    found = compare_grids(one, other, names)
+    note = " ".join(found.summary)
+    page = write_report(found.table, output, found.first, note)
+    for sentence in found.summary:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    for advice in advise(found.table):
+        console.print(Text(str(advice), "bold"))
+    _print_levels(console, found.table, found.first)
+    console.print(f"comparison: {page}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command(name="study")
@@ -150,6 +195,10 @@ def _print(
     else:
         line = f"reference calibration: {reference}. {note or ''}".rstrip()
         console.print(line, markup=False, highlight=False)
+    _print_levels(console, table, reference)
+
+
+def _print_levels(console: Console, table: pd.DataFrame, reference: str | None) -> None:
     shown = with_mean_accuracy(table)
     metrics = headline_metrics(shown)
     titles = {

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.labels import DENSE, NO_CALIBRATION, in_order
+from analysis.metrics import duration_text
 from analysis.statistics import CONFIDENCE, Interval, holm, measured, t_interval
 
 METRIC = "bits_per_byte"
@@ -45,25 +46,45 @@ class Advice(NamedTuple):
     texts: int
     settings: int
     rivals: list[Rival]
-    """The next best first."""
+    """One or more, the next best first."""
     left_out: list[str]
     """Calibrations that lack a number in a setting of the others."""
+    data_seconds: float
+    """To generate and score one calibration set, summed over shards; 0 for a corpus, NaN if not
+    recorded."""
+    prune_seconds: float
+    """Of one pruning, on average; NaN if not recorded."""
 
     def __str__(self) -> str:
+        return f"{self.model}: take {self.source}: {self.expectation}; {self.certainty}."
+
+    @property
+    def expectation(self) -> str:
+        """What the calibration leaves."""
         dense = "" if np.isnan(self.dense) else f" (dense {self.dense:.3f})"
         over = f"{_counted(self.texts, 'text')} and {_counted(self.settings, 'setting')}"
-        level = f"it leaves {self.level:.3f} bits per byte{dense}"
-        parts = [f"{self.model}: take {self.source}: averaged over {over} {level}"]
-        if self.rivals:
-            parts.append(_against_next(self.rivals[0], self.settings))
-            verdicts = ((True, "surely better than"), (False, "not surely better than"))
-            for sure, words in verdicts:
-                names = [rival.source for rival in self.rivals if rival.surely_worse is sure]
-                if names:
-                    parts.append(f"{words} {', '.join(names)}")
+        return f"averaged over {over} it leaves {self.level:.3f} bits per byte{dense}"
+
+    @property
+    def certainty(self) -> str:
+        """How far it is ahead, and of which calibrations surely."""
+        parts = [_against_next(self.rivals[0], self.settings)]
+        for sure, words in ((True, "surely better than"), (False, "not surely better than")):
+            names = [rival.source for rival in self.rivals if rival.surely_worse is sure]
+            if names:
+                parts.append(f"{words} {', '.join(names)}")
         if self.left_out:
             parts.append(f"left out because numbers are missing: {', '.join(self.left_out)}")
-        return "; ".join(parts) + "."
+        return "; ".join(parts)
+
+    @property
+    def cost(self) -> str:
+        """Time for the data and for a pruning; empty if none was recorded."""
+        spent = (
+            (self.data_seconds, "to generate and score the calibration data"),
+            (self.prune_seconds, "for each pruning"),
+        )
+        return ", ".join(f"{duration_text(seconds)} {of}" for seconds, of in spent if seconds > 0)
 
 
 def advise(table: pd.DataFrame) -> list[Advice]:
@@ -106,7 +127,15 @@ def _advice(table: pd.DataFrame, rows: pd.DataFrame, model: str) -> Iterator[Adv
             for source, p in zip(others, corrected, strict=True)
         ],
         left_out=[str(source) for source in levels if source not in whole],
+        data_seconds=_mean_seconds(calibrated, best, ["seconds_generate", "seconds_score"]),
+        prune_seconds=_mean_seconds(calibrated, best, ["seconds_prune"]),
     )
+
+
+def _mean_seconds(rows: pd.DataFrame, source: str, columns: list[str]) -> float:
+    """Return the mean over a calibration's cells of the sum of columns; NaN if all are empty."""
+    cells = rows[rows["source"] == source].drop_duplicates(["grid", "cell"])
+    return float(cells[columns].sum(axis=1, min_count=1).mean())
 
 
 def _levels(rows: pd.DataFrame, by: list[str], texts: int) -> "pd.Series[float]":

@@ -1,11 +1,9 @@
 """The design that a grid declares: `results/<grid>.design.json`, which `run` writes first."""
 
-import json
-import posixpath
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analysis.load import file_system
+from analysis.load import read_document
 
 
 class RecordedContrast(NamedTuple):
@@ -60,10 +58,8 @@ def read_design(location: str | Path, grid: str) -> RecordedDesign | None:
         location: a store's folder or fsspec URL, or one Parquet file in it.
         grid: the grid's name.
     """
-    files, root = file_system(location)
-    folder = posixpath.dirname(root) if root.endswith(".parquet") else f"{root}/results"
-    path = posixpath.join(folder, f"{grid}.design.json")
-    return parse_design(json.loads(files.cat_file(path))) if files.exists(path) else None
+    document = read_document(location, f"{grid}.design.json")
+    return None if document is None else parse_design(document)
 
 
 def parse_design(document: dict[str, Any]) -> RecordedDesign:

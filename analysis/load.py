@@ -1,8 +1,9 @@
 """Read the results table from a store or from one Parquet file."""
 
+import json
 import posixpath
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -120,6 +121,45 @@ def load_results(location: str | Path, grid: str | None = None) -> pd.DataFrame:
         if table.empty:
             raise FileNotFoundError(f"{location}: has no row of grid {grid}: {REMEDY}")
     return with_labels(table.astype(dict.fromkeys(SHARED, "category")))
+
+
+class Continuation(NamedTuple):
+    """What a model wrote after the prompt."""
+
+    name: str
+    text: str
+    """The prompt and what follows."""
+
+
+class Texts(NamedTuple):
+    """What a grid's dense model and pruned ones wrote from one prompt."""
+
+    prompt: str
+    written: tuple[Continuation, ...]
+
+
+def load_texts(location: str | Path, grid: str) -> Texts | None:
+    """Read `results/<grid>.texts.json`, which `run --prompt` writes; None if there is none.
+
+    Args:
+        location: a store's folder or fsspec URL, or one Parquet file in it.
+        grid: the grid's name.
+    """
+    document = read_document(location, f"{grid}.texts.json")
+    if document is None:
+        return None
+    return Texts(document["prompt"], tuple(Continuation(**each) for each in document["texts"]))
+
+
+def read_document(location: str | Path, name: str) -> dict[str, Any] | None:
+    """Return the JSON document of this name beside the results; None if there is none."""
+    files, root = file_system(location)
+    folder = posixpath.dirname(root) if root.endswith(".parquet") else f"{root}/results"
+    path = posixpath.join(folder, name)
+    if not files.exists(path):
+        return None
+    document: dict[str, Any] = json.loads(files.cat_file(path))
+    return document
 
 
 def file_system(location: str | Path) -> tuple[Any, str]:

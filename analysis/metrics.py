@@ -64,11 +64,14 @@ def metric_named(name: str) -> MetricKind:
 
 def heading(task: str, metric: str, limit: int | None = None) -> str:
     """Return a task's metric with its unit, its better direction and its limit of questions."""
-    kind = metric_named(metric)
-    unit = " (%)" if kind.is_share else ""
     limited = "" if limit is None else f", first {limit} questions only"
-    better = "lower" if kind.lower_is_better else "higher"
-    return f"{task}: {metric}{unit}, {better} is better{limited}"
+    better = "lower" if metric_named(metric).lower_is_better else "higher"
+    return f"{short_heading(task, metric)}, {better} is better{limited}"
+
+
+def short_heading(task: str, metric: str) -> str:
+    """Return a task's metric with its unit."""
+    return f"{task}: {metric}" + (" (%)" if metric_named(metric).is_share else "")
 
 
 def value_text(value: float, metric: str) -> str:
@@ -106,6 +109,13 @@ def interval_text(low: float, high: float, unit: str) -> str:
     if math.isnan(low) or math.isnan(high):
         return ""
     return f"{_signed(low, unit)} to {_signed(high, unit)}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return seconds in words: `45 s`, `12 min`, `3.4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def p_text(p: float) -> str:

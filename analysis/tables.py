@@ -1,5 +1,6 @@
 """Tables of text for the terminal and the page."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,6 +156,21 @@ def best_table(table: pd.DataFrame, task: str, metric: str, reference: str) -> T
     headings += [f"difference from {reference} (95 % interval)", "p (Holm)", "pairs"]
     title = "best calibration over all seeds, against the reference over the seeds that both have"
     return TextTable(title, headings, rows)
+
+
+def cell_table(cells: pd.DataFrame, errors: Sequence[str]) -> TextTable:
+    """Return one row a cell with its error, an empty text if it has none."""
+    names = ["model", "method", "target", "source", "seed"]
+    rows = [
+        [
+            Entry(row["cell"], cells=(row["cell"],)),
+            *(Entry("" if pd.isna(row[name]) else str(row[name])) for name in names),
+            Entry(error),
+        ]
+        for row, error in zip(cells.to_dict("records"), errors, strict=True)
+    ]
+    headings = ["cell", "model", "pruner", "target", "calibration", "seed", "error"]
+    return TextTable("click a cell for all that is known of it", headings, rows)
 
 
 def paper_layout(table: pd.DataFrame) -> TextTable:

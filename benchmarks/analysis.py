@@ -1,23 +1,35 @@
-"""Time how a results table of a million rows is loaded, grouped, widened and compared:
-`python -m benchmarks.analysis`.
+"""Time how a results table of a million rows is loaded, grouped, widened and compared, and how a
+report of 10,000 cells is written and opened: `python -m benchmarks.analysis`.
 """
 
+import hashlib
 import itertools
+import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
 
 import analysis
 from analysis.load import COLUMNS
+from analysis.report import write_report
+
+T = TypeVar("T")
 
 _MODELS, _CALIBRATIONS, SEEDS, _TASKS = 100, 10, 5, 10
 _PRUNERS = ("magnitude", "wanda", "sparsegpt", "dsnot")
 _SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
+
+_REPORTED_MODELS = 10
 
 SEED_STEP = 0.01
 """The difference in value from seed to seed."""
@@ -46,6 +58,47 @@ def made_table(models: int = _MODELS) -> pd.DataFrame:
     return rows.assign(task=np.tile([f"task-{number}" for number in range(_TASKS)], len(cells)))
 
 
+def with_origins(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a made table with what a report shows of each cell: keys, costs and lineage."""
+    cells = table.drop_duplicates("cell").set_index("cell")
+    origins = {}
+    for cell, row in cells.iterrows():
+        model = {"kind": "hub-model", "name": row["model"], "revision": "main"}
+        corpus = {"kind": "hub-corpus", "name": row["calibration"]}
+        windows = {"kind": "windows", "source": corpus, "model": model, "seed": row["seed"]}
+        prune = {"kind": "prune", "model": model, "calibration": windows, "pruner": row["pruner"]}
+        spec = {"kind": "evaluate", "model": {**prune, "sparsity": row["sparsity"]}}
+        origins[cell] = json.dumps(spec)
+    keys = {cell: hashlib.sha256(str(cell).encode()).hexdigest() for cell in origins}
+    return table.assign(
+        lineage=table["cell"].map(origins),
+        prune_key=table["cell"].map(keys),
+        seconds_prune=100.0,
+        seconds_evaluate=50.0,
+        stderr=0.01,
+    )
+
+
+def seconds_to_open(page: Path) -> float | None:
+    """Return how long Chromium takes until it has drawn a page; None if it is not installed."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        return None
+    options = Options()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options, Service(driver))
+    try:
+        browser.get("about:blank")  # its own start does not count
+        start = time.perf_counter()
+        browser.get(page.as_uri())
+        browser.execute_script("return ready.then(() => true)")
+        return time.perf_counter() - start
+    finally:
+        browser.quit()
+
+
 def main() -> None:
     """Time each step once and print it."""
     console = Console()
@@ -61,9 +114,19 @@ def main() -> None:
         a, b = (table[table["calibration"] == f"calibration-{number}"] for number in (1, 0))
         seconds, compared = _timed(lambda: analysis.compare_selections(a, b))
         console.print(f"compare in {len(compared):,} groups: {seconds:.1f} s")
+        with_origins(made_table(_REPORTED_MODELS)).to_parquet(path)
+        table = analysis.load_results(path)
+        seconds, page = _timed(lambda: write_report(table, Path(folder), "calibration-0"))
+        size = page.stat().st_size / 1e6
+        console.print(
+            f"report of {table['cell'].nunique():,} cells: {seconds:.0f} s, {size:.1f} MB"
+        )
+        opened = seconds_to_open(page)
+        known = "no chromium and chromedriver here" if opened is None else f"{opened:.1f} s"
+        console.print(f"open it in Chromium: {known}")
 
 
-def _timed(step: Callable[[], pd.DataFrame]) -> tuple[float, pd.DataFrame]:
+def _timed(step: Callable[[], T]) -> tuple[float, T]:
     start = time.perf_counter()
     result = step()
     return time.perf_counter() - start, result

@@ -39,7 +39,7 @@ from jobs.live_page import Page, serve
 from jobs.model_commands import best, calibrate, init, prune
 from jobs.plan import Plan, make_plan, plan_counts, print_plan
 from jobs.run import run_grid
-from jobs.sample import write_samples
+from jobs.sample import record_texts, write_samples
 from jobs.show import count_states, print_results, print_state, states_of
 from jobs.store_commands import store_app
 from jobs.stores import StoreUrl, check_shared, open_store, writable_store
@@ -147,9 +147,12 @@ def run_and_print(
     outcome = run_grid(planned, kept, address, workers)
     _show(planned, kept)
     if prompt is not None:
-        for name, text in write_samples(planned, kept, prompt):
-            one_line = " ".join(text.split())
-            console.print(f"{name}: {one_line}", markup=False, highlight=False, soft_wrap=True)
+        written = []
+        for each in write_samples(planned, kept, prompt):
+            written.append(each)
+            one_line = f"{each.name}: {' '.join(each.text.split())}"
+            console.print(one_line, markup=False, highlight=False, soft_wrap=True)
+        record_texts(kept, planned.grid.name, prompt, written)
     if outcome.failed:
         logger.error("%d stages failed; run the same command to retry them", len(outcome.failed))
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """Let a grid's dense model, and the best pruned model of each pruner, continue a text."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -63,6 +64,14 @@ def write_samples(plan: Plan, store: Store, prompt: str) -> Iterator[Written]:
             engine, tokenizer, [given], [0], sampling=Sampling(), seqlen=len(given) + _NEW_TOKENS
         )
         yield Written(name, sample.text)
+
+
+def record_texts(store: Store, grid: str, prompt: str, written: Iterable[Written]) -> None:
+    """Write `results/<grid>.texts.json`, which the report shows."""
+    texts = [each._asdict() for each in written]
+    document = {"prompt": prompt, "texts": texts}
+    content = json.dumps(document, ensure_ascii=False, indent=2)
+    store.write(f"results/{grid}.texts.json", content.encode())
 
 
 def best_cells(table: pa.Table) -> dict[str, str]:

@@ -103,6 +103,16 @@ def whole_grid() -> list[Row]:
     return rows
 
 
+def many_models(count: int) -> list[Row]:
+    """Return one cell of two calibrations of each model, and the dense model."""
+    cells = [{"calibration": "corpus"}, {"calibration": "other"}, DENSE]
+    return [
+        {**cell, "model": f"model-{number:03}", "value": 0.5 + 0.001 * number}
+        for number in range(count)
+        for cell in cells
+    ]
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a store with the results of one grid, `hand`."""

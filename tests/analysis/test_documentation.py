@@ -27,7 +27,7 @@ def test_the_pages_code_runs_from_top_to_bottom(
         keep_answers(store, str(key), answers([1.0, 0.0, 1.0]))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)

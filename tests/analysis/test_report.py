@@ -1,4 +1,5 @@
 import base64
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -8,8 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from analysis.load import Continuation, Texts
+from analysis.metrics import short_heading
 from analysis.report import chosen_reference, write_report
-from tests.analysis.conftest import DENSE, MakeTable
+from tests.analysis.conftest import DENSE, MakeTable, many_models
 
 
 class Links(HTMLParser):
@@ -45,23 +48,26 @@ def plain(page: str) -> str:
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
+def data_of(page: str) -> Any:
+    """Return what the page's script reads."""
+    found = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return json.loads(gzip.decompress(base64.b64decode(found.group(1))))
+
+
 def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
     links = Links(page)
-    inner = {target[1:] for target in links.targets if target.startswith("#")}
-    outer = [target for target in links.targets if not target.startswith("#")]
-    assert inner <= links.anchors
-    assert len(outer) == 8  # two figures for each of three tasks and for the mean of two
-    assert all(target.startswith("data:image/svg+xml;base64,") for target in outer)
+    assert {target[:1] for target in links.targets} == {"#"}
+    assert {target[1:] for target in links.targets} <= links.anchors
     assert not re.search(r"url\(|@import|<script src|<link|https?://", page)
 
 
 def test_the_page_holds_the_figures_that_lie_beside_it(folder: Path, page: str) -> None:
-    inside = {
-        base64.b64decode(target.partition(",")[2])
-        for target in Links(page).targets
-        if target.startswith("data:")
-    }
-    assert inside == {path.read_bytes() for path in folder.glob("figures/*.svg")}
+    inside = data_of(page)["pictures"]
+    assert len(inside) == 8  # two figures for each of three tasks and for the mean of two
+    assert re.findall(r'data-picture="(\d+)"', page) == [str(place) for place in range(8)]
+    files = {path.read_text(encoding="utf-8") for path in folder.glob("figures/*.svg")}
+    assert set(inside) == files
     assert {path.stem for path in folder.glob("figures/*.svg")} == {
         path.stem for path in folder.glob("figures/*.png")
     }
@@ -71,7 +77,7 @@ def test_the_page_counts_cells_and_shows_why_some_failed(page: str) -> None:
     text = plain(page)
     assert "53 cells: 51 ok, 1 failed , 1 missing ." in text
     assert "ValueError: &lt;b&gt;bad&lt;/b&gt;" in text
-    assert "Traceback of it" in text
+    assert data_of(page)["tracebacks"] == ["Traceback of it"]
     assert "Reference calibration: mismatched" in text
     assert "torch 2.9.0" in text
 
@@ -129,12 +135,14 @@ def test_lost_cells_stand_where_their_number_would(page: str) -> None:
     assert ", 1 missing" in text
 
 
-def test_any_cell_of_the_page_has_its_lineage_once(table: pd.DataFrame, page: str) -> None:
-    found = re.search(r'id="lineage-data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    document = json.loads(found.group(1))
-    asked = {cell for ids in re.findall(r'data-cells="([^"]*)"', page) for cell in ids.split(" ")}
-    assert asked == set(document["cells"]) == set(table["cell"])
+def test_any_cell_of_the_page_has_its_numbers_and_its_lineage_once(
+    table: pd.DataFrame, page: str
+) -> None:
+    document = data_of(page)
+    cells = {cell["id"]: cell for cell in document["cells"]}
+    asked = {int(n) for ids in re.findall(r'data-cells="([^"]*)"', page) for n in ids.split(" ")}
+    assert asked == set(range(len(document["cells"])))
+    assert set(cells) == set(table["cell"])
 
     def whole(value: Any) -> Any:
         if isinstance(value, dict) and set(value) == {"$spec"}:
@@ -144,10 +152,76 @@ def test_any_cell_of_the_page_has_its_lineage_once(table: pd.DataFrame, page: st
         return [whole(each) for each in value] if isinstance(value, list) else value
 
     for row in table.drop_duplicates("cell").to_dict("records"):
-        spec = document["cells"][row["cell"]]["spec"]
+        spec = cells[row["cell"]]["spec"]
         assert whole({"$spec": spec}) == json.loads(str(row["lineage"]))
     pretrained = [spec for spec in document["specs"] if spec["kind"] == "pretrain"]
     assert len(pretrained) == 1
+    assert document["metrics"] == ["heldout: perplexity", "colours: acc (%)", "rivers: acc (%)"]
+    assert document["cells"][document["dense"]["tiny"]]["method"] == "dense"
+    for row in table[table["value"].notna()].to_dict("records"):
+        held = {
+            document["metrics"][place]: value for place, value, _ in cells[row["cell"]]["numbers"]
+        }
+        shown = f"{row['value']:.2f}" if row["task"] == "heldout" else f"{100 * row['value']:.1f}"
+        assert held[short_heading(row["task"], row["metric"])] == shown
+
+
+def test_a_long_table_is_in_the_data_and_its_first_rows_are_on_the_page(
+    make_table: MakeTable, tmp_path: Path
+) -> None:
+    page = write_report(make_table(many_models(60)), tmp_path, "corpus").read_text("utf-8")
+    best, levels, *_ = data_of(page)["tables"]
+    assert (len(best), len(levels)) == (60, 120)  # every model once, and its dense one
+    assert page.count("The first 50 of 120 rows") == 1
+    assert [row[0][0] for row in best] == [f"model-{number:03}" for number in range(60)]
+    last = levels[-1]  # model, pruner, target, no data, corpus, other, n
+    assert [field[0] for field in last] == ["model-059", "wanda", "50 %", "", "55.9", "55.9", "1"]
+    cells = data_of(page)["cells"]
+    assert cells[last[4][3][0]]["model"] == "model-059"
+    assert cells[last[4][3][0]]["source"] == "corpus"
+
+
+def test_a_report_has_a_limit_of_figures_and_says_what_it_leaves_out(
+    make_table: MakeTable, tmp_path: Path
+) -> None:
+    page = write_report(make_table(many_models(60)), tmp_path, "corpus").read_text("utf-8")
+    assert data_of(page)["pictures"] == []
+    assert "120 figures are left out: a report has at most 40" in plain(page)
+
+
+def test_the_answer_says_what_to_take_how_sure_and_at_which_cost(
+    make_table: MakeTable, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "calibration": source,
+            "seed": seed,
+            "task": "prose",
+            "metric": "bits_per_byte",
+            "value": level + 0.01 * seed * level,
+            "seconds_generate": made,
+            "seconds_score": 30.0,
+            "seconds_prune": 12.0,
+        }
+        for source, level, made in (("own", 1.1, 210.0), ("corpus", 1.3, 0.0))
+        for seed in (0, 1)
+    ]
+    text = plain(write_report(make_table(rows), tmp_path, "corpus").read_text("utf-8"))
+    assert "Take own Expect averaged over 1 text and 2 settings it leaves 1.106 bits" in text
+    assert "How sure 0.201 less than corpus, the next best" in text
+    assert "Cost 4 min to generate and score the calibration data, 12 s for each pruning" in text
+
+
+def test_a_grid_without_an_answer_says_what_it_takes(page: str) -> None:
+    assert "No calibration is recommended" in plain(page)
+
+
+def test_texts_stand_on_the_page(make_table: MakeTable, tmp_path: Path) -> None:
+    written = (Continuation("dense", "Once there was"), Continuation("wanda", "Once <b>the"))
+    texts = Texts("Once", written)
+    page = write_report(make_table([{}]), tmp_path, None, texts=texts).read_text("utf-8")
+    assert "<h3>wanda</h3><blockquote>Once &lt;b&gt;the</blockquote>" in page
+    assert "One continuation of “Once”" in plain(page)
 
 
 def test_a_task_with_a_limit_of_questions_says_so(make_table: MakeTable, tmp_path: Path) -> None:

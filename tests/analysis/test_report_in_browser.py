@@ -12,6 +12,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from analysis.load import load_results
+from analysis.report import write_report
+from tests.analysis.conftest import many_models, write
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 PHONE_PIXELS = 390
@@ -48,7 +52,24 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture
 def shown(browser: webdriver.Chrome, report_page: Path) -> webdriver.Chrome:
-    browser.get(report_page.as_uri())
+    return opened(browser, report_page.as_uri())
+
+
+@pytest.fixture(scope="module")
+def tall_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a page with tables of 400 and 800 rows, without figures."""
+    folder = tmp_path_factory.mktemp("tall")
+    write(many_models(400), folder / "results" / "hand.parquet")
+    return write_report(load_results(folder), folder / "report", "corpus")
+
+
+def opened(browser: webdriver.Chrome, address: str) -> webdriver.Chrome:
+    """Open an address and wait until the page's script has read its data."""
+    browser.get("about:blank")  # another fragment of the page that is open would not load it
+    browser.get(address)
+    WebDriverWait(browser, 20).until(
+        lambda _: browser.execute_script("return ready.then(() => true)")
+    )
     return browser
 
 
@@ -66,12 +87,14 @@ def levels(browser: webdriver.Chrome) -> WebElement:
 def column(table: WebElement, place: int) -> list[str]:
     return [
         row.find_elements(By.TAG_NAME, "td")[place].text
-        for row in table.find_elements(By.CSS_SELECTOR, "tbody tr")
+        for row in table.find_elements(By.CSS_SELECTOR, "tbody tr:has(td)")
     ]
 
 
 def test_the_console_has_no_error_and_all_figures_are_drawn(shown: webdriver.Chrome) -> None:
     assert [entry for entry in shown.get_log("browser") if entry["level"] == "SEVERE"] == []
+    drawn = "return [...document.images].every(i => i.complete && i.src)"
+    WebDriverWait(shown, 20).until(lambda _: shown.execute_script(drawn))
     sizes = shown.execute_script(
         "return [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])"
     )
@@ -105,8 +128,10 @@ def test_a_heading_sorts_its_table_by_number_and_then_the_other_way(
 def test_a_click_on_a_number_shows_its_cells_and_their_specs(shown: webdriver.Chrome) -> None:
     levels(shown).find_element(By.CSS_SELECTOR, "button.cell").click()
     dialog = shown.find_element(By.TAG_NAME, "dialog")
-    assert dialog.is_displayed()
+    WebDriverWait(shown, 20).until(lambda _: dialog.is_displayed())
     assert "dense" in dialog.text
+    numbers = [row.text for row in dialog.find_elements(By.CSS_SELECTOR, "tbody tr")]
+    assert numbers == ["heldout: perplexity 8.00", "colours: acc (%) 80.0", "rivers: acc (%) 65.0"]
     spec = next(
         each
         for each in dialog.find_elements(By.TAG_NAME, "summary")
@@ -116,6 +141,51 @@ def test_a_click_on_a_number_shows_its_cells_and_their_specs(shown: webdriver.Ch
     WebDriverWait(shown, 20).until(lambda _: "batch_size: 32" in dialog.text)
     dialog.find_element(By.CSS_SELECTOR, ".close").click()
     assert not dialog.is_displayed()
+
+
+def test_a_view_of_cells_has_an_address_and_the_way_back_leaves_it(
+    shown: webdriver.Chrome,
+) -> None:
+    dialog = shown.find_element(By.TAG_NAME, "dialog")
+    buttons = levels(shown).find_elements(By.CSS_SELECTOR, "button.cell")
+    several = next(each for each in buttons if " " in str(each.get_attribute("data-cells")))
+    shown.execute_script("arguments[0].click()", several)
+    WebDriverWait(shown, 20).until(lambda _: dialog.is_displayed())
+    said, address = dialog.text, shown.current_url
+    assert said.count("cell hand-tiny-") == 2  # two seeds
+    shown.back()
+    WebDriverWait(shown, 20).until(lambda _: not dialog.is_displayed())
+    again = opened(shown, address).find_element(By.TAG_NAME, "dialog")
+    WebDriverWait(shown, 20).until(lambda _: again.is_displayed())
+    assert again.text == said
+
+
+def test_a_failed_cell_shows_its_error_and_its_traceback(shown: webdriver.Chrome) -> None:
+    failed = shown.find_element(By.CSS_SELECTOR, "#failed ~ .scroll button.cell")
+    shown.execute_script("arguments[0].click()", failed)
+    dialog = shown.find_element(By.TAG_NAME, "dialog")
+    WebDriverWait(shown, 20).until(lambda _: dialog.is_displayed())
+    assert "ValueError: <b>bad</b>" in dialog.text
+    trace = dialog.find_element(By.XPATH, ".//summary[.='traceback']")
+    trace.click()
+    assert "Traceback of it" in dialog.text
+
+
+def test_a_long_table_scrolls_through_all_rows_and_sorts_them(
+    browser: webdriver.Chrome, tall_page: Path
+) -> None:
+    shown = opened(browser, tall_page.as_uri())
+    table = levels(shown)
+    box = table.find_element(By.XPATH, "..")
+    assert "800 rows: scroll." in table.find_element(By.TAG_NAME, "caption").text
+    assert len(column(table, 0)) < 120  # the others are no elements
+    shown.execute_script("arguments[0].scrollTop = arguments[0].scrollHeight", box)
+    WebDriverWait(shown, 20).until(lambda _: column(table, 0)[-1] == "model-399")
+    heading = table.find_elements(By.CSS_SELECTOR, "th button")[4]
+    assert heading.text.startswith("corpus")
+    for first in ("model-000", "model-399"):  # up, then down
+        shown.execute_script("arguments[0].scrollTop = 0; arguments[1].click()", box, heading)
+        WebDriverWait(shown, 20).until(lambda _, first=first: column(table, 0)[0] == first)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

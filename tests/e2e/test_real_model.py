@@ -82,6 +82,7 @@ def test_the_report_tells_the_note(finished: tuple[Path, Finished]) -> None:
     page = (store / "report" / "real" / "index.html").read_text()
     assert "One small model whose weights were 4-bit." in done.stdout
     assert "One small model whose weights were 4-bit." in page
+    assert "<h3>dense</h3><blockquote>The capital of France is" in page
     assert "smollm2_overview" in " ".join(str(path) for path in store.rglob("*.svg"))
 
 
