@@ -100,6 +100,8 @@ def test_the_first_notebook_answers_from_a_store_that_the_environment_names(
     assert len(figures(found)) == 2
     assert "self-generated against mismatched" in texts(found)
     assert "pretraining against mismatched" in texts(found)
+    code = [cell for cell in jupytext.read(START).cells if cell.cell_type == "code"]
+    assert len(code) == 10
     assert "ValueError: <b>bad</b>" in texts(found)
     assert warned(found) == []
 
