@@ -52,6 +52,9 @@ SURE = 0.05
 PICTURES = 40
 """The most figures of a report: more would make it slow to write and to open."""
 
+CSS_DPI = 96
+"""CSS pixels in an inch."""
+
 ROWS = 50
 """Rows of a table that are HTML. The page's script shows the others while the reader scrolls."""
 
@@ -65,6 +68,9 @@ class Picture(NamedTuple):
     number: int
     """Its place in the page's data."""
     description: str
+    width: int
+    """In CSS pixels; with the height it keeps the figure's place until it is drawn."""
+    height: int
 
 
 class Section(NamedTuple):
@@ -107,7 +113,8 @@ class Gallery:
         (self._folder / f"{name}.svg").write_bytes(vector)
         (self._folder / f"{name}.png").write_bytes(png_bytes(figure))
         self.drawn.append(vector.decode())
-        return Picture(len(self.drawn) - 1, description)
+        width, height = (round(CSS_DPI * inches) for inches in figure.get_size_inches())
+        return Picture(len(self.drawn) - 1, description, width, height)
 
 
 def chosen_reference(table: pd.DataFrame, reference: str | None) -> str | None:

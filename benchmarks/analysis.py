@@ -5,7 +5,6 @@ report of 10,000 cells is written and opened: `python -m benchmarks.analysis`.
 import hashlib
 import itertools
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,13 +14,11 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 
 import analysis
 from analysis.load import COLUMNS
 from analysis.report import write_report
+from benchmarks.browser import CHROMIUM, DRIVER, start_chromium
 
 T = TypeVar("T")
 
@@ -79,16 +76,11 @@ def with_origins(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def seconds_to_open(page: Path) -> float | None:
+def seconds_to_open(page: Path, profile: Path) -> float | None:
     """Return how long Chromium takes until it has drawn a page; None if it is not installed."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
+    if CHROMIUM is None or DRIVER is None:
         return None
-    options = Options()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options, Service(driver))
+    browser = start_chromium(profile)
     try:
         browser.get("about:blank")  # its own start does not count
         start = time.perf_counter()
@@ -121,7 +113,7 @@ def main() -> None:
         console.print(
             f"report of {table['cell'].nunique():,} cells: {seconds:.0f} s, {size:.1f} MB"
         )
-        opened = seconds_to_open(page)
+        opened = seconds_to_open(page, Path(folder, "profile"))
         known = "no chromium and chromedriver here" if opened is None else f"{opened:.1f} s"
         console.print(f"open it in Chromium: {known}")
 

@@ -73,6 +73,17 @@ def test_the_page_holds_the_figures_that_lie_beside_it(folder: Path, page: str) 
     }
 
 
+def test_a_figure_that_is_not_drawn_yet_keeps_its_place(page: str) -> None:
+    places = re.findall(r'<img loading="lazy" width="(\d+)" height="(\d+)"', page)
+    pictures = data_of(page)["pictures"]
+    assert len(places) == len(pictures)
+    for place, picture in zip(places, pictures, strict=True):
+        found = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', picture)
+        assert found is not None
+        pixels = [float(points) * 96 / 72 for points in found.groups()]
+        assert [float(each) for each in place] == pytest.approx(pixels, abs=0.5)
+
+
 def test_the_page_counts_cells_and_shows_why_some_failed(page: str) -> None:
     text = plain(page)
     assert "53 cells: 51 ok, 1 failed , 1 missing ." in text

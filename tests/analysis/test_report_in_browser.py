@@ -1,23 +1,19 @@
 """The report's page in a browser: its script runs, its figures are drawn."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from analysis.load import load_results
 from analysis.report import write_report
+from benchmarks.browser import CHROMIUM, DRIVER, start_chromium
 from tests.analysis.conftest import many_models, write
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
 PHONE_PIXELS = 390
 
 pytestmark = pytest.mark.skipif(
@@ -28,24 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    assert CHROMIUM is not None
-    options = Options()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1200,900",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(DRIVER))
+    driver = start_chromium(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()
 
@@ -93,8 +72,10 @@ def column(table: WebElement, place: int) -> list[str]:
 
 def test_the_console_has_no_error_and_all_figures_are_drawn(shown: webdriver.Chrome) -> None:
     assert [entry for entry in shown.get_log("browser") if entry["level"] == "SEVERE"] == []
-    drawn = "return [...document.images].every(i => i.complete && i.src)"
-    WebDriverWait(shown, 20).until(lambda _: shown.execute_script(drawn))
+    drawn = "return arguments[0].complete && arguments[0].naturalWidth > 0"
+    for image in shown.find_elements(By.TAG_NAME, "img"):  # drawn when they come into sight
+        shown.execute_script("arguments[0].scrollIntoView()", image)
+        WebDriverWait(shown, 20).until(lambda _, i=image: shown.execute_script(drawn, i))
     sizes = shown.execute_script(
         "return [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])"
     )
