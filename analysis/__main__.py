@@ -104,13 +104,13 @@ def compare_two(
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     one = load_results(first, grid)
     name = _only_grid(one, first)
-    other = load_results(second, other_grid or name)
     other_name = other_grid or name
+    other = load_results(second, other_name)
     names = (name, other_name) if name != other_name else (first, second)
     found = compare_grids(one, other, names)
-    note = " ".join(found.summary)
-    page = write_report(found.table, output, found.first, note)
-    for sentence in found.summary:
+    summary = found.summary
+    page = write_report(found.table, output, found.first, " ".join(summary))
+    for sentence in summary:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for advice in advise(found.table):
         console.print(Text(str(advice), "bold"))

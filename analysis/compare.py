@@ -73,7 +73,7 @@ def compare_grids(first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, s
         TableError: if the names are equal, or no cell is in both grids.
     """
     if names[0] == names[1]:
-        raise TableError(f"{names[0]}: both grids have this name: name them with --names A,B")
+        raise TableError(f"{names[0]}: both grids have this name: choose another store or grid")
     differ = _differing(first, second)
     sides = [_side(table, name) for table, name in zip((first, second), names, strict=True)]
     for column in differ:  # one value for both, so that it divides no pair
