@@ -4,8 +4,10 @@ Each source has a colour and a marker. Targets are categories: N:M patterns stan
 unstructured sparsities, not on top of them.
 """
 
+import hashlib
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterable
 from itertools import cycle, islice
@@ -228,7 +230,23 @@ def png_bytes(figure: Figure) -> bytes:
 
 def svg_bytes(figure: Figure) -> bytes:
     """Return the figure as SVG with text as outlines; equal figures give equal bytes."""
-    return _saved(figure, "svg", {"Date": None, "Creator": None}, 72)
+    return _with_stable_clips(_saved(figure, "svg", {"Date": None, "Creator": None}, 72).decode())
+
+
+def _with_stable_clips(svg: str) -> bytes:
+    """Name the clips of an SVG by its other content.
+
+    matplotlib names a clip by its unrounded box, whose last bits differ from draw to draw. A name
+    still belongs to one figure, since a notebook puts several into one page.
+    """
+    names = re.findall(r'<clipPath id="(\w+)"', svg)
+
+    def renamed(prefix: str) -> str:
+        new = {name: f"{prefix}{place}" for place, name in enumerate(names)}
+        return re.sub(r"\bp[0-9a-f]{10}\b", lambda match: new.get(match[0], match[0]), svg)
+
+    digest = hashlib.sha256(renamed("").encode()).hexdigest()
+    return renamed(f"clip-{digest[:10]}-").encode()
 
 
 def _saved(figure: Figure, form: str, metadata: dict[str, Any], dpi: int) -> bytes:

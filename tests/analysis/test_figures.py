@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import pandas as pd
 import pytest
@@ -193,3 +194,22 @@ def test_equal_tables_give_equal_bytes(table: pd.DataFrame) -> None:
     assert svg_bytes(one) == svg_bytes(other)
     assert png_bytes(one) == png_bytes(other)
     assert b"<dc:date>" not in svg_bytes(one)
+
+
+def boxed(left: float) -> Figure:
+    """Return a figure whose lines are clipped to two boxes, the first at `left`."""
+    figure = Figure()
+    for place, width in ((left, 0.3), (0.6, 0.2)):
+        axes = figure.add_axes((place, 0.2, width, 0.5))
+        axes.plot([0, 1], [0, 1])
+        axes.set_axis_off()
+    return figure
+
+
+def test_rounding_in_the_layout_changes_no_byte_and_figures_share_no_name() -> None:
+    one, same, other = (svg_bytes(boxed(left)) for left in (0.1, 0.1 + 1e-13, 0.2))
+    assert one == same
+    names = [set(re.findall(rb'clipPath id="([^"]+)"', each)) for each in (one, other)]
+    assert [len(each) for each in names] == [2, 2]
+    assert not names[0] & names[1]
+    assert all(one.count(b"url(#" + name + b")") > 0 for name in names[0])
