@@ -57,9 +57,9 @@ def test_credentials_that_are_missing_are_named(environment: pytest.MonkeyPatch)
 def test_waiting_ends_for_a_server_that_is_missing_or_silent(
     environment: pytest.MonkeyPatch,
 ) -> None:
-    environment.setattr(files, "ANSWER_SECONDS", 1.0)
     with_keys(environment, "nowhere")
     assert "Invalid endpoint: nowhere" in refused("s3://bucket-d/notes.jsonl")
+    environment.setattr(files, "ANSWER_SECONDS", 1.0)  # now the client has been imported
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with_keys(environment, f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert "does not answer" in refused("s3://bucket-e/notes.jsonl")
