@@ -10,6 +10,7 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --output=calprune-%j.log
+#SBATCH --open-mode=append
 
 set -euo pipefail
 
