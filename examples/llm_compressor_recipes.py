@@ -42,7 +42,13 @@ def quantize_or_prune(model_folder: str, calibration: str, recipe: str, output: 
         if recipe == "gptq"
         else WandaPruningModifier(sparsity=0.5, targets=TARGETS, ignore=IGNORE)
     )
-    oneshot(model=model, dataset=samples, recipe=modifier, num_calibration_samples=len(samples))
+    oneshot(
+        model=model,
+        dataset=samples,
+        recipe=modifier,
+        num_calibration_samples=len(samples),
+        shuffle_calibration_samples=False,  # the order would come from no seed
+    )
     model.save_pretrained(output)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(output)
     tokens = sum(len(ids) for ids in samples["input_ids"])
