@@ -73,3 +73,7 @@ def test_a_slurm_job_without_a_store_says_what_is_missing(slurm: dict[str, str])
     run = subprocess.run(["bash", SCRIPT, "g.yaml"], env=slurm, capture_output=True, text=True)
     assert run.returncode == 2
     assert "usage: sbatch slurm.sh GRID STORE" in run.stderr
+
+
+def test_a_requeued_slurm_job_keeps_the_log_of_its_earlier_attempts() -> None:
+    assert "\n#SBATCH --open-mode=append\n" in SCRIPT.read_text()
