@@ -12,10 +12,10 @@ from rich.text import Text
 
 from analysis.advice import advise
 from analysis.compare import compare_grids
-from analysis.labels import in_order
+from analysis.labels import grid_notes, in_order
 from analysis.load import TableError, load_results, load_texts
 from analysis.metrics import heading
-from analysis.report import chosen_reference, grid_notes, status_counts, write_report
+from analysis.report import chosen_reference, status_counts, write_report
 from analysis.statistics import with_mean_accuracy
 from analysis.studies import STUDIES
 from analysis.study import Answer, Study, run_study, write_answer, write_page

@@ -94,6 +94,11 @@ def in_order(labels: Iterable[str]) -> list[str]:
     return sorted(set(labels), key=natural)
 
 
+def grid_notes(table: pd.DataFrame) -> list[str]:
+    """Return the notes to readers of a table's grids."""
+    return in_order(table["note"].dropna().astype(str))
+
+
 def natural(label: str) -> list[str | float]:
     """Return a sort key that puts `4 windows` before `16 windows`."""
     parts = _NUMBER.split(label)

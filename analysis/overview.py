@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from analysis.advice import METRIC
 from analysis.charts import titled_figure
 from analysis.figures import STYLE
-from analysis.labels import DENSE, NO_CALIBRATION, in_order
+from analysis.labels import DENSE, NO_CALIBRATION, grid_notes, in_order
 from analysis.statistics import measured
 
 NO_DATA = "no data (magnitude)"
@@ -20,16 +20,15 @@ BETWEEN_INCHES = 0.35
 _COLOURS = "YlOrBr"
 
 
-def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure | None:
+def overview_figure(table: pd.DataFrame, model: str) -> Figure | None:
     """Draw bits per byte above the dense model, as means over seeds.
 
     Each pruner and target has a panel, each calibration a row, each text a column. The best
-    calibration of each column is bold.
+    calibration of each column is bold. The grid's notes stand below.
 
     Args:
         table: one grid's results.
         model: model to show.
-        note: text below the figure, before the caption.
 
     Returns:
         The figure; None if the dense model or every calibrated pruner lacks the metric.
@@ -45,7 +44,7 @@ def overview_figure(table: pd.DataFrame, model: str, note: str = "") -> Figure |
     calibrated = costs.loc[costs["row"] != NO_DATA, "cost"]
     highest = float(calibrated.max())
     title = f"{model}: bits per byte lost on held-out text, by calibration data"
-    caption = f"{note} Mean over seeds; bold: the best of a column.".strip()
+    caption = " ".join([*grid_notes(table), "Mean over seeds; bold: the best of a column."])
     with rc_context(STYLE):
         figure = titled_figure(title, caption, width, height + 0.6)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

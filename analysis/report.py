@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from analysis.advice import Advice, advise
 from analysis.cell_pages import cell_pages
 from analysis.figures import difference_figure, png_bytes, sparsity_figure, svg_bytes
-from analysis.labels import DENSE, NO_CALIBRATION, in_order
+from analysis.labels import DENSE, NO_CALIBRATION, grid_notes, in_order
 from analysis.load import Texts
 from analysis.metrics import effect_text, heading
 from analysis.overview import overview_figure
@@ -184,21 +184,15 @@ def _fingerprint(
 
 
 def _opening(table: pd.DataFrame, gallery: Gallery) -> Opening:
-    notes = grid_notes(table)
     pictures = []
     models = in_order(table["model"])
     for model in models if gallery.has_room(len(models)) else []:
-        figure = overview_figure(table, model, " ".join(notes))
+        figure = overview_figure(table, model)
         if figure is not None:
             name = _file_name(model, "overview")
             description = f"{model}: bits per byte lost on each text, by calibration data"
             pictures.append(gallery.add(figure, name, description))
-    return Opening(advise(table), pictures, notes)
-
-
-def grid_notes(table: pd.DataFrame) -> list[str]:
-    """Return the notes to readers of a table's grids."""
-    return in_order(table["note"].dropna().astype(str))
+    return Opening(advise(table), pictures, grid_notes(table))
 
 
 def _section(

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from analysis.design import RecordedDesign, read_design
 from analysis.figures import png_bytes, svg_bytes
+from analysis.labels import grid_notes
 from analysis.load import TableError, load_results
 from analysis.metrics import effect_text, interval_text, level_text, p_text
-from analysis.report import grid_notes, status_counts
+from analysis.report import status_counts
 from analysis.requests import load_requests
 
 

@@ -23,11 +23,11 @@
 import os
 
 import numpy as np
-from IPython.display import SVG
+from IPython.display import Image
 
 import analysis
 from analysis.evidence import calibrated, scored
-from analysis.figures import svg_bytes
+from analysis.figures import png_bytes
 from analysis.report import status_counts
 from analysis.studies.generator import STUDY
 from analysis.study import run_study
@@ -44,7 +44,7 @@ status_counts(table)
 # %%
 answer = run_study(STUDY, STORE, GRID)
 print(answer.paragraph)
-SVG(svg_bytes(answer.figure))
+Image(png_bytes(answer.figure), retina=True)
 
 # %%
 answer.numbers.round(3)

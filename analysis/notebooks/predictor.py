@@ -23,10 +23,10 @@
 import os
 
 import pandas as pd
-from IPython.display import SVG
+from IPython.display import Image
 
 import analysis
-from analysis.figures import svg_bytes
+from analysis.figures import png_bytes
 from analysis.report import status_counts
 from analysis.studies import predictor
 from analysis.studies.predictor import STUDY
@@ -44,7 +44,7 @@ status_counts(table)
 # %%
 answer = run_study(STUDY, STORE, GRID)
 print(answer.paragraph)
-SVG(svg_bytes(answer.figure))
+Image(png_bytes(answer.figure), retina=True)
 
 # %%
 answer.numbers.round(3)

@@ -21,10 +21,10 @@
 # %%
 import os
 
-from IPython.display import SVG
+from IPython.display import Image
 
 import analysis
-from analysis.figures import svg_bytes
+from analysis.figures import png_bytes
 from analysis.report import status_counts
 from analysis.studies.real_filter import STUDY
 from analysis.study import run_study
@@ -41,7 +41,7 @@ status_counts(table)
 # %%
 answer = run_study(STUDY, STORE, GRID)
 print(answer.paragraph)
-SVG(svg_bytes(answer.figure))
+Image(png_bytes(answer.figure), retina=True)
 
 # %%
 answer.numbers.round(3)

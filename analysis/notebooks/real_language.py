@@ -22,10 +22,10 @@
 # %%
 import os
 
-from IPython.display import SVG
+from IPython.display import Image
 
 import analysis
-from analysis.figures import svg_bytes
+from analysis.figures import png_bytes
 from analysis.report import status_counts
 from analysis.studies.real_language import STUDY
 from analysis.study import run_study
@@ -42,7 +42,7 @@ status_counts(table)
 # %%
 answer = run_study(STUDY, STORE, GRID)
 print(answer.paragraph)
-SVG(svg_bytes(answer.figure))
+Image(png_bytes(answer.figure), retina=True)
 
 # %%
 answer.numbers.round(3)

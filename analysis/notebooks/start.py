@@ -20,12 +20,12 @@
 # %%
 import os
 
-from IPython.display import SVG
+from IPython.display import Image
 
 import analysis
 from analysis.advice import advise
-from analysis.figures import difference_figure, sparsity_figure, svg_bytes
-from analysis.labels import DENSE, NO_CALIBRATION, in_order
+from analysis.figures import difference_figure, png_bytes, sparsity_figure
+from analysis.labels import DENSE, NO_CALIBRATION, grid_notes, in_order
 from analysis.metrics import metric_named
 from analysis.overview import overview_figure
 from analysis.tables import headline_metrics
@@ -79,7 +79,7 @@ lost[["cell", "model", "method", "target", "source", "seed", "status", "error"]]
 shown = analysis.with_mean_accuracy(table)
 task, metric = headline_metrics(shown)[0]
 figure = overview_figure(table, model) or sparsity_figure(table, model, task, metric)
-SVG(svg_bytes(figure))
+Image(png_bytes(figure), retina=True)
 
 # %% [markdown]
 # ## The answer
@@ -88,6 +88,7 @@ SVG(svg_bytes(figure))
 for advice in advise(table):
     print(advice)
     print("cost:", advice.cost)
+print(*grid_notes(table), sep="\n")
 
 # %% [markdown]
 # ## How certain is it?
@@ -109,7 +110,7 @@ for source in in_order(calibrated["source"]):
         print(compared.query("n_a > 0")[columns].to_string(index=False))
 
 # %%
-SVG(svg_bytes(difference_figure(table, model, task, metric, reference)))
+Image(png_bytes(difference_figure(table, model, task, metric, reference)), retina=True)
 
 # %% [markdown]
 # ## What is left of each capability

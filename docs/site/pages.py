@@ -5,6 +5,7 @@ itself.
 """
 
 import ast
+import base64
 import os
 import re
 from collections.abc import Iterator
@@ -168,7 +169,7 @@ def _first_line(path: Path) -> str:
     return " ".join(docstring.partition("\n\n")[0].split()).replace("|", "\\|")
 
 
-# The notebooks, executed where the store holds the results of their grid
+# The notebooks, executed where the store holds their results, and kept with their output
 
 
 def _notebook_nav() -> Nav:
@@ -185,6 +186,8 @@ def _notebook_pages(path: Path, store: str) -> dict[str, str | bytes]:
     notebook = jupytext.read(path)
     if made:
         _execute(notebook, store, made[0])
+    if made[:1] == [grids[0]]:
+        _keep(notebook, path.with_suffix(".ipynb"))
     return _as_markdown(notebook, path.stem, "" if made else _not_executed(grids[-1]))
 
 
@@ -193,8 +196,24 @@ def _execute(notebook: Any, store: str, grid: str) -> None:
     from nbclient import NotebookClient
 
     settings = {"CALPRUNE_STORE": store, "CALPRUNE_GRID": grid}
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}})
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        resources={"metadata": {"path": str(ROOT)}},
+        record_timing=False,
+        coalesce_streams=True,  # how printed lines arrive depends on timing
+    )
     client.execute(env={**os.environ, **settings})
+
+
+def _keep(notebook: Any, path: Path) -> None:
+    """Write the notebook with its output; equal output gives equal bytes."""
+    import nbformat
+
+    for place, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{place}"  # jupytext draws one
+    del notebook.metadata["language_info"]  # the version of Python
+    nbformat.write(notebook, path)
 
 
 def _not_executed(grid: str) -> str:
@@ -218,15 +237,17 @@ def _as_markdown(notebook: Any, stem: str, note: str) -> dict[str, str | bytes]:
             parts.append(note)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "image/svg+xml" in data:
-                figure = f"{stem}-{len(pages) + 1}.svg"
-                pages[f"notebooks/{figure}"] = data["image/svg+xml"]
-                parts.append(f"![Figure {len(pages)}]({figure})")
+            if "image/png" in data:
+                figure = f"{stem}-{len(pages) + 1}.png"
+                pages[f"notebooks/{figure}"] = base64.b64decode(data["image/png"])
+                width = output["metadata"]["image/png"]["width"]
+                parts.append(f'<img src="{figure}" alt="Figure {len(pages)}" width="{width}">')
             elif "text/html" in data:
                 parts.append(f'<div class="output">{_one_block(data["text/html"])}</div>')
             else:
                 text = output.get("text") or data.get("text/plain", "")
-                parts.append(f"```text\n{text.rstrip()}\n```")
+                aligned = "  " in text  # a table, whose lines stay whole
+                parts.append(f"```{'text' if aligned else '{.text .prose}'}\n{text.rstrip()}\n```")
     pages[f"notebooks/{stem}.md"] = "\n\n".join(parts) + "\n"
     return pages
 

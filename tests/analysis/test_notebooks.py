@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jupytext
+import nbformat
 import pytest
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
@@ -75,8 +76,12 @@ def outputs(notebook: Any) -> list[Any]:
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
+def cells(notebook: Any) -> list[tuple[str, str]]:
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
 def figures(found: list[Any]) -> list[str]:
-    drawn = [each.get("data", {}).get("image/svg+xml") for each in found]
+    drawn = [each.get("data", {}).get("image/png") for each in found]
     return [figure for figure in drawn if figure is not None]
 
 
@@ -107,7 +112,7 @@ def test_the_first_notebook_answers_from_a_store_that_the_environment_names(
 
 
 def test_every_study_has_a_notebook_that_opens_with_its_question() -> None:
-    there = {file for file in NOTEBOOKS.iterdir() if file.is_file()} - {START}
+    there = set(NOTEBOOKS.glob("*.py")) - {START}
     assert there == {of_study(name) for name in STUDIES}
     for name, study in STUDIES.items():
         opening = " ".join(jupytext.read(of_study(name)).cells[0].source.split())
@@ -155,3 +160,15 @@ def test_a_studys_notebook_reads_a_remote_store(
     assert finding in " ".join(texts(found).split())
     assert len(figures(found)) == 1
     assert warned(found) == []
+
+
+def test_a_kept_notebook_shows_the_cells_of_its_source_and_what_they_gave() -> None:
+    kept = sorted(NOTEBOOKS.glob("*.ipynb"))
+    assert START.with_suffix(".ipynb") in kept
+    for file in kept:
+        notebook, source = nbformat.read(file, as_version=4), jupytext.read(file.with_suffix(".py"))
+        assert cells(notebook) == cells(source), f"{file}: run `make docs` with its grid's results"
+        found = outputs(notebook)
+        assert figures(found) != []
+        assert warned(found) == []
+        assert str(Path.home()) not in texts(found)

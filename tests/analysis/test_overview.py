@@ -28,7 +28,7 @@ def drawn(make_table: MakeTable) -> Figure:
         {**MAGNITUDE, "task": text, "metric": "bits_per_byte", "value": 20.0}
         for text in ("prose", "code")
     ]
-    figure = overview_figure(make_table([*made, *magnitude]), "tiny", "A small model.")
+    figure = overview_figure(make_table([*made, *magnitude]).assign(note="A small model."), "tiny")
     assert figure is not None
     return figure
 
