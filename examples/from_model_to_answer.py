@@ -1,14 +1,19 @@
 """From a model to an answer and a pruned checkpoint, in a notebook.
 
 `python -m jobs prepare` makes this model and these texts; any checkpoint and texts will do. Jupyter
-opens this file through jupytext. With ipywidgets the run shows its progress below the cell.
+opens this file through jupytext. With ipywidgets the run shows its progress below the cell, and
+without it in the log.
 """
 
 # %%
+import logging
+
 import analysis
 from jobs import library as calprune
 from jobs.one_model import OneModel
 from pipeline.specs import FileCorpus, LocalModel
+
+logging.basicConfig(level=logging.INFO)
 
 STORE = ".calprune"  # or s3://bucket/store
 TEXT = ".calprune-real/text"

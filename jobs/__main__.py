@@ -410,6 +410,8 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("gcsfs", "datasets.packaged_modules"):  # they raise what they log
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # It warns of layers that are read from files one at a time, as an export asks it to.
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     set_credentials()
     try:
         app()

@@ -1,5 +1,7 @@
 """Grids and single models from Python: what the commands do, with tables as DataFrames.
 
+logging.basicConfig(level=logging.INFO)                 # shows a run where no live view can
+
 from jobs import library as calprune
 from jobs.one_model import OneModel
 
