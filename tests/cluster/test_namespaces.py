@@ -1,13 +1,16 @@
-"""Two nodes in network namespaces, and a cut cable between them."""
+"""Two nodes in network namespaces with an S3 server on one, and a cut cable between them."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from cluster.store import Store
 from tests.soak import stand_in
@@ -15,6 +18,16 @@ from tests.soak.nodes import PROJECT, finish, wait_until
 
 HEAD, NODE = "calprune-head", "calprune-node"
 ADDRESSES = {HEAD: "10.231.7.1", NODE: "10.231.7.2"}
+CABLE = [(HEAD, "calprune-h", ADDRESSES[HEAD]), (NODE, "calprune-n", ADDRESSES[NODE])]
+TO_TEST = [(HEAD, "calprune-s", "10.231.8.1"), (None, "calprune-t", "10.231.8.2")]
+"""The cable by which the test itself reaches the store."""
+S3_PORT = "9000"
+S3 = {
+    "AWS_ENDPOINT_URL": f"http://{ADDRESSES[HEAD]}:{S3_PORT}",
+    "AWS_ACCESS_KEY_ID": "tests",
+    "AWS_SECRET_ACCESS_KEY": "tests",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -30,13 +43,15 @@ QUICK = {
 def namespaces() -> Iterator[None]:
     if shutil.which("ip") is None or os.geteuid():
         pytest.skip("network namespaces need iproute2 and root")
-    cable = ["link", "add", "calprune-h", "netns", HEAD, "type", "veth"]
-    cable += ["peer", "name", "calprune-n", "netns", NODE]
-    words = [["netns", "add", HEAD], ["netns", "add", NODE], cable]
-    for name, end in ((HEAD, "calprune-h"), (NODE, "calprune-n")):
-        words.append(["-n", name, "link", "set", "lo", "up"])
-        words.append(["-n", name, "addr", "add", f"{ADDRESSES[name]}/24", "dev", end])
-        words.append(["-n", name, "link", "set", end, "up"])
+    words = [["netns", "add", name] for name in ADDRESSES]
+    for (head, one, _), (other, two, _) in (CABLE, TO_TEST):
+        words.append(["-n", head, "link", "add", one, "type", "veth", "peer", "name", two])
+        words[-1] += ["netns", other or str(os.getpid())]
+    for name, end, address in (*CABLE, *TO_TEST):
+        where = ["-n", name] if name else []
+        words.append([*where, "link", "set", "lo", "up"])
+        words.append([*where, "addr", "add", f"{address}/24", "dev", end])
+        words.append([*where, "link", "set", end, "up"])
     try:
         for each in words:
             made = subprocess.run(["ip", *each], capture_output=True, text=True)
@@ -44,18 +59,45 @@ def namespaces() -> Iterator[None]:
                 pytest.skip(f"network namespaces are not permitted: {made.stderr.strip()}")
         yield
     finally:
-        for name in (HEAD, NODE):
+        # A namespace that is deleted takes its ends of cables with it, but only some time later.
+        subprocess.run(["ip", "link", "delete", TO_TEST[1][1]], capture_output=True)
+        for name in ADDRESSES:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def inside(name: str, *words: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def store(namespaces: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store in S3, whose server is on the head's side of the cable."""
+    words = [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", S3_PORT]
+    server = inside(HEAD, *words, output=subprocess.DEVNULL)
+    endpoint = f"http://{TO_TEST[0][2]}:{S3_PORT}"
+    for name, value in {**S3, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        wait_until(lambda: answers(endpoint))
+        S3FileSystem.clear_instance_cache()  # those of other tests go to another server
+        S3FileSystem().mkdir("namespaces")
+        yield Store("s3://namespaces/store")
+    finally:
+        S3FileSystem.clear_instance_cache()
+        server.kill()
+        server.wait()
+
+
+def answers(endpoint: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(endpoint, timeout=5):
+        return True
+    return False
+
+
+def inside(name: str, *words: str, output: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """Start a process on one side of the cable."""
     return subprocess.Popen(
         ["ip", "netns", "exec", name, *words],
         cwd=PROJECT,
-        env={**os.environ, **QUICK, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        env={**os.environ, **QUICK, **S3, "PYTHONPATH": str(PROJECT), "RAY_AUTH_MODE": "disabled"},
+        stdout=output,
+        stderr=output,
         text=True,
     )
 
@@ -71,14 +113,13 @@ def start(name: str, *options: str) -> subprocess.Popen[str]:
     return node
 
 
-@pytest.mark.usefixtures("namespaces")
 @pytest.mark.parametrize("kind", ["generate", "evaluate"], ids=["actor", "task"])
 def test_reachable_nodes_do_the_work_of_a_node_behind_a_cut_cable(
-    kind: str, tmp_path: Path
+    kind: str, store: Store, tmp_path: Path
 ) -> None:
     """Only the node behind the cable has room until it is cut, so the stage is there for certain.
     It may still finish its stages while others make them again: the table is the same."""
-    log, store = tmp_path / "log", Store(str(tmp_path / "store"))
+    log = tmp_path / "log"
     address = f"{ADDRESSES[HEAD]}:6379"
     options = ["--address", address, "--store", store.url, "--log", str(log), "--seconds", "2"]
     head = ["--head", "--port=6379", "--include-dashboard=false"]
