@@ -34,6 +34,7 @@ from jobs.export_calibration import export_calibration
 from jobs.fetch import fetch, hub_items
 from jobs.gather import gather, write_table
 from jobs.grid import Grid, load_grid
+from jobs.grid_files import GridFile
 from jobs.library import StagesFailedError, checked_plan
 from jobs.live_page import Page, serve
 from jobs.model_commands import best, calibrate, init, prune
@@ -61,7 +62,6 @@ app.command(rich_help_panel=_ONE_MODEL)(calibrate)
 app.command(rich_help_panel=_GRIDS)(init)
 app.command(rich_help_panel=_GRIDS)(best)
 
-GridFile = Annotated[Path, typer.Argument(help="Grid file in YAML.", show_default=False)]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="The most stages at work at one time; default: as many as fit."),

@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-GRID = Path(__file__).parent / "grids" / "demo.yaml"
+from jobs.grid_files import GRIDS
+
+GRID = GRIDS / "demo.yaml"
 PROMPT = "The history of the city begins"
 REFERENCE = "wikipedia"
 

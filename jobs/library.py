@@ -30,6 +30,7 @@ from jobs.export_calibration import export_calibration
 from jobs.fetch import copies, model_copies
 from jobs.gather import gather, write_table
 from jobs.grid import Grid, grid_of, lines_of, load_grid
+from jobs.grid_files import grid_file
 from jobs.one_model import OneModel, calibration_plan, pruning_plan, with_devices
 from jobs.outside import with_fingerprints
 from jobs.plan import Plan, make_plan
@@ -57,16 +58,17 @@ class StagesFailedError(RuntimeError):
 
 
 def read(grid: str | Path | Mapping[str, Any]) -> Grid:
-    """Return a grid from its file, or from a mapping with the same fields.
+    """Return a grid from its file, one that calprune brings by its name, or a mapping.
 
-    The mapping's values may be objects of `jobs.grid` and `pipeline.specs`.
+    A mapping has the fields of a file. Its values may be objects of `jobs.grid` and
+    `pipeline.specs`.
 
     Raises:
         InputError: naming field, value and remedy.
     """
     if isinstance(grid, Mapping):
         return with_fingerprints(grid_of(grid))
-    return load_grid(Path(grid))
+    return load_grid(grid_file(str(grid)))
 
 
 def checked_plan(grid: Grid, store: str = STORE) -> Plan:

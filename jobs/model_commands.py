@@ -10,6 +10,7 @@ from jobs import library
 from jobs.before_after import as_table, losses
 from jobs.console import AsJson, console, print_json
 from jobs.grid import load_grid
+from jobs.grid_files import GridFile
 from jobs.new_grid import write_grid
 from jobs.one_model import OneModel
 from jobs.stores import StoreUrl
@@ -138,7 +139,7 @@ def calibrate(
 
 
 def best(
-    grid: Annotated[Path, typer.Argument(help="Grid file in YAML.", show_default=False)],
+    grid: GridFile,
     store: StoreUrl = ".calprune",
     model: Annotated[
         str | None, typer.Option(help="One of the grid's models, if it has several.")

@@ -15,6 +15,7 @@ from cluster.store import CorruptArtifactError, Manifest, Store
 from jobs.console import console
 from jobs.fetch import copied_items
 from jobs.grid import load_grid
+from jobs.grid_files import grid_file
 from jobs.plan import make_plan
 from jobs.stages import LINES
 from jobs.stores import StoreUrl, open_store
@@ -79,7 +80,12 @@ def du(store: StoreUrl = ".calprune") -> None:
 @store_app.command()
 def gc(
     grids: Annotated[
-        list[Path], typer.Argument(help="Grid files whose artifacts stay.", show_default=False)
+        list[Path],
+        typer.Argument(
+            parser=grid_file,
+            help="Grids whose artifacts stay: files or names.",
+            show_default=False,
+        ),
     ],
     store: StoreUrl = ".calprune",
     delete: Annotated[

@@ -9,6 +9,7 @@ from rich.console import Console
 from cluster.store import Store
 from jobs import dtypes
 from jobs.grid import Grid, load_grid, read_grid
+from jobs.grid_files import GRIDS, grid_file
 from jobs.plan import make_plan, print_plan
 from pipeline.data.presets import CORPUS_PRESETS
 from pipeline.errors import InputError
@@ -16,10 +17,9 @@ from pipeline.specs import FileCorpus, HubCorpus, HubModel, TestbedCorpus
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
-GRIDS = sorted(Path("jobs/grids").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_grid_of_the_project_is_valid_under_its_files_name(path: Path) -> None:
     assert read_grid(path).name == path.stem  # the demo's files are not there before it is prepared
 
@@ -274,3 +274,15 @@ def test_dtype_auto_is_decided_only_for_models_that_have_it(content: Content, lo
     content["models"] = {"testbed": {"preset": "testbed-tiny", "dtype": "auto"}}
     with pytest.raises(InputError, match=r"dtype: 'auto': there is no such field"):
         load(content)
+
+
+def test_a_grid_that_calprune_brings_has_a_name_and_a_file_comes_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert grid_file("paper-main") == GRIDS / "paper-main.yaml"
+    Path("paper-main").write_text("name: mine")
+    assert grid_file("paper-main") == Path("paper-main")
+    assert grid_file("no-such.yaml") == Path("no-such.yaml")  # whoever reads it says so
+    with pytest.raises(InputError, match=r"grid: 'dmo': there is no such file, .* demo, "):
+        grid_file("dmo")
