@@ -65,12 +65,19 @@ class Watch(Watcher):
         self._live: Live | None = None
         console = Console(stderr=True)
         if sys.stderr.isatty() or _redraws(console):
-            self._live = Live(get_renderable=self._view, console=console, transient=True)
+            above = not console.is_jupyter  # which makes a block of each line that a view prints
+            self._live = Live(
+                get_renderable=self._view,
+                console=console,
+                transient=True,
+                redirect_stdout=above,
+                redirect_stderr=above,
+            )
 
     def __enter__(self) -> "Watch":
         if self._live is not None:
             self._live.start()
-            _log_to_stderr()  # its lines now appear above the view
+            _log_to_stderr()  # its lines now appear above a terminal's view
         self._thread.start()
         return self
 
