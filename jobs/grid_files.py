@@ -18,7 +18,7 @@ def grid_file(named: str) -> Path:
     """
     path = Path(named)
     brought = {each.stem: each for each in sorted(GRIDS.glob("*.yaml"))}
-    if path.suffix or path.exists():
+    if path.suffix or path.is_file():
         return path
     if named not in brought:
         remedy = f"there is no such file, and calprune brings {', '.join(brought)}"

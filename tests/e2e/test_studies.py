@@ -11,16 +11,14 @@ import pytest
 import yaml
 
 from analysis.studies import STUDIES
-from cluster.run import run_graph
-from cluster.session import session
 from cluster.store import Store
 from jobs.check import check_plan
 from jobs.declared import record_design
 from jobs.gather import gather, write_table
 from jobs.grid import load_grid
 from jobs.plan import make_plan
-from jobs.stages import execute
 from tests.e2e.conftest import Finished, begin, environment
+from tests.made import make_here
 
 SMALLER: dict[str, dict[str, Any]] = {
     "generator": {"seed": 0},
@@ -33,7 +31,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def store(finished: tuple[Path, Finished], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store in which small versions of the studies have run, all in one Ray."""
+    """A store in which small versions of the studies have run."""
     folder = tmp_path_factory.mktemp("studies")
     store = Store(str(begin(finished[0], folder / "store")))
     plans = [make_plan(load_grid(smaller(name, folder))) for name in SMALLER]
@@ -42,9 +40,7 @@ def store(finished: tuple[Path, Finished], tmp_path_factory: pytest.TempPathFact
     for plan in plans:
         check_plan(plan)
         record_design(plan, store)
-    with session(None):
-        outcome = run_graph(graph, targets, execute, store, {}, workers=1)
-    assert outcome.failed == {}
+    make_here(graph, targets, store)
     for plan in plans:
         write_table(gather(plan, store), plan.grid.name, store)
     return folder / "store"

@@ -9,15 +9,14 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.run import run_graph
 from cluster.store import Store
 from jobs.check import check_plan
 from jobs.export_calibration import export_calibration
 from jobs.gather import gather, write_table
 from jobs.grid import Grid
 from jobs.plan import Plan, make_plan
-from jobs.stages import execute
 from pipeline.specs import FilterSpec
+from tests.made import make_here
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -49,11 +48,9 @@ def plan(content: Content, load: Load, tiny_model_folder: Path) -> Plan:
     return found
 
 
-def test_all_rules_run_side_by_side_and_stand_in_the_table(
-    plan: Plan, tmp_path: Path, local_ray: None
-) -> None:
+def test_all_rules_run_side_by_side_and_stand_in_the_table(plan: Plan, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
-    assert not run_graph(plan.graph, plan.targets, execute, store, {}, workers=1).failed
+    make_here(plan.graph, plan.targets, store)
     write_table(gather(plan, store), plan.grid.name, store)
     content = store.read(f"results/{plan.grid.name}.csv")
     assert content is not None

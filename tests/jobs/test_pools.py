@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.run import run_graph
 from cluster.store import Store
 from jobs.cells import Cell, candidate_names, expand, prune_spec
 from jobs.check import check_plan
@@ -16,10 +15,10 @@ from jobs.export_calibration import export_calibration
 from jobs.gather import gather
 from jobs.grid import Grid
 from jobs.plan import make_plan
-from jobs.stages import execute
 from pipeline.data.windows import read_windows
 from pipeline.errors import InputError
 from pipeline.specs import CorpusMixture, DrawSpec, FilterSpec, ScoreSpec, WindowsSpec
+from tests.made import make_here
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -181,7 +180,7 @@ def test_a_rule_without_a_pool_is_refused(pooled: Content, load: Load, field: st
 
 
 def test_every_rule_prunes_with_its_choice_from_the_pool(
-    pooled: Content, load: Load, tmp_path: Path, tiny_model_folder: Path, local_ray: None
+    pooled: Content, load: Load, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     folder = str(tiny_model_folder / "model")
     pooled["models"] = {"tiny": {"kind": "local-model", "path": folder, "dtype": "float32"}}
@@ -206,7 +205,7 @@ def test_every_rule_prunes_with_its_choice_from_the_pool(
     plan = make_plan(load(pooled))
     assert not check_plan(plan)
     store = Store(str(tmp_path / "store"))
-    assert not run_graph(plan.graph, plan.targets, execute, store, {}, workers=1).failed
+    make_here(plan.graph, plan.targets, store)
 
     table = gather(plan, store).to_pandas()
     pruned = table[(table["metric"] == "perplexity") & (table["pruner"] == "wanda")]

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from cluster.run import run_graph
 from cluster.store import Store
 from jobs.cells import GENERATED_FIELDS
 from jobs.grid import Grid
@@ -28,7 +27,7 @@ from jobs.recommend import (
     scoring_plan,
     worth_of,
 )
-from jobs.stages import execute
+from tests.made import make_here
 
 Content = dict[str, Any]
 Load = Callable[[Content], Grid]
@@ -193,7 +192,7 @@ def test_a_grid_without_a_description_makes_none(content: Content, load: Load) -
 
 
 def test_a_ranking_is_printed_with_its_record(
-    content: Content, load: Load, tmp_path: Path, tiny_model_folder: Path, local_ray: None
+    content: Content, load: Load, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     store = stored(table_of(8), tmp_path / "store")
     model = {"kind": "local-model", "path": str(tiny_model_folder / "model"), "dtype": "float32"}
@@ -202,7 +201,7 @@ def test_a_ranking_is_printed_with_its_record(
     content["cells"] |= {"model": "other", "pruner": "wanda", "sparsity": 0.5, "seed": 0}
     plan = scoring_plan(load(content))
     targets = scores_only(plan).targets
-    assert not run_graph(plan.graph, targets, execute, store, {}, workers=1).failed
+    make_here(plan.graph, targets, store)
     made = {plan.specs[key].kind for key in store.keys() & plan.specs.keys()}
     assert "describe" in made
     assert not made & {"prune", "evaluate"}
