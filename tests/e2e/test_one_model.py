@@ -12,9 +12,13 @@ import pytest
 import torch
 import transformers
 
+from cluster.run import Outcome
+from cluster.store import Store
+from jobs.plan import Plan
 from pipeline.data.corpora import read_documents
 from pipeline.data.presets import CORPUS_PRESETS
 from tests.e2e.conftest import Finished
+from tests.made import make_here
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +26,11 @@ ROOT = Path(__file__).parents[2]
 def texts(corpus: str) -> list[str]:
     documents = read_documents(CORPUS_PRESETS[f"testbed-{corpus}"])
     return [document.text for document in islice(documents, 1000)]
+
+
+def run_here(plan: Plan, store: Store, address: str | None, workers: int | None) -> Outcome:
+    make_here(plan.graph, plan.targets, store)
+    return Outcome()
 
 
 @pytest.fixture
@@ -59,7 +68,6 @@ def test_one_command_makes_a_pruned_checkpoint_that_says_what_it_lost(
     assert "exists already; name a new or an empty folder" in again.stderr
 
 
-@pytest.mark.usefixtures("ray_of_its_own")
 def test_the_notebooks_example_goes_from_a_model_to_an_answer_and_a_checkpoint(
     tiny_model_folder: Path,
     tmp_path: Path,
@@ -75,6 +83,7 @@ def test_the_notebooks_example_goes_from_a_model_to_an_answer_and_a_checkpoint(
             file = tmp_path / f".calprune-real/text/{kind}-{part}.jsonl"
             file.write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jobs.library.run_grid", run_here)
     runpy.run_path(str(ROOT / "examples/from_model_to_answer.py"))
     printed = capsys.readouterr().out
     rows = re.findall(r"wanda +(python|wikipedia) +(\d) +\d", printed)
