@@ -17,9 +17,9 @@ def grid_file(named: str) -> Path:
         InputError: if it is a name, and neither has it.
     """
     path = Path(named)
-    brought = {each.stem: each for each in sorted(GRIDS.glob("*.yaml"))}
     if path.suffix or path.is_file():
         return path
+    brought = {each.stem: each for each in sorted(GRIDS.glob("*.yaml"))}
     if named not in brought:
         remedy = f"there is no such file, and calprune brings {', '.join(brought)}"
         raise InputError("grid", named, remedy)
