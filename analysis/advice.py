@@ -68,14 +68,22 @@ class Advice(NamedTuple):
     @property
     def certainty(self) -> str:
         """How far it is ahead, and of which calibrations surely."""
-        parts = [_against_next(self.rivals[0], self.settings)]
-        for sure, words in ((True, "surely better than"), (False, "not surely better than")):
-            names = [rival.source for rival in self.rivals if rival.surely_worse is sure]
-            if names:
-                parts.append(f"{words} {', '.join(names)}")
+        parts = [_against_next(self.rivals[0], self.settings), self._against_all]
         if self.left_out:
             parts.append(f"left out because numbers are missing: {', '.join(self.left_out)}")
         return "; ".join(parts)
+
+    @property
+    def _against_all(self) -> str:
+        """Which calibrations it surely beats. This corrects for their number: the next best may not
+        be among them although its own interval excludes zero."""
+        claims = []
+        for sure, words in ((True, "surely better than"), (False, "not surely better than")):
+            names = [rival.source for rival in self.rivals if rival.surely_worse is sure]
+            if names:
+                claims.append(f"{words} {', '.join(names)}")
+        at_once = f"with all {len(self.rivals)} compared at once " if len(self.rivals) > 1 else ""
+        return at_once + ", ".join(claims)
 
     @property
     def cost(self) -> str:

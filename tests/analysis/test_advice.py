@@ -45,8 +45,8 @@ def test_the_best_is_the_one_with_the_lowest_mean_and_its_rivals_follow(
     assert [rival.surely_worse for rival in advice.rivals] == [False, True]
     sentence = str(advice)
     assert sentence.startswith("tiny: take best: averaged over 2 texts and 4 settings")
-    assert "surely better than far" in sentence
-    assert "not surely better than near" in sentence
+    sure = "with all 2 compared at once surely better than far, not surely better than near"
+    assert f"; {sure}." in sentence
 
 
 def test_without_a_difference_the_sentence_is_seldom_sure(make_table: MakeTable) -> None:
@@ -85,7 +85,7 @@ def test_a_calibration_without_one_of_the_numbers_is_left_out(make_table: MakeTa
 
 def test_one_setting_has_no_interval_and_claims_nothing(make_table: MakeTable) -> None:
     (advice,) = advise(make_table(rows({"good": 1.5, "other": 1.7}, settings=1)))
-    assert "one setting: no interval" in str(advice)
+    assert "one setting: no interval); not surely better than other." in str(advice)
     assert not advice.rivals[0].surely_worse
 
 
