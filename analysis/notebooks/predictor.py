@@ -70,7 +70,7 @@ scores.assign(harm=sources.kind.effect(sources.harm.mean(axis=1))).sort_values("
 SCORE = "min_k_plus_plus"
 without = {name: predictor.gathered(table[table["source"] != name]) for name in sources.names}
 ranks = {
-    name: predictor.rank_correlation(others.scores[SCORE], others.harm)
+    name: predictor.rank_correlations(others.scores[SCORE], others.harm).mean()
     for name, others in without.items()
 }
 pd.Series(ranks).sort_values().round(2)

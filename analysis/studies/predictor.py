@@ -9,7 +9,6 @@ fold leaves out all sources that hold one domain. Text that a model wrote is a d
 
 import json
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -225,73 +224,101 @@ def predict(sources: Sources, name: str) -> Prediction:
     """Return how well one score predicts the harm."""
     x, harm, holds = sources.scores[name], sources.harm, sources.holds
 
-    def rank(chosen: _Places, settings: _Places) -> float:
-        return rank_correlation(x[chosen], harm[np.ix_(chosen, settings)])
+    def explained(left: Values, without: Values) -> Values:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(without > 0, 100 * (1 - left / without), np.nan)
 
-    def explained(chosen: _Places, settings: _Places) -> float:
-        left, without, _ = leave_domains_out(
-            x[chosen], harm[np.ix_(chosen, settings)], holds[chosen]
-        )
-        return 100 * (1 - left / without) if without > 0 else np.nan
-
-    predicted = leave_domains_out(x, harm, holds)[2]
+    chosen, settings = _resamples(sources)
+    ranks = rank_correlations(x[chosen], harm[chosen])
+    left, without, _ = leave_domains_out(x[chosen], harm[chosen], holds[chosen])
+    left, without = _mean_over(settings, left), _mean_over(settings, without)
+    all_left, all_without, predicted = leave_domains_out(x, harm, holds)
     best = np.where(np.isnan(predicted), np.inf, predicted).argmin(axis=0)
     regret = harm[best, range(harm.shape[1])] - harm.min(axis=0)
     return Prediction(
-        rank=_resampled(rank, sources),
-        explained=_resampled(explained, sources),
+        rank=_simultaneous(
+            float(rank_correlations(x, harm).mean()), _mean_over(settings, ranks), sources
+        ),
+        explained=_simultaneous(
+            float(explained(all_left.mean(), all_without.mean())), explained(left, without), sources
+        ),
         effect=mixed_effect(sources, name),
         regret=sources.kind.effect(float(regret.mean())),
     )
 
 
-def rank_correlation(x: Values, harm: Values) -> float:
-    """Return Spearman's correlation of a score with harm, averaged over settings.
+def rank_correlations(x: Values, harm: Values) -> Values:
+    """Return Spearman's correlation of a score with harm in each setting, `[..., settings]`; NaN
+    where the score or the harm is constant.
 
     Args:
-        x: the score, `[sources]`.
-        harm: `[sources, settings]`.
+        x: the score, `[..., sources]`.
+        harm: `[..., sources, settings]`.
     """
-    ranks, harm_ranks = stats.rankdata(x), stats.rankdata(harm, axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may be constant: NaN
-        each = [np.corrcoef(ranks, column)[0, 1] for column in harm_ranks.T]
-    return float(np.mean(each))
+    ranks, harm_ranks = stats.rankdata(x, axis=-1)[..., None], stats.rankdata(harm, axis=-2)
+    ranks = ranks - ranks.mean(axis=-2, keepdims=True)
+    harm_ranks = harm_ranks - harm_ranks.mean(axis=-2, keepdims=True)
+    spread = np.sqrt((ranks**2).sum(axis=-2) * (harm_ranks**2).sum(axis=-2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: Values = (ranks * harm_ranks).sum(axis=-2) / spread
+    return found
 
 
-def leave_domains_out(x: Values, harm: Values, holds: _Flags) -> tuple[float, float, Values]:
+def leave_domains_out(x: Values, harm: Values, holds: _Flags) -> tuple[Values, Values, Values]:
     """Predict the sources of each domain by a line through those without it, and by their mean.
 
     Each setting is divided by its spread, so that settings have equal weight, and so have domains.
     A domain that leaves fewer than three different scores to fit is no fold.
 
     Args:
-        x: the score, `[sources]`.
-        harm: `[sources, settings]`.
-        holds: `[sources, domains]`.
+        x: the score, `[..., sources]`.
+        harm: `[..., sources, settings]`.
+        holds: `[..., sources, domains]`.
 
     Returns:
-        Mean squared errors of the line and of the mean, NaN without a fold; and the line's
-        predictions, `[sources, settings]`, averaged over folds, NaN for a source in none.
+        Mean squared errors of the line and of the mean, `[..., settings]`, NaN without a fold; and
+        the line's predictions, `[..., sources, settings]`, averaged over folds, NaN for a source in
+        none.
     """
-    spread = harm.std(axis=0)
+    spread = harm.std(axis=-2, keepdims=True)
     scaled = harm / np.where(spread > 0, spread, 1.0)
-    total, folds = np.zeros_like(scaled), np.zeros(len(x))
-    errors: list[tuple[float, float]] = []
-    for inside in holds.T:
-        fitted = x[~inside]
-        if not inside.any() or len(np.unique(fitted)) < LEAST_FITTED:
-            continue
-        centred, mean = fitted - fitted.mean(), scaled[~inside].mean(axis=0)
-        slopes = centred @ (scaled[~inside] - mean) / (centred @ centred)
-        line = mean + slopes * (x[inside] - fitted.mean())[:, None]
-        total[inside] += line
-        folds[inside] += 1
-        true = scaled[inside]
-        errors.append((float(((true - line) ** 2).mean()), float(((true - mean) ** 2).mean())))
-    with np.errstate(invalid="ignore"):
-        predicted = total / folds[:, None]
-    left, without = np.mean(errors, axis=0) if errors else (np.nan, np.nan)
-    return float(left), float(without), predicted
+    line_errors, mean_errors = np.zeros((2, *scaled[..., 0, :].shape))
+    total, folds = np.zeros_like(scaled), np.zeros_like(x)
+    used = np.zeros(x.shape[:-1])
+    with np.errstate(invalid="ignore", divide="ignore"):  # where there is no fold
+        for inside in np.moveaxis(holds, -1, 0):
+            fold = inside.any(axis=-1) & (_distinct(x, ~inside) >= LEAST_FITTED)
+            fitted, mean_x = ~inside[..., None], _mean_where(~inside, x)
+            centred = (x - mean_x[..., None])[..., None]
+            mean = _mean_where(fitted, scaled, axis=-2)[..., None, :]
+            slope = (fitted * centred * (scaled - mean)).sum(axis=-2, keepdims=True)
+            slope /= (fitted * centred**2).sum(axis=-2, keepdims=True)
+            line = mean + slope * centred
+            for errors, predicted in ((line_errors, line), (mean_errors, mean)):
+                missed = _mean_where(inside[..., None], (scaled - predicted) ** 2, axis=-2)
+                errors += np.where(fold[..., None], missed, 0.0)
+            taken = fold[..., None] & inside
+            total += np.where(taken[..., None], line, 0.0)
+            folds += taken
+            used += fold
+        return (
+            line_errors / used[..., None],
+            mean_errors / used[..., None],
+            total / folds[..., None],
+        )
+
+
+def _distinct(x: Values, among: _Flags) -> NDArray[np.intp]:
+    """Return how many different numbers are among those of the last axis."""
+    ordered = np.sort(np.where(among, x, np.inf), axis=-1)
+    steps: NDArray[np.intp] = (np.diff(ordered, axis=-1) > 0).sum(axis=-1)
+    return np.where(among.all(axis=-1), steps + 1, steps)
+
+
+def _mean_where(among: _Flags, values: Values, axis: int = -1) -> Values:
+    """Return the mean of chosen values; NaN if none is chosen."""
+    found: Values = (among * values).sum(axis=axis) / among.sum(axis=axis)
+    return found
 
 
 def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
@@ -333,32 +360,39 @@ def mixed_effect(sources: Sources, name: str) -> EffectEstimate:
     return _estimate(effect(signed * middle), low, high, sources.kind)
 
 
-def _resampled(statistic: Callable[[_Places, _Places], float], sources: Sources) -> EffectEstimate:
-    """Return a statistic of sources and settings, with the percentile interval of resampled
-    sources and models; NaN if more than half of the resamples give NaN.
+def _resamples(sources: Sources) -> tuple[_Places, Values]:
+    """Return the sources of each resample, `[resamples, sources]`, and how often it holds each
+    setting, `[resamples, settings]`: sources and models are drawn with replacement."""
+    generator = np.random.default_rng(0)
+    count, models = len(sources.names), len(sources.models)
+    chosen = np.empty((_RESAMPLES, count), dtype=np.intp)
+    settings = np.zeros((_RESAMPLES, sources.harm.shape[1]))
+    for number in range(_RESAMPLES):
+        chosen[number] = generator.integers(count, size=count)
+        for model in generator.integers(models, size=models):
+            settings[number, sources.models[model]] += 1
+    return chosen, settings
+
+
+def _mean_over(settings: Values, values: Values) -> Values:
+    """Return the mean of each resample's settings, `[resamples]`; NaN if one of them is."""
+    held = np.where(settings > 0, settings * values, 0.0)
+    found: Values = held.sum(axis=-1) / settings.sum(axis=-1)
+    return found
+
+
+def _simultaneous(effect: float, resampled: Values, sources: Sources) -> EffectEstimate:
+    """Return an effect with the percentile interval of its resamples; NaN if more than half of the
+    resamples give NaN.
 
     The intervals of all scores hold together with 95 % (Bonferroni).
     """
-    generator = np.random.default_rng(0)
-    count, models = len(sources.names), len(sources.models)
-    found = np.array(
-        [
-            statistic(
-                generator.integers(count, size=count),
-                np.concatenate(
-                    [sources.models[at] for at in generator.integers(models, size=models)]
-                ),
-            )
-            for _ in range(_RESAMPLES)
-        ]
-    )
-    known = found[np.isfinite(found)]
+    known = resampled[np.isfinite(resampled)]
     low, high = np.nan, np.nan
     if len(known) >= _RESAMPLES / 2:
         tail = 0.025 / len(sources.scores)
         low, high = (float(each) for each in np.quantile(known, [tail, 1 - tail]))
-    everything = np.arange(count), np.arange(sources.harm.shape[1])
-    return _estimate(statistic(*everything), low, high, PLAIN)
+    return _estimate(effect, low, high, PLAIN)
 
 
 def _estimate(effect: float, low: float, high: float, kind: MetricKind) -> EffectEstimate:

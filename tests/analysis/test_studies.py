@@ -101,7 +101,7 @@ def test_leaving_a_domain_out_is_what_refitting_without_its_sources_gives() -> N
             expected.setdefault(int(place), []).append(float(np.polyval(fitted, x[place])))
         errors.append(np.mean((scaled[inside] - np.polyval(fitted, x[inside])) ** 2))
         plain.append(np.mean((scaled[inside] - scaled[~inside].mean()) ** 2))
-    assert (left, without) == pytest.approx((np.mean(errors), np.mean(plain)))
+    assert (left.item(), without.item()) == pytest.approx((np.mean(errors), np.mean(plain)))
     for place in range(9):
         assert predicted[place, 0] == pytest.approx(
             np.mean(expected.get(place, [np.nan])), nan_ok=True

@@ -60,20 +60,34 @@ def replay(stages: Graph, true: Mapping[str, float], cpus: int) -> Replay:
     paths: dict[str, float] = {}
     for key in reversed(list(stages)):
         paths[key] = stages[key].seconds + max((paths[name] for name in read_by[key]), default=0.0)
-    done: set[str] = set()
+    missing = {key: len(stages[key].inputs) for key in stages}
+
+    def place(key: str) -> tuple[bool, float, str]:
+        return (not read_by[key], -paths[key], key)
+
+    ready = sorted(place(key) for key in stages if not missing[key])
     spans: dict[str, tuple[float, float]] = {}
     ends: list[tuple[float, str]] = []
     now, free = 0.0, cpus
-    while len(done) < len(stages):
-        ready = [key for key in stages if key not in spans and done.issuperset(stages[key].inputs)]
-        for key in sorted(ready, key=lambda key: (not read_by[key], -paths[key], key)):
+    while ready or ends:
+        waits = []
+        while ready and free:
+            first = heapq.heappop(ready)
+            key = first[-1]
             if stages[key].resources.cpus <= free:
                 free -= stages[key].resources.cpus
                 spans[key] = (now, now + true[key])
                 heapq.heappush(ends, (now + true[key], key))
+            else:
+                waits.append(first)
+        for each in waits:
+            heapq.heappush(ready, each)
         now, key = heapq.heappop(ends)
         free += stages[key].resources.cpus
-        done.add(key)
+        for reader in read_by[key]:
+            missing[reader] -= 1
+            if not missing[reader]:
+                heapq.heappush(ready, place(reader))
     return Replay(spans)
 
 
