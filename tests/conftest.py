@@ -1,4 +1,7 @@
-"""What is made once for all tests that need it: a local Ray, and a model that has learned."""
+"""What is made once for all tests that need it: a local Ray, and a model that has learned.
+
+torch, whose import takes seconds, is imported where it is used: many tests do without.
+"""
 
 import contextlib
 import subprocess
@@ -8,12 +11,8 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 from ray.experimental import internal_kv
 
-from pipeline.real.prepare import prepare_real_folder
-from pipeline.testbed import pretrain
-from pipeline.testbed.presets import PRETRAIN_PRESETS
 from tests.once import once
 
 
@@ -100,6 +99,10 @@ def without_flask() -> Callable[[], contextlib.AbstractContextManager[None]]:
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The pretraining stage's output for the preset `tiny`: `model/` and `training.parquet`."""
+    import torch
+
+    from pipeline.testbed import pretrain
+    from pipeline.testbed.presets import PRETRAIN_PRESETS
 
     def make(folder: Path) -> None:
         threads = torch.get_num_threads()
@@ -113,6 +116,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) 
 @pytest.fixture(scope="session")
 def real_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A real model, texts and tasks, as `python -m jobs prepare` makes them from the registry."""
+    from pipeline.real.prepare import prepare_real_folder
 
     def make(folder: Path) -> None:
         assert prepare_real_folder(folder)

@@ -249,3 +249,19 @@ def test_what_cannot_be_submitted_is_refused_without_a_traceback(
     assert message in run.stderr
     assert "Traceback" not in run.stderr
     assert SECRET not in run.stdout + run.stderr
+
+
+def test_a_job_finds_a_finished_store_and_refuses_one_that_would_be_lost_with_it(
+    finished: tuple[Path, Finished], grid: Path, ray_head: Head
+) -> None:
+    """As a user submits it with Ray's own command."""
+    project = Path(__file__).parents[2]
+    run = f"python -m jobs run {grid} --store"
+    submit: list[str | Path] = [RAY, "job", "submit", "--address", ray_head.address]
+    submit += ["--working-dir", project, "--"]
+    submit += ["sh", "-c", f"{run} store; test $? = 2 && {run} {finished[0]}"]
+    job = subprocess.run(submit, env=environment(), capture_output=True, text=True)
+    log = " ".join((job.stdout + job.stderr).split())
+    assert job.returncode == 0, log
+    assert "give an absolute path or a URL" in log
+    assert "0 to make" in log

@@ -13,7 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import RAY, Finished, Head, begin, command, environment
+from tests.e2e.conftest import Finished, command, environment
 
 Finish = tuple[Path, Finished]
 
@@ -98,11 +98,9 @@ def workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 @pytest.mark.usefixtures("ray_of_its_own")
-def test_a_killed_driver_loses_no_finished_artifact(
-    finished: Finish, tmp_path: Path, grid: Path, calprune_inside: Callable[..., Finished]
+def test_a_killed_driver_of_one_worker_loses_nothing_and_ends_with_the_bytes_of_many(
+    finished: Finish, begun: Path, grid: Path, calprune_inside: Callable[..., Finished]
 ) -> None:
-    calibrated = ("shard", "generate", "score", "filter", "windows")
-    begun = begin(finished[0], tmp_path / "begun", *calibrated)
     driver = subprocess.Popen(
         command("run", grid, "--workers", "1", "--store", begun),
         env=environment(),
@@ -126,6 +124,7 @@ def test_a_killed_driver_loses_no_finished_artifact(
     after = manifests(begun)
     assert len(before) < len(after)
     assert {key: after[key] for key in before} == before
+    assert checksums(begun) == checksums(finished[0])
     assert table_bytes(begun) == table_bytes(finished[0])
 
 
@@ -224,20 +223,3 @@ def test_a_store_that_cannot_be_written_is_refused(
     assert run.returncode == 2
     assert "store:" in run.stderr
     assert "Traceback" not in run.stderr
-
-
-def test_a_submitted_job_of_one_worker_leaves_the_same_bytes_as_many(
-    finished: Finish, begun: Path, grid: Path, ray_head: Head
-) -> None:
-    """Before that the job tries a store that would be lost with it, which is refused."""
-    project = Path(__file__).parents[2]
-    run = f"python -m jobs run {grid} --workers 1 --store"
-    submit: list[str | Path] = [RAY, "job", "submit", "--address", ray_head.address]
-    submit += ["--working-dir", project, "--"]
-    submit += ["sh", "-c", f"{run} store; test $? = 2 && {run} {begun}"]
-    job = subprocess.run(submit, env=environment(), capture_output=True, text=True)
-    log = job.stdout + job.stderr
-    assert job.returncode == 0, log
-    assert "give an absolute path or a URL" in " ".join(log.split())
-    assert checksums(begun) == checksums(finished[0])
-    assert table_bytes(begun) == table_bytes(finished[0])
