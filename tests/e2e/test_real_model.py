@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.e2e.conftest import Finished, calprune, environment
+from analysis.__main__ import app
+from tests.e2e.conftest import Finished, calprune
 
 GRID = """
 name: real
@@ -76,9 +78,8 @@ def test_both_go_on_from_a_prompt(finished: tuple[Path, Finished]) -> None:
 
 def test_the_report_tells_the_note(finished: tuple[Path, Finished]) -> None:
     store, _ = finished
-    command = [sys.executable, "-m", "analysis", "report", str(store)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["report", str(store)])
+    assert done.exit_code == 0, done.output
     page = (store / "report" / "real" / "index.html").read_text()
     assert "One small model whose weights were 4-bit." in done.stdout
     assert "One small model whose weights were 4-bit." in page

@@ -1,5 +1,5 @@
-"""A calibration set whose text the real engine writes: on two replicas, of which one is killed in
-the middle of a shard, and in this process alone."""
+"""Text that the real engine writes: on two replicas, of which one is killed within a shard, and in
+this process alone."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from jobs.grid import Grid
 from jobs.plan import Plan, make_plan
 from jobs.stages import execute, prepared
 from pipeline.generation.vllm_engine import vllm_version
-from pipeline.specs import GenerateSpec, ShardSpec, WindowsSpec
+from pipeline.specs import GenerateSpec, ShardSpec
 
 Content = dict[str, Any]
 
@@ -73,7 +73,6 @@ def plan(content: Content, load: Callable[[Content], Grid], tiny_model_folder: P
         "num_samples": 48,
         "shard_size": 12,
         "backend": {"name": "vllm", "enforce_eager": True},
-        "drop_duplicates": True,
     }
     content["cells"] = {
         "model": "testbed",
@@ -84,7 +83,7 @@ def plan(content: Content, load: Callable[[Content], Grid], tiny_model_folder: P
         "seqlen": 48,
     }
     del content["evaluate"]["tasks"], content["evaluate"]["task_folder"]
-    content["resources"] = {"generate": {"replicas": 2}, "score": {"replicas": 1}}
+    content["resources"] = {"generate": {"replicas": 2}}
     plan = make_plan(load(content))
     assert check_plan(plan) == []
     return plan
@@ -116,12 +115,12 @@ def test_a_replica_killed_within_a_shard_costs_only_that_shard_and_changes_no_by
         if isinstance(spec, ShardSpec) and isinstance(spec.of, GenerateSpec)
     ]
     assert len(shards) == 4
-    windows = [key for key, spec in plan.specs.items() if isinstance(spec, WindowsSpec)]
+    texts = [key for key, spec in plan.specs.items() if isinstance(spec, GenerateSpec)]
     notes = tmp_path / "notes"
     notes.mkdir()
     dying = functools.partial(execute_or_die, victim=plan.graph[shards[1]].payload, notes=notes)
     together = Store(str(tmp_path / "together"))
-    outcome = run_graph(plan.graph, windows, dying, together, {})
+    outcome = run_graph(plan.graph, texts, dying, together, {})
     assert outcome.failed == {}
     assert (notes / "died").exists()
 
@@ -135,7 +134,7 @@ def test_a_replica_killed_within_a_shard_costs_only_that_shard_and_changes_no_by
     alone = Store(str(tmp_path / "alone"))
     maker = Maker(execute, alone.url, versions={}, run="alone", aids=Aids(prepared))
     with without_flask():
-        for key in needed(plan.graph, windows, ()):
+        for key in needed(plan.graph, texts, ()):
             Replica().make(plan.graph[key], maker, frozenset())
     assert files(together) == files(alone)
-    assert windows[0] in files(alone)
+    assert texts[0] in files(alone)
