@@ -28,10 +28,10 @@ demo-testbed: $(STAMP)  ## the same on a small world whose truth is known: 52 pr
 	$(BIN)/python -m jobs run jobs/grids/demo-testbed.yaml --store $(STORE)
 	$(BIN)/python -m analysis report $(STORE) --grid demo-testbed --reference mismatched
 
-# Four files at a time, as whole runs wait for processes, nodes and time limits; a thread each, as
+# Three files at a time, as whole runs wait for processes, nodes and time limits; a thread each, as
 # torch's wait for each other on few cores.
 test: check $(VLLM_STAMP)  ## all checks and tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
 		--no-loadscope-reorder
 
 test-quick: check  ## checks and all tests but whole runs, in about three minutes

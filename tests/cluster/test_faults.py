@@ -1,6 +1,5 @@
 """What is lost, repeated and produced when parts of a real cluster are killed."""
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -17,8 +16,6 @@ from cluster.store import Store
 from tests.soak import stand_in
 from tests.soak.nodes import PROJECT, Job, Nodes, finish, nodes, wait_until
 
-STAGES = 2 + stand_in.SHARDS + 2 * stand_in.CELLS
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Nodes]:
@@ -31,14 +28,7 @@ def job(cluster: Nodes, tmp_path: Path) -> Job:
     return Job(cluster.address, tmp_path / "store", tmp_path / "log", seconds=1.0)
 
 
-@pytest.fixture(scope="module")
-def expected() -> str:
-    """Compute the table without a cluster."""
-    digests: dict[str, str] = {}
-    for key, stage in stand_in.grid(Path("log"), 0.0).items():
-        text = key + "".join(digests[name] for name in sorted(stage.inputs))
-        digests[key] = hashlib.sha256(text.encode()).hexdigest()
-    return "".join(f"{key},{digests[key]}\n" for key in digests if key.startswith("evaluate"))
+EXPECTED = stand_in.expected_table()
 
 
 def began(job: Job) -> Counter[str]:
@@ -60,7 +50,7 @@ def unfinished(job: Job, kind: str) -> list[stand_in.AtWork]:
 
 
 def test_a_lost_node_costs_only_what_was_at_work_there_in_every_phase(
-    cluster: Nodes, job: Job, expected: str
+    cluster: Nodes, job: Job
 ) -> None:
     driver = job.start()
     lost: Counter[str] = Counter()
@@ -78,11 +68,11 @@ def test_a_lost_node_costs_only_what_was_at_work_there_in_every_phase(
     assert repeated == lost  # nothing else is made again
     # the driver also counts stages that the node was given and had not begun
     assert repeated <= Counter(result["repeated"])
-    assert stand_in.table(Store(str(job.store))) == expected
+    assert stand_in.table(Store(str(job.store))) == EXPECTED
 
 
 def test_a_killed_worker_a_killed_actor_and_a_spot_notice_cost_one_stage_each(
-    cluster: Nodes, job: Job, expected: str
+    cluster: Nodes, job: Job
 ) -> None:
     driver = job.start()
     lost: Counter[str] = Counter()
@@ -101,7 +91,7 @@ def test_a_killed_worker_a_killed_actor_and_a_spot_notice_cost_one_stage_each(
         lost[victim.key] += 1
     finish(driver)
     assert began(job) - Counter(dict.fromkeys(began(job), 1)) == lost
-    assert stand_in.table(Store(str(job.store))) == expected
+    assert stand_in.table(Store(str(job.store))) == EXPECTED
     store = Store(str(job.store))
     assert store.names("leases") == store.names("runs") == set()
     for key in lost:  # a notice leaves nothing, a kill leaves what the sweep removes
@@ -109,9 +99,7 @@ def test_a_killed_worker_a_killed_actor_and_a_spot_notice_cost_one_stage_each(
         assert len(attempts) == (1 if key.startswith(("pretrain", "prune")) else 2)
 
 
-def test_a_killed_driver_costs_only_what_was_at_work(
-    cluster: Nodes, job: Job, expected: str
-) -> None:
+def test_a_killed_driver_costs_only_what_was_at_work(cluster: Nodes, job: Job) -> None:
     first = job.start()
     wait_until(lambda: unfinished(job, "prune"))
     first.kill()
@@ -124,11 +112,11 @@ def test_a_killed_driver_costs_only_what_was_at_work(
     after = began(job) - before
     assert not set(after) & done
     assert set(after) | done == set(stand_in.grid(job.log, 0.0))
-    assert stand_in.table(Store(str(job.store))) == expected
+    assert stand_in.table(Store(str(job.store))) == EXPECTED
 
 
 def test_a_lost_head_ends_the_job_and_a_rerun_continues_it(
-    tmp_path: Path, expected: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute otherwise
     log, store = tmp_path / "log", tmp_path / "store"
@@ -144,7 +132,7 @@ def test_a_lost_head_ends_the_job_and_a_rerun_continues_it(
     with nodes(1) as fresh:
         finish(Job(fresh.address, store, log, seconds=0.5).start())
     assert not set(began(job) - before) & done
-    assert stand_in.table(Store(str(store))) == expected
+    assert stand_in.table(Store(str(store))) == EXPECTED
 
 
 def test_a_node_low_on_memory_fails_a_stage_with_a_remedy(tmp_path: Path) -> None:

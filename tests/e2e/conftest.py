@@ -39,6 +39,7 @@ evaluate:
   perplexity: [{corpus: heldout, seqlen: 64, max_windows: 32}]
   tasks: [{name: testbed_facts, limit: 40}]
   task_folder: {kind: testbed-tasks}
+resources: {score: {replicas: {max: 1}}, prune: {replicas: {max: 1}}}
 """
 
 Finished = subprocess.CompletedProcess[str]

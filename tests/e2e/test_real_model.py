@@ -1,8 +1,7 @@
 """The command line on the real model: two cells, from the registry's archives to a sentence."""
 
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -87,13 +86,17 @@ def test_the_report_tells_the_note(finished: tuple[Path, Finished]) -> None:
     assert "smollm2_overview" in " ".join(str(path) for path in store.rglob("*.svg"))
 
 
-def test_the_example_prunes_it_without_a_grid(real_folder: Path, tmp_path: Path) -> None:
+def test_the_example_prunes_it_without_a_grid(
+    real_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / ".calprune-real").symlink_to(real_folder)
-    example = Path(__file__).parents[2] / "examples" / "prune_one_model.py"
-    command = [sys.executable, example]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = re.fullmatch(r"\{'perplexity': ([\d.]+), 'bits_per_byte': ([\d.]+)\}\n", done.stdout)
-    assert found is not None, done.stdout
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "prune_one_model.py"))
+    printed = capsys.readouterr().out
+    found = re.fullmatch(r"\{'perplexity': ([\d.]+), 'bits_per_byte': ([\d.]+)\}\n", printed)
+    assert found is not None, printed
     assert 20 < float(found[1]) < 500
     assert 1 < float(found[2]) < 2

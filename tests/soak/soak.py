@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.store import Store
 from tests.soak import stand_in
-from tests.soak.nodes import Job, Nodes, finish, harm, nodes
+from tests.soak.nodes import Job, Nodes, harm, nodes
 
 KINDS = ("worker", "actor", "node", "driver")
 KILLS_A_RUN = 8
@@ -29,10 +29,8 @@ def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     killed: Counter[str] = Counter()
     runs = equal = drivers = began = 0
     with nodes(2) as started:
-        undisturbed = Job(started.address, folder / "still", folder / "still.log", STAGE_SECONDS)
-        finish(undisturbed.start())
-        expected = stand_in.table(Store(str(undisturbed.store)))
-        stages = len(stand_in.executions(undisturbed.log))
+        expected = stand_in.expected_table()
+        stages = len(stand_in.grid(folder, STAGE_SECONDS))
         since = time.monotonic()
         while killed.total() < kills:
             job = Job(started.address, folder / f"{runs}", folder / f"{runs}.log", STAGE_SECONDS)
