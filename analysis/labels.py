@@ -26,7 +26,7 @@ NO_CALIBRATION = "none"
 
 UNSTRUCTURED = "unstructured"
 
-PRUNERS = (DENSE, "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps")
+PRUNERS = (DENSE, "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps", "rtn", "gptq")
 """From cheap to costly; other pruners follow by name."""
 
 SOURCE_AXES = {
@@ -59,7 +59,7 @@ def with_labels(table: pd.DataFrame) -> pd.DataFrame:
 
     These and `calibration`, `pruner` and `pattern` are ordered categories.
     """
-    names = ["pruner", "sparsity", "pattern"]
+    names = ["pruner", "sparsity", "pattern", "bits"]
     codes, settings = _distinct(table, names)
     targets = [_target(*setting) for setting in settings[names].itertuples(index=False)]
     labelled = table.assign(
@@ -106,12 +106,18 @@ def natural(label: str) -> list[str | float]:
 
 
 def targets_in_order(table: pd.DataFrame) -> list[str]:
-    """Return the distinct targets of pruned cells: sparsities by size, then patterns."""
-    pruned = table.loc[table["pruner"] != DENSE, ["pattern", "sparsity", "target"]]
-    distinct = pruned.drop_duplicates("target").to_dict("records")
+    """Return the distinct targets of pruned cells: sparsities by size, then patterns, then what is
+    rounded, from many bits to few."""
+    pruned = table.loc[table["pruner"] != DENSE, ["bits", "pattern", "sparsity", "target"]]
+    distinct = pruned.drop_duplicates("target").astype({"bits": "float"}).fillna({"bits": np.inf})
     ordered = sorted(
-        distinct,
-        key=lambda row: (row["pattern"] != UNSTRUCTURED, row["sparsity"], natural(row["target"])),
+        distinct.to_dict("records"),
+        key=lambda row: (
+            -row["bits"],
+            row["pattern"] != UNSTRUCTURED,
+            row["sparsity"],
+            natural(row["target"]),
+        ),
     )
     return [row["target"] for row in ordered]
 
@@ -161,14 +167,17 @@ def _by_name(table: pd.DataFrame, label: str, name: str, order: list[str]) -> li
 def _setting(axis: str, value: object) -> str:
     if axis in ("pruner_options", "allocation_options"):
         options = json.loads(str(value))
+        options.pop("bits", None)  # the target names them
         named = (f"{name} {option}" for name, option in sorted(options.items()))
         return ", ".join(named) or "default options"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _target(pruner: str, sparsity: float, pattern: object) -> str:
+def _target(pruner: str, sparsity: float, pattern: object, bits: Any) -> str:
     if pruner == DENSE:
         return DENSE
-    if isinstance(pattern, str) and pattern != UNSTRUCTURED:
-        return pattern
-    return f"{100 * sparsity:.6g} %"
+    patterned = isinstance(pattern, str) and pattern != UNSTRUCTURED
+    zeros = str(pattern) if patterned else f"{100 * sparsity:.6g} %"
+    if pd.isna(bits):
+        return zeros
+    return f"{bits} bit, {zeros}" if sparsity else f"{bits} bit"

@@ -26,6 +26,7 @@ COLUMNS: dict[str, str] = {
     "allocation_options": "str",
     "sparsity": "float64",
     "pattern": "str",
+    "bits": "Int64",
     "seed": "Int64",
     "nsamples": "Int64",
     "seqlen": "Int64",

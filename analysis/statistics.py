@@ -20,7 +20,10 @@ from analysis.metrics import Values, metric_named
 
 CONFIDENCE = 0.95
 
-_SETTING = ["grid", "model", "pruner", "method", "sparsity", "pattern", "target", "task", "metric"]
+_SETTING = [
+    *("grid", "model", "pruner", "method", "sparsity", "pattern", "bits", "target"),
+    *("task", "metric"),
+]
 """Columns that two calibrations share when they are compared."""
 
 CALIBRATION = ["calibration", "source"]

@@ -74,6 +74,8 @@ FURTHER: dict[str, list[str]] = {
         "tests/pipeline/pruning/test_crew.py",
         "tests/pipeline/pruning/test_walk.py",
     ],
+    "pipeline/pruning/pruners/gptq.py": [f"{PRUNERS}/test_quantizers.py"],
+    "pipeline/pruning/pruners/grids.py": [f"{PRUNERS}/test_quantizers.py"],
     "pipeline/pruning/pruners/magnitude.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/masks.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/permutation.py": [f"{PRUNERS}/test_ria.py"],
@@ -82,6 +84,7 @@ FURTHER: dict[str, list[str]] = {
         "tests/pipeline/pruning/test_prune.py",
     ],
     "pipeline/pruning/pruners/ria.py": [f"{PRUNERS}/test_in_models.py"],
+    "pipeline/pruning/pruners/rtn.py": [f"{PRUNERS}/test_quantizers.py"],
     "pipeline/pruning/pruners/sparsegpt.py": [f"{PRUNERS}/test_pruners.py"],
     "pipeline/pruning/pruners/wanda.py": [
         f"{PRUNERS}/test_pruners.py",

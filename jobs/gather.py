@@ -24,6 +24,7 @@ from pipeline.specs import (
     GenerateSpec,
     Pruner,
     PruneSpec,
+    Quantizer,
     ShardedSpec,
     canonical_json,
 )
@@ -41,6 +42,7 @@ CELL_COLUMNS: dict[str, pa.DataType] = {
     "allocation_options": pa.string(),
     "sparsity": pa.float64(),
     "pattern": pa.string(),
+    "bits": pa.int64(),
     "seed": pa.int64(),
     "nsamples": pa.int64(),
     "seqlen": pa.int64(),
@@ -175,6 +177,7 @@ def cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
         "allocation": None if allocation is None else allocation.name,
         "allocation_options": _options(allocation),
         "pattern": None if dense else cell.pattern or "unstructured",
+        "bits": pruner.bits if isinstance(pruner, Quantizer) else None,
     }
 
 

@@ -146,7 +146,7 @@ class _Words:
         pruned = spec.model if isinstance(spec, EvaluateSpec) else spec
         if isinstance(pruned, PruneSpec):
             yield self._variant(pruned.pruner)
-            yield pruned.pattern or f"{100 * pruned.sparsity:g}%"
+            yield pruned.target_name
             if pruned.allocation != Uniform():
                 yield self._variant(pruned.allocation)
         elif isinstance(spec, EvaluateSpec):
@@ -158,8 +158,8 @@ class _Words:
 
     def _variant(self, chosen: Pruner | Allocation) -> str:
         """Return the name, with the options that differ from the defaults if the name alone is not
-        unique in the grid."""
+        unique in the grid. Bits belong to the target."""
         if self.variants[chosen.name] == 1:
             return chosen.name
-        fields = chosen.model_dump(exclude={"name"}, exclude_defaults=True)
+        fields = chosen.model_dump(exclude={"name", "bits"}, exclude_defaults=True)
         return " ".join([chosen.name, *(f"{name} {value}" for name, value in fields.items())])

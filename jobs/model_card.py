@@ -12,6 +12,7 @@ from pipeline.specs import (
     LocalModel,
     Model,
     PruneSpec,
+    Quantizer,
     WindowsSpec,
     dense_model,
 )
@@ -55,11 +56,12 @@ def model_card(manifest: Manifest, spec: PruneSpec, measured: Sequence[BeforeAft
     )
     lost = "".join(f"- {sentence}.\n" for sentence in losses(measured))
     return f"""{HEADER.format(base=base)}
-# {_name(dense)}, pruned to {target_name(spec)} by {spec.pruner.name}
+# {_name(dense)}, {_made(spec)} by {spec.pruner.name}
 
-Of the pruned matrices {manifest.report["sparsity"]:.2%} of the weights are zero, counted in \
-what was stored. {_calibration(spec)} Zeros are stored like other weights: the files are as large \
-as the dense model's, and only a program that makes use of zeros is quicker. The licence is that \
+Of the matrices of its decoder layers {manifest.report["sparsity"]:.2%} of the weights are zero, \
+counted in what was stored. {_rounded(spec)}{_calibration(spec)} The weights are stored like any \
+others: the files are as large as the dense model's, and only a program that makes use of \
+{"few bits" if isinstance(spec.pruner, Quantizer) else "zeros"} is quicker. The licence is that \
 of the dense model.
 
 ## Before and after
@@ -87,9 +89,20 @@ calprune made this model, `{manifest.key}`, from this:
 """
 
 
-def target_name(spec: PruneSpec) -> str:
-    """Return the target in words: `50 %` or `2:4`."""
-    return spec.pattern or f"{100 * spec.sparsity:g} %"
+def _made(spec: PruneSpec) -> str:
+    """Return what was done, in words: `pruned to 2:4`, `rounded to 4 bits and pruned to 50 %`."""
+    pruned = f"pruned to {spec.pattern or f'{100 * spec.sparsity:g} %'}"
+    if not isinstance(spec.pruner, Quantizer):
+        return pruned
+    rounded = f"rounded to {spec.pruner.bits} bits"
+    return f"{rounded} and {pruned}" if spec.sparsity else rounded
+
+
+def _rounded(spec: PruneSpec) -> str:
+    if not isinstance(spec.pruner, Quantizer):
+        return ""
+    numbers, inputs = 2**spec.pruner.bits, spec.pruner.group_size
+    return f"In each row the weights of {inputs} adjacent inputs have at most {numbers} values. "
 
 
 def _name(dense: Model) -> str:

@@ -61,13 +61,18 @@ def print_state(plan: Plan, store: Store, console: Console) -> None:
     console.print(table)
 
 
+def _target(pattern: object, sparsity: float, bits: float) -> str:
+    zeros = pattern if isinstance(pattern, str) and ":" in pattern else f"{sparsity:.0%}"
+    if math.isnan(bits):
+        return zeros
+    return f"{bits:.0f} bit {zeros}" if sparsity else f"{bits:.0f} bit"
+
+
 def print_results(results: pa.Table, console: Console) -> None:
     """Print a row for each cell and a column for each metric, then why cells have no result."""
     frame = results.to_pandas()
-    frame["target"] = [
-        pattern if isinstance(pattern, str) and ":" in pattern else f"{sparsity:.0%}"
-        for pattern, sparsity in zip(frame["pattern"], frame["sparsity"], strict=True)
-    ]
+    named = zip(frame["pattern"], frame["sparsity"], frame["bits"], strict=True)
+    frame["target"] = [_target(*each) for each in named]
     varied = [column for column in _FIELDS_IF_VARIED if frame[column].nunique(dropna=True) > 1]
     measured = frame[frame["metric"].notna()]
     columns = list(dict.fromkeys(zip(measured["task"], measured["metric"], strict=True)))

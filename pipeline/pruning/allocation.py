@@ -79,6 +79,9 @@ class Allocated:
     clamped: list[int]
     """Numbers of the layers that were set to a bound because their share lay beyond it."""
 
+    left_out: int = 0
+    """Layers at the end that the allocation leaves as they are, `first-layers` alone does."""
+
     @property
     def pruned_layers(self) -> int:
         """Number of layers up to the last that has anything to prune."""
@@ -117,7 +120,7 @@ def allocate(
         share = allocation.share if isinstance(allocation, FirstLayers) else 1.0
         pruned = math.ceil(share * len(sizes) - _ROUNDING)
         dense = [LayerTarget(0.0)] * (len(sizes) - pruned)
-        return Allocated([target] * pruned + dense, clamped=[])
+        return Allocated([target] * pruned + dense, clamped=[], left_out=len(dense))
     shares = _shares(allocation, target.sparsity, sizes, outlier_ratios)
     if target.pattern is None:
         shares, clamped = _clamped(shares, sizes, 0.0, MAX_SPARSITY)

@@ -38,6 +38,7 @@ from pipeline.pruning.helper import Helper
 from pipeline.pruning.outliers import read_outlier_ratios
 from pipeline.pruning.pruners import pruner_for
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
+from pipeline.pruning.pruners.grids import check_rounded
 from pipeline.pruning.shared_model import shared_model
 from pipeline.pruning.sparsity_check import MatrixSparsity, check_sparsity, count_zeros
 from pipeline.pruning.walk import check_windows, layer_sizes, walk
@@ -47,6 +48,7 @@ from pipeline.specs import (
     Pattern,
     Pruner,
     PruneSpec,
+    Quantizer,
     Uniform,
 )
 from pipeline.stage import NO_HELPERS, Artifacts, Helpers, Keep
@@ -86,10 +88,12 @@ class _Decisions:
     options: Mapping[str, Pruner]
     """By the name of a matrix."""
     allocated: Allocated
+    layers: int
+    """How many decoder layers, from the first on, change."""
 
     def prune(self, number: int, matrix: Matrix) -> Pruned:
         """Prune a matrix of the decoder layer with that number, in place."""
-        if number >= self.allocated.pruned_layers:  # and without statistics
+        if number >= self.layers:  # and without statistics
             return Pruned(torch.zeros_like(matrix.weight, dtype=torch.bool))
         options, target = self.options[matrix.name], self.allocated.layers[number]
         pruned = _prune_matrix(matrix, self.pruner, options, target)
@@ -126,6 +130,7 @@ def prune_model(
         ValueError: if the pruner's options do not go with a pattern, or without one.
         NonFiniteError: if a weight or an activation is NaN or infinite.
         SparsityError: if a matrix has another sparsity afterwards than its target.
+        RoundingError: if a group of a matrix has more values than its bits allow.
     """
     pruner.check_pattern(target.pattern is not None)
     matrix_pruner = pruner_for(pruner)
@@ -179,7 +184,7 @@ def prune_model(
         visit,
         memory,
         restore,
-        observed_layers=allocated.pruned_layers,
+        observed_layers=decisions.layers,
     )
     return PruneReport(counted, facts, allocated, numbers, permutations, dense, len(resumed))
 
@@ -199,10 +204,13 @@ def _decided(
         for matrix in matrices(f"{root}.{number}", layer)
     }
     matrix_pruner = pruner_for(pruner)
+    allocated = allocate(allocation, target, layer_sizes(model), outlier_ratios)
+    rounded = len(layers) - allocated.left_out if isinstance(pruner, Quantizer) else 0
     return _Decisions(
         matrix_pruner,
         matrix_pruner.options_by_matrix(pruner, paths),
-        allocate(allocation, target, layer_sizes(model), outlier_ratios),
+        allocated,
+        max(rounded, allocated.pruned_layers),
     )
 
 
@@ -246,6 +254,8 @@ def _prune_matrix(
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     set_to_zero(weight, pruned.mask)
     check_sparsity(matrix.name, weight, pruned.mask, target, pruner.counted_per, pruned.permutation)
+    if isinstance(options, Quantizer):
+        check_rounded(matrix.name, weight, options)
     return pruned
 
 

@@ -45,7 +45,19 @@ from pipeline.specs.evaluation import (
     TestbedTasksSpec,
     dense_model,
 )
-from pipeline.specs.pruners import ALPS, RIA, DSnoT, Magnitude, Pruner, PrunerSpec, SparseGPT, Wanda
+from pipeline.specs.pruners import (
+    ALPS,
+    GPTQ,
+    RIA,
+    RTN,
+    DSnoT,
+    Magnitude,
+    Pruner,
+    PrunerSpec,
+    Quantizer,
+    SparseGPT,
+    Wanda,
+)
 from pipeline.specs.pruning import (
     OWL,
     Allocation,
@@ -75,9 +87,11 @@ from pipeline.specs.sources import (
 
 __all__ = [
     "ALPS",
+    "GPTQ",
     "MIN_K_FRACTION",
     "OWL",
     "RIA",
+    "RTN",
     "SCORE_BATCH_TOKENS",
     "VLLM_LOWEST_TEMPERATURE",
     "Allocation",
@@ -116,6 +130,7 @@ __all__ = [
     "PruneSpec",
     "Pruner",
     "PrunerSpec",
+    "Quantizer",
     "ScoreSpec",
     "ShardSpec",
     "ShardedSpec",

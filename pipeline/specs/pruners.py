@@ -20,6 +20,9 @@ class PrunerSpec(Spec):
     updates_weights: ClassVar[bool] = False
     """Whether it changes the weights that it keeps; if not, masks are all that is stored."""
 
+    prunes: ClassVar[bool] = True
+    """Whether it can set weights to zero; if not, the sparsity must be 0."""
+
     forward_passes: ClassVar[float] = 2.0
     """For estimates: its work in passes of the calibration set through the model. Statistics take
     one, and the outputs of pruned layers another."""
@@ -158,12 +161,75 @@ class ALPS(PrunerSpec):
     """Added to the Hessian's diagonal, as a share of its mean."""
 
 
+class Quantizer(PrunerSpec):
+    """Rounds every weight to one of 2^bits numbers on a line; each group of a row has a line of its
+    own.
+
+    What is stored are those numbers, in the model's type. At a sparsity of 0 nothing is pruned.
+    """
+
+    updates_weights: ClassVar[bool] = True
+
+    bits: int = Field(default=4, ge=2, le=8)
+    """Of a weight."""
+
+    group_size: int = Field(default=128, ge=1)
+    """Adjacent inputs of a row that share a scale; the last group of a row may be smaller."""
+
+    symmetric: bool = True
+    """Lay the line symmetrically around zero, as most kernels for 4 bits need; if not, from the
+    smallest to the largest weight of the group."""
+
+
+class RTN(Quantizer):
+    """Round to nearest; takes no data."""
+
+    name: Literal["rtn"] = "rtn"
+    calibrated: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
+    forward_passes: ClassVar[float] = 0.0
+    matrix_bytes: ClassVar[int] = 13
+
+    def check_pattern(self, patterned: bool) -> None:
+        if patterned:
+            raise ValueError("rtn prunes nothing: leave the pattern out, or take gptq")
+
+
+class GPTQ(Quantizer):
+    """Round columns one after another, and let the later ones make up for it (arXiv 2210.17323).
+
+    Above a sparsity of 0 it prunes and rounds at once, as SparseGPT's joint form does (arXiv
+    2301.00774, section 3.5).
+    """
+
+    name: Literal["gptq"] = "gptq"
+    forward_passes: ClassVar[float] = 2.7
+    column_passes: ClassVar[float] = 4.0
+    matrix_bytes: ClassVar[int] = 18
+    column_matrices: ClassVar[int] = 5  # SparseGPT's, and the Hessian in another order
+
+    act_order: bool = True
+    """Take the columns with the largest inputs first. Groups stay those of adjacent inputs."""
+
+    damping: float = Field(default=0.01, gt=0.0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+    block_size: int = Field(default=128, ge=1)
+    """Columns of a block, after which updates of later columns are made together."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        if patterned and self.act_order:
+            raise ValueError("gptq takes a pattern's columns in their own order: act_order: false")
+
+
 Pruner = Annotated[
     Magnitude  # one a line, so that two branches can each add one
     | Wanda
     | SparseGPT
     | DSnoT
     | RIA
-    | ALPS,
+    | ALPS
+    | RTN
+    | GPTQ,
     Field(discriminator="name"),
 ]

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.specs.base import Fraction, Spec, StageSpec, nearest_stages
 from pipeline.specs.calibration import WindowsSpec
-from pipeline.specs.pruners import Pruner
+from pipeline.specs.pruners import Pruner, Quantizer
 from pipeline.specs.sources import Model
 
 
@@ -205,6 +205,10 @@ class PruneSpec(StageSpec):
                     f"set it to {sparsity:g}"
                 )
         self.pruner.check_pattern(self.pattern is not None)
+        if self.sparsity and not self.pruner.prunes:
+            raise ValueError(
+                f"sparsity {self.sparsity:g}: {self.pruner.name} prunes nothing: set it to 0"
+            )
         needs_data = data_taker(self.pruner, self.allocation)
         if needs_data is not None and self.calibration is None:
             raise ValueError(f"{needs_data} needs a calibration set")
@@ -220,6 +224,14 @@ class PruneSpec(StageSpec):
                 f"pruner {self.pruner.name} leaves a checkpoint anyway: leave checkpoint out"
             )
         return self
+
+    @property
+    def target_name(self) -> str:
+        """What each matrix becomes, in words: `2:4`, `60%`, `4 bit`, `4 bit 50%`."""
+        zeros = self.pattern or f"{100 * self.sparsity:g}%"
+        if not isinstance(self.pruner, Quantizer):
+            return zeros
+        return f"{self.pruner.bits} bit {zeros}" if self.sparsity else f"{self.pruner.bits} bit"
 
     @property
     def dtype(self) -> str:

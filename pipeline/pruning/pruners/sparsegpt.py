@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,20 +55,54 @@ def prune_by_sparsegpt(
     Raises:
         ValueError: if the Hessian cannot be inverted.
     """
-    rows, columns = weight.shape
     dead = statistics["hessian"].diagonal() == 0
     upper, facts = inverse_factor(statistics["hessian"], dead, options.damping)
-    diagonal, scale = upper.diagonal()[:, None], score_scale(upper, dead)[:, None]
+    mask, updated = by_columns(weight.T, upper, dead, target, options.block_size)
+    return Pruned(mask=mask, weight=updated, facts={"dead_columns": float(dead.sum()), **facts})
 
-    remaining = weight.T.clone(memory_format=torch.contiguous_format)  # [columns, rows]
+
+class ColumnGrid(NamedTuple):
+    """To which numbers the weights of each column are rounded: see `grids.RoundingGrid`."""
+
+    scale: Tensor
+    """`[in_features, out_features]`."""
+
+    zero: Tensor
+    """`[in_features, out_features]`."""
+
+    levels: int
+
+
+def by_columns(
+    columns: Tensor,
+    upper: Tensor,
+    dead: Tensor,
+    target: LayerTarget,
+    block_size: int,
+    grid: ColumnGrid | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Zero columns of a matrix one after another, and round what is left to a grid if there is one;
+    let the later columns make up for it.
+
+    Args:
+        columns: the weight in the order of the columns, `[in_features, out_features]`.
+        upper: `inverse_factor` of the Hessian in that order.
+        dead: columns without any input, `[in_features]`.
+
+    Returns:
+        Mask and new weight, `[out_features, in_features]`, with columns in that order.
+    """
+    count, rows = columns.shape
+    diagonal, scale = upper.diagonal()[:, None], score_scale(upper, dead)[:, None]
+    remaining = columns.clone(memory_format=torch.contiguous_format)
     mask = torch.zeros_like(remaining, dtype=torch.bool)
-    group, width, pattern = INNER_COLUMNS, options.block_size, target.pattern
+    group, width, pattern = INNER_COLUMNS, block_size, target.pattern
     if pattern is not None:
         group = pattern.group
         width = max(group, width // group * group)  # cuts no group
     chosen = 0
-    for start in range(0, columns, width):
-        end = min(start + width, columns)
+    for start in range(0, count, width):
+        end = min(start + width, count)
         block, block_mask = remaining[start:end], mask[start:end]
         scores = sparsegpt_scores(block, scale[start:end])
         if pattern is None:
@@ -92,15 +126,21 @@ def prune_by_sparsegpt(
             if pattern is not None:
                 own_scores[:] = sparsegpt_scores(own, own_scale)
                 own_mask[:] = smallest_in_columns(own_scores, group - pattern.kept)
-            own_errors[:] = own_mask / own_diagonal
-            _take_errors(own, own_errors, triangle[part, part])
+            if grid is None:
+                own_errors[:] = own_mask / own_diagonal
+                _take_errors(own, own_errors, triangle[part, part])
+            else:
+                places = slice(start + first, min(start + first + group, end))
+                spacing = [_as_array(each[places]) for each in (grid.scale, grid.zero)]
+                rounded = (own_mask, own_diagonal, *spacing, grid.levels)
+                _round_columns(own, own_errors, triangle[part, part], *rounded)
         if pattern is not None:
             refuse_nan(scores)  # of all groups at once
         remaining[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     mask = mask.T.contiguous()
     updated = remaining.T.contiguous()
     set_to_zero(updated, mask)
-    return Pruned(mask=mask, weight=updated, facts={"dead_columns": float(dead.sum()), **facts})
+    return mask, updated
 
 
 def _as_array(values: Tensor) -> Any:
@@ -121,6 +161,36 @@ def _take_errors(columns: Any, errors: Any, lower: Any) -> None:
         if place:
             column -= lower[place, :place] @ errors[:place]
         error *= column
+
+
+def _round_columns(
+    columns: Any,
+    errors: Any,
+    lower: Any,
+    mask: Any,
+    diagonal: Any,
+    scale: Any,
+    zero: Any,
+    levels: int,
+) -> None:
+    """Take each column's error out of the later ones and then round it, in place; masked weights
+    become 0.
+
+    Args:
+        columns: of the weight, `[columns, rows]`.
+        errors: of the same shape; becomes E_j.
+        lower: U^T for these columns.
+        mask: of the shape of `columns`, as `scale` and `zero` are.
+        diagonal: U_jj, `[columns, 1]`.
+    """
+    for place, column in enumerate(columns):
+        if place:
+            column -= lower[place, :place] @ errors[:place]
+        number = ((column / scale[place]).round() + zero[place]).clip(0, levels - 1)
+        rounded = (number - zero[place]) * scale[place]
+        rounded[mask[place]] = 0
+        errors[place] = (column - rounded) / diagonal[place]
+        column[:] = rounded
 
 
 def score_scale(upper: Tensor, dead: Tensor) -> Tensor:

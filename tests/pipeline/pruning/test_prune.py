@@ -16,11 +16,15 @@ from pipeline.models.matrices import decoder_layers
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import prune_model
+from pipeline.pruning.pruners import rtn
+from pipeline.pruning.pruners.grids import RoundingError, grid_of
 from pipeline.pruning.sparsity_check import SparsityError, check_sparsity, count_zeros
 from pipeline.pruning.walk import walk
 from pipeline.pruning.window_groups import Memory
 from pipeline.specs import (
+    GPTQ,
     OWL,
+    RTN,
     FirstLayers,
     Magnitude,
     Pattern,
@@ -135,6 +139,33 @@ def test_half_precision_stays_and_zeros_are_exact(pruner: Pruner, dtype: torch.d
     for linear in inner_linears(model).values():
         assert linear.weight.dtype == dtype
         assert int((linear.weight == 0).sum()) == linear.weight.numel() // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("share", "layers"), [(None, 3), (0.5, 2)])
+@pytest.mark.parametrize("quantizer", [RTN(bits=3, group_size=16), GPTQ(bits=3, group_size=16)])
+def test_every_matrix_of_the_layers_that_are_asked_for_is_rounded_though_none_is_pruned(
+    quantizer: RTN | GPTQ, share: float | None, layers: int, dtype: torch.dtype
+) -> None:
+    dense, rounded = model_of("llama").to(dtype), model_of("llama").to(dtype)
+    allocation = Uniform() if share is None else FirstLayers(share=share)
+    data = windows() if quantizer.calibrated else None
+    report = prune_model(rounded, data, quantizer, LayerTarget(0.0), allocation)
+    assert len(rounded.model.layers) == 3
+    assert len(report.matrices) == len(inner_linears(rounded))
+    before = inner_linears(dense)
+    for name, linear in inner_linears(rounded).items():
+        number = int(name.split(".")[2])
+        assert torch.equal(linear.weight, before[name].weight) == (number >= layers)
+        if number < layers:
+            for part in linear.weight.split(16, dim=1):
+                assert max(len(row.unique()) for row in part) <= 8
+
+
+def test_more_values_than_bits_allow_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtn, "grid_of", lambda weight, options: grid_of(weight, RTN(bits=5)))
+    with pytest.raises(RoundingError, match=r"layers\.0.* values in a group of 128, at most 16"):
+        prune_model(model_of("llama"), None, RTN(bits=4), LayerTarget(0.0), Uniform())
 
 
 def test_the_same_windows_give_the_same_bytes() -> None:

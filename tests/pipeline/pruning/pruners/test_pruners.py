@@ -14,7 +14,7 @@ from pipeline.pruning.input_statistics import STATISTICS
 from pipeline.pruning.pruners import pruner_for, sparsegpt
 from pipeline.pruning.pruners.base import Pruned
 from pipeline.pruning.pruners.sparsegpt import inverse_factor
-from pipeline.specs import ALPS, Magnitude, Pattern, Pruner, SparseGPT, Wanda
+from pipeline.specs import ALPS, Magnitude, Pattern, Pruner, Quantizer, SparseGPT, Wanda
 
 CLASSES = get_args(get_args(Pruner)[0])
 
@@ -132,7 +132,9 @@ def test_the_mask_has_exactly_the_zeros_asked_for(
     assert pruned.mask.shape == weight.shape
     assert pruned.mask.dtype == torch.bool
     assert int(pruned.mask.sum()) == counted(options, sparsity, *shape)
-    assert int((after(weight, pruned) == 0).sum()) == int(pruned.mask.sum())
+    zeros = int((after(weight, pruned) == 0).sum())
+    rounded = isinstance(options, Quantizer)  # which makes zeros of small weights
+    assert zeros >= int(pruned.mask.sum()) if rounded else zeros == int(pruned.mask.sum())
 
 
 @PATTERNED
@@ -143,8 +145,10 @@ def test_every_group_of_a_pattern_keeps_exactly_its_share(
 ) -> None:
     weight, inputs = weights(*shape, seed=1), correlated(64, shape[1], seed=1)
     pruned = prune(options, weight, inputs, 1 - pattern[0] / pattern[1], pattern)
-    kept = in_order(after(weight, pruned) != 0, pruned)
+    left_out = pruned.mask if isinstance(options, Quantizer) else after(weight, pruned) == 0
+    kept = in_order(~left_out, pruned)
     assert set(kept.view(shape[0], -1, pattern[1]).sum(dim=2).flatten().tolist()) == {pattern[0]}
+    assert bool((after(weight, pruned)[pruned.mask] == 0).all())
 
 
 @EXACT
@@ -193,7 +197,7 @@ def test_what_is_given_stays_as_it_was_and_the_same_comes_out_again(options: Any
     assert torch.equal(after(weight, one), after(weight, two))
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind.prunes])
 def test_of_equal_scores_the_first_go(kind: Any) -> None:
     """All scores are equal, so the choice is by position within the compared group."""
     options = kind()
