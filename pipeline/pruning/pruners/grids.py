@@ -1,6 +1,7 @@
 """The numbers to which a quantizer rounds the weights of a matrix."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,15 @@ class RoundingGrid:
         """Round a weight `[out_features, in_features]` to the nearest numbers of the grid."""
         columns = torch.arange(weight.shape[1], device=weight.device)
         scale, zero = self.of_columns(columns)
-        return nearest(weight.T, scale, zero, self.levels).T.contiguous()
+        rounded: Tensor = nearest(weight.T, scale, zero, self.levels)
+        return rounded.T.contiguous()
 
 
-def nearest(values: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """Round values to the nearest (k - zero) * scale with 0 <= k < levels, halves to even k."""
-    return ((values / scale).round_().add_(zero).clamp_(0, levels - 1)).sub_(zero).mul_(scale)
+def nearest(values: Any, scale: Any, zero: Any, levels: int) -> Any:
+    """Round a tensor or an array to the nearest (k - zero) * scale with 0 <= k < levels, halves to
+    even k."""
+    number = ((values / scale).round() + zero).clip(0, levels - 1)
+    return (number - zero) * scale
 
 
 def grid_of(weight: Tensor, options: Quantizer) -> RoundingGrid:

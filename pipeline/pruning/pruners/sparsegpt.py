@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pipeline.models.matrices import is_finite, set_to_zero
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
+from pipeline.pruning.pruners.grids import nearest
 from pipeline.pruning.pruners.masks import refuse_nan, smallest, smallest_in_columns, zeros_in
 from pipeline.specs import SparseGPT
 
@@ -186,8 +187,7 @@ def _round_columns(
     for place, column in enumerate(columns):
         if place:
             column -= lower[place, :place] @ errors[:place]
-        number = ((column / scale[place]).round() + zero[place]).clip(0, levels - 1)
-        rounded = (number - zero[place]) * scale[place]
+        rounded = nearest(column, scale[place], zero[place], levels)
         rounded[mask[place]] = 0
         errors[place] = (column - rounded) / diagonal[place]
         column[:] = rounded
