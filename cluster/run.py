@@ -207,24 +207,31 @@ class _Run:
         self.watcher.replicas(counts)
 
     def _admit(self, pool: "_Pool", reference: ray.ObjectRef) -> None:
-        """Add a replica that has started; if it died first, try again or fail a stage."""
+        """Add a replica that answers. If replicas of the pool are lost before they answer, again
+        and again, fail a stage."""
         try:
             pool.admit(reference)
             self.schedule.joined(pool.name, time.monotonic())
         except RayError as error:
+            logger.warning("an actor for %s: lost: %s", pool.kind, _last_line(error))
             self.schedule.lost(pool.name)
             first = self.schedule.first(pool.name)
-            if first is not None and not self._try_again(self.graph[first], error):
+            if first is not None and pool.losses > self.graph[first].resources.retries:
                 del self.waiting[first]
                 self._fail(self.graph[first], error, error)
+
+    def _ask_idle(self) -> None:
+        """Let all idle actors answer before they get a stage: they may be lost too, as a whole
+        node is, and one loss shall not cost a stage several of its tries."""
+        for pool in self.pools.values():
+            self.schedule.asked(pool.name, pool.ask())
 
     def _try_again(self, stage: Stage, error: BaseException) -> bool:
         """Count another try of a lost stage; return False if none is left."""
         if self.outcome.repeated[stage.key] >= stage.resources.retries:
             return False
         self.outcome.repeated[stage.key] += 1
-        reason = str(error).strip().rpartition("\n")[-1]
-        logger.warning("%s: lost: %s; trying again", stage.label, reason)
+        logger.warning("%s: lost: %s; trying again", stage.label, _last_line(error))
         return True
 
     def _receive(self, reference: ray.ObjectRef) -> None:
@@ -244,6 +251,8 @@ class _Run:
             if pool is not None:
                 pool.take_back(reference, keep=not unfit)
             self.schedule.returned(key, now, actor_lost=unfit)
+            if lost:
+                self._ask_idle()
             if isinstance(cause, CorruptArtifactError) and self._remake(cause, key):
                 return
             if (lost or isinstance(cause, TimeLimitError)) and self._try_again(stage, cause):
@@ -310,7 +319,7 @@ class _Run:
 class _Pool:
     """Actors that make the stages of one pool, one at a time each.
 
-    Only actors that have started get a stage, so an actor that waits for room holds nothing up. A
+    Only actors that have answered get a stage, so an actor that waits for room holds nothing up. A
     lost actor is replaced as long as there is work for it.
     """
 
@@ -323,22 +332,42 @@ class _Pool:
         self.idle: list[Any] = []
         self.serving: dict[ray.ObjectRef, Any] = {}
         self.joining: dict[ray.ObjectRef, Any] = {}
+        self.losses = 0
+        """Since an actor last answered: how often actors were lost instead. Those that were called
+        before a loss was seen belong to that loss."""
+        self._losses_seen: dict[ray.ObjectRef, int] = {}
 
     def start(self) -> None:
         """Start one more actor."""
         room = Room(self.resources)
         actor = _remote_replica.options(**room.options).remote()
         self.rooms[actor] = room
-        self.joining[actor.start.remote()] = actor
+        self._call(actor)
+
+    def ask(self) -> int:
+        """Make the idle actors join again; return how many."""
+        asked, self.idle = self.idle, []
+        for actor in asked:
+            self._call(actor)
+        return len(asked)
+
+    def _call(self, actor: Any) -> None:
+        reference = actor.start.remote()
+        self.joining[reference] = actor
+        self._losses_seen[reference] = self.losses
 
     def admit(self, reference: ray.ObjectRef) -> None:
-        """Add an actor that has started."""
+        """Add an actor that has answered."""
         actor = self.joining.pop(reference)
+        seen = self._losses_seen.pop(reference)
         try:
             ray.get(reference)
         except RayError:
             self._end(actor)
+            if seen == self.losses:
+                self.losses += 1
             raise
+        self.losses = 0
         self.idle.append(actor)
 
     def submit(self, stage: Stage, maker: ray.ObjectRef, dead: frozenset[str]) -> ray.ObjectRef:
@@ -368,6 +397,10 @@ class _Pool:
     def _end(self, actor: Any) -> None:
         ray.kill(actor)
         self.rooms.pop(actor).release()
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rpartition("\n")[-1]
 
 
 _remote_make = ray.remote(make_artifact)

@@ -92,7 +92,7 @@ class _Lane:
     idle: int = 0
     """Actors without a stage."""
     joining: int = 0
-    """Actors that have not started yet."""
+    """Actors that have not started yet, or must answer again."""
     idle_since: float = 0.0
     queued: tuple[SortedList, Rank] | None = None
     """Its queue in the schedule, and its entry there."""
@@ -212,13 +212,17 @@ class Schedule:
             self._change(lane, handed_over=-1)
 
     def joined(self, pool: str, now: float) -> None:
-        """Record that an actor has started."""
+        """Record that an actor has started or answered."""
         lane = self._lanes[pool]
         lane.idle_since = now
         self._change(lane, joining=-1, idle=1)
 
+    def asked(self, pool: str, count: int) -> None:
+        """Record that so many idle actors must answer before they get a stage."""
+        self._change(self._lanes[pool], idle=-count, joining=count)
+
     def lost(self, pool: str) -> None:
-        """Record that an actor ended before it had started."""
+        """Record that an actor was lost before it had started or answered."""
         self._change(self._lanes[pool], joining=-1)
 
     def first(self, pool: str) -> str | None:

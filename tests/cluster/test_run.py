@@ -417,6 +417,40 @@ def test_a_pool_outlives_more_lost_replicas_than_one_stage_may_lose(tmp_path: Pa
     assert set(outcome.made) == set(shards)
 
 
+def test_one_loss_of_two_actors_costs_one_try(tmp_path: Path) -> None:
+    """As when a node is lost: one actor is at work on `b`, the other one is idle."""
+    store = Store(str(tmp_path / "store"))
+    bounds = {"max_replicas": 2, "retries": 1}
+    plan = graph(
+        stage("a", str(tmp_path / "a"), pool="p", **bounds),
+        stage("b", str(tmp_path / "a"), pool="p", **bounds),
+    )
+    outcome = run_graph(plan, list(plan), _die_with_the_other, store, VERSIONS)
+    assert outcome.made == {"a", "b"}
+    assert outcome.repeated == {"b": 1}
+
+
+def _die_with_the_other(
+    payload: str,
+    artifacts: dict[str, Path],
+    output: Path,
+    cpus: int,
+    partial: Partial,
+    helpers: Helpers,
+) -> dict[str, Any]:
+    """Of two stages in two processes, one ends; then the other one kills both, once."""
+    first, killed = Path(payload), Path(payload + ".killed")
+    try:
+        first.open("x").write(str(os.getpid()))
+    except FileExistsError:
+        if not killed.exists():
+            killed.touch()
+            time.sleep(1.0)  # the other actor has become idle
+            os.kill(int(first.read_text()), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
 def test_a_stage_that_kills_every_replica_fails_and_the_others_of_its_pool_go_on(
     tmp_path: Path,
 ) -> None:

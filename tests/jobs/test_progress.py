@@ -174,14 +174,16 @@ def test_the_log_names_begun_stages_and_every_half_minute_what_workers_do(
     monkeypatch.setattr("jobs.watch.SUMMARY_SECONDS", 0.8)
     stages = {key: replace(stage("prune", "pool", key=key), label=f"prune {key}") for key in "abc"}
     board = Board()
+    board.start("a")("", 12, 30, "layers")
+    board.start("b")("starting vLLM", 0, 0, "")
+    while len(board.read()) < 2:  # its actor takes seconds to start
+        time.sleep(0.1)
     with (
         caplog.at_level(logging.INFO),
         Watch(Progress({"prune": 3}, stages=stages), "grid", board) as watch,
     ):
         for each in stages.values():
             watch.started(each)
-        board.start("a")("", 12, 30, "layers")
-        board.start("b")("starting vLLM", 0, 0, "")
         deadline = time.monotonic() + 30
         while "waiting" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.1)
