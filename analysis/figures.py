@@ -130,7 +130,7 @@ def sparsity_figure(table: pd.DataFrame, model: str, task: str, metric: str) -> 
         figure.suptitle(f"{model}: {task}", x=0.012, ha="left", fontsize=12, fontweight="bold")
         figure.supylabel(_value_label(task, metric, kind), fontsize=9)
         names = _legend(figure, shown, without_data, not dense.empty)
-        _place(figure, names, _caption(rows, calibrated, width))
+        _place(figure, names, _caption(rows, calibrated, width), _target_label(levels))
     return figure
 
 
@@ -433,15 +433,19 @@ def _caption(rows: pd.DataFrame, calibrated: pd.DataFrame, width_inches: float) 
     return textwrap.fill(" ".join(sentences), int(width_inches * 15))
 
 
-def _place(figure: Figure, legend: Any, caption: str) -> None:
+def _target_label(levels: pd.DataFrame) -> str:
+    label = "sparsity (% of pruned weights that are zero), or N:M pattern"
+    return f"{label}, or bits of a weight" if levels["bits"].notna().any() else label
+
+
+def _place(figure: Figure, legend: Any, caption: str, target_label: str) -> None:
     """Place the panels left of the legend and above the caption, without overlaps."""
     width, height = figure.get_size_inches()
     lines = caption.count("\n") + 1
     bottom = (0.12 + 0.15 * lines) / height
     figure.text(0.012, 0.06 / height, caption, fontsize=8, color=GREY, va="bottom")
     right = 1 - LEGEND_INCHES / width
-    label = "sparsity (% of pruned weights that are zero), or N:M pattern"
-    figure.supxlabel(label, x=right / 2, y=bottom, fontsize=9)
+    figure.supxlabel(target_label, x=right / 2, y=bottom, fontsize=9)
     panels = bottom + LABEL_INCHES / height
     figure.set_layout_engine("constrained", rect=(0, panels, right, 1 - panels))
     legend.set_loc("upper left")

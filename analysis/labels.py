@@ -26,7 +26,19 @@ NO_CALIBRATION = "none"
 
 UNSTRUCTURED = "unstructured"
 
-PRUNERS = (DENSE, "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps", "rtn", "gptq")
+PRUNERS = (
+    DENSE,
+    "magnitude",
+    "wanda",
+    "ria",
+    "dsnot",
+    "refit",
+    "sparsegpt",
+    "alps",
+    "rtn",
+    "awq",
+    "gptq",
+)
 """From cheap to costly; other pruners follow by name."""
 
 SOURCE_AXES = {
@@ -64,7 +76,7 @@ def with_labels(table: pd.DataFrame) -> pd.DataFrame:
     targets = [_target(*setting) for setting in settings[names].itertuples(index=False)]
     labelled = table.assign(
         source=_with_varied(table, "calibration", SOURCE_AXES),
-        method=_with_varied(table, "pruner", METHOD_AXES),
+        method=_with_varied(_without_bits(table), "pruner", METHOD_AXES),
         target=np.asarray(targets, dtype=object)[codes],
     )
     calibrations = _calibrations(labelled)
@@ -131,6 +143,16 @@ def _distinct(table: pd.DataFrame, names: Sequence[str]) -> tuple[Any, pd.DataFr
     return codes, table.iloc[first]
 
 
+def _without_bits(table: pd.DataFrame) -> pd.DataFrame:
+    """Take the bits out of the pruners' options: the target names them."""
+    shorter = {}
+    for text in table["pruner_options"].dropna().unique():
+        options = json.loads(text)
+        options.pop("bits", None)
+        shorter[text] = json.dumps(options, sort_keys=True)
+    return table.assign(pruner_options=table["pruner_options"].map(shorter))
+
+
 def _with_varied(table: pd.DataFrame, name: str, axes: dict[str, str]) -> Any:
     codes, settings = _distinct(table, ["grid", name, *axes])
     labels = [str(label) for label in settings[name]]
@@ -166,9 +188,7 @@ def _by_name(table: pd.DataFrame, label: str, name: str, order: list[str]) -> li
 
 def _setting(axis: str, value: object) -> str:
     if axis in ("pruner_options", "allocation_options"):
-        options = json.loads(str(value))
-        options.pop("bits", None)  # the target names them
-        named = (f"{name} {option}" for name, option in sorted(options.items()))
+        named = (f"{name} {option}" for name, option in sorted(json.loads(str(value)).items()))
         return ", ".join(named) or "default options"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -74,6 +74,7 @@ FURTHER: dict[str, list[str]] = {
         "tests/pipeline/pruning/test_crew.py",
         "tests/pipeline/pruning/test_walk.py",
     ],
+    "pipeline/pruning/pruners/awq.py": [f"{PRUNERS}/test_quantizers.py"],
     "pipeline/pruning/pruners/gptq.py": [f"{PRUNERS}/test_quantizers.py"],
     "pipeline/pruning/pruners/grids.py": [f"{PRUNERS}/test_quantizers.py"],
     "pipeline/pruning/pruners/magnitude.py": [f"{PRUNERS}/test_pruners.py"],

@@ -287,9 +287,15 @@ def export_model(
     ],
     folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
     store: StoreUrl = ".calprune",
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed", help="Store weights that gptq or rtn rounded as integers, for vLLM."
+        ),
+    ] = False,
 ) -> None:
     """Write a pruned model as an ordinary checkpoint with its tokenizer."""
-    export(open_store(store), key, folder)
+    export(open_store(store), key, folder, packed=packed)
     console.print(f"checkpoint: {folder}", soft_wrap=True)
 
 

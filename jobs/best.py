@@ -1,5 +1,6 @@
 """Choose the best pruned model of a finished grid, with the reason."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,10 +14,10 @@ from rich.table import Table
 from cluster.store import Store
 from jobs.cells import Cell, candidate_names
 from jobs.gather import gather
-from jobs.one_model import as_target
 from jobs.pilot import Standing, compare
 from jobs.plan import Plan
 from pipeline.errors import InputError
+from pipeline.specs import target_name
 
 _Values = npt.NDArray[np.float64]
 
@@ -34,7 +35,7 @@ class Best(NamedTuple):
 
     model: str
     target: str
-    """The share, such as 0.5, or N:M."""
+    """In words, such as 50% or 4 bit."""
     prune_key: str
     """Of the candidate's seed with the lowest number."""
     cell: Cell
@@ -77,7 +78,7 @@ def best_cell(plan: Plan, store: Store, model: str | None, sparsity: str | None)
 
     Args:
         model: one of the grid's models; None if it has one.
-        sparsity: one of its sparsities, a number or N:M; None if it has one.
+        sparsity: one of its targets, as `0.5`, `2:4`, `4 bit` or `4 bit 50%`; None if it has one.
 
     Raises:
         InputError: if the choice is not one of like with like, cells have not run, or nothing that
@@ -87,10 +88,11 @@ def best_cell(plan: Plan, store: Store, model: str | None, sparsity: str | None)
     cells = list(keys)
     models = list(dict.fromkeys(cell.model for cell in cells))
     cells = [cell for cell in cells if cell.model == _chosen("model", model, models)]
-    targets = list(dict.fromkeys(target_of(cell) for cell in cells))
-    asked = None if sparsity is None else _target_name(as_target(sparsity))
-    target = _chosen("sparsity", asked, targets)
-    cells = [cell for cell in cells if target_of(cell) == target]
+    targets = list(dict.fromkeys(cell.target_name for cell in cells))
+    if sparsity is not None and _as_target(sparsity) in targets:
+        sparsity = _as_target(sparsity)
+    target = _chosen("sparsity", sparsity, targets)
+    cells = [cell for cell in cells if cell.target_name == target]
     rows = {row["evaluate_key"]: row for row in gather(plan, store).to_pylist()}
     missing = sum(rows[keys[cell]]["status"] == "missing" for cell in cells)
     if missing:
@@ -144,13 +146,11 @@ def print_best(best: Best, console: Console) -> None:
     console.print(f"prune_key: {best.prune_key}", soft_wrap=True)
 
 
-def target_of(cell: Cell) -> str:
-    """Return a cell's target: the share, such as 0.5, or N:M."""
-    return cell.pattern or f"{cell.sparsity:.4g}"
-
-
-def _target_name(target: str | float) -> str:
-    return target if isinstance(target, str) else f"{target:.4g}"
+def _as_target(sparsity: str) -> str:
+    """Return the name of a target that is given as in a grid, as a share, or by its name."""
+    with contextlib.suppress(ValueError):
+        return target_name(float(sparsity), None)
+    return sparsity
 
 
 def _chosen(field: str, asked: str | None, known: Sequence[str]) -> str:

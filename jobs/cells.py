@@ -46,7 +46,9 @@ from pipeline.specs import (
     WeightedCorpus,
     WindowsSpec,
     Within,
+    bits_of,
     data_taker,
+    target_name,
 )
 
 NO_CALIBRATION = "none"
@@ -73,6 +75,11 @@ class Cell(Spec):
     within: Within | None = None
     num_samples: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0.0)
+
+    @property
+    def target_name(self) -> str:
+        """What each matrix becomes, in words."""
+        return target_name(self.sparsity, self.pattern, bits_of(self.pruner))
 
     @model_validator(mode="before")
     @classmethod

@@ -20,13 +20,16 @@ _AGAIN = "run its grid again, then export"
 AnyStage = TypeVar("AnyStage", bound=StageSpec)
 
 
-def export(store: Store, key: str, folder: Path) -> None:
+def export(store: Store, key: str, folder: Path, *, packed: bool = False) -> None:
     """Write the pruned model `key` to `folder` as an ordinary checkpoint with its tokenizer and a
     card, which has what the store's results tables say of it.
 
+    Args:
+        packed: store the weights of a rounded model as integers (`pipeline.pruning.packed`).
+
     Raises:
         InputError: if the store has no such model, if it or the dense model under its masks is
-            damaged, changed or gone, or if the folder is not empty.
+            damaged, changed or gone, if it cannot be packed, or if the folder is not empty.
     """
     manifest = store.manifest(key)
     if manifest is None or manifest.kind != "prune":
@@ -43,11 +46,17 @@ def export(store: Store, key: str, folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from pipeline.models.checkpoint import write_checkpoint
+    from pipeline.pruning.packed import check_packable, pack_checkpoint
 
+    if packed:
+        check_packable(spec, artifacts[key])
     disable_progress_bar()  # one for each shard
     with whole_folder(folder) as partial:
         write_checkpoint(spec, artifacts, partial)
-        (partial / "README.md").write_text(model_card(manifest, spec, measured_in(store, key)))
+        if packed:
+            pack_checkpoint(partial, spec, artifacts[key])
+        card = model_card(manifest, spec, measured_in(store, key), packed=packed)
+        (partial / "README.md").write_text(card)
 
 
 def check_unused(folder: Path) -> None:

@@ -24,8 +24,8 @@ from pipeline.specs import (
     GenerateSpec,
     Pruner,
     PruneSpec,
-    Quantizer,
     ShardedSpec,
+    bits_of,
     canonical_json,
 )
 
@@ -177,7 +177,7 @@ def cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
         "allocation": None if allocation is None else allocation.name,
         "allocation_options": _options(allocation),
         "pattern": None if dense else cell.pattern or "unstructured",
-        "bits": pruner.bits if isinstance(pruner, Quantizer) else None,
+        "bits": bits_of(pruner),
     }
 
 

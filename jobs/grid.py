@@ -79,6 +79,20 @@ def with_name(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+def with_pruner(content: object) -> object:
+    """Return a mapping with `compressor`, another name of `pruner`, under that name.
+
+    Raises:
+        InputError: if it has both.
+    """
+    if not isinstance(content, Mapping) or "compressor" not in content:
+        return content
+    if "pruner" in content:
+        remedy = "is another name of pruner, which is there too: leave one"
+        raise InputError("compressor", content["compressor"], remedy)
+    return {("pruner" if name == "compressor" else name): each for name, each in content.items()}
+
+
 def _at_path(value: object) -> object:
     """Return `"words.txt"` as `{path: words.txt}`."""
     return {"path": value} if isinstance(value, str) else value
@@ -166,6 +180,8 @@ class PrunedGenerator(Spec):
     calibration: str | None = None
     """Name of the grid's calibration to prune it with, at the cell's seed, nsamples and seqlen;
     None if, and only if, its pruner takes no data."""
+
+    _compressors_too = model_validator(mode="before")(with_pruner)
 
     @model_validator(mode="after")
     def _data_where_needed(self) -> "PrunedGenerator":
@@ -446,6 +462,12 @@ class Grid(Spec):
         grid = validate(content)
         grid._auto_dtypes.update(chosen)
         return grid
+
+    @field_validator("cells", "include", "exclude", mode="before")
+    @classmethod
+    def _compressors_too(cls, given: Any) -> Any:
+        several = isinstance(given, list | tuple)
+        return [with_pruner(each) for each in given] if several else with_pruner(given)
 
     @field_validator("resources")
     @classmethod

@@ -37,12 +37,15 @@ NOT_MEASURED = (
 )
 
 
-def model_card(manifest: Manifest, spec: PruneSpec, measured: Sequence[BeforeAfter]) -> str:
+def model_card(
+    manifest: Manifest, spec: PruneSpec, measured: Sequence[BeforeAfter], *, packed: bool = False
+) -> str:
     """Return the card of a pruned model.
 
     Args:
         manifest: of the pruned model.
         measured: numbers of the pruned and of the dense model; may be empty.
+        packed: whether its weights are stored as integers.
     """
     dense = dense_model(spec)
     base = f"\nbase_model: {dense.name}" if isinstance(dense, HubModel) else ""
@@ -59,10 +62,8 @@ def model_card(manifest: Manifest, spec: PruneSpec, measured: Sequence[BeforeAft
 # {_name(dense)}, {_made(spec)} by {spec.pruner.name}
 
 Of the matrices of its decoder layers {manifest.report["sparsity"]:.2%} of the weights are zero, \
-counted in what was stored. {_rounded(spec)}{_calibration(spec)} The weights are stored like any \
-others: the files are as large as the dense model's, and only a program that makes use of \
-{"few bits" if isinstance(spec.pruner, Quantizer) else "zeros"} is quicker. The licence is that \
-of the dense model.
+counted in what was stored. {_rounded(spec)}{_calibration(spec)} {_stored(spec, packed)} \
+The licence is that of the dense model.
 
 ## Before and after
 
@@ -103,6 +104,19 @@ def _rounded(spec: PruneSpec) -> str:
         return ""
     numbers, inputs = 2**spec.pruner.bits, spec.pruner.group_size
     return f"In each row the weights of {inputs} adjacent inputs have at most {numbers} values. "
+
+
+def _stored(spec: PruneSpec, packed: bool) -> str:
+    if packed:
+        return (
+            "The weights are stored as integers and scales in the format pack-quantized of "
+            "compressed-tensors, which vLLM reads, and transformers with compressed-tensors."
+        )
+    used = "few bits" if isinstance(spec.pruner, Quantizer) else "zeros"
+    return (
+        "The weights are stored like any others: the files are as large as the dense model's, and "
+        f"only a program that makes use of {used} is quicker."
+    )
 
 
 def _name(dense: Model) -> str:

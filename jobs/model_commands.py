@@ -8,6 +8,7 @@ import typer
 
 from jobs import library
 from jobs.before_after import as_table, losses
+from jobs.cells import Cell
 from jobs.console import AsJson, console, print_json
 from jobs.grid import load_grid
 from jobs.grid_files import GridFile
@@ -99,7 +100,8 @@ def prune(
         numbers = [each._asdict() for each in measured]
         print_json({"folder": str(folder), "prune_key": key, "measured": numbers}, console)
         return
-    console.print(as_table(measured, f"{model}, pruned to {sparsity} by {pruner}"))
+    target = Cell(model=model, pruner=pruner, sparsity=sparsity).target_name
+    console.print(as_table(measured, f"{model}, {target} by {pruner}"))
     for sentence in losses(measured):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     console.print(f"checkpoint: {folder}", soft_wrap=True)
@@ -145,7 +147,8 @@ def best(
         str | None, typer.Option(help="One of the grid's models, if it has several.")
     ] = None,
     sparsity: Annotated[
-        str | None, typer.Option(help="One of its sparsities, if it has several.")
+        str | None,
+        typer.Option(help="One of its targets, as 0.5, 2:4 or '4 bit', if it has several."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option("--export", help="Write the model to this new folder.")

@@ -11,6 +11,7 @@ from cluster.store import Store
 from jobs.cells import GENERATED_FIELDS
 from jobs.plan import Plan
 from jobs.stages import LINES, line_of
+from pipeline.specs import target_name
 
 _CELL = ["model", "pruner", "target", "calibration", "seed"]
 _FIELDS_IF_VARIED = [
@@ -62,10 +63,10 @@ def print_state(plan: Plan, store: Store, console: Console) -> None:
 
 
 def _target(pattern: object, sparsity: float, bits: float) -> str:
-    zeros = pattern if isinstance(pattern, str) and ":" in pattern else f"{sparsity:.0%}"
-    if math.isnan(bits):
-        return zeros
-    return f"{bits:.0f} bit {zeros}" if sparsity else f"{bits:.0f} bit"
+    patterned = isinstance(pattern, str) and ":" in pattern
+    return target_name(
+        sparsity, str(pattern) if patterned else None, None if math.isnan(bits) else int(bits)
+    )
 
 
 def print_results(results: pa.Table, console: Console) -> None:

@@ -254,7 +254,7 @@ def _prune_matrix(
             raise NonFiniteError(f"{matrix.name}: the updated weight is too large for its dtype")
     set_to_zero(weight, pruned.mask)
     check_sparsity(matrix.name, weight, pruned.mask, target, pruner.counted_per, pruned.permutation)
-    if isinstance(options, Quantizer):
+    if isinstance(options, Quantizer) and options.few_values:
         check_rounded(matrix.name, weight, options)
     return pruned
 

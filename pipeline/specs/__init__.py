@@ -47,6 +47,7 @@ from pipeline.specs.evaluation import (
 )
 from pipeline.specs.pruners import (
     ALPS,
+    AWQ,
     GPTQ,
     RIA,
     RTN,
@@ -55,6 +56,7 @@ from pipeline.specs.pruners import (
     Pruner,
     PrunerSpec,
     Quantizer,
+    Refit,
     SparseGPT,
     Wanda,
 )
@@ -68,7 +70,9 @@ from pipeline.specs.pruning import (
     Pattern,
     PruneSpec,
     Uniform,
+    bits_of,
     data_taker,
+    target_name,
 )
 from pipeline.specs.sources import (
     Corpus,
@@ -87,6 +91,7 @@ from pipeline.specs.sources import (
 
 __all__ = [
     "ALPS",
+    "AWQ",
     "GPTQ",
     "MIN_K_FRACTION",
     "OWL",
@@ -131,6 +136,7 @@ __all__ = [
     "Pruner",
     "PrunerSpec",
     "Quantizer",
+    "Refit",
     "ScoreSpec",
     "ShardSpec",
     "ShardedSpec",
@@ -148,6 +154,7 @@ __all__ = [
     "Within",
     "WordList",
     "WorldSpec",
+    "bits_of",
     "canonical_json",
     "data_taker",
     "dense_model",
@@ -155,6 +162,7 @@ __all__ = [
     "generator_of",
     "nearest_stages",
     "spec_fields",
+    "target_name",
 ]
 
 # A pruned model can stand wherever a model stands, so earlier specs refer forward to PruneSpec.

@@ -161,6 +161,27 @@ class ALPS(PrunerSpec):
     """Added to the Hessian's diagonal, as a share of its mean."""
 
 
+class Refit(PrunerSpec):
+    """A mask by the scores of another pruner, then the kept weights that change the matrix's output
+    least (the problem of arXiv 2401.02938, by conjugate gradients)."""
+
+    name: Literal["refit"] = "refit"
+    updates_weights: ClassVar[bool] = True
+    forward_passes: ClassVar[float] = 2.7
+    column_passes: ClassVar[float] = 20.0
+    matrix_bytes: ClassVar[int] = 30
+    column_matrices: ClassVar[int] = 1
+
+    initial: Literal["magnitude", "wanda"] = "wanda"
+    """The score that chooses the mask, in each row or group."""
+
+    steps: int = Field(default=20, ge=0)
+    """Of conjugate gradients; 0 leaves the weights as they are."""
+
+    damping: float = Field(default=0.01, gt=0.0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+
+
 class Quantizer(PrunerSpec):
     """Rounds every weight to one of 2^bits numbers on a line; each group of a row has a line of its
     own.
@@ -169,6 +190,9 @@ class Quantizer(PrunerSpec):
     """
 
     updates_weights: ClassVar[bool] = True
+
+    few_values: ClassVar[bool] = True
+    """Whether a group of the stored weights has at most 2^bits values."""
 
     bits: int = Field(default=4, ge=2, le=8)
     """Of a weight."""
@@ -193,6 +217,28 @@ class RTN(Quantizer):
     def check_pattern(self, patterned: bool) -> None:
         if patterned:
             raise ValueError("rtn prunes nothing: leave the pattern out, or take gptq")
+
+
+class AWQ(Quantizer):
+    """Round to nearest after scaling each input by a power of its size, the power that harms a
+    matrix's output least (arXiv 2306.00978).
+
+    The stored weights are scaled back, so the layers before them stay as they are.
+    """
+
+    name: Literal["awq"] = "awq"
+    prunes: ClassVar[bool] = False
+    few_values: ClassVar[bool] = False
+    forward_passes: ClassVar[float] = 2.2
+    column_passes: ClassVar[float] = 20.0
+    matrix_bytes: ClassVar[int] = 25
+
+    steps: int = Field(default=20, ge=1)
+    """Powers that are tried: 0, 1 / steps, 2 / steps, ... below 1."""
+
+    def check_pattern(self, patterned: bool) -> None:
+        if patterned:
+            raise ValueError("awq prunes nothing: leave the pattern out, or take gptq")
 
 
 class GPTQ(Quantizer):
@@ -229,7 +275,9 @@ Pruner = Annotated[
     | DSnoT
     | RIA
     | ALPS
+    | Refit
     | RTN
+    | AWQ
     | GPTQ,
     Field(discriminator="name"),
 ]

@@ -227,11 +227,8 @@ class PruneSpec(StageSpec):
 
     @property
     def target_name(self) -> str:
-        """What each matrix becomes, in words: `2:4`, `60%`, `4 bit`, `4 bit 50%`."""
-        zeros = self.pattern or f"{100 * self.sparsity:g}%"
-        if not isinstance(self.pruner, Quantizer):
-            return zeros
-        return f"{self.pruner.bits} bit {zeros}" if self.sparsity else f"{self.pruner.bits} bit"
+        """What each matrix becomes, in words."""
+        return target_name(self.sparsity, self.pattern, bits_of(self.pruner))
 
     @property
     def dtype(self) -> str:
@@ -270,6 +267,19 @@ class PruneSpec(StageSpec):
         if self.outliers is not None:
             read.append(self.outliers)
         return tuple(read)
+
+
+def bits_of(pruner: Pruner | None) -> int | None:
+    """Return the bits that a pruner rounds weights to; None if it does not."""
+    return pruner.bits if isinstance(pruner, Quantizer) else None
+
+
+def target_name(sparsity: float, pattern: str | None, bits: int | None = None) -> str:
+    """Return what matrices become, in words: `2:4`, `60%`, `4 bit`, `4 bit 50%`."""
+    zeros = pattern or f"{100 * sparsity:.6g}%"
+    if bits is None:
+        return zeros
+    return f"{bits} bit {zeros}" if sparsity else f"{bits} bit"
 
 
 def data_taker(pruner: Pruner, allocation: Allocation) -> str | None:

@@ -36,6 +36,18 @@ def test_allocations_differ_by_name_and_those_of_one_name_by_their_options(
     ]
 
 
+def test_bits_are_the_targets_and_no_method(make_table: MakeTable) -> None:
+    def rounded(**options: int) -> Row:
+        bits = options.get("bits", 4)
+        given = {"pruner_options": json.dumps(options), "bits": bits, "sparsity": 0.0}
+        return {"pruner": "gptq", **given}
+
+    assert methods(make_table, [rounded(), rounded(bits=3)]) == ["gptq", "gptq"]
+    several = [rounded(), rounded(bits=3), rounded(bits=3, group_size=64)]
+    expected = ["gptq, default options", "gptq, default options", "gptq, group_size 64"]
+    assert methods(make_table, several) == expected
+
+
 def test_magnitude_with_and_without_data_differs_by_the_allocation_alone(
     make_table: MakeTable,
 ) -> None:

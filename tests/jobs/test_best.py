@@ -143,14 +143,26 @@ def test_questions_that_all_answer_alike_decide_nothing(plan: Plan, store: Store
 
 
 def test_what_cannot_be_chosen_is_refused(plan: Plan, store: Store) -> None:
-    with pytest.raises(InputError, match=r"sparsity: None: the grid has 0.5, 2:4: name one of"):
+    with pytest.raises(InputError, match=r"sparsity: None: the grid has 50%, 2:4: name one of"):
         best_cell(plan, store, None, None)
     with pytest.raises(InputError, match=r"sparsity: '0.7': the grid has"):
         best_cell(plan, store, None, "0.7")
     with pytest.raises(InputError, match=r"model: 'other': the grid has testbed"):
         best_cell(plan, store, "other", "0.5")
-    with pytest.raises(InputError, match=r"of 5 cells at 0.5 have not run: run it first"):
+    with pytest.raises(InputError, match=r"of 5 cells at 50% have not run: run it first"):
         best_cell(plan, store, None, "0.5")
+
+
+def test_models_of_fewer_bits_are_not_compared_with_those_of_more(
+    small: Content, load: Callable[[Content], Grid], store: Store
+) -> None:
+    several = [{"name": "rtn", "bits": bits} for bits in (3, 8)]
+    small["cells"] |= {"pruner": several, "sparsity": 0}
+    plan = make_plan(load(small))
+    plant(plan, store, lambda cell: 1.0 if cell.pruner is None else 1 + 1 / cell.pruner.bits)
+    with pytest.raises(InputError, match=r"sparsity: '0': the grid has 3 bit, 8 bit: name one of"):
+        best_cell(plan, store, None, "0")
+    assert best_cell(plan, store, None, "3 bit").target == "3 bit"
 
 
 def test_a_failed_candidate_is_out_and_named(plan: Plan, store: Store) -> None:
@@ -160,7 +172,7 @@ def test_a_failed_candidate_is_out_and_named(plan: Plan, store: Store) -> None:
     plant(plan, store, quality)
     for key in broken:
         store.discard(key)
-    with pytest.raises(InputError, match=r"1 of 5 cells at 0.5 have not run"):
+    with pytest.raises(InputError, match=r"1 of 5 cells at 50% have not run"):
         best_cell(plan, store, None, "0.5")
     part = {key: cell for key, cell in plan.cells.items() if key in broken}
     plant(dataclasses.replace(plan, cells=part), store, lambda cell: math.nan)

@@ -44,6 +44,20 @@ def test_a_preset_expands_to_its_spec_and_fields_beside_it_override_it(
     assert corpora["web"] == corpora["c4"].model_copy(update={"data_files": "mine.json"})
 
 
+def test_compressor_is_another_name_of_pruner(content: Content, load: Load) -> None:
+    several = ["wanda", {"name": "gptq", "bits": 3}]
+    content["cells"] |= {"pruner": several, "sparsity": 0.5}
+    content["include"] = [{"pruner": "magnitude", "calibration": "none"}]
+    content["exclude"] = [{"pruner": "wanda", "seed": 1}]
+    expected = make_plan(load(content))
+    for block in (content["cells"], *content["include"], *content["exclude"]):
+        block["compressor"] = block.pop("pruner")
+    assert make_plan(load(content)).graph == expected.graph
+    content["cells"]["pruner"] = "wanda"
+    with pytest.raises(InputError, match=r"compressor: .* is another name of pruner"):
+        load(content)
+
+
 def test_other_text_under_the_same_path_is_another_corpus(content: Content, load: Load) -> None:
     before = load(content).corpora["notes"]
     assert load(content).corpora["notes"] == before

@@ -1,6 +1,7 @@
 """ALPS: pruning by the alternating direction method of multipliers (arXiv 2406.07831)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,22 +63,56 @@ def prune_by_alps(
     Raises:
         ValueError: if the Hessian is not finite.
     """
-    hessian = statistics["hessian"]
+    problem = scaled_problem(weight, statistics["hessian"], options.damping)
+    mask, sparse, facts = _admm(problem.dense, problem.gram, target)
+    updated = problem.weight_of(fitted(problem, sparse, mask, GRADIENT_STEPS), mask)
+    dead = {"dead_columns": float(problem.dead.sum()), "damping": options.damping}
+    return Pruned(mask=mask, weight=updated, facts={**dead, **facts})
+
+
+@dataclass(frozen=True)
+class ScaledProblem:
+    """Least squares for a matrix's output, scaled so that the Hessian's diagonal is one."""
+
+    original: Tensor
+    """The weight, `[rows, columns]`."""
+
+    dense: Tensor
+    """The same times `scale`; 0 in dead columns."""
+
+    gram: Tensor
+    """The damped Hessian over scale_i scale_j, `[columns, columns]`."""
+
+    scale: Tensor
+    """`[columns]`."""
+
+    dead: Tensor
+    """Columns without any input, `[columns]`."""
+
+    def weight_of(self, solution: Tensor, mask: Tensor) -> Tensor:
+        """Return the weight of a solution, with dead columns as they were and zeros in the mask."""
+        weight = torch.where(self.dead, self.original, solution / self.scale)
+        set_to_zero(weight, mask)
+        return weight
+
+
+def scaled_problem(weight: Tensor, hessian: Tensor, damping: float) -> ScaledProblem:
+    """Scale a matrix's least squares.
+
+    Args:
+        damping: added to the Hessian's diagonal, as a share of its mean.
+
+    Raises:
+        ValueError: if the Hessian is not finite.
+    """
     if not is_finite(hessian):
         raise ValueError("the Hessian has NaN or infinite values")
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    scale = (diagonal + options.damping * diagonal.mean()).sqrt().masked_fill(dead, 1.0)
+    scale = (diagonal + damping * diagonal.mean()).sqrt().masked_fill(dead, 1.0)
     gram = hessian / scale / scale[:, None]
     gram.fill_diagonal_(1.0)
-    dense = (weight * scale).masked_fill_(dead, 0.0)
-
-    mask, sparse, facts = _admm(dense, gram, target)
-    updated = _fitted(dense, sparse, gram, mask) / scale
-    updated = torch.where(dead, weight, updated)
-    set_to_zero(updated, mask)
-    facts = {"dead_columns": float(dead.sum()), "damping": options.damping, **facts}
-    return Pruned(mask=mask, weight=updated, facts=facts)
+    return ScaledProblem(weight, (weight * scale).masked_fill_(dead, 0.0), gram, scale, dead)
 
 
 def _admm(
@@ -114,21 +149,22 @@ def _shifted_inverse(values: Tensor, vectors: Tensor, rho: float) -> Tensor:
     return ((vectors / (values + rho)) @ vectors.T).float()
 
 
-def _fitted(dense: Tensor, start: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+def fitted(problem: ScaledProblem, start: Tensor, mask: Tensor, steps: int) -> Tensor:
     """Fit the kept weights by conjugate gradients, from a start that is zero elsewhere.
 
     The paper's preconditioner is the Hessian's diagonal, which is one everywhere here.
     """
+    dense, gram = problem.dense, problem.gram
     tiny = torch.finfo(dense.dtype).tiny  # a row that is solved divides 0 by it
-    fitted = start.clone()
+    solution = start.clone()
     residual = ((dense - start) @ gram).masked_fill_(mask, 0.0)
     direction = residual.clone()
     size = residual.square().sum(dim=1, keepdim=True)
-    for _ in range(GRADIENT_STEPS):
+    for _ in range(steps):
         curved = (direction @ gram).masked_fill_(mask, 0.0)
         step = size / (direction * curved).sum(dim=1, keepdim=True).clamp_(min=tiny)
-        fitted.addcmul_(step, direction)
+        solution.addcmul_(step, direction)
         residual.addcmul_(step, curved, value=-1)
         before, size = size, residual.square().sum(dim=1, keepdim=True)
         direction.mul_(size / before.clamp(min=tiny)).add_(residual)
-    return fitted
+    return solution
