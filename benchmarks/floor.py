@@ -20,7 +20,7 @@ def floating_point_operations(geometry: Geometry, pruner: str) -> int:
     match pruner:
         case "magnitude":
             return 0
-        case "sparsegpt":
+        case "sparsegpt" | "gptq":
             return _forward_passes(geometry) + geometry.layers * (
                 _hessians(geometry) + _inverses(geometry) + _updates(geometry)
             )

@@ -1,4 +1,4 @@
-"""Prune a model with calprune, and report the CPU time; the counterpart of `theirs.py`.
+"""Prune or round a model with calprune, and report the CPU time; the counterpart of `theirs.py`.
 
 It reports the time that the matrix products alone need as well (`benchmarks.floor`).
 
@@ -13,6 +13,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from safetensors.torch import save_file
 
 from benchmarks.floor import floating_point_operations, layer_products
 from benchmarks.geometry import Geometry
@@ -22,7 +23,7 @@ from cluster.heap import keep_freed_memory
 from pipeline.models.loading import load_model
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
-from pipeline.specs import LocalModel, Uniform
+from pipeline.specs import GPTQ, LocalModel, Uniform
 
 _RATE_SECONDS = 5.0
 """For which the rate of products is measured. The best one counts: a floor must not be too high."""
@@ -31,21 +32,27 @@ _RATE_SECONDS = 5.0
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a checkpoint.")],
     windows: Annotated[Path, typer.Option(help=".npy of token ids [nsamples, seqlen].")],
-    pruner: Annotated[str, typer.Option(help="wanda or sparsegpt.")],
+    pruner: Annotated[str, typer.Option(help="wanda, sparsegpt or gptq.")],
     output: Annotated[Path, typer.Option(help="JSON file.")],
+    weights: Annotated[Path, typer.Option(help="safetensors file.")],
     pattern: Annotated[str | None, typer.Option(help="Such as 2:4; unset, half of each row.")] = (
         None
     ),
 ) -> None:
-    """Prune half of the weights on one thread, and write the CPU seconds that it took."""
+    """Prune half of the weights, or round all to 4 bits, on one thread, and write the CPU seconds
+    that it took."""
     keep_freed_memory()  # as every stage does
     torch.set_num_threads(1)
     loaded = load_model(LocalModel(path=str(model), dtype="float32"), {}, torch.device("cpu"))
     ids = torch.from_numpy(np.load(windows))  # [nsamples, seqlen]
-    target = LayerTarget.parse(0.5, pattern)
+    rounds = pruner == "gptq"
+    spec = GPTQ(group_size=64) if rounds else pruner_spec(pruner)
+    target = LayerTarget.parse(0.0 if rounds else 0.5, pattern)
     start = time.process_time()
-    report = prune_model(loaded, ids, pruner_spec(pruner), target, Uniform())
+    report = prune_model(loaded, ids, spec, target, Uniform())
     seconds = time.process_time() - start
+    modules = dict(loaded.named_modules())
+    save_file({each.matrix: modules[each.matrix].weight for each in report.matrices}, weights)
     found = {
         "cpu_seconds": seconds,
         "sparsity": report.sparsity,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from benchmarks import real
@@ -26,6 +27,8 @@ from benchmarks.real_model import (
 from benchmarks.tables import targets_table
 from benchmarks.targets import Target
 from cluster.store import Manifest, Store
+from pipeline.models.loading import load_model
+from pipeline.specs import LocalModel
 
 PREFIXES = [[5, 6], [7, 8], [9, 10]]
 
@@ -201,6 +204,24 @@ def test_both_prune_the_same_windows_and_their_cpu_seconds_are_compared(
     assert 0 < ours.reached < 60
     assert ratio == Target("sparsegpt 2:4: times llm-compressor", 2.0, 1000 / ours.reached)
     assert limit.reached > ratio.reached  # nothing is quicker than its matrix products
+
+
+def test_a_change_twice_as_large_has_four_times_the_error(
+    tmp_path: Path, folder: Path, windows: torch.Tensor
+) -> None:
+    dense = load_model(LocalModel(path=str(folder), dtype="float32"), {}, torch.device("cpu"))
+    draws = torch.Generator().manual_seed(0)
+    changes = {
+        name: torch.randn(each.weight.shape, generator=draws)
+        for name, each in dense.model.layers.named_modules(prefix="model.layers")
+        if isinstance(each, torch.nn.Linear)
+    }
+    files = {size: tmp_path / f"{size}.safetensors" for size in (2, 1)}
+    for size, path in files.items():
+        own = {n: dense.get_submodule(n).weight + size * each for n, each in changes.items()}
+        save_file(own, path)
+    found = compare.error_ratios(folder, windows, *files.values())
+    assert found == pytest.approx((4, 4, 4), rel=1e-3)
 
 
 def test_pruning_another_share_than_half_is_an_error(
