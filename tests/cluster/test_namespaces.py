@@ -1,6 +1,7 @@
-"""Two nodes in network namespaces with an S3 server on one, and a cut cable between them."""
+"""Nodes in network namespaces, an S3 server beside the head, and cut cables between them."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -16,9 +17,12 @@ from cluster.store import Store
 from tests.soak import stand_in
 from tests.soak.nodes import PROJECT, finish, wait_until
 
-HEAD, NODE = "calprune-head", "calprune-node"
-ADDRESSES = {HEAD: "10.231.7.1", NODE: "10.231.7.2"}
-CABLE = [(HEAD, "calprune-h", ADDRESSES[HEAD]), (NODE, "calprune-n", ADDRESSES[NODE])]
+HEAD, FIRST, SECOND = "calprune-head", "calprune-one", "calprune-two"
+ADDRESSES = {HEAD: "10.231.6.1", FIRST: "10.231.7.2", SECOND: "10.231.9.2"}
+CABLES = [
+    [(HEAD, "calprune-h1", "10.231.7.1"), (FIRST, "calprune-n1", ADDRESSES[FIRST])],
+    [(HEAD, "calprune-h2", "10.231.9.1"), (SECOND, "calprune-n2", ADDRESSES[SECOND])],
+]
 TO_TEST = [(HEAD, "calprune-s", "10.231.8.1"), (None, "calprune-t", "10.231.8.2")]
 """The cable by which the test itself reaches the store."""
 S3_PORT = "9000"
@@ -44,14 +48,19 @@ def namespaces() -> Iterator[None]:
     if shutil.which("ip") is None or os.geteuid():
         pytest.skip("network namespaces need iproute2 and root")
     words = [["netns", "add", name] for name in ADDRESSES]
-    for (head, one, _), (other, two, _) in (CABLE, TO_TEST):
+    for (head, one, _), (other, two, _) in (*CABLES, TO_TEST):
         words.append(["-n", head, "link", "add", one, "type", "veth", "peer", "name", two])
         words[-1] += ["netns", other or str(os.getpid())]
-    for name, end, address in (*CABLE, *TO_TEST):
+    for name, end, address in itertools.chain(*CABLES, TO_TEST):
         where = ["-n", name] if name else []
         words.append([*where, "link", "set", "lo", "up"])
         words.append([*where, "addr", "add", f"{address}/24", "dev", end])
         words.append([*where, "link", "set", end, "up"])
+    words.append(["-n", HEAD, "addr", "add", f"{ADDRESSES[HEAD]}/32", "dev", "lo"])
+    for (_, _, gateway), (name, _, _) in CABLES:  # to the head, and through it to each other
+        words.append(["-n", name, "route", "add", "default", "via", gateway])
+    forward = "echo 1 > /proc/sys/net/ipv4/ip_forward"
+    words.append(["netns", "exec", HEAD, "sh", "-c", forward])
     try:
         for each in words:
             made = subprocess.run(["ip", *each], capture_output=True, text=True)
@@ -113,32 +122,41 @@ def start(name: str, *options: str) -> subprocess.Popen[str]:
     return node
 
 
-@pytest.mark.parametrize("kind", ["generate", "evaluate"], ids=["actor", "task"])
-def test_reachable_nodes_do_the_work_of_a_node_behind_a_cut_cable(
-    kind: str, store: Store, tmp_path: Path
+def cut(name: str) -> None:
+    """Cut the cable of a node."""
+    end = next(end for _, (other, end, _) in CABLES if other == name)
+    subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)
+
+
+def test_reachable_nodes_do_the_work_of_nodes_behind_cut_cables(
+    store: Store, tmp_path: Path
 ) -> None:
-    """Only the node behind the cable has room until it is cut, so the stage is there for certain.
-    It may still finish its stages while others make them again: the table is the same."""
+    """One is cut while an actor is at work there, then another one while a task is. Only the node
+    that is cut next has room, so the stage is there for certain. It may still finish its stages
+    while others make them again: the table is the same."""
     log = tmp_path / "log"
     address = f"{ADDRESSES[HEAD]}:6379"
     options = ["--address", address, "--store", store.url, "--log", str(log), "--seconds", "2"]
     head = ["--head", "--port=6379", "--include-dashboard=false"]
+    joining = [f"--address={address}", "--num-cpus=2"]
     started = [start(HEAD, *head, "--num-cpus=0")]
     try:
-        started.append(start(NODE, f"--address={address}", "--num-cpus=2"))
+        started.append(start(FIRST, *joining))
         driver = inside(HEAD, sys.executable, "-m", "tests.soak.drive", *options)
         started.append(driver)
 
-        def at_work() -> bool:
+        def at_work(kind: str) -> bool:
             done = store.keys()
             began = stand_in.executions(log)
             return any(each.key.startswith(kind) and each.key not in done for each in began)
 
-        wait_until(lambda: driver.poll() is not None or at_work())
-        assert driver.poll() is None, driver.communicate()
-        subprocess.run(["ip", "-n", NODE, "link", "set", "calprune-n", "down"], check=True)
-        started.append(start(HEAD, f"--address={address}", "--num-cpus=2"))
-        assert finish(driver)["repeated"]
+        for kind, there, following in (("generate", FIRST, SECOND), ("evaluate", SECOND, HEAD)):
+            wait_until(lambda kind=kind: driver.poll() is not None or at_work(kind))
+            assert driver.poll() is None, driver.communicate()
+            cut(there)
+            started.append(start(following, *joining))
+        repeated = {key.partition("-")[0] for key in finish(driver)["repeated"]}
+        assert {"generate", "evaluate"} <= repeated
     finally:
         for process in reversed(started):
             process.terminate()

@@ -1,7 +1,5 @@
 """Small versions of two studies, from grid file to finding."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from analysis.__main__ import app
 from analysis.studies import STUDIES
 from cluster.store import Store
 from jobs.check import check_plan
@@ -17,7 +17,7 @@ from jobs.declared import record_design
 from jobs.gather import gather, write_table
 from jobs.grid import load_grid
 from jobs.plan import make_plan
-from tests.e2e.conftest import Finished, begin, environment
+from tests.e2e.conftest import Finished, begin
 from tests.made import make_here
 
 SMALLER: dict[str, dict[str, Any]] = {
@@ -62,9 +62,8 @@ def smaller(name: str, folder: Path) -> Path:
 
 
 def test_findings_of_small_studies_are_told_and_drawn(store: Path) -> None:
-    command = [sys.executable, "-m", "analysis", "study", "all", "--store", str(store)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 1  # the others have not run
+    done = CliRunner().invoke(app, ["study", "all", "--store", str(store)])
+    assert done.exit_code == 1  # the others have not run
     others = len(STUDIES) - len(SMALLER)
     assert done.stdout.count("make its results with `python -m jobs run") == others
     for name in SMALLER:
