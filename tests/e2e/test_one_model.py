@@ -44,10 +44,13 @@ def words(tmp_path: Path, tiny_model_folder: Path) -> Sequence[str | Path]:
     ]
 
 
-@pytest.mark.usefixtures("ray_of_its_own")
 def test_one_command_makes_a_pruned_checkpoint_that_says_what_it_lost(
-    words: Sequence[str | Path], tmp_path: Path, calprune_inside: Callable[..., Finished]
+    words: Sequence[str | Path],
+    tmp_path: Path,
+    calprune_inside: Callable[..., Finished],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("jobs.library.run_grid", run_here)
     done = calprune_inside(*words)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
