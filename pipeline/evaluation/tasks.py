@@ -20,7 +20,8 @@ from pipeline.testbed.tasks import TASK_NAMES
 def missing_tasks(names: list[str], folder: TestbedTasksSpec | LocalTasks | None) -> list[str]:
     """Return those of the names that neither the task folder nor lm-eval has.
 
-    The files are read first: lm-eval, whose import takes seconds, is asked only for other names.
+    The files are read first: lm-eval, whose index takes seconds, is asked only for other names
+    that some file mentions.
 
     Raises:
         InputError: if there is no such folder.
@@ -29,12 +30,15 @@ def missing_tasks(names: list[str], folder: TestbedTasksSpec | LocalTasks | None
     for known in _known_names(folder):
         missing.difference_update(known)
         if not missing:
-            break
+            return []
+    if _mentioned(missing):
+        missing.difference_update(lm_eval_tasks().all_tasks)
     return [name for name in names if name in missing]
 
 
 def _known_names(folder: TestbedTasksSpec | LocalTasks | None) -> Iterator[Iterable[str]]:
-    """Yield the names that the files show at a glance, then those that lm-eval finds in them."""
+    """Yield the names that the files show at a glance, then those that lm-eval finds in the
+    folder."""
     if isinstance(folder, TestbedTasksSpec):
         yield TASK_NAMES
     elif isinstance(folder, LocalTasks):
@@ -42,7 +46,21 @@ def _known_names(folder: TestbedTasksSpec | LocalTasks | None) -> Iterator[Itera
     yield _lm_eval_files()
     if isinstance(folder, LocalTasks):
         yield task_manager(Path(folder.path)).all_tasks
-    yield lm_eval_tasks().all_tasks
+
+
+def _mentioned(names: Iterable[str]) -> bool:
+    """Return whether a task file of lm-eval has one of the names anywhere. Most included files have
+    no ending."""
+    folder = lm_eval_folder()
+    paths = () if folder is None else (folder / "tasks").rglob("*")
+    sought = [name.encode() for name in names]
+    return any(
+        name in content
+        for path in paths
+        if path.suffix in ("", ".yaml", ".yml") and path.is_file()
+        for content in (path.read_bytes(),)
+        for name in sought
+    )
 
 
 def existing_folder(path: str) -> Path:

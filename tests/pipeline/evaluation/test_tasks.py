@@ -45,6 +45,7 @@ from pipeline.specs import LocalTasks
 from pipeline.evaluation.tasks import missing_tasks
 local = LocalTasks(path={str(folder)!r})
 assert missing_tasks(["colours", "all-of-it", "boolq", "mmlu", "arc_easy"], local) == []
+assert missing_tasks(["boolq", "no-such-task"], None) == ["no-such-task"]
 assert not {{"lm_eval", "torch"}} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
