@@ -48,6 +48,7 @@ TOP_K_TOP_P = "calprune_top_k_top_p"
 """In the `extra_args` of a request on a CPU: its top_k and top_p, in place of vLLM's own."""
 
 
+@functools.cache  # it reads the lists of all packages' files
 def vllm_version() -> str | None:
     """Return the version of the installed package that provides vLLM; None if there is none."""
     if importlib.util.find_spec("vllm") is None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file
 
 from pipeline.errors import InputError
@@ -41,6 +40,8 @@ def packed(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_integers_times_scales_are_the_rounded_weights_to_the_bit(packed: Packed) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
     rounded = load_model(packed.spec, {packed.spec.key: packed.artifact}).state_dict()
     stored: dict[str, torch.Tensor] = {}
     for path in packed.folder.glob("*.safetensors"):
