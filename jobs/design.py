@@ -4,11 +4,13 @@
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from pipeline.errors import InputError
 from pipeline.specs import Spec
 
 POWER = 0.8
@@ -20,7 +22,22 @@ LEVEL = 0.05
 STEPS = 4000
 """Points of the integral over the estimated standard deviation."""
 
-Selection = dict[str, Any]
+
+def with_pruner(content: object) -> object:
+    """Return a mapping with `compressor`, another name of `pruner`, under that name.
+
+    Raises:
+        InputError: if it has both.
+    """
+    if not isinstance(content, Mapping) or "compressor" not in content:
+        return content
+    if "pruner" in content:
+        remedy = "is another name of pruner, which is there too: leave one"
+        raise InputError("compressor", content["compressor"], remedy)
+    return {("pruner" if name == "compressor" else name): each for name, each in content.items()}
+
+
+Selection = Annotated[dict[str, Any], BeforeValidator(with_pruner)]
 """Values of cells' fields, each one value or a list of them, written as under `cells`."""
 
 

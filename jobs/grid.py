@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from cluster.graph import Resources
-from jobs.design import Design
+from jobs.design import Design, with_pruner
 from jobs.dtypes import AutoDtype, with_dtypes
 from jobs.outside import with_fingerprints
 from jobs.stages import HIDDEN_BYTES, STAGES
@@ -77,20 +77,6 @@ GridModel = Annotated[
 def with_name(value: object) -> object:
     """Return `"wanda"` as `{name: wanda}`: a name alone means all defaults."""
     return {"name": value} if isinstance(value, str) else value
-
-
-def with_pruner(content: object) -> object:
-    """Return a mapping with `compressor`, another name of `pruner`, under that name.
-
-    Raises:
-        InputError: if it has both.
-    """
-    if not isinstance(content, Mapping) or "compressor" not in content:
-        return content
-    if "pruner" in content:
-        remedy = "is another name of pruner, which is there too: leave one"
-        raise InputError("compressor", content["compressor"], remedy)
-    return {("pruner" if name == "compressor" else name): each for name, each in content.items()}
 
 
 def _at_path(value: object) -> object:

@@ -2,6 +2,7 @@
 
 from analysis.studies import (
     amount,
+    compressors,
     cost,
     filter,
     generator,
@@ -32,6 +33,7 @@ STUDIES: dict[str, Study] = {
         similarity,
         mixing,
         cost,
+        compressors,
         real_coverage,
         real_filter,
         real_prefix_length,
