@@ -10,6 +10,7 @@ from analysis.studies import (
     mixing,
     predictor,
     prefix_length,
+    real_compressors,
     real_coverage,
     real_filter,
     real_language,
@@ -39,6 +40,7 @@ STUDIES: dict[str, Study] = {
         real_prefix_length,
         real_sparsity,
         real_language,
+        real_compressors,
     )
 }
 """By name, in the order of the page of findings."""

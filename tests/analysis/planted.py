@@ -75,6 +75,13 @@ def others_are_lost(cell: Cell, task: str) -> float:
     return 0.1 * (cell.calibration not in ("mixed", task.removesuffix("-heldout")))
 
 
+def python_harms_all_but_awq(cell: Cell, task: str) -> float:
+    """Other text than Python's is lost by calibration with Python."""
+    assert cell.pruner is not None
+    harmed = cell.calibration == "python" and task != "python-heldout"
+    return 0.3 * (harmed and cell.pruner.name != "awq")
+
+
 def all_but_awq_need_data(cell: Cell, task: str) -> float:
     """The mismatched corpus harms, refitted weights most; AWQ takes any text."""
     assert cell.pruner is not None
@@ -267,6 +274,13 @@ DECLARED: dict[str, tuple[from_grid.Effect, str, str]] = {
         r"^Worse: Japanese against mixed, 60 % and Japanese against mixed, 70 %\. .*"
         r"Japanese against mixed, 60 %: \+1[01]\.\d % ",
         "Equal within the smallest effect of interest: Japanese against mixed, 30 %, Japanese ",
+    ),
+    "real-compressors": (
+        python_harms_all_but_awq,
+        r"^Worse: Python against mixed, Wanda, Python against mixed, refitted Wanda, Python "
+        r"against mixed, SparseGPT, Python against mixed, GPTQ and Python against mixed, GPTQ with "
+        r"3 bits\. Not shown: Python against mixed, AWQ\. .*",
+        "Equal within the smallest effect of interest: Python against mixed, Wanda, Python ",
     ),
     "real-language": (
         keeps_its_kind,

@@ -62,7 +62,7 @@ def test_every_study_of_the_real_model_has_a_grid_without_mistakes(
     prepare_books(folder)
     grids = [path.absolute() for path in REAL]
     monkeypatch.chdir(tmp_path)
-    assert len(grids) == 5
+    assert len(grids) == 6
     for path in grids:
         plan = make_plan(load_grid(path))
         assert plan.grid.name == path.stem
