@@ -103,7 +103,14 @@ def _rounded(spec: PruneSpec) -> str:
     if not isinstance(spec.pruner, Quantizer):
         return ""
     numbers, inputs = 2**spec.pruner.bits, spec.pruner.group_size
-    return f"In each row the weights of {inputs} adjacent inputs have at most {numbers} values. "
+    if spec.pruner.few_values:
+        return (
+            f"In each row the weights of {inputs} adjacent inputs have at most {numbers} values. "
+        )
+    return (
+        f"In each row the weights of {inputs} adjacent inputs were rounded to at most {numbers} "
+        "values while each input was scaled, and then scaled back. "
+    )
 
 
 def _stored(spec: PruneSpec, packed: bool) -> str:

@@ -24,7 +24,7 @@ from jobs.model_card import model_card
 from jobs.plan import Plan, make_plan
 from pipeline.errors import InputError
 from pipeline.evaluation.schemas import METRICS_SCHEMA, REQUESTS_SCHEMA
-from pipeline.specs import EvaluateSpec, PruneSpec
+from pipeline.specs import AWQ, GPTQ, EvaluateSpec, PruneSpec
 
 Content = dict[str, Any]
 Level = Callable[[Any], float]
@@ -242,3 +242,32 @@ def test_a_card_says_what_is_lost(plan: Plan, store: Store) -> None:
     assert f"- {sentence}." in card
     assert spec.key in card
     assert "Nothing was measured" in model_card(manifest, spec, [])
+
+
+@pytest.mark.parametrize(
+    ("pruner", "words"),
+    [
+        (GPTQ(), "the weights of 128 adjacent inputs have at most 16 values. "),
+        (AWQ(bits=3), "at most 8 values while each input was scaled, and then scaled back. "),
+    ],
+)
+def test_a_card_says_what_rounding_left(
+    plan: Plan, store: Store, pruner: GPTQ | AWQ, words: str
+) -> None:
+    plant(plan, store, quality)
+    pruned = next(
+        each.model
+        for each in plan.specs.values()
+        if isinstance(each, EvaluateSpec)
+        and isinstance(each.model, PruneSpec)
+        and each.model.calibration is not None
+    )
+    manifest = store.manifest(next(iter(plan.cells)))
+    assert manifest is not None
+    spec = pruned.model_copy(update={"pruner": pruner, "sparsity": 0.0, "pattern": None})
+    described = manifest.model_copy(update={"report": {"sparsity": 0.0}})
+    card = model_card(described, spec, [])
+    assert words in card
+    assert f"rounded to {pruner.bits} bits by {pruner.name}" in card
+    assert "only a program that makes use of few bits is quicker" in card
+    assert "which vLLM reads" in model_card(described, spec, [], packed=True)

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from jobs import one_model
+from jobs import library, one_model
 from jobs.__main__ import app
+from jobs.before_after import BeforeAfter
 from jobs.grid import grid_of, load_grid
 from jobs.new_grid import write_grid
 from jobs.one_model import (
@@ -236,3 +237,18 @@ def test_init_says_where_the_grid_is(model: str, text: str, probe: str, tmp_path
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert f"grid: {path}" in done.output.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("pruner", "sparsity", "title"),
+    [("wanda", "2:4", "a-model, 2:4 by wanda"), ("gptq", "0", "a-model, 4 bit by gptq")],
+)
+def test_the_command_says_what_the_matrices_became(
+    pruner: str, sparsity: str, title: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = [BeforeAfter("text", "perplexity", 2.0, 3.0, 0.1, 8)]
+    monkeypatch.setattr(library, "prune", lambda *words, **options: ("prune-0", measured))
+    words = ["prune", "a-model", "--out", "out", "--pruner", pruner, "--sparsity", sparsity]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert title in " ".join(done.stdout.split())
