@@ -78,6 +78,15 @@ def interval_figure(
     return figure
 
 
+def logarithmic_beyond_one(figure: Figure) -> None:
+    """Draw the changes of a figure of intervals on a scale that is logarithmic beyond 1 %."""
+    for panel in figure.axes:
+        panel.set_xscale("symlog", linthresh=1)
+        panel.set_xlabel("change (%), logarithmic beyond ±1 %")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.autoscale(axis="x")
+
+
 def point_figure(
     title: str,
     panels: dict[str, list[Point]],

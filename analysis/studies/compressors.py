@@ -1,5 +1,6 @@
 """Whether calibration data matter to quantizers and to refitted weights as they do to masks."""
 
+from analysis.charts import logarithmic_beyond_one
 from analysis.finding import declared_answer
 from analysis.study import Answer, Results, Study
 
@@ -11,11 +12,7 @@ def answer(results: Results) -> Answer:
         "Perplexity after compression with self-generated text, against the mismatched corpus",
         "Effects of different compressors compare only by what each costs.",
     )
-    for panel in found.figure.axes:
-        panel.set_xscale("symlog", linthresh=1)
-        panel.set_xlabel("change (%), logarithmic beyond ±1 %")
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.autoscale(axis="x")
+    logarithmic_beyond_one(found.figure)
     return found
 
 

@@ -1,5 +1,6 @@
 """From which sparsity on self-generated calibration data matters."""
 
+from analysis.charts import logarithmic_beyond_one
 from analysis.finding import declared_answer
 from analysis.study import Answer, Results, Study
 
@@ -12,11 +13,7 @@ def answer(results: Results) -> Answer:
         "Where it begins to matter depends on the smallest effect of interest, and on how far the "
         "corpus is from the pretraining text.",
     )
-    for panel in found.figure.axes:  # effects differ by two orders of magnitude
-        panel.set_xscale("symlog", linthresh=1)
-        panel.set_xlabel("change (%), logarithmic beyond ±1 %")
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.autoscale(axis="x")
+    logarithmic_beyond_one(found.figure)  # effects differ by two orders of magnitude
     return found
 
 

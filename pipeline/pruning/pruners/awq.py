@@ -46,7 +46,8 @@ def quantize_by_awq(
     best, least, power, plain = weight, torch.inf, 0.0, 0.0
     for step in range(options.steps):
         scale = size ** (step / options.steps)
-        rounded = grid_of(weight * scale, options).nearest(weight * scale) / scale
+        scaled = weight * scale
+        rounded = grid_of(scaled, options).nearest(scaled) / scale
         change = rounded - weight
         error = float(torch.einsum("oi,oi->", change @ hessian, change))
         if step == 0:

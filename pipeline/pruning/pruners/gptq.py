@@ -4,12 +4,16 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.grids import grid_of
-from pipeline.pruning.pruners.sparsegpt import ColumnGrid, by_columns, inverse_factor
+from pipeline.pruning.pruners.sparsegpt import (
+    ColumnGrid,
+    OfLastHessian,
+    by_columns,
+    inverse_factor,
+)
 from pipeline.specs import GPTQ
 
 
@@ -61,13 +65,12 @@ def quantize_by_gptq(
 def _by_input(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Hessian with the largest inputs first, and the order of its columns. Matrices that
     share a Hessian share both."""
-    if hessian not in _latest or _latest[hessian][0] != hessian._version:
+
+    def ordered() -> tuple[Tensor, Tensor]:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-        _latest.clear()
-        _latest[hessian] = hessian._version, hessian[order][:, order], order
-    _, ordered, order = _latest[hessian]
-    return ordered, order
+        return hessian[order][:, order], order
+
+    return _ordered.get(hessian, None, ordered)
 
 
-_latest = WeakTensorKeyDictionary()
-"""The last Hessian, while it lives: its version, the Hessian in another order, and the order."""
+_ordered: OfLastHessian[tuple[Tensor, Tensor]] = OfLastHessian()

@@ -1,8 +1,8 @@
 """SparseGPT: one-shot pruning by the optimal brain surgeon (arXiv 2301.00774)."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.grids import nearest
 from pipeline.pruning.pruners.masks import refuse_nan, smallest, smallest_in_columns, zeros_in
 from pipeline.specs import SparseGPT
+
+Made = TypeVar("Made")
 
 DAMPING_RAISES = 5
 """How often the damping is raised tenfold before a Hessian counts as singular."""
@@ -211,16 +213,27 @@ def inverse_factor(
 
     Dead columns depend on no other, so their diagonal only has to be positive.
     """
-    key = hessian._version, damping
-    if hessian not in _latest or _latest[hessian][0] != key:
-        _latest.clear()  # one factor is as large as the Hessian itself
-        _latest[hessian] = key, _inverse_factor(hessian, dead, damping)
-    upper, facts = _latest[hessian][1]
+    upper, facts = _factors.get(hessian, damping, lambda: _inverse_factor(hessian, dead, damping))
     return upper, dict(facts)
 
 
-_latest = WeakTensorKeyDictionary()
-"""The last Hessian, while it lives: its version and damping, and the factor with its facts."""
+class OfLastHessian(Generic[Made]):
+    """What was made of the last Hessian, while that lives and nobody writes to it."""
+
+    def __init__(self) -> None:
+        self._made = WeakTensorKeyDictionary()
+
+    def get(self, hessian: Tensor, options: object, make: Callable[[], Made]) -> Made:
+        """Return what was made with these options, or make it."""
+        key = hessian._version, options
+        if hessian not in self._made or self._made[hessian][0] != key:
+            self._made.clear()  # what is made may be as large as the Hessian itself
+            self._made[hessian] = key, make()
+        made: Made = self._made[hessian][1]
+        return made
+
+
+_factors: OfLastHessian[tuple[Tensor, dict[str, float]]] = OfLastHessian()
 
 
 def _inverse_factor(
