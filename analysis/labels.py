@@ -30,8 +30,10 @@ PRUNERS = (
     DENSE,
     "magnitude",
     "wanda",
+    "wandapp",
     "ria",
     "dsnot",
+    "sparseswaps",
     "refit",
     "sparsegpt",
     "alps",
@@ -55,6 +57,7 @@ METHOD_AXES = {
     "pruner_options": "{}",
     "allocation": "{}",
     "allocation_options": "{}",
+    "reconstruction": "reconstructed{}",
     "nsamples": "{} windows",
     "seqlen": "{} tokens each",
 }
@@ -187,9 +190,12 @@ def _by_name(table: pd.DataFrame, label: str, name: str, order: list[str]) -> li
 
 
 def _setting(axis: str, value: object) -> str:
-    if axis in ("pruner_options", "allocation_options"):
-        named = (f"{name} {option}" for name, option in sorted(json.loads(str(value)).items()))
-        return ", ".join(named) or "default options"
+    if axis in ("pruner_options", "allocation_options", "reconstruction"):
+        options = sorted(json.loads(str(value)).items())
+        named = ", ".join(f"{name} {option}" for name, option in options)
+        if axis == "reconstruction":
+            return f" ({named})" if named else ""
+        return named or "default options"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -24,6 +24,7 @@ COLUMNS: dict[str, str] = {
     "pruner_options": "str",
     "allocation": "str",
     "allocation_options": "str",
+    "reconstruction": "str",
     "sparsity": "float64",
     "pattern": "str",
     "bits": "Int64",

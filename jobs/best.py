@@ -167,6 +167,7 @@ def _names(cells: Sequence[Cell]) -> dict[Cell, str]:
     """Return the name of each cell without its seed: the pruner, then the data."""
     data = candidate_names(cells)
     allocations = {cell.allocation for cell in cells}
+    fits = {cell.reconstruction for cell in cells}
     names = {}
     for cell in cells:
         assert cell.pruner is not None
@@ -174,6 +175,8 @@ def _names(cells: Sequence[Cell]) -> dict[Cell, str]:
         parts = [cell.pruner.name, *(f"{name} {value}" for name, value in options.items())]
         if len(allocations) > 1 and cell.allocation is not None:
             parts.append(cell.allocation.name)
+        if len(fits) > 1 and cell.reconstruction is not None:
+            parts.append(cell.reconstruction.words)
         names[cell] = " ".join([*parts, data[cell]])
     return names
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -40,6 +40,8 @@ from pipeline.specs import (
     PerplexitySpec,
     Pruner,
     PruneSpec,
+    Reconstruction,
+    ReconstructionOptions,
     ScoreSpec,
     Spec,
     Uniform,
@@ -55,15 +57,32 @@ NO_CALIBRATION = "none"
 """Name of the calibration of cells that use no data."""
 
 
+class CellReconstruction(ReconstructionOptions):
+    """How a cell's kept weights are fitted."""
+
+    calibration: str | None = None
+    """Name of the grid's calibration to fit to, at the cell's seed, nsamples and seqlen; None is
+    the cell's own set."""
+
+    @property
+    def words(self) -> str:
+        """What it is called beside a pruner, with the options that differ from the defaults."""
+        options = self.model_dump(exclude_defaults=True)
+        return " ".join(["reconstructed", *(f"{name} {value}" for name, value in options.items())])
+
+
 class Cell(Spec):
     """One point of a grid. Fields that mean nothing to it are None, so that points with the same
     work are equal."""
+
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"reconstruction"})
 
     model: str
     calibration: str = NO_CALIBRATION
     pruner: Annotated[Pruner, BeforeValidator(with_name)] | None = None
     """None is the dense model."""
     allocation: Annotated[Allocation, BeforeValidator(with_name)] | None = None
+    reconstruction: CellReconstruction | None = None
     sparsity: Fraction = 0.0
     pattern: str | None = None
     seed: int | None = Field(default=None, ge=0)
@@ -115,13 +134,20 @@ RULE_FIELDS = ("drop_by", "within")
 """Those that mean nothing where no share is dropped."""
 
 
-_WITHOUT_PRUNING = {"pruner": None, "allocation": None, "sparsity": 0.0, "pattern": None}
+_WITHOUT_PRUNING = {
+    "pruner": None,
+    "allocation": None,
+    "reconstruction": None,
+    "sparsity": 0.0,
+    "pattern": None,
+}
 """Changes that make two cells of one calibration set equal."""
 
 
 def cell_name(cell: Cell) -> str:
     """Return the cell's name in the results: a hash of its fields."""
-    return hashlib.sha256(cell.model_dump_json().encode()).hexdigest()[:12]
+    unset = {name for name in cell.left_out_at_default if getattr(cell, name) is None}
+    return hashlib.sha256(cell.model_dump_json(exclude=unset).encode()).hexdigest()[:12]
 
 
 def expand(grid: Grid) -> list[Cell]:
@@ -199,7 +225,7 @@ def prune_spec(
     if cell.pruner is None:
         return None
     allocation = cell.allocation or Uniform()
-    calibrated = data_taker(cell.pruner, allocation) is not None
+    calibrated = data_taker(cell.pruner, allocation, cell.reconstruction) is not None
     if calibrated and cell.nsamples is not None and grid.window_groups > cell.nsamples:
         remedy = f"a cell has {cell.nsamples} windows (nsamples), fewer than groups: lower it"
         raise InputError("window_groups", grid.window_groups, remedy)
@@ -212,9 +238,23 @@ def prune_spec(
         calibration=_calibration_set(grid, cell, {} if sets is None else sets)
         if calibrated
         else None,
-        checkpoint=grid.checkpoints and not cell.pruner.updates_weights,
+        reconstruction=_reconstruction(grid, cell, {} if sets is None else sets),
+        checkpoint=grid.checkpoints
+        and not (cell.pruner.updates_weights or cell.reconstruction is not None),
         window_groups=grid.window_groups if calibrated else 1,
     )
+
+
+def _reconstruction(grid: Grid, cell: Cell, sets: dict[Cell, WindowsSpec]) -> Reconstruction | None:
+    asked = cell.reconstruction
+    if asked is None:
+        return None
+    options = asked.model_dump(exclude={"calibration"})
+    if asked.calibration is None:
+        return Reconstruction(**options)
+    pruning = {"pruner": cell.pruner, "sparsity": cell.sparsity, "pattern": cell.pattern}
+    other = _normal(grid, _with_calibration(cell, asked.calibration, pruning))
+    return Reconstruction(**options, calibration=_calibration_set(grid, other, sets))
 
 
 def describe_spec(
@@ -338,16 +378,20 @@ def _generator(grid: Grid, cell: Cell, calibration: GeneratedCalibration) -> Mod
 
 
 def _pruned_by(cell: Cell, generator: PrunedGenerator) -> Cell:
-    """Return the cell that prunes a generator. Settings of generated texts are its
-    calibration's."""
+    """Return the cell that prunes a generator."""
+    pruning = {"pruner": generator.pruner, "sparsity": generator.sparsity}
+    return _with_calibration(cell, generator.calibration or NO_CALIBRATION, pruning)
+
+
+def _with_calibration(cell: Cell, calibration: str, pruning: Mapping[str, Any]) -> Cell:
+    """Return a cell with another calibration, whose own settings of generated texts it has."""
     return Cell(
         model=cell.model,
-        calibration=generator.calibration or NO_CALIBRATION,
-        pruner=generator.pruner,
-        sparsity=generator.sparsity,
+        calibration=calibration,
         seed=cell.seed,
         nsamples=cell.nsamples,
         seqlen=cell.seqlen,
+        **pruning,
     )
 
 
@@ -405,7 +449,7 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
     if cell.pruner is None:
         return Cell(model=cell.model)
     allocation = cell.allocation or Uniform()
-    needs_data = data_taker(cell.pruner, allocation)
+    needs_data = data_taker(cell.pruner, allocation, cell.reconstruction)
     if needs_data is None:
         unused = dict.fromkeys(("seed", "nsamples", "seqlen", *GENERATED_FIELDS))
         kept = {"calibration": NO_CALIBRATION, "allocation": allocation}
@@ -417,6 +461,9 @@ def _normal(grid: Grid, cell: Cell) -> Cell:
             f"{needs_data} needs data: name one of the grid's calibrations",
         )
     calibration = _get(grid.calibrations, cell.calibration, "cells.calibration")
+    if cell.reconstruction is not None and cell.reconstruction.calibration is not None:
+        fitted_to = cell.reconstruction.calibration
+        _get(grid.calibrations, fitted_to, "cells.reconstruction.calibration")
     defaults: dict[str, Any] = {
         "allocation": allocation,
         "seed": 0 if cell.seed is None else cell.seed,

@@ -100,6 +100,12 @@ class Estimate:
     bytes: float
 
 
+FITTED_PASSES = (4.4, 3.4)
+"""Passes of a reconstruction, and of each of its epochs: the dense and the pruned layer once, the
+error before and after; a step forward and twice that backward. The MLP's run through attention
+first."""
+
+
 def estimate(
     spec: StageSpec, cost: Cost, sizes: Mapping[str, float], resources: Resources = ONE_CORE
 ) -> Estimate | None:
@@ -193,7 +199,9 @@ def _model(spec: StageSpec) -> Model | None:
 
 def _passes(spec: StageSpec) -> float:
     if isinstance(spec, PruneSpec):
-        return spec.pruner.forward_passes
+        fitted = spec.reconstruction
+        own = 0.0 if fitted is None else FITTED_PASSES[0] + FITTED_PASSES[1] * fitted.epochs
+        return spec.pruner.forward_passes + own
     return STAGES[stage_name(spec)].passes
 
 

@@ -264,6 +264,17 @@ def footprint(
             return None
 
 
+FITTED_STATES = 3
+"""Hidden states of a reconstruction: those below a layer, and the targets of its two parts."""
+
+FITTED_BYTES = 17
+"""Bytes of a weight that is fitted: in float32 itself, its gradient and Adam's two moments, and
+whether it is kept. Counted for the whole layer, of which a part is at work."""
+
+FITTED_ACTIVATIONS = 2
+"""What a step keeps for its gradients, against what a forward pass holds."""
+
+
 def statistic_bytes(statistics: str, width: int) -> int:
     """Return the bytes of the statistics of an input: a Hessian, or a few vectors."""
     return 4 * width**2 if statistics == "hessian" else 4 * width
@@ -309,6 +320,19 @@ def _pruning(
         observed = tokens * (each * (shape.widest + 2 * shape.hidden) + exact)
         work["activations"] = max(_activations(tokens, shape, each), observed)
     artifact = 0.0
+    if isinstance(spec, PruneSpec) and spec.pruner.gradients:
+        assert windows is not None, "gradients are of the calibration set's output"
+        parts["statistics"] += 4 * shape.layer_weights
+        step = FITTED_ACTIVATIONS * _activations(windows.seqlen, shape, each)
+        work["gradients"] = 8 * shape.layer_weights + step
+    if isinstance(spec, PruneSpec) and spec.reconstruction is not None:
+        fitted_to = spec.reconstruction.calibration or windows
+        assert fitted_to is not None, "the spec says that reconstruction needs a calibration set"
+        tokens = fitted_to.nsamples * fitted_to.seqlen
+        states += FITTED_STATES * tokens * shape.hidden * each
+        step = min(spec.reconstruction.batch_size * fitted_to.seqlen, tokens)
+        activations = FITTED_ACTIVATIONS * _activations(step, shape, each)
+        work["reconstruction"] = FITTED_BYTES * shape.layer_weights + activations
     if isinstance(spec, PruneSpec):
         artifact = shape.weights * (MASK_BYTES if spec.stores_masks else each)
         work["a matrix"] += shape.layer_weights  # masks of the layer, a byte each

@@ -18,13 +18,12 @@ from jobs.flips import flip_rows, has_answers, read_answers
 from jobs.plan import Plan
 from pipeline.evaluation.schemas import METRICS_SCHEMA
 from pipeline.specs import (
-    Allocation,
     EvaluateSpec,
     FilterSpec,
     GenerateSpec,
-    Pruner,
     PruneSpec,
     ShardedSpec,
+    Spec,
     bits_of,
     canonical_json,
 )
@@ -40,6 +39,7 @@ CELL_COLUMNS: dict[str, pa.DataType] = {
     "pruner_options": pa.string(),
     "allocation": pa.string(),
     "allocation_options": pa.string(),
+    "reconstruction": pa.string(),
     "sparsity": pa.float64(),
     "pattern": pa.string(),
     "bits": pa.int64(),
@@ -164,8 +164,8 @@ def _rows(
 
 def cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
     """Return the columns of the results that name a cell."""
-    fields = cell.model_dump(exclude={"pruner", "allocation"})
-    pruner, allocation = cell.pruner, cell.allocation
+    fields = cell.model_dump(exclude={"pruner", "allocation", "reconstruction"})
+    pruner, allocation, fitted = cell.pruner, cell.allocation, cell.reconstruction
     dense = pruner is None
     return {
         **fields,
@@ -176,12 +176,13 @@ def cell_fields(grid: str, cell: Cell) -> dict[str, Any]:
         "pruner_options": _options(pruner),
         "allocation": None if allocation is None else allocation.name,
         "allocation_options": _options(allocation),
+        "reconstruction": None if fitted is None else _options(fitted),
         "pattern": None if dense else cell.pattern or "unstructured",
         "bits": bits_of(pruner),
     }
 
 
-def _options(chosen: Pruner | Allocation | None) -> str:
+def _options(chosen: Spec | None) -> str:
     """Return the options that differ from their defaults, as JSON."""
     options = {} if chosen is None else chosen.model_dump(exclude={"name"}, exclude_defaults=True)
     return json.dumps(options, sort_keys=True)

@@ -37,6 +37,9 @@ SETTINGS = (
 AS_REFERENCE = "as reference"
 """Windows that calibration sets are compared with."""
 
+TO_FIT_TO = "to fit to"
+"""Windows that kept weights are fitted to, where others choose the mask."""
+
 MOST_NAMES = 3
 """The most calibrations that a label names; of more it gives the number."""
 
@@ -76,6 +79,9 @@ def labels(
             if key in own and use == AS_REFERENCE:  # it serves all calibrations
                 without = {each: own[key][each] for each in own[key] if each != "calibration"}
                 _add(aside.setdefault(name, (use, {}))[1], without)
+            elif key in own and use == TO_FIT_TO:
+                owners = {**own[key], "calibration": own[key]["fitted_to"]}
+                _add(aside.setdefault(name, (use, {}))[1], owners)
             elif key in own and use:
                 _add(aside.setdefault(name, (use, {}))[1], own[key])
             elif key in own:
@@ -97,11 +103,16 @@ def _use(reader: StageSpec, read: StageSpec) -> str:
         isinstance(read, DescribeSpec) or reader.reference == read != reader.calibration
     ):
         return AS_REFERENCE
+    if isinstance(reader, PruneSpec) and reader.reconstruction is not None:
+        return TO_FIT_TO if reader.reconstruction.calibration == read != reader.calibration else ""
     return ""
 
 
 def _fields(cell: Cell) -> Owners:
     values = {name: getattr(cell, name) for name in ("calibration", "model", *SETTINGS)}
+    if cell.reconstruction is not None:
+        values["reconstruction"] = cell.reconstruction.words
+        values["fitted_to"] = cell.reconstruction.calibration
     return {name: {value} for name, value in values.items() if value not in (None, NO_CALIBRATION)}
 
 
@@ -149,6 +160,8 @@ class _Words:
             yield pruned.target_name
             if pruned.allocation != Uniform():
                 yield self._variant(pruned.allocation)
+            if pruned.reconstruction is not None:
+                yield from sorted(owners["reconstruction"])
         elif isinstance(spec, EvaluateSpec):
             yield "dense"
         for name in SETTINGS:

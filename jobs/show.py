@@ -17,6 +17,7 @@ _CELL = ["model", "pruner", "target", "calibration", "seed"]
 _FIELDS_IF_VARIED = [
     "allocation",
     "allocation_options",
+    "reconstruction",
     "nsamples",
     "seqlen",
     *GENERATED_FIELDS,

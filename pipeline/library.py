@@ -55,6 +55,7 @@ from pipeline.specs import (
     Pattern,
     PerplexitySpec,
     Pruner,
+    Reconstruction,
     Spec,
     TaskSpec,
     TestbedCorpus,
@@ -274,6 +275,7 @@ def prune(
     pruner: str | Mapping[str, Any] = "wanda",
     sparsity: float | str = 0.5,
     allocation: str | Mapping[str, Any] = "uniform",
+    reconstruction: Mapping[str, Any] | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -283,6 +285,8 @@ def prune(
         pruner: its name, or its name and options: `{"name": "sparsegpt", "damping": 0.02}`.
         sparsity: share of zeros, or a pattern such as `"2:4"`.
         allocation: `uniform`, `owl`, or a name and options.
+        reconstruction: fit the kept weights to the windows afterwards, with these options, such as
+            `{"epochs": 5}`; `{}` takes the defaults, and None leaves the weights to the pruner.
 
     Raises:
         InputError: if a setting is wrong, the calibration set is missing, unused or does not suit
@@ -296,7 +300,8 @@ def prune(
     except ValueError as error:
         raise InputError("sparsity", sparsity, str(error)) from error
     share = sparsity if pattern is None else pattern.sparsity
-    needs_data = data_taker(chosen, spread)
+    fitted = None if reconstruction is None else _checked(Reconstruction, **reconstruction)
+    needs_data = data_taker(chosen, spread, fitted)
     if needs_data is not None and windows is None:
         raise InputError("windows", None, f"{needs_data} needs a calibration set")
     if needs_data is None and windows is not None:
@@ -312,6 +317,8 @@ def prune(
         LayerTarget(float(share), pattern),
         spread,
         outlier_ratios=ratios,
+        reconstruction=fitted,
+        fitted_to=windows,
     )
 
 

@@ -49,7 +49,7 @@ class CapturedBatch:
         self._store = store
         self._passed: dict[int, Any] = {}  # by index in the output of the layer below
 
-    def forward(self, number: int, layer: nn.Module) -> Any:
+    def forward(self, number: int, layer: Callable[..., Any]) -> Any:
         """Return the output of the decoder layer with that number on the hidden states below it."""
         positional, keywords = _read(self._arguments[number], self._passed)
         return layer(self._states.read(), *positional, **keywords)

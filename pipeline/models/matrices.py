@@ -1,7 +1,7 @@
 """The matrices of a decoder layer, found by the form of its parameters, not by class names."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,16 @@ def matrices(prefix: str, layer: nn.Module) -> list[Matrix]:
     if not found:
         raise InputError("model", prefix, "has no linear layer to prune")
     return found
+
+
+def holders(layer: nn.Module, found: Sequence[Matrix]) -> dict[str, nn.Parameter]:
+    """Return the parameters of a decoder layer that hold its matrices, by their paths in it."""
+    places = [matrix.weight.data_ptr() for matrix in found]
+    return {
+        name: parameter
+        for name, parameter in layer.named_parameters()
+        if any(0 <= place - parameter.data_ptr() < parameter.nbytes for place in places)
+    }
 
 
 def kept_dense(prefix: str, layer: nn.Module) -> list[Dense]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from pipeline.pruning.outliers import read_outlier_ratios
 from pipeline.pruning.pruners import pruner_for
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.grids import check_rounded
+from pipeline.pruning.reconstruction import Reconstructor
 from pipeline.pruning.shared_model import shared_model
 from pipeline.pruning.sparsity_check import MatrixSparsity, check_sparsity, count_zeros
 from pipeline.pruning.walk import check_windows, layer_sizes, walk
@@ -49,6 +51,7 @@ from pipeline.specs import (
     Pruner,
     PruneSpec,
     Quantizer,
+    Reconstruction,
     Uniform,
 )
 from pipeline.stage import NO_HELPERS, Artifacts, Helpers, Keep
@@ -110,6 +113,8 @@ def prune_model(
     outlier_ratios: Sequence[float] | None = None,
     memory: Memory = DEFAULT_MEMORY,
     finished: FinishedLayers | None = None,
+    reconstruction: Reconstruction | None = None,
+    fitted_to: Tensor | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -121,6 +126,8 @@ def prune_model(
             them.
         finished: takes every layer that is done, and restores those of an earlier attempt at the
             same pruning.
+        reconstruction: how kept weights are fitted, layer by layer; None leaves them.
+        fitted_to: the windows `[nsamples, seqlen]` that they are fitted to.
 
     Raises:
         InputError: if the windows are missing or do not suit the model
@@ -161,12 +168,20 @@ def prune_model(
             permutation = pruned[matrix.name].permutation
             if permutation is not None:
                 permutations[matrix.name] = permutation.cpu()
+        if refitted is not None and number < decisions.layers:
+            for name, errors in refitted.refine(number).items():
+                facts[name] = {**facts[name], **errors}
+        for matrix in found:
             count(number, matrix)
         if finished is not None:
             masks = {matrix.name: pruned[matrix.name].mask for matrix in found}
             finished.save(number, found, masks, LayerRecord(facts, permutations))
+        if refitted is not None and number < decisions.layers:
+            refitted.advance(number)
 
     def restore(number: int, found: list[Matrix]) -> bool:
+        if refitted is not None and number < decisions.layers:
+            refitted.remember(number, found)
         record = None if finished is None else finished.restore(number, found)
         if record is None:
             return False
@@ -175,17 +190,25 @@ def prune_model(
         for matrix in found:
             count(number, matrix)
         resumed.append(number)
+        if refitted is not None and number < decisions.layers:
+            refitted.advance(number)
         return True
 
-    walk(
-        model,
-        windows,
-        matrix_pruner.statistics,
-        visit,
-        memory,
-        restore,
-        observed_layers=decisions.layers,
-    )
+    with ExitStack() as stored:
+        refitted: Reconstructor | None = None
+        if reconstruction is not None:
+            if fitted_to is None:
+                raise InputError("fitted_to", None, "reconstruction needs a calibration set")
+            refitted = stored.enter_context(Reconstructor(model, fitted_to, reconstruction, memory))
+        walk(
+            model,
+            windows,
+            matrix_pruner.statistics,
+            visit,
+            memory,
+            restore,
+            observed_layers=decisions.layers,
+        )
     return PruneReport(counted, facts, allocated, numbers, permutations, dense, len(resumed))
 
 
@@ -291,7 +314,7 @@ def run(
         keep=keep,
         checkpoint=checkpoint,
     )
-    masks = not spec.pruner.updates_weights
+    masks = not spec.updates_weights
     crew = Crew(spec.window_groups, helpers, spread=True, masks=masks)
     report = prune_model(
         model,
@@ -304,6 +327,8 @@ def run(
             device_hidden_bytes=device_hidden_bytes, host_hidden_bytes=host_hidden_bytes, crew=crew
         ),
         finished=finished,
+        reconstruction=spec.reconstruction,
+        fitted_to=_fitted_to(spec, artifacts),
     )
     if checkpoint is not None:
         with phase("writing the model"):
@@ -350,7 +375,7 @@ def helper(
         decisions.pruner.statistics,
         Share(spec.window_groups, member, members),
         decisions.prune,
-        masks=not spec.pruner.updates_weights,
+        masks=not spec.updates_weights,
         memory=Memory(device_hidden_bytes=device_hidden_bytes, host_hidden_bytes=host_hidden_bytes),
     )
 
@@ -359,6 +384,14 @@ def _windows(spec: PruneSpec, artifacts: Artifacts) -> Tensor | None:
     if spec.calibration is None or not spec.pruner.calibrated:
         return None
     return read_windows(artifacts[spec.calibration.key])
+
+
+def _fitted_to(spec: PruneSpec, artifacts: Artifacts) -> Tensor | None:
+    if spec.reconstruction is None:
+        return None
+    own = spec.reconstruction.calibration or spec.calibration
+    assert own is not None, "the spec says that reconstruction needs a calibration set"
+    return read_windows(artifacts[own.key])
 
 
 def _outlier_ratios(spec: PruneSpec, artifacts: Artifacts) -> list[float] | None:

@@ -102,8 +102,8 @@ def walk(
     Args:
         model: a causal language model, in evaluation mode.
         windows: token ids `[nsamples, seqlen]`; None visits without any forward pass.
-        statistics: names from `pipeline.pruning.input_statistics.STATISTICS`; if empty, there is no
-            forward pass either.
+        statistics: names from `pipeline.pruning.input_statistics.STATISTICS`, or
+            `pipeline.pruning.gradients.GRADIENT_SQUARES`; if empty, there is no forward pass.
         restore: called for every layer first; a layer that it restores is passed through, without
             statistics or visit.
         observed_layers: how many layers, from the first on, are run for statistics; the others are
@@ -150,6 +150,7 @@ def walk(
                     own = groups.observe(number, layer, found, _third(number, len(layers), 0))
                     crew.hand_over(number, found, own)
                     del own
+                    groups.add_gradients(number, layer, found)
                     visit(number, found)
                 if number + 1 < observed:  # with the layer pruned
                     crew.advance(number, found)

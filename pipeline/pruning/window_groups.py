@@ -20,7 +20,9 @@ from pipeline.models.memory import (
     HOST_HIDDEN_BYTES,
 )
 from pipeline.pruning.crew import Crew
+from pipeline.pruning.gradients import GRADIENT_SQUARES, add_gradient_squares
 from pipeline.pruning.groups import Share, Sums, merge
+from pipeline.pruning.input_statistics import STATISTICS
 from pipeline.pruning.observed_inputs import InputObserver
 
 
@@ -60,7 +62,8 @@ class WindowGroups:
         model: a causal language model, in evaluation mode.
         layers: its decoder layers.
         windows: the whole calibration set, token ids `[nsamples, seqlen]`.
-        statistics: names from `pipeline.pruning.input_statistics.STATISTICS`.
+        statistics: names from `pipeline.pruning.input_statistics.STATISTICS`, and
+            `pipeline.pruning.gradients.GRADIENT_SQUARES`, for which a batch has one window.
         share: which groups are this process's.
 
     Raises:
@@ -76,13 +79,16 @@ class WindowGroups:
         memory: Memory,
         share: Share,
     ) -> None:
-        self._statistics = statistics
+        self._statistics = [name for name in statistics if name in STATISTICS]
+        self._takes_gradients = GRADIENT_SQUARES in statistics
         self._nsamples = len(windows)
         self._share = share
         home = next(each.device for each in model.parameters() if not each.is_meta)
         device = memory.device or home
         tokens = BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
         size = memory.batch_size or max(1, tokens // windows.shape[1])
+        if self._takes_gradients:
+            size = 1
         windows = windows.to(home)
         split = [
             [{"input_ids": part} for part in torch.split(share.windows(windows, group), size)]
@@ -91,7 +97,7 @@ class WindowGroups:
         with ExitStack() as entered:
             budgets = (memory.device_hidden_bytes, memory.host_hidden_bytes)
             store = entered.enter_context(TensorStore(device, *budgets))
-            entered.enter_context(_eager_experts(model))
+            entered.enter_context(eager_experts(model))
             inputs = [batch for group in split for batch in group]
             captured = iter(capture_batches(model, layers, inputs, store))
             self._groups = [[next(captured) for _ in group] for group in split]
@@ -128,6 +134,12 @@ class WindowGroups:
             merge(sums, 0, self._share.groups)
         return sums
 
+    def add_gradients(self, number: int, layer: nn.Module, found: Sequence[Matrix]) -> None:
+        """Add the squared gradients to the statistics of a layer's matrices, if they are wanted."""
+        if self._takes_gradients:
+            batches = [batch for group in self._groups for batch in group]
+            add_gradient_squares(batches, number, layer, found)
+
     def advance(
         self, number: int, layer: nn.Module, done: Callable[[float], None] = lambda share: None
     ) -> None:
@@ -143,7 +155,7 @@ class WindowGroups:
 
 
 @contextlib.contextmanager
-def _eager_experts(model: Any) -> Iterator[None]:
+def eager_experts(model: Any) -> Iterator[None]:
     """Run experts one after another, each on its own slice, so that their inputs can be seen."""
     before = getattr(getattr(model, "config", None), "_experts_implementation", None)
     if before is None:

@@ -23,6 +23,9 @@ class PrunerSpec(Spec):
     prunes: ClassVar[bool] = True
     """Whether it can set weights to zero; if not, the sparsity must be 0."""
 
+    gradients: ClassVar[bool] = False
+    """Whether it takes gradients of each layer's output; then one process prunes."""
+
     forward_passes: ClassVar[float] = 2.0
     """For estimates: its work in passes of the calibration set through the model. Statistics take
     one, and the outputs of pruned layers another."""
@@ -69,6 +72,22 @@ class Wanda(PrunerSpec):
     def check_pattern(self, patterned: bool) -> None:
         if self.variant and patterned:
             raise ValueError("wanda's variant has no N:M pattern: leave one of the two out")
+
+
+class WandaPlusPlus(PrunerSpec):
+    """Smallest (alpha G + ||X||_2) * |W| in each output row, G the gradient of the decoder layer's
+    output norm (arXiv 2503.04992).
+
+    The paper's regional optimisation is a reconstruction of each layer.
+    """
+
+    name: Literal["wandapp"] = "wandapp"
+    gradients: ClassVar[bool] = True
+    forward_passes: ClassVar[float] = 5.0
+    matrix_bytes: ClassVar[int] = 17
+
+    alpha: float = Field(default=100.0, ge=0.0)
+    """Weight of the gradient."""
 
 
 class SparseGPT(PrunerSpec):
@@ -159,6 +178,26 @@ class ALPS(PrunerSpec):
 
     damping: float = Field(default=0.01, gt=0.0)
     """Added to the Hessian's diagonal, as a share of its mean."""
+
+
+class SparseSwaps(PrunerSpec):
+    """A mask by the scores of another pruner, then swaps of a kept and a pruned weight that lower
+    the error of a row's output most (arXiv 2512.10922)."""
+
+    name: Literal["sparseswaps"] = "sparseswaps"
+    forward_passes: ClassVar[float] = 2.7
+    column_passes: ClassVar[float] = 60.0
+    matrix_bytes: ClassVar[int] = 36
+
+    initial: Literal["magnitude", "wanda"] = "wanda"
+    """The score that chooses the first mask, in each row or group."""
+
+    max_swaps: int = Field(default=100, ge=0)
+    """Largest number of swaps of a row; the authors take 1 to 100."""
+
+    candidates: int = Field(default=8, ge=1)
+    """Weights of a row that may leave, and as many that may return, among which a swap is the best;
+    the authors try all. A pattern's groups are searched whole."""
 
 
 class Refit(PrunerSpec):
@@ -271,10 +310,12 @@ class GPTQ(Quantizer):
 Pruner = Annotated[
     Magnitude  # one a line, so that two branches can each add one
     | Wanda
+    | WandaPlusPlus
     | SparseGPT
     | DSnoT
     | RIA
     | ALPS
+    | SparseSwaps
     | Refit
     | RTN
     | AWQ

@@ -103,6 +103,27 @@ class OutliersSpec(StageSpec):
     """As of a pruning."""
 
 
+class ReconstructionOptions(Spec):
+    """Fit the kept weights of each pruned layer to what the dense layer makes of the same inputs,
+    attention and MLP apart, by Adam (arXiv 2510.14444)."""
+
+    epochs: int = Field(default=5, ge=1)
+    """Passes of its calibration set, for each decoder layer."""
+
+    learning_rate: float = Field(default=3e-4, gt=0.0)
+    """The largest one: it rises for a tenth of the steps and then falls to zero."""
+
+    batch_size: int = Field(default=2, ge=1)
+    """Windows of a step."""
+
+
+class Reconstruction(ReconstructionOptions):
+    """The same, with its data."""
+
+    calibration: WindowsSpec | None = None
+    """Another set to fit to than the one that chose the mask; None is that one."""
+
+
 class Pattern(NamedTuple):
     """N:M: of every M adjacent inputs of a row, N are kept."""
 
@@ -173,7 +194,10 @@ class PruneSpec(StageSpec):
     checkpoint: bool = False
     """Store an ordinary checkpoint where masks would do."""
 
-    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"window_groups"})
+    reconstruction: Reconstruction | None = None
+    """How the kept weights are fitted afterwards; None leaves them to the pruner."""
+
+    left_out_at_default: ClassVar[frozenset[str]] = frozenset({"window_groups", "reconstruction"})
 
     window_groups: int = Field(default=1, ge=1)
     """Groups of windows whose statistics are summed apart and then added: as many processes can
@@ -182,7 +206,12 @@ class PruneSpec(StageSpec):
     @property
     def stores_masks(self) -> bool:
         """Whether the artifact holds masks, and needs the model that they are for."""
-        return not (self.pruner.updates_weights or self.checkpoint)
+        return not (self.updates_weights or self.checkpoint)
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether the weights that are kept change."""
+        return self.pruner.updates_weights or self.reconstruction is not None
 
     def rests_on(self) -> tuple[StageSpec, ...]:
         """The model that masks are for; nothing, of a checkpoint."""
@@ -209,21 +238,40 @@ class PruneSpec(StageSpec):
             raise ValueError(
                 f"sparsity {self.sparsity:g}: {self.pruner.name} prunes nothing: set it to 0"
             )
-        needs_data = data_taker(self.pruner, self.allocation)
+        needs_data = data_taker(self.pruner, self.allocation, self.reconstruction)
         if needs_data is not None and self.calibration is None:
             raise ValueError(f"{needs_data} needs a calibration set")
         if needs_data is None and self.calibration is not None:
             raise ValueError(f"pruner {self.pruner.name} takes no data: leave calibration out")
+        self._check_reconstruction()
+        if self.window_groups > 1 and (self.reconstruction or self.pruner.gradients):
+            what = "reconstruction" if self.reconstruction else f"pruner {self.pruner.name}"
+            raise ValueError(
+                f"window_groups {self.window_groups}: {what} runs in one process: set it to 1"
+            )
         windows = 1 if self.calibration is None else self.calibration.nsamples
         if self.window_groups > max(1, windows):
             raise ValueError(
                 f"window_groups {self.window_groups} is more than the windows, {windows}: lower it"
             )
-        if self.pruner.updates_weights and self.checkpoint:
-            raise ValueError(
-                f"pruner {self.pruner.name} leaves a checkpoint anyway: leave checkpoint out"
-            )
+        if self.updates_weights and self.checkpoint:
+            why = "reconstruction" if self.reconstruction else f"pruner {self.pruner.name}"
+            raise ValueError(f"{why} leaves a checkpoint anyway: leave checkpoint out")
         return self
+
+    def _check_reconstruction(self) -> None:
+        if self.reconstruction is None:
+            return
+        if isinstance(self.pruner, Quantizer):
+            raise ValueError(
+                f"reconstruction would move what {self.pruner.name} rounded: leave one out"
+            )
+        masked_without = data_taker(self.pruner, self.allocation) is None
+        if masked_without and self.reconstruction.calibration is not None:
+            raise ValueError(
+                f"pruner {self.pruner.name} takes no data: give the set that weights are fitted to "
+                "as the calibration set itself"
+            )
 
     @property
     def target_name(self) -> str:
@@ -260,9 +308,10 @@ class PruneSpec(StageSpec):
         return lineage
 
     def inputs(self) -> tuple[StageSpec, ...]:
-        """The model, the calibration set if the pruner takes data, and the outliers."""
+        """The model, the calibration sets that pruner and reconstruction take, and the outliers."""
         read = [stage for stage in super().inputs() if stage is not self.calibration]
-        if self.pruner.calibrated and self.calibration is not None:
+        fitted_to_it = self.reconstruction is not None and self.reconstruction.calibration is None
+        if self.calibration is not None and (self.pruner.calibrated or fitted_to_it):
             read.append(self.calibration)
         if self.outliers is not None:
             read.append(self.outliers)
@@ -282,8 +331,12 @@ def target_name(sparsity: float, pattern: str | None, bits: int | None = None) -
     return f"{bits} bit {zeros}" if sparsity else f"{bits} bit"
 
 
-def data_taker(pruner: Pruner, allocation: Allocation) -> str | None:
-    """Which of the two needs a calibration set, in words; None if neither does."""
+def data_taker(
+    pruner: Pruner, allocation: Allocation, reconstruction: ReconstructionOptions | None = None
+) -> str | None:
+    """Which of them needs the calibration set, in words; None if none does."""
     if pruner.calibrated:
         return f"pruner {pruner.name}"
-    return f"allocation {allocation.name}" if allocation.calibrated else None
+    if allocation.calibrated:
+        return f"allocation {allocation.name}"
+    return None if reconstruction is None else "reconstruction"

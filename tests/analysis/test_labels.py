@@ -36,6 +36,17 @@ def test_allocations_differ_by_name_and_those_of_one_name_by_their_options(
     ]
 
 
+def test_reconstruction_is_part_of_the_method_and_its_options_where_it_has_some(
+    make_table: MakeTable,
+) -> None:
+    rows: list[Row] = [{}, {"reconstruction": "{}"}, {"reconstruction": '{"epochs": 2}'}]
+    assert methods(make_table, rows) == [
+        "wanda",
+        "wanda, reconstructed",
+        "wanda, reconstructed (epochs 2)",
+    ]
+
+
 def test_bits_are_the_targets_and_no_method(make_table: MakeTable) -> None:
     def rounded(**options: int) -> Row:
         bits = options.get("bits", 4)

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from jobs.cells import GENERATED_FIELDS, Cell, describe_spec, evaluate_spec, expand, prune_spec
+from jobs.cells import (
+    GENERATED_FIELDS,
+    Cell,
+    cell_name,
+    describe_spec,
+    evaluate_spec,
+    expand,
+    prune_spec,
+)
 from jobs.grid import Grid
 from pipeline.errors import InputError
 from pipeline.files import fingerprint
@@ -89,6 +97,41 @@ def test_magnitude_needs_a_calibration_if_its_allocation_does(content: Content, 
         assert spec is not None
         assert spec.outliers is not None
         assert spec.outliers.calibration.seed == cell.seed
+
+
+def test_kept_weights_can_be_fitted_to_the_cells_own_set_or_another(
+    content: Content, load: Load
+) -> None:
+    fits = [None, {}, {"calibration": "own"}]
+    content["cells"] |= {
+        "calibration": "true",
+        "pruner": ["magnitude", "wanda"],
+        "sparsity": 0.5,
+        "reconstruction": fits,
+        "seed": 0,
+    }
+    content["exclude"] = [{"pruner": "magnitude", "reconstruction": fits[2]}]
+    grid = load(content)
+    specs = [prune_spec(grid, cell) for cell in expand(grid)[1:]]
+    assert [spec.pruner.name for spec in specs if spec] == ["magnitude"] * 2 + ["wanda"] * 3
+    plain, magnitude, _, own, other = specs
+    assert plain is not None
+    assert plain.calibration is None
+    assert magnitude is not None
+    assert own is not None
+    assert magnitude.calibration == own.calibration
+    assert other is not None
+    assert other.calibration == own.calibration
+    assert own.reconstruction is not None
+    assert own.reconstruction.calibration is None
+    assert other.reconstruction is not None
+    assert other.reconstruction.calibration is not None
+    assert isinstance(other.reconstruction.calibration.source, FilterSpec)
+    assert other.reconstruction.calibration.seqlen == 64
+
+
+def test_a_cell_without_reconstruction_has_the_name_that_it_had() -> None:
+    assert cell_name(Cell(model="m", pruner="wanda", sparsity=0.5)) == "579fb10f1b04"  # type: ignore[arg-type]
 
 
 def test_the_default_allocation_is_uniform_whether_or_not_it_is_named(
@@ -352,6 +395,11 @@ def test_only_pruned_models_are_compared_with_the_dense_one(content: Content, lo
         ({"allocation": "owls"}, r"cells\.allocation.*owls"),
         ({"allocation": {"name": "owl", "spread": 2}}, r"allocation\.spread: 2: .*at most 0\.5"),
         ({"allocation": "by-hand"}, r"allocation\.sparsities.*is missing"),
+        (
+            {"reconstruction": {"calibration": "tru"}},
+            r"cells\.reconstruction\.calibration: 'tru'.*did you mean 'true'",
+        ),
+        ({"reconstruction": {"epoch": 2}}, r"cells\.reconstruction\.epoch.*did you mean 'epochs'"),
         ({"seed": []}, r"cells\.seed: \[\]: is an axis without values"),
         ({"seeds": 1}, r"cells\.seeds: 1: there is no such field"),
         ({"nsamples": "many"}, r"cells\.nsamples: 'many'.*whole number"),

@@ -45,6 +45,22 @@ def test_a_row_has_the_allocation_and_its_options_that_differ_from_defaults(
     ]
 
 
+def test_a_row_has_the_options_of_the_reconstruction_and_nothing_without_one(
+    content: Content, load: Load, tmp_path: Path
+) -> None:
+    content["cells"] |= {
+        "calibration": "true",
+        "pruner": "wanda",
+        "sparsity": 0.5,
+        "seed": 0,
+        "reconstruction": [None, {}, {"epochs": 2, "calibration": "own"}],
+    }
+    rows = gather(make_plan(load(content)), Store(str(tmp_path / "store"))).to_pylist()
+    found = [row["reconstruction"] for row in rows]
+    assert found == [None, None, "{}", '{"calibration": "own", "epochs": 2}']
+    assert len({row["cell"] for row in rows}) == 4
+
+
 def _with_dense_metrics(store: Store, plan: Plan, metrics: Content) -> None:
     """A store with only the dense model's evaluation."""
     key = next(key for key, cell in plan.cells.items() if cell.pruner is None)

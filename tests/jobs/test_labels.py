@@ -124,6 +124,29 @@ def test_the_label_of_a_pruning_for_a_generator_says_so(content: Content, load: 
     assert {"windows as reference", "windows true", "generate pruned"} <= labels
 
 
+def test_reconstructions_are_named_with_their_options_and_their_own_set(
+    content: Content, load: Load
+) -> None:
+    fits = [None, {"epochs": 3}, {"calibration": "own"}]
+    content["cells"] |= {
+        "calibration": ["true", "notes"],
+        "seed": 0,
+        "pruner": "wanda",
+        "sparsity": 0.5,
+        "reconstruction": fits,
+    }
+    labels = labels_of(load(content))
+    assert len(labels) == len(set(labels))
+    assert {
+        "prune true wanda 50%",
+        "prune true wanda 50% reconstructed epochs 3",
+        "evaluate notes wanda 50% reconstructed calibration own",
+        "windows true",
+        "windows own to fit to",
+        "generate own to fit to",
+    } <= set(labels)
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_all_stages_of_a_grid_have_different_labels(path: Path) -> None:
     repeated = [label for label, times in Counter(labels_of(read_grid(path))).items() if times > 1]

@@ -208,6 +208,49 @@ def test_a_pruning_reads_the_outliers_and_the_windows_only_if_its_pruner_takes_d
     assert uniform.outliers is None
 
 
+def test_a_pruning_reads_the_windows_that_its_weights_are_fitted_to() -> None:
+    other = owl_of().calibration.model_copy(update={"seed": 1})  # type: ignore[union-attr]
+    fitted = owl_of(allocation={"name": "uniform"}, reconstruction={})
+    assert [stage.kind for stage in fitted.inputs()] == ["pretrain", "windows"]
+    assert not fitted.stores_masks
+    apart = owl_of(allocation={"name": "uniform"}, reconstruction={"calibration": other})
+    assert [stage.key for stage in apart.inputs()[1:]] == [other.key, fitted.calibration.key]  # type: ignore[union-attr]
+    magnitude = owl_of(allocation={"name": "uniform"}, reconstruction={}, pruner=Magnitude())
+    assert [stage.kind for stage in magnitude.inputs()] == ["pretrain", "windows"]
+
+
+def test_a_pruning_without_reconstruction_has_the_key_that_it_had() -> None:
+    assert owl_of().key == owl_of(reconstruction=None).key
+    assert "reconstruction" not in owl_of().lineage
+    keys = {owl_of(reconstruction=options).key for options in ({}, {"epochs": 1}, None)}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pruner": {"name": "gptq"}}, "would move what gptq rounded"),
+        ({"window_groups": 2}, "window_groups 2: reconstruction .* set it to 1"),
+        (
+            {"window_groups": 2, "pruner": {"name": "wandapp"}, "reconstruction": None},
+            "wandapp run",
+        ),
+        ({"checkpoint": True}, "reconstruction leaves a checkpoint anyway"),
+        ({"reconstruction": {"epochs": 0}}, r"reconstruction\.epochs"),
+        ({"reconstruction": {"rate": 1}}, "rate: 1: there is no such field"),
+    ],
+)
+def test_contradictory_reconstructions_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        owl_of(**{"reconstruction": {}, **changes})
+
+
+def test_another_set_to_fit_to_needs_a_pruner_that_takes_data() -> None:
+    fitted = {"calibration": owl_of().calibration}
+    with pytest.raises(ValidationError, match="magnitude takes no data: give the set"):
+        owl_of(pruner=Magnitude(), allocation={"name": "uniform"}, reconstruction=fitted)
+
+
 def test_outliers_of_another_version_change_what_is_pruned_by_them_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -279,6 +322,10 @@ def test_a_scorer_that_is_not_the_generator_reads_both_models() -> None:
         ({"sparsity": 0.5, "pruner": RIA(permutation=True)}, "serves N:M patterns"),
         ({"sparsity": 0.5, "pruner": {"name": "dsnot", "initial": "owl"}}, "initial"),
         ({"sparsity": 0.5, "pruner": Magnitude(), "speed": 1}, "speed: 1: there is no such field"),
+        (
+            {"sparsity": 0.5, "pruner": Magnitude(), "reconstruction": {}},
+            "reconstruction needs a c",
+        ),
     ],
 )
 def test_contradictory_prunings_are_refused(fields: dict[str, object], words: str) -> None:

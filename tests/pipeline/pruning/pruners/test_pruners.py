@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.gradients import GRADIENT_SQUARES
 from pipeline.pruning.input_statistics import STATISTICS
 from pipeline.pruning.pruners import pruner_for, sparsegpt
 from pipeline.pruning.pruners.base import Pruned
@@ -90,11 +91,16 @@ def prune(
     sums = {
         key: STATISTICS[key](inputs.shape[1], len(parts), inputs.device)
         for key in matrix_pruner.statistics
+        if key in STATISTICS
     }
     for part in parts:
         for statistic in sums.values():
             statistic.update(part[None])
     results = {key: statistic.value for key, statistic in sums.items()}
+    if options.gradients:
+        outputs = inputs @ weight.T
+        slopes = outputs.T @ inputs / outputs.norm().clamp(min=1e-30)
+        results[GRADIENT_SQUARES] = slopes.square()
     return matrix_pruner.prune(weight, results, LayerTarget(sparsity, pattern), options)
 
 

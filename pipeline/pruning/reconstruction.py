@@ -1,0 +1,244 @@
+"""Reconstruction: the kept weights of a pruned layer, refined by gradients (arXiv 2510.14444)."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError, NonFiniteError
+from pipeline.models.hidden_states import StoredTensor, TensorStore
+from pipeline.models.layer_calls import capture_batches
+from pipeline.models.matrices import Matrix, decoder_layers, holders, is_finite
+from pipeline.pruning.gradients import trainable, with_weights
+from pipeline.pruning.walk import check_windows
+from pipeline.pruning.window_groups import Memory, eager_experts
+from pipeline.specs import Reconstruction
+
+WARM_UP = 0.1
+"""Share of the steps in which the learning rate rises to its full value; afterwards it falls to
+zero. Both are linear, as in the authors' code."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a decoder layer whose output is matched."""
+
+    name: str
+    """Its path in the layer; empty for the layer itself."""
+
+    module: nn.Module
+
+    parameters: Mapping[str, nn.Parameter]
+    """By path in the layer, those that hold matrices."""
+
+    matrices: Sequence[str]
+    """Names of the matrices."""
+
+
+class Reconstructor:
+    """Takes calibration windows up through the pruned layers, and fits the kept weights of each to
+    what the dense layer makes of the same hidden states.
+
+    Use it as a context: hidden states are stored for as long. For each decoder layer in turn call
+    `remember` with the dense layer, `refine` if it was pruned just now, and `advance`.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        windows: token ids `[nsamples, seqlen]`.
+        memory: where hidden states are held; a batch has `options.batch_size` windows.
+
+    Raises:
+        InputError: as `pipeline.models.layer_calls.capture_batches` and
+            `pipeline.pruning.walk.check_windows` do.
+    """
+
+    def __init__(
+        self, model: nn.Module, windows: Tensor, options: Reconstruction, memory: Memory
+    ) -> None:
+        check_windows(model, windows)
+        self._root, self._layers = decoder_layers(model)
+        self._options = options
+        home = next(each.device for each in model.parameters() if not each.is_meta)
+        device = memory.device or home
+        parts = torch.split(windows.to(home), options.batch_size)
+        inputs = [{"input_ids": part} for part in parts]
+        with ExitStack() as entered, torch.no_grad():
+            budgets = (memory.device_hidden_bytes, memory.host_hidden_bytes)
+            self._store = entered.enter_context(TensorStore(device, *budgets))
+            entered.enter_context(eager_experts(model))
+            self._batches = capture_batches(model, self._layers, inputs, self._store)
+            self._targets: list[dict[str, StoredTensor]] = [{} for _ in inputs]
+            self._parts: list[Part] = []
+            self._exit = entered.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    @torch.no_grad()
+    def remember(self, number: int, found: Sequence[Matrix]) -> None:
+        """Run a decoder layer that is still dense, and store the outputs of its parts.
+
+        Raises:
+            InputError: if the layer does not call each part once.
+        """
+        layer = self._layers[number]
+        parts = parts_of(f"{self._root}.{number}", layer, found)
+        for batch, targets in zip(self._batches, self._targets, strict=True):
+            with _outputs_of(parts) as outputs:
+                batch.forward(number, layer)
+            order = [part.name for part, _ in outputs]
+            for part in parts:
+                if order.count(part.name) != 1:
+                    times = f"is called {order.count(part.name)} times by its decoder layer"
+                    where = f"{self._root}.{number}.{part.name}"
+                    raise InputError("model", where, f"{times}; leave reconstruction out")
+            for part, output in outputs:
+                if part.name in targets and targets[part.name].fits(output):
+                    targets[part.name].write(output)
+                else:
+                    targets[part.name] = self._store.store(output)
+        self._parts = sorted(parts, key=lambda part: order.index(part.name))
+
+    def refine(self, number: int) -> dict[str, dict[str, float]]:
+        """Fit the weights of a pruned layer that are not zero, one part after another.
+
+        A part takes what the pruned parts before it give, and is fitted to its outputs in the dense
+        layer by Adam, on the sum of squares. The layer's other weights stay. A part whose error
+        does not fall keeps its weights.
+
+        Returns:
+            By name of the matrix, facts about its part: `error_before` and `error_after`, the
+            squared error of its output over the squares of the dense one, over all windows.
+
+        Raises:
+            NonFiniteError: if a weight becomes NaN or infinite.
+        """
+        facts = {}
+        for part in self._parts:
+            errors = self._fit(number, part)
+            facts.update(dict.fromkeys(part.matrices, errors))
+        return facts
+
+    @torch.no_grad()
+    def advance(self, number: int) -> None:
+        """Replace the hidden states by the output of the decoder layer, now pruned."""
+        for batch in self._batches:
+            batch.advance(number, self._layers[number])
+
+    def _fit(self, number: int, part: Part) -> dict[str, float]:
+        weights = trainable(part.parameters)
+        kept = {name: weight != 0 for name, weight in weights.items()}
+        before = self._error(number, part, weights)
+        optimizer = torch.optim.Adam(weights.values(), lr=self._options.learning_rate, fused=True)
+        steps = self._options.epochs * len(self._batches)
+        rate = functools.partial(_rate, steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        for _ in range(self._options.epochs):
+            for place in range(len(self._batches)):
+                with torch.enable_grad():
+                    torch.autograd.backward(self._squares(number, part, place, weights)[0])
+                for name, weight in weights.items():
+                    if weight.grad is not None:
+                        weight.grad.mul_(kept[name])
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+        after = self._error(number, part, weights)
+        for name, weight in weights.items():
+            if not is_finite(weight.detach()):
+                raise NonFiniteError(f"{self._root}.{number}.{name}: reconstruction diverged")
+        if after >= before:
+            return {"error_before": before, "error_after": before}
+        with torch.no_grad():
+            for name, parameter in part.parameters.items():
+                parameter.copy_(weights[name])
+        return {"error_before": before, "error_after": after}
+
+    @torch.no_grad()
+    def _error(self, number: int, part: Part, weights: Mapping[str, Tensor]) -> float:
+        sums = [
+            torch.stack(self._squares(number, part, place, weights)).double()
+            for place in range(len(self._batches))
+        ]
+        error, size = torch.stack(sums).sum(dim=0).tolist()
+        return float(error / size) if size else 0.0
+
+    def _squares(
+        self, number: int, part: Part, place: int, weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the squared error of a part's output for one batch, and the target's squares."""
+        target = self._targets[place][part.name].read()
+        with (
+            with_weights(self._layers[number], weights) as run,
+            _outputs_of([part], then_stop=True) as outputs,
+            suppress(_ReachedError),
+        ):
+            self._batches[place].forward(number, run)
+        ((_, output),) = outputs
+        wanted = target.float()
+        return (output.float() - wanted).square().sum(), wanted.square().sum()
+
+
+def parts_of(prefix: str, layer: nn.Module, found: Sequence[Matrix]) -> list[Part]:
+    """Return the parts of a decoder layer that are fitted: its direct children with matrices, such
+    as attention and MLP.
+
+    Where such a child is a matrix itself, as the MLP's two are in an OPT, the layer is one part: a
+    matrix alone has no nonlinearity between it and what it could make up for.
+    """
+    inside = holders(layer, found)
+    children = {name.partition(".")[0] for name in inside}
+    modules = {name: layer.get_submodule(name) for name in children}
+    if any(f"{name}.weight" in inside for name in children):
+        modules = {"": layer}
+    parts = []
+    for name, module in modules.items():
+        own = {
+            path: each for path, each in inside.items() if not name or path.startswith(f"{name}.")
+        }
+        start = f"{prefix}.{name}." if name else f"{prefix}."
+        names = [matrix.name for matrix in found if matrix.name.startswith(start)]
+        parts.append(Part(name, module, own, names))
+    return parts
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass after a part."""
+
+
+@contextmanager
+def _outputs_of(
+    parts: Sequence[Part], then_stop: bool = False
+) -> Iterator[list[tuple[Part, Tensor]]]:
+    """Collect the hidden states that parts return, in the order of their calls.
+
+    Args:
+        then_stop: end the forward pass at the first one with `_ReachedError`.
+    """
+    outputs: list[tuple[Part, Tensor]] = []
+
+    def hook(part: Part, module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append((part, output if isinstance(output, Tensor) else output[0]))
+        if then_stop:
+            raise _ReachedError
+
+    with ExitStack() as hooks:
+        for part in parts:
+            handle = part.module.register_forward_hook(functools.partial(hook, part))
+            hooks.callback(handle.remove)
+        yield outputs
+
+
+def _rate(steps: int, step: int) -> float:
+    """Return the share of the learning rate at a step, from 0."""
+    rising = max(1, int(WARM_UP * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return (steps - step) / max(1, steps - rising)
