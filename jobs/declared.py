@@ -278,9 +278,11 @@ def _check_field(name: str, where: str) -> None:
 
 def _value(cell: Cell, name: str) -> object:
     """Return a field, None if it means nothing to the cell; a sparsity with its pattern, since 2:4
-    is not 0.5."""
+    is not 0.5; and what stands for a cell without reconstruction, which means something."""
     if name == "sparsity":
         return cell.sparsity, cell.pattern
+    if name == "reconstruction":
+        return _label(cell, name)
     value = getattr(cell, name)
     return None if name == "calibration" and value == NO_CALIBRATION else value
 
@@ -289,6 +291,8 @@ def _label(cell: Cell, field: str) -> str:
     value = getattr(cell, field)
     if field == "sparsity":
         return cell.pattern or f"{cell.sparsity:g}"
+    if field == "reconstruction":
+        return "none" if cell.reconstruction is None else cell.reconstruction.words
     return str(getattr(value, "name", value))
 
 

@@ -16,6 +16,7 @@ from analysis.studies import (
     real_language,
     real_prefix_length,
     real_sparsity,
+    reconstruction,
     similarity,
     sparsity,
 )
@@ -35,6 +36,7 @@ STUDIES: dict[str, Study] = {
         mixing,
         cost,
         compressors,
+        reconstruction,
         real_coverage,
         real_filter,
         real_prefix_length,

@@ -91,6 +91,16 @@ def all_but_awq_need_data(cell: Cell, task: str) -> float:
     return harm.get(cell.pruner.name, 0.08) * (cell.calibration == "mismatched")
 
 
+def the_fits_data_decide(cell: Cell, task: str) -> float:
+    """Fitted weights make up for the mask; the mismatched corpus harms what is fitted to it."""
+    assert cell.pruner is not None
+    fitted = cell.reconstruction
+    if fitted is None:
+        level = {"wanda": 0.2, "sparsegpt": 0.15, "alps": 0.1}[cell.pruner.name]
+        return level + 0.06 * (cell.calibration == "mismatched")
+    return 0.05 + 0.15 * ((fitted.calibration or cell.calibration) == "mismatched")
+
+
 def long_prefixes_harm(cell: Cell, task: str) -> float:
     return 0.05 * ((cell.prefix_tokens or 0) >= 16)
 
@@ -168,6 +178,15 @@ DECLARED: dict[str, tuple[from_grid.Effect, str, str]] = {
         r"3 bits\. .*with refitted Wanda, 60 %: −1[34]\.\d % .*"
         r"Refitted Wanda against SparseGPT, mismatched text: \+7\.\d % [^:]*: worse\.",
         "Equal within the smallest effect of interest: self-generated text with Wanda, 60 %, ",
+    ),
+    "reconstruction": (
+        the_fits_data_decide,
+        r"^Worse: reconstructed Wanda against ALPS, mismatched text\. Better: reconstructed Wanda "
+        r"against SparseGPT, self-generated text and reconstructed Wanda against ALPS, "
+        r"self-generated text\. .*for the fit alone, [^:]*: −1[34]\.\d % "
+        r"[^:]*: better\. Another set for the mask alone, [^:]*: [−+]0\.\d % [^:]*: equivalent\. "
+        r"Another set for both, [^:]*: −1[34]\.\d % .*without a fit, [^:]*: −(5|6)\.\d % ",
+        "Equal within the smallest effect of interest: reconstructed Wanda against SparseGPT, ",
     ),
     "language": (
         keeps_its_language,

@@ -36,7 +36,10 @@ def core_seconds(spec: StageSpec) -> float:
             return 0.5
         case PruneSpec(calibration=windows):
             assert windows is not None
-            return 1.5 + windows.nsamples / 100
+            fitted = (
+                0.05 * windows.nsamples * spec.reconstruction.epochs if spec.reconstruction else 0
+            )
+            return 1.5 + windows.nsamples / 100 + fitted
         case EvaluateSpec():
             return 1.0 + 5.0 * bool(spec.tasks)
         case _:
