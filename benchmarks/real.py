@@ -20,6 +20,7 @@ from benchmarks.real_model import (
     PREFIX,
     measure_bfloat16,
     measure_generation,
+    measure_reconstruction,
     measure_scoring,
     on_cpu,
     real_windows,
@@ -72,6 +73,8 @@ def measure_model(folder: Path, model: Any, samples: int, seqlen: int) -> list[T
     found += measure_vllm(folder, prefixes[:few], seqlen // 4, rounds=1)
     logger.info("scoring")
     found += measure_scoring(model, windows[:few], rounds=3)
+    logger.info("reconstruction")
+    found += measure_reconstruction(folder, windows[:few], rounds=2)
     logger.info("Wanda in bfloat16")
     found += measure_bfloat16(folder, windows[:few], rounds=2)
     return found

@@ -5,6 +5,7 @@ and their seconds by `benchmarks.timing.clock` are compared.
 """
 
 import copy
+import math
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from pipeline.models.output_layer import OutputLayer
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
 from pipeline.scoring.score import score_samples
-from pipeline.specs import LocalModel, Uniform
+from pipeline.specs import FirstLayers, LocalModel, Magnitude, Reconstruction, Uniform
 
 PREFIX = 2
 """Tokens that generation starts from."""
@@ -48,6 +49,12 @@ CHOICE = 0.15
 
 SCORING = 1.4
 """The longest time of scores, and of perplexities, in forward passes."""
+
+RECONSTRUCTION = 1.5
+"""The longest time of fitting weights, in its forward passes."""
+
+FITTED_SHARE = 0.1
+"""Share of the model's layers that are fitted to measure it."""
 
 BFLOAT16 = 1.8
 """Times the speed of Wanda in float32, on a CPU with AMX."""
@@ -202,6 +209,47 @@ def forward_pass(model: Any, windows: Tensor) -> Callable[[], None]:
             head(part)
 
     return run
+
+
+def measure_reconstruction(folder: Path, windows: Tensor, rounds: int) -> list[Target]:
+    """Compare reconstruction in float32 with its forward passes: two, and three for each epoch,
+    since the gradients of a pass take twice its products.
+
+    The first layers alone are fitted; what their masks take is taken off.
+    """
+    model = on_cpu(folder, "float32")
+    options, allocation = Reconstruction(), FirstLayers(share=FITTED_SHARE)
+    layers = model.model.layers
+    below = copy.deepcopy(model).model
+    below.layers = below.layers[: math.ceil(FITTED_SHARE * len(layers))]
+
+    def pruning(reconstruction: Reconstruction | None) -> Callable[[], object]:
+        copied = copy.deepcopy(model)
+        return lambda: prune_model(
+            copied,
+            None,
+            Magnitude(),
+            LayerTarget(0.5),
+            allocation,
+            reconstruction=reconstruction,
+            fitted_to=windows,
+        )
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in torch.split(windows, options.batch_size):
+            below(batch, use_cache=False)
+
+    forward()
+    contenders = {
+        "masks": lambda: pruning(None),
+        "fitted": lambda: pruning(options),
+        "forward": lambda: forward,
+    }
+    seconds = median_seconds(contenders, rounds, model.device)
+    floor = (2 + 3 * options.epochs) * seconds["forward"]
+    ratio = (seconds["fitted"] - seconds["masks"]) / floor
+    return [Target("reconstruction, in its forward passes", RECONSTRUCTION, ratio, at_most=True)]
 
 
 def measure_bfloat16(folder: Path, windows: Tensor, rounds: int) -> list[Target]:

@@ -264,8 +264,9 @@ def footprint(
             return None
 
 
-FITTED_STATES = 3
-"""Hidden states of a reconstruction: those below a layer, and the targets of its two parts."""
+FITTED_STATES = 4
+"""Hidden states of a reconstruction: those below a layer, the input of a part, and the targets of
+both."""
 
 FITTED_BYTES = 17
 """Bytes of a weight that is fitted: in float32 itself, its gradient and Adam's two moments, and

@@ -26,6 +26,10 @@ class StoredTensor:
         """Return whether a tensor has the stored one's shape and dtype."""
         return (value.shape, value.dtype) == (self._tensor.shape, self._tensor.dtype)
 
+    def follows(self, value: Tensor) -> bool:
+        """Return whether a tensor has the stored one's texts and tokens, its first two sizes."""
+        return value.shape[:2] == self._tensor.shape[:2] and value.is_floating_point()
+
     def write(self, value: Tensor) -> None:
         """Overwrite the stored tensor with one of the same shape and dtype."""
         self._tensor.copy_(value, non_blocking=True)

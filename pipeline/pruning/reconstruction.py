@@ -33,10 +33,14 @@ class Part:
     module: nn.Module
 
     parameters: Mapping[str, nn.Parameter]
-    """By path in the layer, those that hold matrices."""
+    """By path in the part, those that hold matrices."""
 
     matrices: Sequence[str]
     """Names of the matrices."""
+
+
+_Call = tuple[Sequence[Any], Mapping[str, Any]]
+"""Arguments of a part's call, hidden states in a store."""
 
 
 class Reconstructor:
@@ -72,6 +76,7 @@ class Reconstructor:
             entered.enter_context(eager_experts(model))
             self._batches = capture_batches(model, self._layers, inputs, self._store)
             self._targets: list[dict[str, StoredTensor]] = [{} for _ in inputs]
+            self._inputs: list[list[StoredTensor]] = [[] for _ in inputs]
             self._parts: list[Part] = []
             self._exit = entered.pop_all()
 
@@ -100,10 +105,7 @@ class Reconstructor:
                     where = f"{self._root}.{number}.{part.name}"
                     raise InputError("model", where, f"{times}; leave reconstruction out")
             for part, output in outputs:
-                if part.name in targets and targets[part.name].fits(output):
-                    targets[part.name].write(output)
-                else:
-                    targets[part.name] = self._store.store(output)
+                targets[part.name] = self._stored(targets.get(part.name), output)
         self._parts = sorted(parts, key=lambda part: order.index(part.name))
 
     def refine(self, number: int) -> dict[str, dict[str, float]]:
@@ -133,27 +135,29 @@ class Reconstructor:
             batch.advance(number, self._layers[number])
 
     def _fit(self, number: int, part: Part) -> dict[str, float]:
+        calls = [self._call(number, part, place) for place in range(len(self._batches))]
         weights = trainable(part.parameters)
         kept = {name: weight != 0 for name, weight in weights.items()}
-        before = self._error(number, part, weights)
+        before = self._error(part, calls, weights)
         optimizer = torch.optim.Adam(weights.values(), lr=self._options.learning_rate, fused=True)
-        steps = self._options.epochs * len(self._batches)
-        rate = functools.partial(_rate, steps)
+        rate = functools.partial(_rate, self._options.epochs * len(calls))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         for _ in range(self._options.epochs):
-            for place in range(len(self._batches)):
+            for place, call in enumerate(calls):
                 with torch.enable_grad():
-                    torch.autograd.backward(self._squares(number, part, place, weights)[0])
+                    error, _ = self._squares(part, place, call, weights)
+                torch.autograd.backward(error)
                 for name, weight in weights.items():
                     if weight.grad is not None:
                         weight.grad.mul_(kept[name])
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-        after = self._error(number, part, weights)
+        after = self._error(part, calls, weights)
         for name, weight in weights.items():
             if not is_finite(weight.detach()):
-                raise NonFiniteError(f"{self._root}.{number}.{name}: reconstruction diverged")
+                where = ".".join(filter(None, [self._root, str(number), part.name, name]))
+                raise NonFiniteError(f"{where}: reconstruction diverged; lower its learning_rate")
         if after >= before:
             return {"error_before": before, "error_after": before}
         with torch.no_grad():
@@ -162,28 +166,55 @@ class Reconstructor:
         return {"error_before": before, "error_after": after}
 
     @torch.no_grad()
-    def _error(self, number: int, part: Part, weights: Mapping[str, Tensor]) -> float:
+    def _call(self, number: int, part: Part, place: int) -> _Call:
+        """Run a layer until it calls a part, and return the arguments. Hidden states among them are
+        stored; masks and rotary tables, which batches share, stay where they are."""
+        states = self._targets[place][part.name]
+        stored = iter(self._inputs[place])
+        kept: list[StoredTensor] = []
+
+        def keep(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not states.follows(value):
+                return value
+            kept.append(self._stored(next(stored, None), value))
+            return kept[-1]
+
+        with _arguments_of(part) as found, suppress(_ReachedError):
+            self._batches[place].forward(number, self._layers[number])
+        positional, keywords = found
+        call = (
+            [keep(each) for each in positional],
+            {name: keep(keywords[name]) for name in keywords},
+        )
+        self._inputs[place] = kept + list(stored)
+        return call
+
+    def _stored(self, before: StoredTensor | None, value: Tensor) -> StoredTensor:
+        """Store a tensor in the place of one of the same shape, if there is one."""
+        if before is None or not before.fits(value):
+            return self._store.store(value)
+        before.write(value)
+        return before
+
+    @torch.no_grad()
+    def _error(self, part: Part, calls: Sequence[_Call], weights: Mapping[str, Tensor]) -> float:
         sums = [
-            torch.stack(self._squares(number, part, place, weights)).double()
-            for place in range(len(self._batches))
+            torch.stack(self._squares(part, place, call, weights)).double()
+            for place, call in enumerate(calls)
         ]
         error, size = torch.stack(sums).sum(dim=0).tolist()
         return float(error / size) if size else 0.0
 
     def _squares(
-        self, number: int, part: Part, place: int, weights: Mapping[str, Tensor]
+        self, part: Part, place: int, call: _Call, weights: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return the squared error of a part's output for one batch, and the target's squares."""
-        target = self._targets[place][part.name].read()
-        with (
-            with_weights(self._layers[number], weights) as run,
-            _outputs_of([part], then_stop=True) as outputs,
-            suppress(_ReachedError),
-        ):
-            self._batches[place].forward(number, run)
-        ((_, output),) = outputs
-        wanted = target.float()
-        return (output.float() - wanted).square().sum(), wanted.square().sum()
+        positional = [_read(each) for each in call[0]]
+        keywords = {name: _read(each) for name, each in call[1].items()}
+        with with_weights(part.module, weights) as run:
+            output = _states(run(*positional, **keywords)).float()
+        wanted = self._targets[place][part.name].read().float()
+        return (output - wanted).square().sum(), wanted.square().sum()
 
 
 def parts_of(prefix: str, layer: nn.Module, found: Sequence[Matrix]) -> list[Part]:
@@ -200,40 +231,55 @@ def parts_of(prefix: str, layer: nn.Module, found: Sequence[Matrix]) -> list[Par
         modules = {"": layer}
     parts = []
     for name, module in modules.items():
-        own = {
-            path: each for path, each in inside.items() if not name or path.startswith(f"{name}.")
-        }
         start = f"{prefix}.{name}." if name else f"{prefix}."
-        names = [matrix.name for matrix in found if matrix.name.startswith(start)]
-        parts.append(Part(name, module, own, names))
+        own = [matrix for matrix in found if matrix.name.startswith(start)]
+        parts.append(Part(name, module, holders(module, own), [each.name for each in own]))
     return parts
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass after a part."""
+    """Ends a forward pass before a part."""
 
 
 @contextmanager
-def _outputs_of(
-    parts: Sequence[Part], then_stop: bool = False
-) -> Iterator[list[tuple[Part, Tensor]]]:
-    """Collect the hidden states that parts return, in the order of their calls.
-
-    Args:
-        then_stop: end the forward pass at the first one with `_ReachedError`.
-    """
+def _outputs_of(parts: Sequence[Part]) -> Iterator[list[tuple[Part, Tensor]]]:
+    """Collect the hidden states that parts return, in the order of their calls."""
     outputs: list[tuple[Part, Tensor]] = []
 
-    def hook(part: Part, module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append((part, output if isinstance(output, Tensor) else output[0]))
-        if then_stop:
-            raise _ReachedError
+    def take(part: Part, module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append((part, _states(output)))
 
     with ExitStack() as hooks:
         for part in parts:
-            handle = part.module.register_forward_hook(functools.partial(hook, part))
+            handle = part.module.register_forward_hook(functools.partial(take, part))
             hooks.callback(handle.remove)
         yield outputs
+
+
+@contextmanager
+def _arguments_of(part: Part) -> Iterator[list[Any]]:
+    """Collect the positional arguments of a part's call, and those by keyword; end the pass."""
+    found: list[Any] = []
+
+    def take(module: nn.Module, positional: Any, keywords: Any) -> None:
+        found.extend((positional, keywords))
+        raise _ReachedError
+
+    handle = part.module.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _states(output: Any) -> Tensor:
+    """Return the hidden states of what a module returns: a tensor, or the first of several."""
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
+
+
+def _read(value: Any) -> Any:
+    return value.read() if isinstance(value, StoredTensor) else value
 
 
 def _rate(steps: int, step: int) -> float:

@@ -20,6 +20,7 @@ from benchmarks.real_model import (
     forward_seconds,
     measure_bfloat16,
     measure_generation,
+    measure_reconstruction,
     measure_scoring,
     on_cpu,
     real_windows,
@@ -108,6 +109,14 @@ def test_scoring_is_compared_with_the_forward_pass(model: Any, windows: torch.Te
     found = measure_scoring(model, windows, 1)
     assert all(target.reached > 0 for target in found)
     assert [target.at_most for target in found] == [False, True, True]
+
+
+def test_reconstruction_is_compared_with_its_forward_passes(
+    folder: Path, windows: torch.Tensor
+) -> None:
+    (target,) = measure_reconstruction(folder, windows, 1)
+    assert target.at_most
+    assert target.reached > 0
 
 
 def test_bfloat16_has_a_target_only_on_a_cpu_with_amx(
