@@ -59,7 +59,7 @@ def model_card(
     )
     lost = "".join(f"- {sentence}.\n" for sentence in losses(measured))
     return f"""{HEADER.format(base=base)}
-# {_name(dense)}, {_made(spec)} by {spec.pruner.name}
+# {_name(dense)}, {_made(spec)} by {spec.pruner.name}{_fitted(spec)}
 
 Of the matrices of its decoder layers {manifest.report["sparsity"]:.2%} of the weights are zero, \
 counted in what was stored. {_rounded(spec)}{_calibration(spec)} {_stored(spec, packed)} \
@@ -97,6 +97,10 @@ def _made(spec: PruneSpec) -> str:
         return pruned
     rounded = f"rounded to {spec.pruner.bits} bits"
     return f"{rounded} and {pruned}" if spec.sparsity else rounded
+
+
+def _fitted(spec: PruneSpec) -> str:
+    return "" if spec.reconstruction is None else ", kept weights fitted"
 
 
 def _rounded(spec: PruneSpec) -> str:
@@ -140,9 +144,13 @@ def _calibration(spec: PruneSpec) -> str:
     windows = spec.calibration
     if windows is None:
         return "No data were used."
-    return (
-        f"Calibrated with {windows.nsamples} windows of {windows.seqlen} tokens {_from(windows)}."
-    )
+    used = f"{windows.nsamples} windows of {windows.seqlen} tokens"
+    chosen = f"Calibrated with {used} {_from(windows)}."
+    if spec.reconstruction is None:
+        return chosen
+    other = spec.reconstruction.calibration
+    data = "the same windows" if other is None else f"{other.nsamples} windows {_from(other)}"
+    return f"{chosen} Each layer's kept weights were then fitted to its dense outputs on {data}."
 
 
 def _from(windows: WindowsSpec) -> str:

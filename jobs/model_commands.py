@@ -68,6 +68,9 @@ def prune(
     ] = None,
     pruner: Annotated[str, typer.Option(help="wanda, sparsegpt, alps, ria, ...")] = "wanda",
     allocation: Annotated[str, typer.Option(help="uniform or owl.")] = "uniform",
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Fit the kept weights afterwards.")
+    ] = False,
     nsamples: Windows = 128,
     seqlen: Tokens = None,
     seed: Seed = 0,
@@ -89,6 +92,7 @@ def prune(
         sparsity=sparsity,
         pruner=pruner,
         allocation=allocation,
+        reconstruct=reconstruct,
         nsamples=nsamples,
         seqlen=seqlen,
         seed=seed,
@@ -101,7 +105,8 @@ def prune(
         print_json({"folder": str(folder), "prune_key": key, "measured": numbers}, console)
         return
     target = Cell(model=model, pruner=pruner, sparsity=sparsity).target_name
-    console.print(as_table(measured, f"{model}, {target} by {pruner}"))
+    method = f"{pruner}, reconstructed" if reconstruct else pruner
+    console.print(as_table(measured, f"{model}, {target} by {method}"))
     for sentence in losses(measured):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     console.print(f"checkpoint: {folder}", soft_wrap=True)

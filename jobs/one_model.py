@@ -59,6 +59,7 @@ class OneModel(NamedTuple):
 
     pruner: str = "wanda"
     allocation: str = "uniform"
+    reconstruct: bool = False
     nsamples: int = 128
     seqlen: int | None = None
     """None takes `LONGEST`, or what the model takes if that is less."""
@@ -148,7 +149,12 @@ def grid_content(asked: OneModel, probe: tuple[str, ...]) -> dict[str, Any]:
     seqlen = longest(asked.model, model) if asked.seqlen is None else asked.seqlen
     needs = {"cpus": asked.cpus or 1, "gpus": asked.gpus or 0.0}
     return {
-        "name": f"prune-{name}-{asked.pruner}-{asked.sparsity.replace(':', '-')}",
+        "name": "-".join(
+            [
+                *("prune", name, asked.pruner, asked.sparsity.replace(":", "-")),
+                *(["reconstructed"] if asked.reconstruct else []),
+            ]
+        ),
         "models": {name: model},
         "corpora": {short: named_corpus(text) for text, short in names.items()},
         "calibrations": {label: calibration},
@@ -157,6 +163,7 @@ def grid_content(asked: OneModel, probe: tuple[str, ...]) -> dict[str, Any]:
             "calibration": label,
             "pruner": asked.pruner,
             "allocation": asked.allocation,
+            "reconstruction": {} if asked.reconstruct else None,
             "sparsity": as_target(asked.sparsity),
             "seed": asked.seed,
             "nsamples": asked.nsamples,

@@ -24,7 +24,7 @@ from jobs.model_card import model_card
 from jobs.plan import Plan, make_plan
 from pipeline.errors import InputError
 from pipeline.evaluation.schemas import METRICS_SCHEMA, REQUESTS_SCHEMA
-from pipeline.specs import AWQ, GPTQ, EvaluateSpec, PruneSpec
+from pipeline.specs import AWQ, GPTQ, EvaluateSpec, PruneSpec, Reconstruction
 
 Content = dict[str, Any]
 Level = Callable[[Any], float]
@@ -242,6 +242,27 @@ def test_a_card_says_what_is_lost(plan: Plan, store: Store) -> None:
     assert f"- {sentence}." in card
     assert spec.key in card
     assert "Nothing was measured" in model_card(manifest, spec, [])
+
+
+def test_a_card_says_that_weights_were_fitted_and_to_what(plan: Plan, store: Store) -> None:
+    plant(plan, store, quality)
+    pruned = [
+        each.model
+        for each in plan.specs.values()
+        if isinstance(each, EvaluateSpec) and isinstance(each.model, PruneSpec)
+    ]
+    manifest = store.manifest(next(iter(plan.cells)))
+    assert manifest is not None
+    described = manifest.model_copy(update={"report": {"sparsity": 0.5}})
+    spec = next(each for each in pruned if each.calibration is not None)
+    assert spec.calibration is not None
+    text = f"{spec.calibration.nsamples} windows of real text."
+    for other, words in ((None, "the same windows."), (spec.calibration, text)):
+        fitted = Reconstruction(calibration=other)
+        card = model_card(described, spec.model_copy(update={"reconstruction": fitted}), [])
+        assert f"by {spec.pruner.name}, kept weights fitted" in card
+        assert f"then fitted to its dense outputs on {words}" in card
+    assert "fitted" not in model_card(described, spec, [])
 
 
 @pytest.mark.parametrize(

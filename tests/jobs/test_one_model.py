@@ -97,6 +97,16 @@ def test_the_same_words_give_the_same_keys(model: str, text: str, probe: str) ->
     assert pruning_plan(words)[1] != pruning_plan(words._replace(seed=1))[1]
 
 
+def test_kept_weights_are_fitted_where_that_is_asked_for(model: str, text: str) -> None:
+    plain, fitted = (
+        grid_content(asked(model, prefixes=(text,), reconstruct=reconstruct), (text,))
+        for reconstruct in (False, True)
+    )
+    assert plain["cells"]["reconstruction"] is None
+    assert fitted["cells"]["reconstruction"] == {}
+    assert fitted["name"] == f"{plain['name']}-reconstructed"
+
+
 def test_windows_are_as_long_as_the_model_takes(model: str, text: str, probe: str) -> None:
     content = grid_content(OneModel(model, prefixes=(text,)), (probe,))
     assert content["cells"]["seqlen"] == 2048  # that of its configuration is the same
