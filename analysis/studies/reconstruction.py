@@ -1,19 +1,16 @@
 """Whether fitted weights make up for a cheap mask, and which data they need."""
 
-from analysis.charts import logarithmic_beyond_one
 from analysis.finding import declared_answer
 from analysis.study import Answer, Results, Study
 
 
 def answer(results: Results) -> Answer:
     """Judge reconstructed masks against costly pruners, and the fit's data against the mask's."""
-    found = declared_answer(
+    return declared_answer(
         results,
         "Perplexity of Wanda's masks with fitted weights, against other pruners and other data",
         "Of the sets, one is changed at a time, then both.",
     )
-    logarithmic_beyond_one(found.figure)
-    return found
 
 
 STUDY = Study(
