@@ -16,6 +16,9 @@ TORCH := $(shell if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/
 VLLM_STAMP := .venv/.vllm-installed
 VLLM_TORCH := 2.13.0+cpu
 
+# The checks run while vLLM is installed.
+MAKEFLAGS += --jobs=2
+
 .PHONY: demo demo-picture demo-testbed test test-quick check docs bench setup clean help
 
 demo: $(STAMP)  ## prune a real language model 27 ways: table, texts, advice and report

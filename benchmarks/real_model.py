@@ -28,6 +28,7 @@ from pipeline.models.loading import load_model
 from pipeline.models.output_layer import OutputLayer
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.prune import prune_model
+from pipeline.pruning.reconstruction import Fit
 from pipeline.scoring.score import score_samples
 from pipeline.specs import FirstLayers, LocalModel, Magnitude, Reconstruction, Uniform
 
@@ -231,8 +232,7 @@ def measure_reconstruction(folder: Path, windows: Tensor, rounds: int) -> list[T
             Magnitude(),
             LayerTarget(0.5),
             allocation,
-            reconstruction=reconstruction,
-            fitted_to=windows,
+            fit=None if reconstruction is None else Fit(reconstruction, windows),
         )
 
     @torch.no_grad()

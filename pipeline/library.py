@@ -37,6 +37,7 @@ from pipeline.models.vocabulary import check_ids, edge_ids, embedding_rows
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import PruneReport, prune_model
+from pipeline.pruning.reconstruction import Fit
 from pipeline.scoring.filter import reasons_to_drop
 from pipeline.scoring.score import STATES, Score, score_samples, score_with_states
 from pipeline.specs import (
@@ -55,7 +56,7 @@ from pipeline.specs import (
     Pattern,
     PerplexitySpec,
     Pruner,
-    Reconstruction,
+    ReconstructionOptions,
     Spec,
     TaskSpec,
     TestbedCorpus,
@@ -300,7 +301,7 @@ def prune(
     except ValueError as error:
         raise InputError("sparsity", sparsity, str(error)) from error
     share = sparsity if pattern is None else pattern.sparsity
-    fitted = None if reconstruction is None else _checked(Reconstruction, **reconstruction)
+    fitted = None if reconstruction is None else _checked(ReconstructionOptions, **reconstruction)
     needs_data = data_taker(chosen, spread, fitted)
     if needs_data is not None and windows is None:
         raise InputError("windows", None, f"{needs_data} needs a calibration set")
@@ -317,8 +318,7 @@ def prune(
         LayerTarget(float(share), pattern),
         spread,
         outlier_ratios=ratios,
-        reconstruction=fitted,
-        fitted_to=windows,
+        fit=None if fitted is None or windows is None else Fit(fitted, windows),
     )
 
 

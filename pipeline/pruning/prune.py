@@ -40,7 +40,7 @@ from pipeline.pruning.outliers import read_outlier_ratios
 from pipeline.pruning.pruners import pruner_for
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.grids import check_rounded
-from pipeline.pruning.reconstruction import Reconstructor
+from pipeline.pruning.reconstruction import Fit, Reconstructor
 from pipeline.pruning.shared_model import shared_model
 from pipeline.pruning.sparsity_check import MatrixSparsity, check_sparsity, count_zeros
 from pipeline.pruning.walk import check_windows, layer_sizes, walk
@@ -51,7 +51,6 @@ from pipeline.specs import (
     Pruner,
     PruneSpec,
     Quantizer,
-    Reconstruction,
     Uniform,
 )
 from pipeline.stage import NO_HELPERS, Artifacts, Helpers, Keep
@@ -113,8 +112,7 @@ def prune_model(
     outlier_ratios: Sequence[float] | None = None,
     memory: Memory = DEFAULT_MEMORY,
     finished: FinishedLayers | None = None,
-    reconstruction: Reconstruction | None = None,
-    fitted_to: Tensor | None = None,
+    fit: Fit | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -126,8 +124,7 @@ def prune_model(
             them.
         finished: takes every layer that is done, and restores those of an earlier attempt at the
             same pruning.
-        reconstruction: how kept weights are fitted, layer by layer; None leaves them.
-        fitted_to: the windows `[nsamples, seqlen]` that they are fitted to.
+        fit: what the kept weights of each layer are fitted to; None leaves them to the pruner.
 
     Raises:
         InputError: if the windows are missing or do not suit the model
@@ -196,10 +193,8 @@ def prune_model(
 
     with ExitStack() as stored:
         refitted: Reconstructor | None = None
-        if reconstruction is not None:
-            if fitted_to is None:
-                raise InputError("fitted_to", None, "reconstruction needs a calibration set")
-            refitted = stored.enter_context(Reconstructor(model, fitted_to, reconstruction, memory))
+        if fit is not None:
+            refitted = stored.enter_context(Reconstructor(model, fit, memory))
         walk(
             model,
             windows,
@@ -327,8 +322,7 @@ def run(
             device_hidden_bytes=device_hidden_bytes, host_hidden_bytes=host_hidden_bytes, crew=crew
         ),
         finished=finished,
-        reconstruction=spec.reconstruction,
-        fitted_to=_fitted_to(spec, artifacts),
+        fit=_fit(spec, artifacts),
     )
     if checkpoint is not None:
         with phase("writing the model"):
@@ -386,12 +380,12 @@ def _windows(spec: PruneSpec, artifacts: Artifacts) -> Tensor | None:
     return read_windows(artifacts[spec.calibration.key])
 
 
-def _fitted_to(spec: PruneSpec, artifacts: Artifacts) -> Tensor | None:
+def _fit(spec: PruneSpec, artifacts: Artifacts) -> Fit | None:
     if spec.reconstruction is None:
         return None
     own = spec.reconstruction.calibration or spec.calibration
     assert own is not None, "the spec says that reconstruction needs a calibration set"
-    return read_windows(artifacts[own.key])
+    return Fit(spec.reconstruction, read_windows(artifacts[own.key]))
 
 
 def _outlier_ratios(spec: PruneSpec, artifacts: Artifacts) -> list[float] | None:
@@ -451,7 +445,8 @@ def _allocation_summary(allocation: Allocation, allocated: Allocated) -> dict[st
 
 def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """Return what a reader of the results must know: experts that saw few tokens, damping that was
-    raised, columns without input."""
+    raised, columns without input; and how well kept weights were fitted, on average over matrices
+    of the error of their part, relative to its dense output."""
 
     def nonzero(fact: str) -> dict[str, float]:
         return {name: each[fact] for name, each in facts.items() if each.get(fact)}
@@ -468,6 +463,12 @@ def _summary(facts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         summary["raised_damping"] = {
             name: {"damping": facts[name]["damping"], "raises": int(raises)}
             for name, raises in nonzero("damping_raises").items()
+        }
+    if "error_after" in recorded:
+        fitted = [each for each in facts.values() if "error_after" in each]
+        summary["fitted"] = {
+            name: sum(each[name] for each in fitted) / len(fitted)
+            for name in ("error_before", "error_after")
         }
     if "dead_columns" in recorded:
         summary["dead_columns"] = {

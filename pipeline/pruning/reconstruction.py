@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from pipeline.models.matrices import Matrix, decoder_layers, holders, is_finite
 from pipeline.pruning.gradients import trainable, with_weights
 from pipeline.pruning.walk import check_windows
 from pipeline.pruning.window_groups import Memory, eager_experts
-from pipeline.specs import Reconstruction
+from pipeline.specs import ReconstructionOptions
 
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises to its full value; afterwards it falls to
@@ -39,6 +39,15 @@ class Part:
     """Names of the matrices."""
 
 
+class Fit(NamedTuple):
+    """What kept weights are fitted to, and how."""
+
+    options: ReconstructionOptions
+
+    windows: Tensor
+    """Token ids `[nsamples, seqlen]`."""
+
+
 _Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Arguments of a part's call, hidden states in a store."""
 
@@ -52,23 +61,20 @@ class Reconstructor:
 
     Args:
         model: a causal language model, in evaluation mode.
-        windows: token ids `[nsamples, seqlen]`.
-        memory: where hidden states are held; a batch has `options.batch_size` windows.
+        memory: where hidden states are held; a batch has the windows of a step.
 
     Raises:
         InputError: as `pipeline.models.layer_calls.capture_batches` and
             `pipeline.pruning.walk.check_windows` do.
     """
 
-    def __init__(
-        self, model: nn.Module, windows: Tensor, options: Reconstruction, memory: Memory
-    ) -> None:
-        check_windows(model, windows)
+    def __init__(self, model: nn.Module, fit: Fit, memory: Memory) -> None:
+        check_windows(model, fit.windows)
         self._root, self._layers = decoder_layers(model)
-        self._options = options
+        self._options = fit.options
         home = next(each.device for each in model.parameters() if not each.is_meta)
         device = memory.device or home
-        parts = torch.split(windows.to(home), options.batch_size)
+        parts = torch.split(fit.windows.to(home), fit.options.batch_size)
         inputs = [{"input_ids": part} for part in parts]
         with ExitStack() as entered, torch.no_grad():
             budgets = (memory.device_hidden_bytes, memory.host_hidden_bytes)

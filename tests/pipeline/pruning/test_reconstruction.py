@@ -13,8 +13,8 @@ from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import decoder_layers, matrices
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.finished_layers import FinishedLayers
-from pipeline.pruning.prune import PruneReport, prune_model
-from pipeline.pruning.reconstruction import Reconstructor, _rate, parts_of
+from pipeline.pruning.prune import PruneReport, _summary, prune_model
+from pipeline.pruning.reconstruction import Fit, Reconstructor, _rate, parts_of
 from pipeline.pruning.window_groups import Memory
 from pipeline.specs import FirstLayers, Magnitude, Reconstruction, Uniform, Wanda
 from tests.pipeline.pruning.test_finished_layers import Kept, Stopped, Written
@@ -33,9 +33,8 @@ def prune(
 ) -> PruneReport:
     given = {"target": HALF, "allocation": Uniform(), "pruner": Wanda(), **options}
     fitted_to = windows() if fitted_to is None else fitted_to
-    return prune_model(
-        model, windows(), **given, reconstruction=reconstruction, fitted_to=fitted_to
-    )
+    fit = None if reconstruction is None else Fit(reconstruction, fitted_to)
+    return prune_model(model, windows(), **given, fit=fit)
 
 
 class Block(nn.Module):
@@ -241,9 +240,7 @@ def test_another_set_is_fitted_to_while_the_mask_stays() -> None:
 
 def test_a_pruner_without_data_is_fitted_to_the_set_as_well() -> None:
     model = random_model(CONFIGS["llama"])
-    report = prune_model(
-        model, None, Magnitude(), HALF, Uniform(), reconstruction=QUICK, fitted_to=windows()
-    )
+    report = prune_model(model, None, Magnitude(), HALF, Uniform(), fit=Fit(QUICK, windows()))
     assert all(facts["error_after"] < facts["error_before"] for facts in report.facts.values())
 
 
@@ -264,21 +261,22 @@ def test_a_part_that_is_called_twice_is_refused_by_name() -> None:
 def test_windows_that_do_not_suit_the_model_are_refused() -> None:
     with pytest.raises(InputError, match="token id"):
         prune(random_model(CONFIGS["llama"]), fitted_to=torch.full((2, 8), 96))
-    with pytest.raises(InputError, match="fitted_to"):
-        prune_model(
-            random_model(CONFIGS["llama"]),
-            windows(),
-            Wanda(),
-            HALF,
-            Uniform(),
-            reconstruction=QUICK,
-        )
+
+
+def test_the_report_has_the_mean_errors_over_matrices() -> None:
+    facts = {
+        "one": {"error_before": 0.4, "error_after": 0.1, "dead_columns": 0.0},
+        "two": {"error_before": 0.2, "error_after": 0.2},
+    }
+    fitted = _summary(facts)["fitted"]
+    assert fitted == pytest.approx({"error_before": 0.3, "error_after": 0.15})
+    assert "fitted" not in _summary({"one": {"dead_columns": 0.0}})
 
 
 def test_hidden_states_leave_with_the_context() -> None:
     model = random_model(CONFIGS["llama"])
     memory = Memory(device_hidden_bytes=0, host_hidden_bytes=0)
-    with Reconstructor(model, windows(), QUICK, memory) as fitted:
+    with Reconstructor(model, Fit(QUICK, windows()), memory) as fitted:
         folder = fitted._store._folder
         assert folder is not None
         assert folder.exists()
