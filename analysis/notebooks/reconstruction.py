@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Do fitted weights make up for a cheap mask, and which data do they need?
 #
-# Main contrast: reconstructed Wanda against SparseGPT and ALPS; its two sets apart. Its sets are the
-# one that chose the mask, and the one that the weights are fitted to.
+# Main contrast: reconstructed Wanda against SparseGPT and ALPS; its two sets apart. Its sets are
+# the one that chose the mask, and the one that the weights are fitted to.
 #
 # Results: `python -m jobs run analysis/studies/reconstruction.yaml --store STORE`. Set the store
 # here or in the environment; `docs/studies.md` explains how a finding is made.
