@@ -10,7 +10,7 @@ must have run.
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -111,11 +111,11 @@ def measure(grid: Grid, name: str, store: Store, steps: int, probe_windows: int)
     Raises:
         KeyError: if the store lacks the model or a set.
     """
-    by_set = _sets(grid, name, store)
+    cells = _cells(grid, name)
+    by_set = _sets(grid, cells, store)
     spec = grid.models[name]
     artifacts = {stage.key: store.fetch(stage.key) for stage in nearest_stages((spec,))}
     model, tokenizer = load_model(spec, artifacts), load_tokenizer(spec, artifacts)
-    cell = _cells(grid, name)[0]
     entry = grid.evaluate.all_perplexities()[0]
     cut = Cutting(2 * probe_windows, entry.seqlen, "concat", seed=0)
     text = cut_corpus(grid.corpora[entry.corpus], tokenizer, cut)
@@ -131,7 +131,7 @@ def measure(grid: Grid, name: str, store: Store, steps: int, probe_windows: int)
         ]
     pool = torch.cat(list(by_set.values()))
     size = len(next(iter(by_set.values())))
-    target = LayerTarget.parse(cell.sparsity, cell.pattern)
+    target = LayerTarget.parse(cells[0].sparsity, cells[0].pattern)
 
     def pruned(chosen: Tensor) -> Any:
         copied = copy.deepcopy(model)
@@ -166,13 +166,15 @@ def _cells(grid: Grid, name: str) -> list[Cell]:
     ]
     if not own:
         raise typer.BadParameter(f"GRID: {grid.name!r} has no cells that wanda prunes")
-    first = {cell.calibration: cell for cell in reversed(own)}
-    return list(reversed(first.values()))
+    first: dict[str, Cell] = {}
+    for cell in own:
+        first.setdefault(cell.calibration, cell)
+    return list(first.values())
 
 
-def _sets(grid: Grid, name: str, store: Store) -> dict[str, Tensor]:
+def _sets(grid: Grid, cells: Sequence[Cell], store: Store) -> dict[str, Tensor]:
     found = {}
-    for cell in _cells(grid, name):
+    for cell in cells:
         spec = prune_spec(grid, cell)
         assert spec is not None
         assert isinstance(spec.calibration, WindowsSpec)

@@ -148,13 +148,9 @@ def grid_content(asked: OneModel, probe: tuple[str, ...]) -> dict[str, Any]:
     label, calibration = _calibration(asked, [names[text] for text in read])
     seqlen = longest(asked.model, model) if asked.seqlen is None else asked.seqlen
     needs = {"cpus": asked.cpus or 1, "gpus": asked.gpus or 0.0}
+    suffix = "-reconstructed" if asked.reconstruct else ""
     return {
-        "name": "-".join(
-            [
-                *("prune", name, asked.pruner, asked.sparsity.replace(":", "-")),
-                *(["reconstructed"] if asked.reconstruct else []),
-            ]
-        ),
+        "name": f"prune-{name}-{asked.pruner}-{asked.sparsity.replace(':', '-')}{suffix}",
         "models": {name: model},
         "corpora": {short: named_corpus(text) for text, short in names.items()},
         "calibrations": {label: calibration},

@@ -58,13 +58,19 @@ class TensorStore:
     def __exit__(self, *error: object) -> None:
         self._exit.close()
 
-    def store(self, value: Tensor) -> StoredTensor:
+    def store(self, value: Tensor, before: StoredTensor | None = None) -> StoredTensor:
         """Store a copy of a tensor, contiguous everywhere: strides can move the last bit of what is
         computed from it.
+
+        Args:
+            before: a stored tensor that is no longer needed, whose place is taken if it fits.
 
         Raises:
             OSError: if the disk is full.
         """
+        if before is not None and before.fits(value):
+            before.write(value)
+            return before
         size = value.numel() * value.dtype.itemsize
         if size <= self._left_on_device:
             self._left_on_device -= size

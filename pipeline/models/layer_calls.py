@@ -37,6 +37,12 @@ OutputForm = Callable[[int, Tensor], Any]
 """Wraps hidden states, given a layer's number, as that layer's output."""
 
 
+def states_of(output: Any) -> Tensor:
+    """Return the hidden states of what a module returns: a tensor, or the first of several."""
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
+
+
 class CapturedBatch:
     """The hidden states of some texts on their way up, and each layer's other arguments."""
 
@@ -58,8 +64,7 @@ class CapturedBatch:
         """Replace the hidden states by that layer's output, and store what else it passes on to the
         next layer."""
         output = self.forward(number, layer)
-        states = output if isinstance(output, Tensor) else output[0]
-        self._states = self._stored(self._states, states)
+        self._states = self._store.store(states_of(output), self._states)
         for each in _passed_on(self._arguments[number + 1 : number + 2]):
             before = self._passed.get(each.place)
             self._passed[each.place] = self._stored(before, output[each.place])
@@ -80,10 +85,7 @@ class CapturedBatch:
         """Store a tensor in the place of one of the same shape, if there is one."""
         if not isinstance(value, Tensor):
             return value
-        if isinstance(before, StoredTensor) and before.fits(value):
-            before.write(value)
-            return before
-        return self._store.store(value)
+        return self._store.store(value, before if isinstance(before, StoredTensor) else None)
 
 
 def capture_batches(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.models.layer_calls import CapturedBatch
+from pipeline.models.layer_calls import CapturedBatch, states_of
 from pipeline.models.matrices import Matrix, holders
 
 GRADIENT_SQUARES = "gradient_squares"
@@ -32,9 +32,7 @@ def add_gradient_squares(
     squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for batch in batches:
         with torch.enable_grad(), with_weights(layer, weights) as run:
-            output = batch.forward(number, run)
-            states = output if isinstance(output, Tensor) else output[0]
-            norm = states.float().norm()
+            norm = states_of(batch.forward(number, run)).float().norm()
         gradients = torch.autograd.grad(norm, list(weights.values()), allow_unused=True)
         for total, gradient in zip(squares.values(), gradients, strict=True):
             if gradient is not None:

@@ -155,6 +155,9 @@ def prune_model(
         counted.append(count_zeros(matrix.name, matrix.weight))
         numbers[matrix.name] = number
 
+    def fitted_in(number: int) -> Reconstructor | None:
+        return reconstructor if number < decisions.layers else None
+
     def visit(number: int, found: list[Matrix]) -> None:
         own = [matrix for matrix in found if matrix.elsewhere is None]  # before waiting for others
         pruned = {matrix.name: decisions.prune(number, matrix) for matrix in own}
@@ -165,20 +168,22 @@ def prune_model(
             permutation = pruned[matrix.name].permutation
             if permutation is not None:
                 permutations[matrix.name] = permutation.cpu()
-        if refitted is not None and number < decisions.layers:
-            for name, errors in refitted.refine(number).items():
+        fitted = fitted_in(number)
+        if fitted is not None:
+            for name, errors in fitted.refine(number).items():
                 facts[name] = {**facts[name], **errors}
         for matrix in found:
             count(number, matrix)
         if finished is not None:
             masks = {matrix.name: pruned[matrix.name].mask for matrix in found}
             finished.save(number, found, masks, LayerRecord(facts, permutations))
-        if refitted is not None and number < decisions.layers:
-            refitted.advance(number)
+        if fitted is not None:
+            fitted.advance(number)
 
     def restore(number: int, found: list[Matrix]) -> bool:
-        if refitted is not None and number < decisions.layers:
-            refitted.remember(number, found)
+        fitted = fitted_in(number)
+        if fitted is not None:
+            fitted.remember(number, found)
         record = None if finished is None else finished.restore(number, found)
         if record is None:
             return False
@@ -187,14 +192,14 @@ def prune_model(
         for matrix in found:
             count(number, matrix)
         resumed.append(number)
-        if refitted is not None and number < decisions.layers:
-            refitted.advance(number)
+        if fitted is not None:
+            fitted.advance(number)
         return True
 
     with ExitStack() as stored:
-        refitted: Reconstructor | None = None
+        reconstructor: Reconstructor | None = None
         if fit is not None:
-            refitted = stored.enter_context(Reconstructor(model, fit, memory))
+            reconstructor = stored.enter_context(Reconstructor(model, fit, memory))
         walk(
             model,
             windows,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.hidden_states import StoredTensor, TensorStore
-from pipeline.models.layer_calls import capture_batches
+from pipeline.models.layer_calls import capture_batches, states_of
 from pipeline.models.matrices import Matrix, decoder_layers, holders, is_finite
 from pipeline.pruning.gradients import trainable, with_weights
 from pipeline.pruning.walk import check_windows
@@ -111,7 +111,7 @@ class Reconstructor:
                     where = f"{self._root}.{number}.{part.name}"
                     raise InputError("model", where, f"{times}; leave reconstruction out")
             for part, output in outputs:
-                targets[part.name] = self._stored(targets.get(part.name), output)
+                targets[part.name] = self._store.store(output, targets.get(part.name))
         self._parts = sorted(parts, key=lambda part: order.index(part.name))
 
     def refine(self, number: int) -> dict[str, dict[str, float]]:
@@ -182,7 +182,7 @@ class Reconstructor:
         def keep(value: Any) -> Any:
             if not isinstance(value, Tensor) or not states.follows(value):
                 return value
-            kept.append(self._stored(next(stored, None), value))
+            kept.append(self._store.store(value, next(stored, None)))
             return kept[-1]
 
         with _arguments_of(part) as found, suppress(_ReachedError):
@@ -194,13 +194,6 @@ class Reconstructor:
         )
         self._inputs[place] = kept + list(stored)
         return call
-
-    def _stored(self, before: StoredTensor | None, value: Tensor) -> StoredTensor:
-        """Store a tensor in the place of one of the same shape, if there is one."""
-        if before is None or not before.fits(value):
-            return self._store.store(value)
-        before.write(value)
-        return before
 
     @torch.no_grad()
     def _error(self, part: Part, calls: Sequence[_Call], weights: Mapping[str, Tensor]) -> float:
@@ -218,7 +211,7 @@ class Reconstructor:
         positional = [_read(each) for each in call[0]]
         keywords = {name: _read(each) for name, each in call[1].items()}
         with with_weights(part.module, weights) as run:
-            output = _states(run(*positional, **keywords)).float()
+            output = states_of(run(*positional, **keywords)).float()
         wanted = self._targets[place][part.name].read().float()
         return (output - wanted).square().sum(), wanted.square().sum()
 
@@ -253,7 +246,7 @@ def _outputs_of(parts: Sequence[Part]) -> Iterator[list[tuple[Part, Tensor]]]:
     outputs: list[tuple[Part, Tensor]] = []
 
     def take(part: Part, module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append((part, _states(output)))
+        outputs.append((part, states_of(output)))
 
     with ExitStack() as hooks:
         for part in parts:
@@ -276,12 +269,6 @@ def _arguments_of(part: Part) -> Iterator[list[Any]]:
         yield found
     finally:
         handle.remove()
-
-
-def _states(output: Any) -> Tensor:
-    """Return the hidden states of what a module returns: a tensor, or the first of several."""
-    states: Tensor = output if isinstance(output, Tensor) else output[0]
-    return states
 
 
 def _read(value: Any) -> Any:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.models.matrices import is_finite, set_to_zero
+from pipeline.models.matrices import set_to_zero
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
-from pipeline.pruning.pruners.masks import smallest_to_target
+from pipeline.pruning.pruners.masks import refuse_infinite, smallest_to_target
 from pipeline.specs import ALPS
 
 FIRST_PENALTY = 0.1
@@ -105,8 +105,7 @@ def scaled_problem(weight: Tensor, hessian: Tensor, damping: float) -> ScaledPro
     Raises:
         ValueError: if the Hessian is not finite.
     """
-    if not is_finite(hessian):
-        raise ValueError("the Hessian has NaN or infinite values")
+    refuse_infinite(hessian)
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     scale = (diagonal + damping * diagonal.mean()).sqrt().masked_fill(dead, 1.0)

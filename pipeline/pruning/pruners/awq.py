@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.models.matrices import is_finite
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
 from pipeline.pruning.pruners.grids import grid_of
+from pipeline.pruning.pruners.masks import refuse_infinite
 from pipeline.specs import AWQ
 
 
@@ -39,8 +39,7 @@ def quantize_by_awq(
         ValueError: if the Hessian is not finite.
     """
     hessian = statistics["hessian"]
-    if not is_finite(hessian):
-        raise ValueError("the Hessian has NaN or infinite values")
+    refuse_infinite(hessian)
     size = hessian.diagonal().sqrt()
     size = torch.where(size > 0, size, 1.0)  # nothing comes in, so any scale will do
     best, least, power, plain = weight, torch.inf, 0.0, 0.0

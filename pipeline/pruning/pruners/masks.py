@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.models.matrices import is_finite
 from pipeline.pruning.allocation import LayerTarget
 
 _ROUNDING = 1e-12
@@ -129,6 +130,12 @@ def refuse_nan(scores: Tensor) -> None:
     """Raise ValueError if a score is NaN."""
     if bool(scores.sum().isnan()):  # no score is -inf, so one of them is NaN
         raise ValueError(_NAN)
+
+
+def refuse_infinite(hessian: Tensor) -> None:
+    """Raise ValueError if a Hessian has NaN or infinite values."""
+    if not is_finite(hessian):
+        raise ValueError("the Hessian has NaN or infinite values")
 
 
 def _kth_smallest(scores: Tensor, k: int) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.alps import fitted, scaled_problem
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
-from pipeline.pruning.pruners.masks import smallest_to_target
-from pipeline.pruning.pruners.wanda import wanda_scores
+from pipeline.pruning.pruners.wanda import first_mask
 from pipeline.specs import Refit
 
 
@@ -38,9 +37,7 @@ def refit(
     """
     hessian = statistics["hessian"]
     problem = scaled_problem(weight, hessian, options.damping)
-    magnitude = options.initial == "magnitude"
-    scores = weight.abs() if magnitude else wanda_scores(weight, hessian.diagonal())
-    mask = smallest_to_target(scores, target, "row")
+    mask = first_mask(weight, hessian.diagonal(), target, options.initial)
     kept = problem.dense.masked_fill(mask, 0.0)
     solution = fitted(problem, kept, mask, options.steps)
     facts = {"dead_columns": float(problem.dead.sum()), "damping": options.damping}

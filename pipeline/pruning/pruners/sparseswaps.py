@@ -6,11 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.models.matrices import is_finite
 from pipeline.pruning.allocation import LayerTarget
 from pipeline.pruning.pruners.base import MatrixPruner, Pruned
-from pipeline.pruning.pruners.masks import smallest_to_target
-from pipeline.pruning.pruners.wanda import wanda_scores
+from pipeline.pruning.pruners.masks import refuse_infinite
+from pipeline.pruning.pruners.wanda import first_mask
 from pipeline.specs import Pattern, SparseSwaps
 
 _TOLERANCE = 1e-6
@@ -54,11 +53,8 @@ def prune_by_sparseswaps(
         ValueError: if the Hessian is not finite.
     """
     hessian = statistics["hessian"]
-    if not is_finite(hessian):
-        raise ValueError("the Hessian has NaN or infinite values")
-    magnitude = options.initial == "magnitude"
-    scores = weight.abs() if magnitude else wanda_scores(weight, hessian.diagonal())
-    mask = smallest_to_target(scores, target, "row")
+    refuse_infinite(hessian)
+    mask = first_mask(weight, hessian.diagonal(), target, options.initial)
     count = min(options.candidates, weight.shape[1])
     pairs = weight.shape[1] * target.pattern.group if target.pattern else count**2
     swaps, before, after = 0, 0.0, 0.0

@@ -1,6 +1,7 @@
 """Wanda: pruning by weights and activations (arXiv 2306.11695)."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +48,17 @@ def prune_by_wanda(
 def wanda_scores(weight: Tensor, squared_norms: Tensor) -> Tensor:
     """Return |W_ij| * ||X_j||_2, `[out_features, in_features]`."""
     return weight.abs() * squared_norms.sqrt()
+
+
+def first_mask(
+    weight: Tensor,
+    squared_norms: Tensor,
+    target: LayerTarget,
+    initial: Literal["magnitude", "wanda"],
+) -> Tensor:
+    """Return the mask of each row's smallest scores, from which another pruner starts."""
+    scores = weight.abs() if initial == "magnitude" else wanda_scores(weight, squared_norms)
+    return smallest_to_target(scores, target, "row")
 
 
 def _prune_by_mass(scores: Tensor, sparsity: float) -> Pruned:

@@ -64,6 +64,7 @@ def test_there_are_a_pruner_and_an_estimate_for_every_spec() -> None:
     assert len(VARIANTS) > len(CLASSES) + 5
     for options in VARIANTS:
         assert bool(pruner_for(options).statistics) == options.calibrated
+        assert (GRADIENT_SQUARES in pruner_for(options).statistics) == options.gradients
         assert (options.forward_passes > 0) == options.calibrated
 
 
