@@ -28,9 +28,9 @@ from jobs.cells import Cell, expand, prune_spec
 from jobs.grid import Grid, load_grid
 from pipeline.data.windows import Cutting, cut_corpus, read_windows
 from pipeline.models.loading import load_model, load_tokenizer
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import prune_model
-from pipeline.specs import Uniform, Wanda, WindowsSpec, nearest_stages
+from pipeline.specs import Wanda, WindowsSpec, nearest_stages
 
 RANDOM_SETS = 10
 """Sets of the pool that stand for no choice."""
@@ -131,11 +131,11 @@ def measure(grid: Grid, name: str, store: Store, steps: int, probe_windows: int)
         ]
     pool = torch.cat(list(by_set.values()))
     size = len(next(iter(by_set.values())))
-    target = LayerTarget.parse(cells[0].sparsity, cells[0].pattern)
+    target = ModelTarget(LayerTarget.parse(cells[0].sparsity, cells[0].pattern))
 
     def pruned(chosen: Tensor) -> Any:
         copied = copy.deepcopy(model)
-        prune_model(copied, chosen, Wanda(), target, Uniform())
+        prune_model(copied, chosen, Wanda(), target)
         return copied
 
     def on_probe(indices: np.ndarray[Any, Any]) -> float:

@@ -33,10 +33,9 @@ from benchmarks.tables import pruners_table, targets_table
 from benchmarks.targets import Target
 from benchmarks.timing import best_of, clock
 from pipeline.models.matrices import set_to_zero
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.pruners.masks import smallest_in_groups
-from pipeline.specs import Uniform
 
 RUN_SECONDS = 450.0
 """Budget of the whole run: 8 minutes, less the time to load."""
@@ -165,7 +164,7 @@ def prune_once(
     """
     pruner = pruner_spec(name)
     few = replace(geometry, layers=1, nsamples=min(8, geometry.nsamples))
-    prune_model(few.model(device, dtype), few.windows(), pruner, LayerTarget(SPARSITY), Uniform())
+    prune_model(few.model(device, dtype), few.windows(), pruner, ModelTarget(LayerTarget(SPARSITY)))
     layer_operations, multiply_layer = layer_products(geometry, device, dtype)
     square_operations, multiply_square = square_product(square, device, dtype)
     rates = best_of(
@@ -177,7 +176,7 @@ def prune_once(
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     start = clock(device)
-    prune_model(model, windows, pruner, LayerTarget(SPARSITY), Uniform())
+    prune_model(model, windows, pruner, ModelTarget(LayerTarget(SPARSITY)))
     seconds = clock(device) - start
     return PrunerRow(
         geometry=geometry.name,

@@ -17,10 +17,10 @@ from benchmarks.baseline.walk import prune_plainly
 from benchmarks.floor import floating_point_operations, layer_products, square_product
 from benchmarks.geometry import Geometry
 from benchmarks.timing import best_of
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.pruners.masks import smallest_in_groups
-from pipeline.specs import Pruner, Uniform
+from pipeline.specs import Pruner
 
 logger = logging.getLogger("benchmarks")
 
@@ -226,4 +226,4 @@ def measure_growth(
 def _pruning(name: str, model: Any, windows: Tensor) -> Callable[[], object]:
     pruner = pruner_spec(name)
     data = windows if pruner.calibrated else None
-    return lambda: prune_model(model, data, pruner, LayerTarget(SPARSITY), Uniform())
+    return lambda: prune_model(model, data, pruner, ModelTarget(LayerTarget(SPARSITY)))

@@ -26,11 +26,11 @@ from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.models.loading import load_model
 from pipeline.models.output_layer import OutputLayer
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.reconstruction import Fit
 from pipeline.scoring.score import score_samples
-from pipeline.specs import FirstLayers, LocalModel, Magnitude, Reconstruction, Uniform
+from pipeline.specs import FirstLayers, LocalModel, Magnitude, Reconstruction
 
 PREFIX = 2
 """Tokens that generation starts from."""
@@ -219,7 +219,8 @@ def measure_reconstruction(folder: Path, windows: Tensor, rounds: int) -> list[T
     The first layers alone are fitted; what their masks take is taken off.
     """
     model = on_cpu(folder, "float32")
-    options, allocation = Reconstruction(), FirstLayers(share=FITTED_SHARE)
+    options = Reconstruction()
+    target = ModelTarget(LayerTarget(0.5), FirstLayers(share=FITTED_SHARE))
     layers = model.model.layers
     below = copy.deepcopy(model).model
     below.layers = below.layers[: math.ceil(FITTED_SHARE * len(layers))]
@@ -230,8 +231,7 @@ def measure_reconstruction(folder: Path, windows: Tensor, rounds: int) -> list[T
             copied,
             None,
             Magnitude(),
-            LayerTarget(0.5),
-            allocation,
+            target,
             fit=None if reconstruction is None else Fit(reconstruction, windows),
         )
 
@@ -259,7 +259,7 @@ def measure_bfloat16(folder: Path, windows: Tensor, rounds: int) -> list[Target]
     def pruning(dtype: str) -> Callable[[], object]:
         model = copy.deepcopy(models[dtype])
         return lambda: prune_model(
-            model, windows, pruner_spec("wanda"), LayerTarget(0.5), Uniform()
+            model, windows, pruner_spec("wanda"), ModelTarget(LayerTarget(0.5))
         )
 
     contenders = {dtype: lambda dtype=dtype: pruning(dtype) for dtype in models}

@@ -34,7 +34,7 @@ from pipeline.mistakes import explained
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.output_layer import OutputLayer, check_causal
 from pipeline.models.vocabulary import check_ids, edge_ids, embedding_rows
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.pruning.reconstruction import Fit
@@ -315,9 +315,7 @@ def prune(
         model.model,
         windows if chosen.calibrated else None,
         chosen,
-        LayerTarget(float(share), pattern),
-        spread,
-        outlier_ratios=ratios,
+        ModelTarget(LayerTarget(float(share), pattern), spread, ratios),
         fit=None if fitted is None or windows is None else Fit(fitted, windows),
     )
 

@@ -21,9 +21,9 @@ from benchmarks.measure import pruner_spec
 from benchmarks.timing import best_of
 from cluster.heap import keep_freed_memory
 from pipeline.models.loading import load_model
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import prune_model
-from pipeline.specs import GPTQ, LocalModel, Uniform
+from pipeline.specs import GPTQ, LocalModel
 
 _RATE_SECONDS = 5.0
 """For which the rate of products is measured. The best one counts: a floor must not be too high."""
@@ -49,7 +49,7 @@ def main(
     spec = GPTQ(group_size=64) if rounds else pruner_spec(pruner)
     target = LayerTarget.parse(0.0 if rounds else 0.5, pattern)
     start = time.process_time()
-    report = prune_model(loaded, ids, spec, target, Uniform())
+    report = prune_model(loaded, ids, spec, ModelTarget(target))
     seconds = time.process_time() - start
     modules = dict(loaded.named_modules())
     save_file({each.matrix: modules[each.matrix].weight for each in report.matrices}, weights)

@@ -6,7 +6,7 @@ model has the sparsity that was asked for even where its layers differ in size.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.errors import InputError
 from pipeline.specs import (
@@ -31,7 +31,7 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """What the matrices of a decoder layer are pruned to; of a model, the mean over its layers.
+    """What the matrices of a decoder layer are pruned to.
 
     Raises:
         InputError: if the sparsity is not in [0, 1), or differs from the pattern's.
@@ -67,6 +67,20 @@ class LayerTarget:
             ValueError: if the text is not of the form N:M.
         """
         return cls(sparsity, None if pattern is None else Pattern.parse(pattern))
+
+
+@dataclass(frozen=True)
+class ModelTarget:
+    """What a model is pruned to."""
+
+    mean: LayerTarget
+    """Over its decoder layers."""
+
+    allocation: Allocation = field(default_factory=Uniform)
+    """How it is spread over them."""
+
+    outlier_ratios: Sequence[float] | None = None
+    """One for each decoder layer, from `pipeline.pruning.outliers`; only OWL needs them."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from pipeline.models.memory import DEVICE_HIDDEN_BYTES, HOST_HIDDEN_BYTES
 from pipeline.models.streaming import each_resident
 from pipeline.models.weight_files import unexpected_tensors
 from pipeline.progress import phase
-from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
+from pipeline.pruning.allocation import Allocated, LayerTarget, ModelTarget, allocate
 from pipeline.pruning.crew import Crew
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.groups import Share
@@ -107,9 +107,7 @@ def prune_model(
     model: nn.Module,
     windows: Tensor | None,
     pruner: Pruner,
-    target: LayerTarget,
-    allocation: Allocation,
-    outlier_ratios: Sequence[float] | None = None,
+    target: ModelTarget,
     memory: Memory = DEFAULT_MEMORY,
     finished: FinishedLayers | None = None,
     fit: Fit | None = None,
@@ -119,9 +117,6 @@ def prune_model(
     Args:
         model: a causal language model, in evaluation mode.
         windows: the calibration set, token ids `[nsamples, seqlen]`; None for pruners without data.
-        target: what each matrix is pruned to, on average over the decoder layers.
-        outlier_ratios: one for each decoder layer, from `pipeline.pruning.outliers`; only OWL needs
-            them.
         finished: takes every layer that is done, and restores those of an earlier attempt at the
             same pruning.
         fit: what the kept weights of each layer are fitted to; None leaves them to the pruner.
@@ -136,14 +131,15 @@ def prune_model(
         SparsityError: if a matrix has another sparsity afterwards than its target.
         RoundingError: if a group of a matrix has more values than its bits allow.
     """
-    pruner.check_pattern(target.pattern is not None)
+    pattern = target.mean.pattern
+    pruner.check_pattern(pattern is not None)
     matrix_pruner = pruner_for(pruner)
     if matrix_pruner.statistics and windows is None:
         raise InputError("windows", None, f"pruner {pruner.name} needs a calibration set")
     if windows is not None:
         check_windows(model, windows)
-    dense = _checked_weights(model, target.pattern)
-    decisions = _decided(model, pruner, target, allocation, outlier_ratios)
+    dense = _checked_weights(model, pattern)
+    decisions = _decided(model, pruner, target)
     allocated = decisions.allocated
     counted: list[MatrixSparsity] = []
     facts: dict[str, dict[str, float]] = {}
@@ -212,13 +208,7 @@ def prune_model(
     return PruneReport(counted, facts, allocated, numbers, permutations, dense, len(resumed))
 
 
-def _decided(
-    model: nn.Module,
-    pruner: Pruner,
-    target: LayerTarget,
-    allocation: Allocation,
-    outlier_ratios: Sequence[float] | None,
-) -> _Decisions:
+def _decided(model: nn.Module, pruner: Pruner, target: ModelTarget) -> _Decisions:
     """Decide by the model's form alone, so that all processes of a pruning decide alike."""
     root, layers = decoder_layers(model)
     paths = {  # inside their decoder layers
@@ -227,7 +217,8 @@ def _decided(
         for matrix in matrices(f"{root}.{number}", layer)
     }
     matrix_pruner = pruner_for(pruner)
-    allocated = allocate(allocation, target, layer_sizes(model), outlier_ratios)
+    sizes = layer_sizes(model)
+    allocated = allocate(target.allocation, target.mean, sizes, target.outlier_ratios)
     rounded = len(layers) - allocated.left_out if isinstance(pruner, Quantizer) else 0
     return _Decisions(
         matrix_pruner,
@@ -320,9 +311,7 @@ def run(
         model,
         _windows(spec, artifacts),
         spec.pruner,
-        LayerTarget.parse(spec.sparsity, spec.pattern),
-        spec.allocation,
-        outlier_ratios=_outlier_ratios(spec, artifacts),
+        _target(spec, artifacts),
         memory=Memory(
             device_hidden_bytes=device_hidden_bytes, host_hidden_bytes=host_hidden_bytes, crew=crew
         ),
@@ -365,9 +354,7 @@ def helper(
     model = shared_model(spec.model, artifacts)
     windows = _windows(spec, artifacts)
     assert windows is not None, "a pruning without data has no helpers"
-    target = LayerTarget.parse(spec.sparsity, spec.pattern)
-    ratios = _outlier_ratios(spec, artifacts)
-    decisions = _decided(model, spec.pruner, target, spec.allocation, ratios)
+    decisions = _decided(model, spec.pruner, _target(spec, artifacts))
     return Helper(
         model,
         windows,
@@ -393,9 +380,10 @@ def _fit(spec: PruneSpec, artifacts: Artifacts) -> Fit | None:
     return Fit(spec.reconstruction, read_windows(artifacts[own.key]))
 
 
-def _outlier_ratios(spec: PruneSpec, artifacts: Artifacts) -> list[float] | None:
+def _target(spec: PruneSpec, artifacts: Artifacts) -> ModelTarget:
     outliers = spec.outliers
-    return None if outliers is None else read_outlier_ratios(artifacts[outliers.key])
+    ratios = None if outliers is None else read_outlier_ratios(artifacts[outliers.key])
+    return ModelTarget(LayerTarget.parse(spec.sparsity, spec.pattern), spec.allocation, ratios)
 
 
 def _table(report: PruneReport) -> pa.Table:

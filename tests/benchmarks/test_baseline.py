@@ -15,9 +15,9 @@ from benchmarks.baseline.walk import linears, prune_plainly
 from benchmarks.geometry import Geometry
 from benchmarks.measure import PRUNER_NAMES, pruner_spec
 from benchmarks.replay import replay
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import prune_model
-from pipeline.specs import Pattern, Uniform
+from pipeline.specs import Pattern
 
 SMALL = Geometry("small", 64, 160, 3, 4, 2, 96, nsamples=6, seqlen=40)
 UNSTRUCTURED_OR_PATTERN = pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def pruned_by_pipeline(name: str, sparsity: float, pattern: Pattern | None) -> A
     pruned = model()
     pruner = pruner_spec(name)
     windows = SMALL.windows() if pruner.calibrated else None
-    prune_model(pruned, windows, pruner, LayerTarget(sparsity, pattern), Uniform())
+    prune_model(pruned, windows, pruner, ModelTarget(LayerTarget(sparsity, pattern)))
     return pruned
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.models.matrices import STARVED_TOKENS, Matrix, decoder_layers, matrices
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import prune_model, run
 from pipeline.pruning.walk import walk
 from pipeline.pruning.window_groups import Memory
@@ -27,7 +27,6 @@ from pipeline.specs import (
     Pattern,
     PruneSpec,
     SparseGPT,
-    Uniform,
     Wanda,
     WindowsSpec,
 )
@@ -155,7 +154,7 @@ def model_of(name: str) -> Any:
 def pruned_by_wanda(name: str) -> Any:
     model = model_of(name)
     report = prune_model(
-        model, windows(), Wanda(), LayerTarget(0.5), Uniform(), memory=Memory(batch_size=4)
+        model, windows(), Wanda(), ModelTarget(LayerTarget(0.5)), memory=Memory(batch_size=4)
     )
     assert report.sparsity == 0.5
     return model
@@ -336,7 +335,7 @@ def test_a_starved_expert_is_pruned_by_its_weights_alone_and_reported(
     starve(model, layer=1, expert=2)
     before = {number: each.weight.clone() for number, each in enumerate(layer_one(model))}
     report = prune_model(
-        model, windows(), pruner, LayerTarget(0.5), Uniform(), memory=Memory(batch_size=4)
+        model, windows(), pruner, ModelTarget(LayerTarget(0.5)), memory=Memory(batch_size=4)
     )
     experts = "model.layers.1.mlp.experts"
     starved = {
@@ -383,14 +382,14 @@ def test_an_expert_is_starved_below_the_stated_number_of_tokens(tokens: int) -> 
 
 
 def test_without_data_no_expert_counts_as_starved() -> None:
-    report = prune_model(model_of("mixtral"), None, Magnitude(), LayerTarget(0.5), Uniform())
+    report = prune_model(model_of("mixtral"), None, Magnitude(), ModelTarget(LayerTarget(0.5)))
     assert not any(report.facts.values())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-oss"])
 def test_patterns_hold_along_the_inputs_of_matrices_that_are_stored_transposed(name: str) -> None:
     model = model_of(name)
-    prune_model(model, windows(), Wanda(), LayerTarget(0.5, Pattern(2, 4)), Uniform())
+    prune_model(model, windows(), Wanda(), ModelTarget(LayerTarget(0.5, Pattern(2, 4))))
     for weight in to_be_pruned(model).values():
         groups = (weight != 0).unflatten(-1, (-1, 4)).sum(-1)
         assert set(groups.flatten().tolist()) == {2}

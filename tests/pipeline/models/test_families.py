@@ -17,11 +17,11 @@ from pipeline.errors import InputError
 from pipeline.models.layer_files import apply_masks
 from pipeline.models.matrices import STARVED_TOKENS, decoder_layers, matrices
 from pipeline.models.streaming import load_streamed
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.pruning.window_groups import Memory
-from pipeline.specs import Uniform, Wanda
+from pipeline.specs import Wanda
 from tests.pipeline.models.families import FAMILIES, NOT_BUILT, dense_model, model_of, windows
 
 CHANGED = "changes the hidden states between its decoder layers"
@@ -64,7 +64,7 @@ ROUTERS = re.compile(
 
 def prune(model: Any) -> PruneReport:
     return prune_model(
-        model, windows(), Wanda(), LayerTarget(0.5), Uniform(), memory=Memory(batch_size=3)
+        model, windows(), Wanda(), ModelTarget(LayerTarget(0.5)), memory=Memory(batch_size=3)
     )
 
 
@@ -304,8 +304,7 @@ def test_a_model_whose_layers_are_read_one_by_one_is_pruned_alike(
         model,
         windows(),
         Wanda(),
-        LayerTarget(0.5),
-        Uniform(),
+        ModelTarget(LayerTarget(0.5)),
         memory=Memory(batch_size=3),
         finished=masks,
     )

@@ -23,7 +23,7 @@ from pipeline.models.layer_files import (
     write_masks,
 )
 from pipeline.models.loading import load_model, load_tokenizer
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import prune_model, run
 from pipeline.specs import (
@@ -37,7 +37,6 @@ from pipeline.specs import (
     Pruner,
     PruneSpec,
     SparseGPT,
-    Uniform,
     Wanda,
     WindowsSpec,
 )
@@ -134,7 +133,7 @@ def test_masks_give_back_the_pruned_model_bit_for_bit(
     artifacts = dense.run(spec, {}, tmp_path)
     direct = load_model(source, {})
     data = dense.windows() if pruner.calibrated else None
-    prune_model(direct, data, pruner, LayerTarget(0.3), Uniform())
+    prune_model(direct, data, pruner, ModelTarget(LayerTarget(0.3)))
     rebuilt = load_model(spec, artifacts)
     assert_same_bits(direct, rebuilt)
     negative = [bits(rebuilt)[name] for name in bits(rebuilt) if "down_proj" in name]
@@ -163,13 +162,13 @@ def test_a_pruned_model_can_be_pruned_again_and_rests_on_all_before_it(
     assert {spec.key for spec in fourth.inputs()} == {third.key}  # a checkpoint of its own
 
     direct = load_model(source, {})
-    prune_model(direct, dense.windows(), Wanda(), LayerTarget(0.25), Uniform())
-    prune_model(direct, None, Magnitude(), LayerTarget(0.5, Pattern(2, 4)), Uniform())
+    prune_model(direct, dense.windows(), Wanda(), ModelTarget(LayerTarget(0.25)))
+    prune_model(direct, None, Magnitude(), ModelTarget(LayerTarget(0.5, Pattern(2, 4))))
     assert_same_bits(direct, load_model(second, artifacts))
     artifacts = dense.run(third, artifacts, tmp_path / "third")
     artifacts = dense.run(fourth, artifacts, tmp_path / "fourth")
-    prune_model(direct, dense.windows(), SparseGPT(), LayerTarget(0.6), Uniform())
-    prune_model(direct, None, Magnitude(), LayerTarget(0.6), Uniform())
+    prune_model(direct, dense.windows(), SparseGPT(), ModelTarget(LayerTarget(0.6)))
+    prune_model(direct, None, Magnitude(), ModelTarget(LayerTarget(0.6)))
     assert_same_bits(direct, load_model(fourth, artifacts))
 
 
@@ -219,7 +218,7 @@ def test_the_order_in_which_a_pattern_holds_is_stored_with_the_masks(
     artifacts = dense.run(spec, {}, tmp_path)
     direct = load_model(dense.model(), {})
     report = prune_model(
-        direct, dense.windows(), pruner, LayerTarget(0.5, Pattern(2, 4)), Uniform()
+        direct, dense.windows(), pruner, ModelTarget(LayerTarget(0.5, Pattern(2, 4)))
     )
     assert_same_bits(direct, load_model(spec, artifacts))
     assert len(report.permutations) > 0
@@ -235,7 +234,7 @@ def test_the_order_in_which_a_pattern_holds_is_stored_with_the_masks(
     again = load_model(dense.model(), {})
     kept = FinishedLayers(artifacts[spec.key] / "masks", masks=True, keep=InPlace())
     resumed = prune_model(
-        again, dense.windows(), pruner, LayerTarget(0.5, Pattern(2, 4)), Uniform(), finished=kept
+        again, dense.windows(), pruner, ModelTarget(LayerTarget(0.5, Pattern(2, 4))), finished=kept
     )
     assert resumed.resumed_layers == 2
     assert resumed.matrices == report.matrices

@@ -19,10 +19,10 @@ from pipeline.models.checkpoint import INDEX, write_checkpoint
 from pipeline.models.layer_files import apply_masks, layer_file
 from pipeline.models.matrices import decoder_layers, matrices
 from pipeline.models.streaming import load_streamed, read_ahead, resident
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import prune_model, run
-from pipeline.specs import Magnitude, Pruner, SparseGPT, Uniform, Wanda
+from pipeline.specs import Magnitude, Pruner, SparseGPT, Wanda
 from tests.pipeline.models.test_layer_files import Dense, assert_same_bits, save_tokenizer
 
 SMALL: dict[str, Any] = {
@@ -71,7 +71,7 @@ def test_streamed_pruning_gives_the_same_bytes_as_in_memory(
     dense: Dense, tmp_path: Path, pruner: Pruner
 ) -> None:
     direct = in_memory(dense.folder)
-    prune_model(direct, dense.windows(), pruner, LayerTarget(0.5), Uniform())
+    prune_model(direct, dense.windows(), pruner, ModelTarget(LayerTarget(0.5)))
     spec = dense.spec(dense.model(), pruner, sparsity=0.5)
     folder = dense.run(spec, {}, tmp_path / "run")[spec.key]
     if spec.stores_masks:
@@ -252,8 +252,7 @@ def test_layers_are_released_when_pruning_fails(tmp_path: Path) -> None:
             model,
             None,
             Magnitude(),
-            LayerTarget(0.5),
-            Uniform(),
+            ModelTarget(LayerTarget(0.5)),
             finished=Full(tmp_path / "masks", masks=True),
         )
     assert absent(model) == before
@@ -315,5 +314,5 @@ def test_a_model_is_pruned_in_much_less_memory_than_its_weights_take(tmp_path: P
     small, large = map(int, done.stdout.split())
     assert large - small < 0.18 * weights, f"{large - small} for {weights}"
     direct = in_memory(tmp_path / "large")
-    prune_model(direct, dense.windows(), Wanda(), LayerTarget(0.5), Uniform())
+    prune_model(direct, dense.windows(), Wanda(), ModelTarget(LayerTarget(0.5)))
     assert_same_bits(direct, in_memory(tmp_path / "out/large/model"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.pruning import outliers, prune
-from pipeline.pruning.allocation import Allocated, LayerTarget, allocate
+from pipeline.pruning.allocation import Allocated, LayerTarget, ModelTarget, allocate
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.walk import layer_sizes
@@ -418,7 +418,7 @@ def test_every_layer_of_a_pruned_model_has_its_own_share(
     model, data = small_model(), windows()
     ratios = [layer.ratio for layer in count_outliers(model, data, 3.5)]
     given = data if pruner.calibrated else None
-    report = prune_model(model, given, pruner, LayerTarget(0.5), allocation, outlier_ratios=ratios)
+    report = prune_model(model, given, pruner, ModelTarget(LayerTarget(0.5), allocation, ratios))
     for share, linears in zip(
         expected_shares(allocation, ratios), linears_by_layer(model), strict=True
     ):
@@ -449,7 +449,7 @@ def test_every_layer_of_a_model_has_its_own_pattern(allocation: Allocation, prun
     ratios = [layer.ratio for layer in count_outliers(model, data, 3.5)]
     given = data if pruner.calibrated else None
     report = prune_model(
-        model, given, pruner, LayerTarget(0.5, Pattern(2, 4)), allocation, outlier_ratios=ratios
+        model, given, pruner, ModelTarget(LayerTarget(0.5, Pattern(2, 4)), allocation, ratios)
     )
     zeros_of_layers = []
     for linears in linears_by_layer(model):
@@ -473,7 +473,7 @@ def test_a_model_with_layers_of_different_sizes_has_the_requested_sparsity(
     model = transformers.AutoModelForCausalLM.from_config(UNEVEN).float().eval()
     ratios = [0.01, 0.03, 0.02, 0.05]
     report = prune_model(
-        model, None, Magnitude(), LayerTarget(0.6), allocation, outlier_ratios=ratios
+        model, None, Magnitude(), ModelTarget(LayerTarget(0.6), allocation, ratios)
     )
     weights = sum(each.rows * each.columns for each in report.matrices)
     zeros = sum(each.zeros for each in report.matrices)

@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import PruneReport, prune_model
-from pipeline.specs import RIA, Magnitude, Pattern, Pruner, SparseGPT, Uniform, Wanda
+from pipeline.specs import RIA, Magnitude, Pattern, Pruner, SparseGPT, Wanda
 
 LAYERS = 4
 CONFIG = transformers.LlamaConfig(
@@ -62,7 +62,7 @@ def prune(pruner: Pruner, finished: FinishedLayers) -> tuple[Any, PruneReport]:
     model = transformers.AutoModelForCausalLM.from_config(CONFIG).float().eval()
     windows: Tensor = torch.randint(96, (4, 24), generator=torch.Generator().manual_seed(1))
     target = LayerTarget(0.5, Pattern(2, 4))
-    return model, prune_model(model, windows, pruner, target, Uniform(), finished=finished)
+    return model, prune_model(model, windows, pruner, ModelTarget(target), finished=finished)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import decoder_layers
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.outliers import count_outliers
 from pipeline.pruning.prune import prune_model
 from pipeline.pruning.pruners import rtn
@@ -75,7 +75,7 @@ def pruned_model(
 ) -> Any:
     model = model_of(name)
     data = windows() if pruner.calibrated else None
-    prune_model(model, data, pruner, LayerTarget(sparsity, pattern), Uniform())
+    prune_model(model, data, pruner, ModelTarget(LayerTarget(sparsity, pattern)))
     return model
 
 
@@ -134,7 +134,7 @@ def test_patterns_hold_in_every_group(pruner: Pruner, pattern: Pattern) -> None:
 def test_half_precision_stays_and_zeros_are_exact(pruner: Pruner, dtype: torch.dtype) -> None:
     model = model_of("llama").to(dtype)
     prune_model(
-        model, windows() if pruner.calibrated else None, pruner, LayerTarget(0.5), Uniform()
+        model, windows() if pruner.calibrated else None, pruner, ModelTarget(LayerTarget(0.5))
     )
     for linear in inner_linears(model).values():
         assert linear.weight.dtype == dtype
@@ -150,7 +150,7 @@ def test_every_matrix_of_the_layers_that_are_asked_for_is_rounded_though_none_is
     dense, rounded = model_of("llama").to(dtype), model_of("llama").to(dtype)
     allocation = Uniform() if share is None else FirstLayers(share=share)
     data = windows() if quantizer.calibrated else None
-    report = prune_model(rounded, data, quantizer, LayerTarget(0.0), allocation)
+    report = prune_model(rounded, data, quantizer, ModelTarget(LayerTarget(0.0), allocation))
     assert len(rounded.model.layers) == 3
     assert len(report.matrices) == len(inner_linears(rounded))
     before = inner_linears(dense)
@@ -165,7 +165,7 @@ def test_every_matrix_of_the_layers_that_are_asked_for_is_rounded_though_none_is
 def test_more_values_than_bits_allow_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rtn, "grid_of", lambda weight, options: grid_of(weight, RTN(bits=5)))
     with pytest.raises(RoundingError, match=r"layers\.0.* values in a group of 128, at most 16"):
-        prune_model(model_of("llama"), None, RTN(bits=4), LayerTarget(0.0), Uniform())
+        prune_model(model_of("llama"), None, RTN(bits=4), ModelTarget(LayerTarget(0.0)))
 
 
 def test_the_same_windows_give_the_same_bytes() -> None:
@@ -191,7 +191,7 @@ def test_a_pruned_model_saved_and_loaded_gives_the_same_logits(tmp_path: Path) -
 def test_a_pattern_that_does_not_fit_names_the_matrix() -> None:
     with pytest.raises(InputError, match=r"'3:7'.*layers\.0.*32 inputs, no multiple of 7"):
         prune_model(
-            model_of("llama"), None, Magnitude(), LayerTarget(4 / 7, Pattern(3, 7)), Uniform()
+            model_of("llama"), None, Magnitude(), ModelTarget(LayerTarget(4 / 7, Pattern(3, 7)))
         )
 
 
@@ -199,26 +199,26 @@ def test_a_pattern_must_fit_the_inputs_of_a_matrix_and_not_its_outputs() -> None
     config = transformers.LlamaConfig(**{**GATED, "intermediate_size": 60})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj has 60 inputs, no multiple"):
-        prune_model(model, None, Magnitude(), LayerTarget(0.5, Pattern(4, 8)), Uniform())
+        prune_model(model, None, Magnitude(), ModelTarget(LayerTarget(0.5, Pattern(4, 8))))
 
 
 def test_windows_that_are_too_long_for_the_model_are_refused() -> None:
     with pytest.raises(InputError, match="seqlen: 65: the model takes at most 64 tokens"):
-        prune_model(model_of("llama"), windows(1, 65), Wanda(), LayerTarget(0.5), Uniform())
+        prune_model(model_of("llama"), windows(1, 65), Wanda(), ModelTarget(LayerTarget(0.5)))
 
 
 def test_a_weight_that_is_not_finite_is_an_error_that_names_its_matrix() -> None:
     model = model_of("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj: the weight"):
-        prune_model(model, None, Magnitude(), LayerTarget(0.5), Uniform())
+        prune_model(model, None, Magnitude(), ModelTarget(LayerTarget(0.5)))
 
 
 def test_an_activation_that_is_not_finite_is_an_error_that_names_its_matrix() -> None:
     model = model_of("llama")
     model.model.layers[1].input_layernorm.weight.data[3] = float("inf")
     with pytest.raises(NonFiniteError, match=r"layers\.1\.self_attn\.q_proj: its input"):
-        prune_model(model, windows(), Wanda(), LayerTarget(0.5), Uniform())
+        prune_model(model, windows(), Wanda(), ModelTarget(LayerTarget(0.5)))
 
 
 def test_a_wrong_count_of_zeros_is_an_error_that_names_the_matrix() -> None:
@@ -285,7 +285,7 @@ def test_the_first_layers_alone_are_pruned_as_in_the_whole_model(pruner: Pruner)
     dense, whole, model = model_of("llama"), pruned_model("llama", pruner), model_of("llama")
     runs = []
     model.model.layers[2].mlp.register_forward_pre_hook(lambda module, given: runs.append(module))
-    report = prune_model(model, data, pruner, LayerTarget(0.5), FirstLayers(share=0.4))
+    report = prune_model(model, data, pruner, ModelTarget(LayerTarget(0.5), FirstLayers(share=0.4)))
     assert not runs  # 0.4 of three layers are two
     for name, linear in inner_linears(model).items():
         same = dense if name.startswith("model.layers.2.") else whole
@@ -309,7 +309,7 @@ def test_masks_of_the_first_layers_make_the_same_model_when_they_are_loaded(tmp_
     assert report["sparsity"] == pytest.approx(1 / 3)
     loaded = load_model(spec, {spec.key: tmp_path / "output"})
     direct = model_of("llama")
-    prune_model(direct, None, Magnitude(), LayerTarget(0.5), FirstLayers(share=0.5))
+    prune_model(direct, None, Magnitude(), ModelTarget(LayerTarget(0.5), FirstLayers(share=0.5)))
     for key, linear in inner_linears(direct).items():
         assert torch.equal(inner_linears(loaded)[key].weight, linear.weight)
 
@@ -370,7 +370,7 @@ def test_a_wrong_target_cannot_be_made(
 )
 def test_windows_that_do_not_suit_the_model_are_an_error(data: Tensor, message: str) -> None:
     for gather in (
-        lambda model: prune_model(model, data, Wanda(), LayerTarget(0.5), Uniform()),
+        lambda model: prune_model(model, data, Wanda(), ModelTarget(LayerTarget(0.5))),
         lambda model: count_outliers(model, data, 5.0),
         lambda model: walk(model, data, ("hessian",), lambda number, found: None),
     ):
@@ -382,19 +382,19 @@ def test_a_model_in_training_mode_is_an_error_even_if_only_a_part_of_it_is() -> 
     model = model_of("llama")
     model.model.layers[2].self_attn.train()
     with pytest.raises(InputError, match=r"LlamaForCausalLM.*training mode.*call model\.eval\(\)"):
-        prune_model(model, windows(), Wanda(), LayerTarget(0.5), Uniform())
+        prune_model(model, windows(), Wanda(), ModelTarget(LayerTarget(0.5)))
 
 
 def test_impossible_numbers_are_errors() -> None:
     model = model_of("llama")
     with pytest.raises(InputError, match="batch_size: 0: take at least one window"):
         prune_model(
-            model, windows(), Wanda(), LayerTarget(0.5), Uniform(), memory=Memory(batch_size=0)
+            model, windows(), Wanda(), ModelTarget(LayerTarget(0.5)), memory=Memory(batch_size=0)
         )
     for threshold in (0.0, -5.0, NAN, math.inf):
         with pytest.raises(InputError, match=r"threshold: .*must be a finite number above 0"):
             count_outliers(model, windows(), threshold)
     with pytest.raises(InputError, match=r"outlier_ratios: .*no shares"):
         prune_model(
-            model, windows(), Wanda(), LayerTarget(0.5), OWL(), outlier_ratios=[0.1, NAN, 0.2]
+            model, windows(), Wanda(), ModelTarget(LayerTarget(0.5), OWL(), [0.1, NAN, 0.2])
         )

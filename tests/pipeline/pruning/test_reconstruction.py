@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NonFiniteError
 from pipeline.models.matrices import decoder_layers, matrices
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.finished_layers import FinishedLayers
 from pipeline.pruning.prune import PruneReport, _summary, prune_model
 from pipeline.pruning.reconstruction import Fit, Reconstructor, _rate, parts_of
 from pipeline.pruning.window_groups import Memory
-from pipeline.specs import FirstLayers, Magnitude, Reconstruction, Uniform, Wanda
+from pipeline.specs import FirstLayers, Magnitude, Reconstruction, Wanda
 from tests.pipeline.pruning.test_finished_layers import Kept, Stopped, Written
 from tests.pipeline.pruning.test_prune import CONFIGS, GATED
 from tests.pipeline.tiny_models import random_model, windows
 
-HALF = LayerTarget(0.5)
+HALF = ModelTarget(LayerTarget(0.5))
 QUICK = Reconstruction(epochs=3, learning_rate=1e-3)
 
 
@@ -31,7 +31,7 @@ def prune(
     fitted_to: Tensor | None = None,
     **options: Any,
 ) -> PruneReport:
-    given = {"target": HALF, "allocation": Uniform(), "pruner": Wanda(), **options}
+    given = {"target": HALF, "pruner": Wanda(), **options}
     fitted_to = windows() if fitted_to is None else fitted_to
     fit = None if reconstruction is None else Fit(reconstruction, fitted_to)
     return prune_model(model, windows(), **given, fit=fit)
@@ -240,13 +240,13 @@ def test_another_set_is_fitted_to_while_the_mask_stays() -> None:
 
 def test_a_pruner_without_data_is_fitted_to_the_set_as_well() -> None:
     model = random_model(CONFIGS["llama"])
-    report = prune_model(model, None, Magnitude(), HALF, Uniform(), fit=Fit(QUICK, windows()))
+    report = prune_model(model, None, Magnitude(), HALF, fit=Fit(QUICK, windows()))
     assert all(facts["error_after"] < facts["error_before"] for facts in report.facts.values())
 
 
 def test_layers_that_an_allocation_leaves_dense_stay_so() -> None:
     model, dense = random_model(CONFIGS["llama"]), random_model(CONFIGS["llama"])
-    prune(model, allocation=FirstLayers(share=0.3))
+    prune(model, target=ModelTarget(LayerTarget(0.5), FirstLayers(share=0.3)))
     for number, (one, other) in enumerate(zip(model.model.layers, dense.model.layers, strict=True)):
         same = one.mlp.up_proj.weight.equal(other.mlp.up_proj.weight)
         assert same == (number > 0)

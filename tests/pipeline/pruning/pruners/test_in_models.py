@@ -8,12 +8,12 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.pruning.allocation import LayerTarget
+from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.pruning.sparsity_check import SparsityError, check_sparsity
 from pipeline.pruning.walk import walk
 from pipeline.pruning.window_groups import Memory
-from pipeline.specs import ALPS, RIA, DSnoT, Pattern, Pruner, Uniform, Wanda
+from pipeline.specs import ALPS, RIA, DSnoT, Pattern, Pruner, Wanda
 from tests.pipeline.tiny_models import random_model, windows
 
 SMALL: dict[str, Any] = {
@@ -43,8 +43,7 @@ def pruned(
         model,
         windows(),
         pruner,
-        LayerTarget(sparsity, pattern),
-        Uniform(),
+        ModelTarget(LayerTarget(sparsity, pattern)),
         memory=Memory(batch_size=3),
     )
     weights = dict(model.named_parameters())
@@ -79,7 +78,7 @@ def test_a_model_without_attention_is_refused_before_any_forward_pass() -> None:
         del layer.self_attn
     model.register_forward_pre_hook(lambda module, given: pytest.fail("it was run"))
     with pytest.raises(InputError, match="set scope: all"):
-        prune_model(model, windows(), DSnoT(), LayerTarget(0.5), Uniform())
+        prune_model(model, windows(), DSnoT(), ModelTarget(LayerTarget(0.5)))
 
 
 def test_window_sums_and_variances_do_not_depend_on_the_batches() -> None:
@@ -171,7 +170,7 @@ def test_alps_prunes_a_model_and_its_outputs_differ_less_than_wandas(
 
     def distance(pruner: Pruner) -> float:
         model: nn.Module = model_of("llama")
-        prune_model(model, windows(), pruner, LayerTarget(0.5, pattern), Uniform())
+        prune_model(model, windows(), pruner, ModelTarget(LayerTarget(0.5, pattern)))
         return float((model(input_ids=windows()).logits - dense).detach().square().sum())
 
     assert distance(ALPS()) < distance(Wanda())
@@ -183,10 +182,9 @@ def test_options_that_do_not_go_with_a_pattern_are_refused() -> None:
             model_of("llama"),
             windows(),
             Wanda(variant=True),
-            LayerTarget(0.5, Pattern(2, 4)),
-            Uniform(),
+            ModelTarget(LayerTarget(0.5, Pattern(2, 4))),
         )
     with pytest.raises(ValueError, match="permutation serves N:M patterns"):
         prune_model(
-            model_of("llama"), windows(), RIA(permutation=True), LayerTarget(0.5), Uniform()
+            model_of("llama"), windows(), RIA(permutation=True), ModelTarget(LayerTarget(0.5))
         )
