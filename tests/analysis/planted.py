@@ -297,8 +297,9 @@ DECLARED: dict[str, tuple[from_grid.Effect, str, str]] = {
     "real-compressors": (
         python_harms_all_but_awq,
         r"^Worse: Python against mixed, Wanda, Python against mixed, refitted Wanda, Python "
-        r"against mixed, SparseGPT, Python against mixed, GPTQ and Python against mixed, GPTQ with "
-        r"3 bits\. Not shown: Python against mixed, AWQ\. .*",
+        r"against mixed, Wanda with fitted weights, Python against mixed, SparseGPT, Python "
+        r"against mixed, GPTQ and Python against mixed, GPTQ with 3 bits\. "
+        r"Not shown: Python against mixed, AWQ\. .*",
         "Equal within the smallest effect of interest: Python against mixed, Wanda, Python ",
     ),
     "real-language": (
