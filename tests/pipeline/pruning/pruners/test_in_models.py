@@ -13,7 +13,7 @@ from pipeline.pruning.prune import PruneReport, prune_model
 from pipeline.pruning.sparsity_check import SparsityError, check_sparsity
 from pipeline.pruning.walk import walk
 from pipeline.pruning.window_groups import Memory
-from pipeline.specs import ALPS, RIA, DSnoT, Pattern, Pruner, Wanda
+from pipeline.specs import ALPS, AWQ, GPTQ, RIA, RTN, DSnoT, Pattern, Pruner, Wanda
 from tests.pipeline.tiny_models import random_model, windows
 
 SMALL: dict[str, Any] = {
@@ -176,15 +176,18 @@ def test_alps_prunes_a_model_and_its_outputs_differ_less_than_wandas(
     assert distance(ALPS()) < distance(Wanda())
 
 
-def test_options_that_do_not_go_with_a_pattern_are_refused() -> None:
-    with pytest.raises(ValueError, match="variant has no N:M pattern"):
-        prune_model(
-            model_of("llama"),
-            windows(),
-            Wanda(variant=True),
-            ModelTarget(LayerTarget(0.5, Pattern(2, 4))),
-        )
-    with pytest.raises(ValueError, match="permutation serves N:M patterns"):
-        prune_model(
-            model_of("llama"), windows(), RIA(permutation=True), ModelTarget(LayerTarget(0.5))
-        )
+@pytest.mark.parametrize(
+    ("pruner", "pattern", "error"),
+    [
+        (Wanda(variant=True), Pattern(2, 4), "variant has no N:M pattern"),
+        (RIA(permutation=True), None, "permutation serves N:M patterns"),
+        (RTN(), Pattern(2, 4), "rtn prunes nothing: leave the pattern out"),
+        (AWQ(), Pattern(2, 4), "awq prunes nothing: leave the pattern out"),
+        (GPTQ(), Pattern(2, 4), "gptq takes a pattern's columns in their own order"),
+    ],
+)
+def test_options_that_do_not_go_with_a_pattern_or_without_one_are_refused(
+    pruner: Pruner, pattern: Pattern | None, error: str
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        prune_model(model_of("llama"), windows(), pruner, ModelTarget(LayerTarget(0.5, pattern)))
