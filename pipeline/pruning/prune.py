@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +56,22 @@ from pipeline.specs import (
 from pipeline.stage import NO_HELPERS, Artifacts, Helpers, Keep
 
 
-@dataclass(frozen=True)
+@dataclass
 class PruneReport:
     """What was done to each matrix."""
 
-    matrices: list[MatrixSparsity]
-    facts: dict[str, dict[str, float]]
-    """Matrix name to what its pruner recorded."""
     allocated: Allocated
     """What each decoder layer was pruned to."""
-    layers: dict[str, int]
-    """Matrix name to the number of its decoder layer."""
-    permutations: Mapping[str, Tensor]
-    """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
-    that is not their own."""
     dense: list[Dense]
     """All other parameters of the model."""
+    matrices: list[MatrixSparsity] = field(default_factory=list)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Matrix name to what its pruner recorded."""
+    layers: dict[str, int] = field(default_factory=dict)
+    """Matrix name to the number of its decoder layer."""
+    permutations: dict[str, Tensor] = field(default_factory=dict)
+    """Matrix name to the order of its columns `[in_features]` in which the pattern holds, where
+    that is not their own."""
     resumed_layers: int = 0
     """Decoder layers that an earlier attempt had finished."""
 
@@ -140,16 +140,12 @@ def prune_model(
         check_windows(model, windows)
     dense = _checked_weights(model, pattern)
     decisions = _decided(model, pruner, target)
-    allocated = decisions.allocated
-    counted: list[MatrixSparsity] = []
-    facts: dict[str, dict[str, float]] = {}
-    numbers: dict[str, int] = {}
-    permutations: dict[str, Tensor] = {}
-    resumed: list[int] = []
+    report = PruneReport(decisions.allocated, dense)
 
-    def count(number: int, matrix: Matrix) -> None:
-        counted.append(count_zeros(matrix.name, matrix.weight))
-        numbers[matrix.name] = number
+    def count(number: int, found: list[Matrix]) -> None:
+        for matrix in found:
+            report.matrices.append(count_zeros(matrix.name, matrix.weight))
+            report.layers[matrix.name] = number
 
     def fitted_in(number: int) -> Reconstructor | None:
         return reconstructor if number < decisions.layers else None
@@ -160,19 +156,19 @@ def prune_model(
         for matrix in found:
             if matrix.elsewhere is not None:
                 pruned[matrix.name] = matrix.elsewhere()
-            facts[matrix.name] = pruned[matrix.name].facts
+            report.facts[matrix.name] = pruned[matrix.name].facts
             permutation = pruned[matrix.name].permutation
             if permutation is not None:
-                permutations[matrix.name] = permutation.cpu()
+                report.permutations[matrix.name] = permutation.cpu()
         fitted = fitted_in(number)
         if fitted is not None:
             for name, errors in fitted.refine(number).items():
-                facts[name] = {**facts[name], **errors}
-        for matrix in found:
-            count(number, matrix)
+                report.facts[name] = {**report.facts[name], **errors}
+        count(number, found)
         if finished is not None:
             masks = {matrix.name: pruned[matrix.name].mask for matrix in found}
-            finished.save(number, found, masks, LayerRecord(facts, permutations))
+            record = LayerRecord(report.facts, report.permutations)
+            finished.save(number, found, masks, record)
         if fitted is not None:
             fitted.advance(number)
 
@@ -183,11 +179,10 @@ def prune_model(
         record = None if finished is None else finished.restore(number, found)
         if record is None:
             return False
-        facts.update({name: dict(each) for name, each in record.facts.items()})
-        permutations.update(record.permutations)
-        for matrix in found:
-            count(number, matrix)
-        resumed.append(number)
+        report.facts.update({name: dict(each) for name, each in record.facts.items()})
+        report.permutations.update(record.permutations)
+        count(number, found)
+        report.resumed_layers += 1
         if fitted is not None:
             fitted.advance(number)
         return True
@@ -205,7 +200,7 @@ def prune_model(
             restore,
             observed_layers=decisions.layers,
         )
-    return PruneReport(counted, facts, allocated, numbers, permutations, dense, len(resumed))
+    return report
 
 
 def _decided(model: nn.Module, pruner: Pruner, target: ModelTarget) -> _Decisions:
@@ -323,7 +318,7 @@ def run(
             checkpoint.finish()
         tokenizer.save_pretrained(output / "model")
         if report.permutations:
-            save_file(dict(report.permutations), output / "permutations.safetensors")
+            save_file(report.permutations, output / "permutations.safetensors")
     shutil.rmtree(scratch, ignore_errors=True)
     pq.write_table(_table(report), output / "sparsity.parquet")
     pq.write_table(_dense_table(report.dense), output / "dense.parquet")
