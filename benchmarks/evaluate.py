@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.geometry import TESTBED
 from benchmarks.record import machine, write_json
-from cluster.heap import keep_freed_memory
+from pipeline.models.heap import keep_freed_memory
 from pipeline.specs import EvaluateSpec, LocalModel, LocalTasks, TestbedTasksSpec
 from pipeline.testbed import tasks as testbed_tasks
 from pipeline.testbed.tokenizer import train_tokenizer

@@ -1,8 +1,8 @@
 """Compare the memory that stages take with `jobs.footprint`: `python -m benchmarks.footprint`.
 
 Every stage runs in a process of its own, as on a worker, on a model with random weights. Its memory
-is what it has beyond the libraries, without pages of mapped files, which the system may drop. The
-checkpoint is in bfloat16 and the model in float32, so no weight is such a page.
+is counted without pages of mapped files, which the system may drop. The checkpoint is in bfloat16
+and the model in float32, so no weight is such a page.
 
     python -m benchmarks.footprint --scale
 
@@ -31,14 +31,18 @@ from jobs.sizes import tensor_shapes
 from jobs.stages import STAGES
 from pipeline.real.prepare import REAL_FOLDER
 from pipeline.specs import (
+    ALPS,
+    GPTQ,
     DescribeSpec,
     EvaluateSpec,
     FileCorpus,
+    FirstLayers,
     HubCorpus,
     HubModel,
     LocalModel,
     PerplexitySpec,
     PruneSpec,
+    Reconstruction,
     SparseGPT,
     StageSpec,
     Wanda,
@@ -60,6 +64,8 @@ class Measured(NamedTuple):
 
     what: str
     bytes: int
+    libraries: int
+    """What its process had before it began."""
     modelled: float
     seconds: float
     """Of CPU."""
@@ -101,13 +107,33 @@ def stages_of(windows: WindowsSpec, text: Path) -> Iterator[StageSpec]:
     yield EvaluateSpec(model=model, perplexity=(entry,), tasks=())
 
 
-def peak(spec: Any, artifacts: dict[str, Path], memory: dict[str, int]) -> tuple[int, float]:
-    """Run a stage; return the most memory beyond what the process has now, and CPU seconds."""
+def costly_prunings(windows: WindowsSpec) -> Iterator[PruneSpec]:
+    """Yield prunings of the first layers that hold more than a mask's statistics."""
+    share = FirstLayers(share=0.1)
+    yield PruneSpec(
+        model=windows.model, pruner=GPTQ(), sparsity=0.0, calibration=windows, allocation=share
+    )
+    for pruner, reconstruction in ((ALPS(), None), (Wanda(), Reconstruction(epochs=1))):
+        yield PruneSpec(
+            model=windows.model,
+            pruner=pruner,
+            sparsity=0.5,
+            calibration=windows,
+            allocation=share,
+            reconstruction=reconstruction,
+        )
+
+
+def peak(spec: Any, artifacts: dict[str, Path], memory: dict[str, int]) -> tuple[int, int, float]:
+    """Run a stage; return the most memory of the process, what it has now, and CPU seconds."""
     import importlib
 
-    from cluster.heap import keep_freed_memory
+    import torch
+
+    from pipeline.models.heap import keep_freed_memory
 
     keep_freed_memory()
+    torch.set_num_threads(1)
     module = importlib.import_module(STAGES[spec.kind].module)
     before = own_bytes()
     highest, done = before, threading.Event()
@@ -125,7 +151,7 @@ def peak(spec: Any, artifacts: dict[str, Path], memory: dict[str, int]) -> tuple
     seconds = time.process_time() - start
     done.set()
     watcher.join()
-    return highest - before, seconds
+    return highest, before, seconds
 
 
 def own_bytes() -> int:
@@ -153,7 +179,7 @@ def measure(folder: Path, nsamples: int, seqlen: int, rate: float) -> Iterator[M
     calibrated = WindowsSpec(
         source=HubCorpus(path="none"), model=model, nsamples=nsamples, seqlen=seqlen
     )
-    for spec in stages_of(calibrated, text):
+    for spec in (*stages_of(calibrated, text), *costly_prunings(calibrated)):
         artifacts: dict[str, Path] = {}
         calibration = getattr(spec, "calibration", None)
         if calibration is not None:
@@ -166,17 +192,20 @@ def measure(folder: Path, nsamples: int, seqlen: int, rate: float) -> Iterator[M
         ways: list[int | None] = [None] if isinstance(spec, PruneSpec) else [1, machine]
         for memory in ways:
             given = {} if memory is None else {"memory_bytes": memory}
-            with multiprocessing.get_context("fork").Pool(1) as pool:
-                taken, seconds = pool.apply(peak, (spec, artifacts, given))
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                taken, libraries, seconds = pool.apply(peak, (spec, artifacts, given))
             found = footprint(spec, shape, Resources(), memory)
             guess = estimate(spec, Cost(flops_per_second=rate), {str(folder): shape.weights})
             assert found is not None
             assert guess is not None
             name = spec.pruner.name if isinstance(spec, PruneSpec) else spec.kind
+            fitted = isinstance(spec, PruneSpec) and spec.reconstruction is not None
+            way = "fitted" if fitted else "by layer" if found.streamed else "whole"
             yield Measured(
-                f"{name}, {'by layer' if found.streamed else 'whole'}",
+                f"{name}, {way}",
                 taken,
-                sum(size for part, size in found.host.items() if part != "libraries"),
+                libraries,
+                found.peaks[1],
                 seconds,
                 guess.seconds,
             )
@@ -263,12 +292,18 @@ def main(
         return
     import torch
 
-    for kind in ("prune", "describe", "evaluate"):  # imported once for all processes
-        __import__(STAGES[kind].module)
     torch.set_num_threads(1)
-    console.print(f"libraries: {own_bytes() / 1e6:,.0f} MB")
     table = Table()
-    for heading in ("shape", "stage", "peak MB", "modelled", "ratio", "CPU s", "estimated"):
+    for heading in (
+        "shape",
+        "stage",
+        "peak MB",
+        "libraries",
+        "modelled",
+        "ratio",
+        "CPU s",
+        "estimated",
+    ):
         table.add_column(heading)
     shapes = {"real": (30, 576, 1536, (9, 3)), "wide": (24, 1024, 2816, (16, 16))}
     for name, (depth, *rest) in shapes.items():
@@ -279,7 +314,9 @@ def main(
             assert known is not None
             rate = thread_rate(known, nsamples * seqlen)
             for each in measure(folder, nsamples, seqlen, rate):
-                sizes = [f"{size / 1e6:,.0f}" for size in (each.bytes, each.modelled)]
+                sizes = [
+                    f"{size / 1e6:,.0f}" for size in (each.bytes, each.libraries, each.modelled)
+                ]
                 ratio = f"{each.bytes / each.modelled:.2f}"
                 row = (
                     name,

@@ -21,10 +21,10 @@ from transformers import GenerationConfig
 
 from benchmarks.geometry import TESTBED
 from benchmarks.record import machine, write_json
-from cluster.heap import keep_freed_memory
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.transformers_engine import TransformersEngine
 from pipeline.generation.vllm_engine import VllmEngine, vllm_version
+from pipeline.models.heap import keep_freed_memory
 from pipeline.models.loading import default_device
 from pipeline.specs import GenerateSpec, LocalModel, TestbedCorpus, Vllm
 

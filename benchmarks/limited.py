@@ -29,10 +29,10 @@ from rich.table import Table
 from benchmarks.footprint import stages_of
 from benchmarks.real_model import on_cpu
 from cluster.graph import Resources
-from cluster.heap import keep_freed_memory
 from jobs.footprint import LIBRARY_BYTES, footprint, shape_of
 from jobs.sizes import tensor_shapes
 from jobs.stages import STAGES
+from pipeline.models.heap import keep_freed_memory
 from pipeline.real.prepare import REAL_FOLDER
 from pipeline.specs import FileCorpus, LocalModel, PruneSpec, StageSpec, WindowsSpec
 

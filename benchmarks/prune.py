@@ -26,7 +26,7 @@ from benchmarks.measure import (
 from benchmarks.record import machine, write_json
 from benchmarks.tables import growth_table, masks_table, pruners_table, targets_table
 from benchmarks.targets import Target, targets
-from cluster.heap import keep_freed_memory
+from pipeline.models.heap import keep_freed_memory
 
 _BUDGET_SECONDS = 6.0
 """Of each comparison, unless its fewest rounds take longer."""

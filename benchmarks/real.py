@@ -29,7 +29,7 @@ from benchmarks.real_vllm import measure_vllm
 from benchmarks.record import machine, write_json
 from benchmarks.tables import targets_table
 from benchmarks.targets import Target
-from cluster.heap import keep_freed_memory
+from pipeline.models.heap import keep_freed_memory
 from pipeline.real.prepare import DISCLOSURE, REAL_FOLDER
 
 _MODEL = Path(REAL_FOLDER, "model")

@@ -24,8 +24,8 @@ from benchmarks.record import machine, write_json
 from benchmarks.tables import targets_table
 from benchmarks.targets import Target
 from benchmarks.timing import median_seconds
-from cluster.heap import keep_freed_memory
 from pipeline.evaluation.perplexity import ScoredWindow, batches, losses
+from pipeline.models.heap import keep_freed_memory
 from pipeline.models.loading import stream_model
 from pipeline.models.memory import BATCH_TOKENS
 from pipeline.models.output_layer import OutputLayer

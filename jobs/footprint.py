@@ -49,10 +49,9 @@ LIBRARY_BYTES = 0.45e9
 DEVICE_LIBRARY_BYTES = 1.0e9
 """GPU memory of the CUDA context and its libraries' workspaces. Assumed, not measured."""
 
-FREE_PAGES, MOST_FREE_PAGES = 2.0, 256e6
+FREE_PAGES = 0.5
 """Free memory that the C library keeps on a CPU between the blocks of batches, in times of the
-activations, and at most. Measured (`benchmarks.footprint`), not derived: it differs from run to
-run."""
+activations. Measured (`benchmarks.footprint`), not derived."""
 
 SCORE_COPIES = 4
 """Tensors in float32 of as many numbers that scoring holds."""
@@ -320,6 +319,7 @@ def _pruning(
         exact = 4 * shape.widest * (1 + (each < 4))  # squares, and a copy in float32
         observed = tokens * (each * (shape.widest + 2 * shape.hidden) + exact)
         work["activations"] = max(_activations(tokens, shape, each), observed)
+        parts |= _free_pages(work["activations"], gpu)
     artifact = 0.0
     if isinstance(spec, PruneSpec) and spec.pruner.gradients:
         assert windows is not None, "gradients are of the calibration set's output"
@@ -371,6 +371,11 @@ def _activations(tokens: int, shape: Shape, each: int) -> float:
     return tokens * each * (3 * shape.widest + 4 * shape.hidden)
 
 
+def _free_pages(activations: float, gpu: bool) -> dict[str, float]:
+    """Return the part of the heap; a model read by layer without a pruning returns each block."""
+    return {} if gpu else {"free pages of the heap": FREE_PAGES * activations}
+
+
 def _reading(
     spec: ReadsTexts,
     shape: Shape,
@@ -400,6 +405,7 @@ def _reading(
         hidden = min(models * tokens * shape.hidden * each, sum(budgets))  # more pass in parts
         return _placed(parts, passes, hidden, budgets, gpu, waiting, 0.0, streamed=True)
     parts["decoder layers"] = models * each * (shape.weights - shape.outside_weights)
+    parts |= _free_pages(passes["activations"], gpu)
     waiting = {"the model while it is loaded": each * shape.weights} if gpu else {}
     return _placed(parts, passes, 0.0, budgets, gpu, waiting, 0.0, streamed=False)
 
@@ -476,8 +482,6 @@ def _placed(
         waiting = {**host, "hidden states": second, "libraries": LIBRARY_BYTES}
     else:
         device["hidden states"] += second
-        free = FREE_PAGES * work.get("activations", 0.0)
-        device["free pages of the heap"] = min(free, MOST_FREE_PAGES)
         waiting, device = {**device, **host, "libraries": LIBRARY_BYTES}, {}
     return Footprint(_kept(device), _kept(waiting), _kept(disk), streamed)
 

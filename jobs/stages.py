@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
-from cluster.heap import keep_freed_memory
 from cluster.helpers import NO_HELPERS, Helpers
 from cluster.store import Partial
 from cluster.worker import WorkerLostError
@@ -20,6 +19,7 @@ from jobs.outside import hub_reads
 from pipeline.environment import check_environment
 from pipeline.errors import EngineDiedError
 from pipeline.hub import HubItem, used
+from pipeline.models.heap import keep_freed_memory
 from pipeline.progress import Reporter, phase, reporting
 from pipeline.specs import (
     DescribeSpec,

@@ -19,7 +19,7 @@ from benchmarks.floor import floating_point_operations, layer_products
 from benchmarks.geometry import Geometry
 from benchmarks.measure import pruner_spec
 from benchmarks.timing import best_of
-from cluster.heap import keep_freed_memory
+from pipeline.models.heap import keep_freed_memory
 from pipeline.models.loading import load_model
 from pipeline.pruning.allocation import LayerTarget, ModelTarget
 from pipeline.pruning.prune import prune_model

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.models.heap import each_block_returned
 from pipeline.models.hidden_states import TensorStore
 from pipeline.models.layer_calls import capture_batches
 from pipeline.models.matrices import decoder_layers
@@ -46,8 +47,9 @@ def layerwise_outputs(
     token = model.config.get_text_config().hidden_size * model.dtype.itemsize
     sizes = [batch["input_ids"].numel() * token for batch in batches]
     parts = list(_parts(sizes, memory.device_hidden_bytes + memory.host_hidden_bytes))
-    for number, part in enumerate(parts):
-        yield from _part_outputs(model, batches[part], memory, (number, len(parts)))
+    with each_block_returned():  # memory is short, or the model would be in it
+        for number, part in enumerate(parts):
+            yield from _part_outputs(model, batches[part], memory, (number, len(parts)))
 
 
 def _parts(sizes: Sequence[int], limit: int) -> Iterator[slice]:

@@ -1,9 +1,7 @@
 """Decoder layers that stay in their checkpoint's files until they are needed."""
 
 import contextlib
-import ctypes
 import functools
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.models.heap import return_freed_memory
 from pipeline.models.matrices import decoder_layers
 from pipeline.models.memory import DEFAULT_MODEL_MEMORY, ModelMemory
 from pipeline.models.weight_files import whole_model
@@ -101,7 +100,7 @@ def resident(layer: nn.Module, device: torch.device | None = None) -> Iterator[N
         with _filled(layer, stored, values, on):
             yield
         if on.type == "cpu":
-            _return_freed_memory()
+            return_freed_memory()
         return
     home = next(layer.parameters()).device
     if device is not None and device != home:
@@ -193,16 +192,6 @@ def _filled(
         yield
     finally:
         _drop(layer, stored)
-
-
-def _return_freed_memory() -> None:
-    """Give free pages of the C library's heap back to the system, if it is glibc.
-
-    Blocks of many sizes leave pages between them that nothing else fits: without this call a
-    pruning grows by more than the weights of a layer with every layer. A call takes milliseconds.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _drop(layer: nn.Module, stored: StoredLayer) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
+from pipeline.models.heap import return_freed_memory
 from pipeline.models.matrices import Matrix, decoder_layers, matrices
 from pipeline.models.streaming import read_ahead, resident
 from pipeline.progress import report
@@ -151,7 +152,9 @@ def walk(
                     crew.hand_over(number, found, own)
                     del own
                     groups.add_gradients(number, layer, found)
+                    return_freed_memory()  # passes and matrices have blocks of other sizes
                     visit(number, found)
+                    return_freed_memory()
                 if number + 1 < observed:  # with the layer pruned
                     crew.advance(number, found)
                     groups.advance(number, layer, _third(number, len(layers), 2))

@@ -12,7 +12,7 @@ from pipeline.models.output_layer import joined
 GROWTH = """
 import resource, sys
 import numpy as np, torch
-from cluster.heap import keep_freed_memory
+from pipeline.models.heap import keep_freed_memory
 from pipeline.evaluation.perplexity import ScoredWindow, losses
 from pipeline.models.output_layer import OutputLayer
 from transformers import LlamaConfig, LlamaForCausalLM
