@@ -195,7 +195,7 @@ def measure(folder: Path, nsamples: int, seqlen: int, rate: float) -> Iterator[M
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 taken, libraries, seconds = pool.apply(peak, (spec, artifacts, given))
             found = footprint(spec, shape, Resources(), memory)
-            guess = estimate(spec, Cost(flops_per_second=rate), {str(folder): shape.weights})
+            guess = estimate(spec, Cost(flops_per_second=rate), {str(folder): shape.size})
             assert found is not None
             assert guess is not None
             name = spec.pruner.name if isinstance(spec, PruneSpec) else spec.kind
@@ -261,7 +261,7 @@ def _figures(spec: PruneSpec | EvaluateSpec, shape: Shape, gpus: int) -> list[st
     Passes and matrices are spread over the GPUs; each of these reads the whole model.
     """
     resources = Resources(gpus=1)
-    guess = estimate(spec, Cost(), {_name(spec): shape.weights}, resources)
+    guess = estimate(spec, Cost(), {_name(spec): shape.size}, resources)
     found = footprint(spec, shape, resources, WIDE_GPU)
     assert guess is not None
     assert found is not None

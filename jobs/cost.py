@@ -1,7 +1,8 @@
 """Estimates of a stage's time and size: a stated model, not a measurement.
 
-A stage's work is its tokens times its passes through the model, at 2 FLOP per parameter and token.
-It is divided by the rate of its devices and the share of that rate that such stages reach; a fixed
+A stage's work is its tokens times its passes through the model, at 2 FLOP per parameter and token:
+those of the decoder layers, and of the output layer but for prunings, which do not reach it. It is
+divided by the rate of its devices and the share of that rate that such stages reach; a fixed
 time and that of loading the model are added. All experts of a mixture count. A run scales the
 estimates by what it measures (`jobs.forecast`).
 """
@@ -93,6 +94,26 @@ ONE_CORE = Resources()
 
 
 @dataclass(frozen=True)
+class ModelSize:
+    """Numbers of a model's parameters."""
+
+    whole: float
+    layers: float
+    """Of the decoder layers."""
+    output: float
+    """Of the output layer, which may be the embedding."""
+
+    @classmethod
+    def of(cls, parameters: float) -> "ModelSize":
+        """Return the size of a model of which no more is known: all are the decoder's."""
+        return cls(parameters, parameters, 0.0)
+
+
+Sizes = Mapping[str, ModelSize]
+"""By hub name or path of a model."""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Seconds on the stage's resources, and bytes in the store."""
 
@@ -107,30 +128,30 @@ backward."""
 
 
 def estimate(
-    spec: StageSpec, cost: Cost, sizes: Mapping[str, float], resources: Resources = ONE_CORE
+    spec: StageSpec, cost: Cost, sizes: Sizes, resources: Resources = ONE_CORE
 ) -> Estimate | None:
     """Estimate a stage; return None if it needs a model of unknown size.
 
     Args:
-        sizes: number of parameters by hub name or path of a model.
         resources: what the stage runs on.
     """
     model = _model(spec)
-    size = 0.0 if model is None else parameters(model, sizes)
+    size = ModelSize.of(0.0) if model is None else model_size(model, sizes)
     if size is None:
         return None
-    return Estimate(_seconds(spec, cost, size, resources), _bytes(spec, size))
+    return Estimate(_seconds(spec, cost, size, resources), _bytes(spec, size.whole))
 
 
 def expected_seconds(
-    spec: StageSpec, cost: Cost, sizes: Mapping[str, float], resources: Resources = ONE_CORE
+    spec: StageSpec, cost: Cost, sizes: Sizes, resources: Resources = ONE_CORE
 ) -> float:
     """Estimate seconds to order stages by: a model of unknown size counts `UNKNOWN_PARAMETERS`."""
     known = estimate(spec, cost, sizes, resources)
-    return _seconds(spec, cost, UNKNOWN_PARAMETERS, resources) if known is None else known.seconds
+    unknown = ModelSize.of(UNKNOWN_PARAMETERS)
+    return _seconds(spec, cost, unknown, resources) if known is None else known.seconds
 
 
-def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> float:
+def _seconds(spec: StageSpec, cost: Cost, size: ModelSize, resources: Resources) -> float:
     """Add a fixed time, the model's weights once, and its passes: always more than 0."""
     name = stage_name(spec)
     fixed = STAGES[name].fixed_seconds
@@ -138,15 +159,17 @@ def _seconds(spec: StageSpec, cost: Cost, size: float, resources: Resources) -> 
         return JOIN_SECONDS
     if _model(spec) is None:
         return fixed
-    each, tokens = LOAD_SECONDS, _passes(spec) * _tokens(spec)
+    seconds, tokens = fixed + LOAD_SECONDS * size.whole, _passes(spec) * _tokens(spec)
+    passed = size.layers
     if isinstance(spec, PruneSpec):
         on_core, on_gpu = CHOOSE_SECONDS
-        each += on_gpu if resources.gpus else on_core / resources.cpus
-        tokens += spec.pruner.column_passes * math.sqrt(size / (12 * LAYERS))
+        seconds += size.layers * (on_gpu if resources.gpus else on_core / resources.cpus)
+        tokens += spec.pruner.column_passes * math.sqrt(size.layers / (12 * LAYERS))
         if isinstance(spec.allocation, FirstLayers):
             tokens *= spec.allocation.share
-    passes = 2.0 * size * tokens / rate(name, cost, resources) / resources.actors
-    return fixed + each * size + passes
+    elif not isinstance(spec, OutliersSpec):
+        passed += size.output
+    return seconds + 2.0 * passed * tokens / rate(name, cost, resources) / resources.actors
 
 
 def rate(stage: str, cost: Cost, resources: Resources) -> float:
@@ -159,18 +182,18 @@ def rate(stage: str, cost: Cost, resources: Resources) -> float:
     return on_cpu * (cost.flops_per_second or CORE_FLOPS * resources.cpus)
 
 
-def parameters(model: Model, sizes: Mapping[str, float]) -> float | None:
-    """Return the number of a model's parameters, None if neither its spec nor `sizes` has it."""
+def model_size(model: Model, sizes: Sizes) -> ModelSize | None:
+    """Return a model's size, None if neither its spec nor `sizes` has it."""
     match model:
         case PruneSpec():
-            return parameters(model.model, sizes)
+            return model_size(model.model, sizes)
         case PretrainSpec():
             heads = model.num_key_value_heads * model.head_dim
             attention = 2 * model.hidden_size * (model.hidden_size + heads)
             mlp = 3 * model.hidden_size * model.intermediate_size
-            return float(
-                model.num_layers * (attention + mlp) + model.vocab_size * model.hidden_size
-            )
+            layers = float(model.num_layers * (attention + mlp))
+            embedding = float(model.vocab_size * model.hidden_size)
+            return ModelSize(layers + embedding, layers, embedding)
         case _:
             return sizes.get(model_name(model))
 

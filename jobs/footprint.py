@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.graph import Resources
-from jobs.cost import MANY_WINDOWS, MASK_BYTES, WEIGHT_BYTES, task_tokens
+from jobs.cost import MANY_WINDOWS, MASK_BYTES, WEIGHT_BYTES, ModelSize, task_tokens
 from jobs.memory import ReadsTexts, is_streamed
 from jobs.sizes import TensorShapes
 from pipeline.models.memory import (
@@ -100,6 +100,12 @@ class Shape:
     def widest(self) -> int:
         """The widest input of a matrix: the width of the MLP."""
         return max(matrix.columns for matrix in self.matrices)
+
+    @property
+    def size(self) -> ModelSize:
+        """Numbers of parameters."""
+        inside = self.weights - self.outside_weights
+        return ModelSize(self.weights, inside, self.vocabulary * self.hidden)
 
     @property
     def inputs(self) -> dict[str, int]:

@@ -23,7 +23,7 @@ from cluster.run import Outcome
 from cluster.store import Store
 from jobs.before_after import BeforeAfter, before_after
 from jobs.check import check_plan
-from jobs.cost import parameters
+from jobs.cost import model_size
 from jobs.declared import record_design
 from jobs.export import check_unused, export
 from jobs.export_calibration import export_calibration
@@ -82,7 +82,7 @@ def checked_plan(grid: Grid, store: str = STORE) -> Plan:
         plan = make_plan(grid)
     with lines_of(grid):
         _check(plan, kept)
-        if any(parameters(model, plan.sizes) is None for model in grid.models.values()):
+        if any(model_size(model, plan.sizes) is None for model in grid.models.values()):
             plan = make_plan(grid)  # the check has downloaded model configurations to the cache
     return plan
 

@@ -1,9 +1,7 @@
 """Which stages read their models one decoder layer at a time, as far as a plan can say."""
 
-from collections.abc import Mapping
-
 from cluster.graph import Resources
-from jobs.cost import WEIGHT_BYTES, parameters
+from jobs.cost import WEIGHT_BYTES, Sizes, model_size
 from pipeline.models.memory import WEIGHTS_SHARE, fits
 from pipeline.specs import DescribeSpec, EvaluateSpec, ScoreSpec
 
@@ -35,30 +33,27 @@ def is_streamed(spec: ReadsTexts, weights: float, memory: float | None) -> bool:
     return not fits(weight_bytes(spec, weights), SMALL_GPU_BYTES if memory is None else memory)
 
 
-def reads_by_layer(
-    spec: ReadsTexts, sizes: Mapping[str, float], resources: Resources
-) -> str | None:
+def reads_by_layer(spec: ReadsTexts, sizes: Sizes, resources: Resources) -> str | None:
     """Return why a stage reads its models by layer; None if it does not, or may not.
 
     Args:
-        sizes: number of parameters by hub name or path of a model.
         resources: what the stage runs on.
     """
-    size, memory = parameters(spec.model, sizes), resources.memory_bytes
-    if size is None or memory is None or resources.gpus or not is_streamed(spec, size, memory):
+    size, memory = model_size(spec.model, sizes), resources.memory_bytes
+    if size is None or memory is None or resources.gpus:
+        return None
+    if not is_streamed(spec, size.whole, memory):
         return None
     share = f"{WEIGHTS_SHARE:.0%} of {spec.kind}.memory_bytes ({memory / 1e9:,.1f} GB)"
-    return f"{weight_bytes(spec, size) / 1e9:,.1f} GB of weights are more than {share}"
+    return f"{weight_bytes(spec, size.whole) / 1e9:,.1f} GB of weights are more than {share}"
 
 
-def least_gpu_bytes(
-    spec: ReadsTexts, sizes: Mapping[str, float], resources: Resources
-) -> float | None:
+def least_gpu_bytes(spec: ReadsTexts, sizes: Sizes, resources: Resources) -> float | None:
     """Return the memory of the smallest GPU on which a stage loads its models whole.
 
     None if it has no GPU, the models' size is unknown, or they fit almost every GPU.
     """
-    size = parameters(spec.model, sizes)
-    if size is None or not resources.gpus or not is_streamed(spec, size, SMALL_GPU_BYTES):
+    size = model_size(spec.model, sizes)
+    if size is None or not resources.gpus or not is_streamed(spec, size.whole, SMALL_GPU_BYTES):
         return None
-    return weight_bytes(spec, size) / WEIGHTS_SHARE
+    return weight_bytes(spec, size.whole) / WEIGHTS_SHARE

@@ -1,7 +1,7 @@
 """From a grid to the deduplicated graph of its stages."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -14,10 +14,12 @@ from jobs.cells import Cell, describe_spec, evaluate_spec, expand
 from jobs.cost import (
     CORE_FLOPS,
     GPU_FLOPS,
+    ModelSize,
+    Sizes,
     estimate,
     expected_seconds,
     model_name,
-    parameters,
+    model_size,
 )
 from jobs.footprint import Footprint, Shape, footprint, pretrained_shape, shape_of
 from jobs.grid import GeneratedCalibration, Grid, lines_of
@@ -50,8 +52,8 @@ class Plan:
     specs: dict[str, StageSpec]
     """Every unique stage, each after its inputs."""
     graph: Graph
-    sizes: dict[str, float]
-    """Parameters by a model's hub name or path, if known."""
+    sizes: Sizes
+    """Of the models whose size is known."""
     shapes: dict[str, Shape]
     """Shapes by the same names, if the model's files or its configuration are here."""
     targets: list[str]
@@ -81,7 +83,8 @@ def make_plan(grid: Grid, of_cells: Iterable[Cell] | None = None) -> Plan:
             if description is not None:
                 _collect(description, specs, inputs)
                 descriptions[last.key] = description.key
-    sizes = model_sizes(grid)
+    shapes = model_shapes(grid)
+    sizes = model_sizes(grid, shapes)
     named = labels(cells, descriptions, specs, inputs)
     graph = {key: _stage(grid, spec, inputs[key], named[key], sizes) for key, spec in specs.items()}
     return Plan(
@@ -91,7 +94,7 @@ def make_plan(grid: Grid, of_cells: Iterable[Cell] | None = None) -> Plan:
         specs=specs,
         graph=graph,
         sizes=sizes,
-        shapes=model_shapes(grid),
+        shapes=shapes,
         targets=list(dict.fromkeys([*cells, *descriptions.values()])),
     )
 
@@ -200,7 +203,7 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
     for reading in _read_by_layer(plan):
         console.print(reading, soft_wrap=True)
     for name, model in plan.grid.models.items():
-        if parameters(model, plan.sizes) is None:
+        if model_size(model, plan.sizes) is None:
             console.print(f"not in the estimate: model {name}; give cost.parameters.{name}")
 
 
@@ -270,15 +273,19 @@ def _collect(
         inputs[spec.key] = tuple(before.key for before in all_before)
 
 
-def model_sizes(grid: Grid) -> dict[str, float]:
-    """Return parameters by hub name or path: the grid's number, or that of the model's files."""
-    sizes: dict[str, float] = {}
-    for name, model in grid.models.items():
+def model_sizes(grid: Grid, shapes: Mapping[str, Shape]) -> dict[str, ModelSize]:
+    """Return sizes by hub name or path: by the grid's number, or by the model's files."""
+    sizes: dict[str, ModelSize] = {}
+    for own, model in grid.models.items():
         if isinstance(model, PretrainSpec):
             continue  # its spec gives them
-        size = grid.cost.parameters.get(name) or checkpoint_parameters(model)
-        if size is not None:
-            sizes[model_name(model)] = size
+        name, stated = model_name(model), grid.cost.parameters.get(own)
+        shape = shapes.get(name)
+        counted = stated or (checkpoint_parameters(model) if shape is None else None)
+        if counted is not None:
+            sizes[name] = ModelSize.of(counted)
+        elif shape is not None:
+            sizes[name] = shape.size
     return sizes
 
 
@@ -331,7 +338,7 @@ def _stage(
     spec: StageSpec,
     inputs: tuple[str, ...],
     label: str,
-    sizes: dict[str, float],
+    sizes: Sizes,
 ) -> Stage:
     name = stage_name(spec)
     asked = grid.resources.get(name)

@@ -172,7 +172,7 @@ class ALPS(PrunerSpec):
     version: ClassVar[int] = 2
     updates_weights: ClassVar[bool] = True
     forward_passes: ClassVar[float] = 8.0
-    column_passes: ClassVar[float] = 16.0
+    column_passes: ClassVar[float] = 130.0
     matrix_bytes: ClassVar[int] = 36
     column_matrices: ClassVar[int] = 14  # scaled, and eigenvectors with workspace in float64
 

@@ -13,7 +13,7 @@ from cluster.graph import Resources
 from cluster.session import ResourceError
 from cluster.store import Store
 from jobs.check import GPU_BYTES, _check_memory, check_room
-from jobs.cost import parameters
+from jobs.cost import ModelSize, model_size
 from jobs.footprint import (
     LIBRARY_BYTES,
     exchanged_bytes,
@@ -93,6 +93,7 @@ def test_headers_configurations_and_closed_forms_give_one_shape(tied: bool, tmp_
         assert found.weights == expected.weights
         assert found.layer_weights == expected.layer_weights
         assert (found.layers, found.vocabulary, found.hidden) == (3, 96, 32)
+        assert found.size == ModelSize(expected.weights, 3 * LAYER, 96 * 32)
 
 
 def test_experts_are_matrices_one_by_one_in_a_tensor_or_in_several() -> None:
@@ -332,7 +333,10 @@ def test_the_testbeds_models_have_the_parameters_that_their_spec_gives(
     spec = load(content).models["testbed"]
     assert isinstance(spec, PretrainSpec)
     norms = (2 * spec.num_layers + 1) * spec.hidden_size
-    assert pretrained_shape(spec).weights == (parameters(spec, {}) or 0) + norms
+    size = model_size(spec, {})
+    assert size is not None
+    assert pretrained_shape(spec).weights == size.whole + norms
+    assert pretrained_shape(spec).size.output == size.output
 
 
 def test_a_description_is_read_like_the_texts_of_a_perplexity() -> None:

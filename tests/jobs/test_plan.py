@@ -21,9 +21,10 @@ from jobs.cost import (
     LOAD_SECONDS,
     UNKNOWN_PARAMETERS,
     Estimate,
+    ModelSize,
     estimate,
     expected_seconds,
-    parameters,
+    model_size,
     rate,
 )
 from jobs.grid import Cost, Grid, load_grid
@@ -32,6 +33,7 @@ from jobs.stages import LINES, STAGES, StageWork
 from pipeline import specs
 from pipeline.specs import (
     OWL,
+    DescribeSpec,
     EvaluateSpec,
     GenerateSpec,
     HubCorpus,
@@ -170,9 +172,9 @@ def test_a_plan_says_which_models_are_larger_than_the_memory_of_which_stages(
     assert "one decoder layer at a time" not in printed(make_plan(load(content)), tmp_path)
     plan = make_plan(load(content))
     (dense,) = (spec for spec in plan.specs.values() if isinstance(spec, PretrainSpec))
-    size = parameters(dense, {})
+    size = model_size(dense, {})
     assert size is not None
-    least = math.ceil(4 * size / 0.8)  # float32
+    least = math.ceil(4 * size.whole / 0.8)  # float32
     for memory, by_layer in ((least, False), (least - 1, True)):
         content["resources"] = {name: {"memory_bytes": memory} for name in ("evaluate", "score")}
         lines = printed(make_plan(load(content)), tmp_path).splitlines()
@@ -330,7 +332,7 @@ def test_estimates_are_flop_over_rate() -> None:
     gpu = Resources(gpus=1)
 
     def guess(spec: StageSpec, cost: Cost = cost, resources: Resources = gpu) -> Estimate:
-        found = estimate(spec, cost, {"m": 7e9}, resources)
+        found = estimate(spec, cost, {"m": ModelSize.of(7e9)}, resources)
         assert found is not None
         return found
 
@@ -366,6 +368,30 @@ def test_estimates_are_flop_over_rate() -> None:
         assert guess(pruned, Cost(), resources).seconds - fixed == pytest.approx(passes / flops)
 
 
+def test_tokens_pass_the_output_layer_but_for_prunings_and_never_an_embedding_of_its_own() -> None:
+    model = HubModel(name="m")
+    cost, sizes = Cost(flops_per_second=1e12), {"m": ModelSize(1e9, layers=6e8, output=2e8)}
+
+    def passed(kind: type[PruneSpec] | type[DescribeSpec], **own: Any) -> float:
+        """Return the seconds of a multiplication in each parameter that a token passes."""
+        seconds = []
+        for nsamples in (1, 2):
+            windows = WindowsSpec(
+                source=HubCorpus(path="c"), model=model, nsamples=nsamples, seqlen=100
+            )
+            found = estimate(kind(model=model, calibration=windows, **own), cost, sizes)
+            assert found is not None
+            seconds.append(found.seconds)
+        return (seconds[1] - seconds[0]) / 100 / 2
+
+    reached = rate("prune", cost, Resources())
+    own = Wanda()
+    wanted = 6e8 * own.forward_passes / reached
+    assert passed(PruneSpec, pruner=own, sparsity=0.5) == pytest.approx(wanted)
+    wanted = 8e8 / rate("describe", cost, Resources())
+    assert passed(DescribeSpec) == pytest.approx(wanted)
+
+
 def test_sparsegpts_columns_cost_the_same_for_few_tokens_as_for_many() -> None:
     """The estimate for LLaMA-2-7B's shape, with 4,096 inputs, is within a factor of two."""
     model = HubModel(name="m")
@@ -374,7 +400,7 @@ def test_sparsegpts_columns_cost_the_same_for_few_tokens_as_for_many() -> None:
         windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=1, seqlen=2048)
         windows = windows.model_copy(update={"nsamples": nsamples})
         spec = PruneSpec(model=model, pruner=SparseGPT(), sparsity=0.5, calibration=windows)
-        found = estimate(spec, cost, {"m": 6.7e9})
+        found = estimate(spec, cost, {"m": ModelSize.of(6.7e9)})
         assert found is not None
         seconds.append(found.seconds)
     none, one, two = seconds
@@ -390,7 +416,7 @@ def test_questions_in_a_tasks_folder_are_counted(tmp_path: Path) -> None:
     task = {"dataset_kwargs": {"data_files": {"test": "t.jsonl"}}, "test_split": "test"}
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
     model = HubModel(name="m")
-    cost, sizes = Cost(flops_per_second=1e10), {"m": 1e8}
+    cost, sizes = Cost(flops_per_second=1e10), {"m": ModelSize.of(1e8)}
     tokens = []
     for limit, name in ((2, "t"), (None, "t"), (2, "other")):
         asked = (TaskSpec(name=name, limit=limit),)
@@ -427,7 +453,7 @@ def test_a_model_of_unknown_size_is_expected_to_take_as_long_as_the_default_size
     windows = WindowsSpec(source=HubCorpus(path="c"), model=model, nsamples=128, seqlen=2048)
     pruned = PruneSpec(model=model, pruner=Wanda(), sparsity=0.5, calibration=windows)
     cost = Cost(flops_per_second=1e14)
-    stated = {"m": UNKNOWN_PARAMETERS}
+    stated = {"m": ModelSize.of(UNKNOWN_PARAMETERS)}
     assert expected_seconds(pruned, cost, {}) == expected_seconds(pruned, cost, stated)
     known = estimate(pruned, cost, stated)
     assert known is not None
@@ -439,7 +465,8 @@ def test_the_testbeds_size_is_counted_from_its_spec() -> None:
     spec = PretrainSpec(mixture={"facts": 1.0}, num_layers=1, hidden_size=64, intermediate_size=96,
                         head_dim=32, num_key_value_heads=1, vocab_size=512)  # fmt: skip
     query, key_value, output = 64 * 64, 2 * 64 * 32, 64 * 64
-    assert parameters(spec, {}) == query + key_value + output + 3 * 64 * 96 + 512 * 64
+    layers = query + key_value + output + 3 * 64 * 96
+    assert model_size(spec, {}) == ModelSize(layers + 512 * 64, layers, 512 * 64)
 
 
 def test_planning_lists_a_stages_shards_equally_often_for_few_and_many_shards(
