@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -135,8 +135,16 @@ def peak(spec: Any, artifacts: dict[str, Path], memory: dict[str, int]) -> tuple
     keep_freed_memory()
     torch.set_num_threads(1)
     module = importlib.import_module(STAGES[spec.kind].module)
-    before = own_bytes()
-    highest, done = before, threading.Event()
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as output:
+        before, highest = watched(lambda: module.run(spec, artifacts, Path(output), **memory))
+    return highest, before, time.process_time() - start
+
+
+def watched(run: Callable[[], object]) -> tuple[int, int]:
+    """Return this process's memory before a function runs, and the most meanwhile."""
+    before = highest = own_bytes()
+    done = threading.Event()
 
     def watch() -> None:
         nonlocal highest
@@ -145,13 +153,10 @@ def peak(spec: Any, artifacts: dict[str, Path], memory: dict[str, int]) -> tuple
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.process_time()
-    with tempfile.TemporaryDirectory() as output:
-        module.run(spec, artifacts, Path(output), **memory)
-    seconds = time.process_time() - start
+    run()
     done.set()
     watcher.join()
-    return highest, before, seconds
+    return before, highest
 
 
 def own_bytes() -> int:

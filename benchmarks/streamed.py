@@ -6,7 +6,6 @@ one thread. The memory by layer is that of a process of its own.
 
 import multiprocessing
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import typer
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.footprint import own_bytes
+from benchmarks.footprint import watched
 from benchmarks.real_model import on_cpu, real_windows
 from benchmarks.record import machine, write_json
 from benchmarks.tables import targets_table
@@ -108,21 +107,9 @@ def peak_bytes(folder: Path, windows: list[ScoredWindow]) -> int:
     torch.set_num_threads(1)
     keep_freed_memory()  # as a worker does; without it glibc's heap grows with every layer
     torch.ones(256, 256) @ torch.ones(256, 256)  # sets up the libraries
-    before = own_bytes()
-    peak, done = before, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(timeout=0.01):
-            peak = max(peak, own_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     with tempfile.TemporaryDirectory() as scratch:
-        window_losses(in_files(folder, Path(scratch)), windows)
-    done.set()
-    watcher.join()
-    return peak - before
+        before, highest = watched(lambda: window_losses(in_files(folder, Path(scratch)), windows))
+    return highest - before
 
 
 def main(

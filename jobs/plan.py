@@ -280,12 +280,12 @@ def model_sizes(grid: Grid, shapes: Mapping[str, Shape]) -> dict[str, ModelSize]
         if isinstance(model, PretrainSpec):
             continue  # its spec gives them
         name, stated = model_name(model), grid.cost.parameters.get(own)
-        shape = shapes.get(name)
-        counted = stated or (checkpoint_parameters(model) if shape is None else None)
+        if not stated and name in shapes:
+            sizes[name] = shapes[name].size
+            continue
+        counted = stated or checkpoint_parameters(model)
         if counted is not None:
             sizes[name] = ModelSize.of(counted)
-        elif shape is not None:
-            sizes[name] = shape.size
     return sizes
 
 
